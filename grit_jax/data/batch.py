@@ -1,0 +1,57 @@
+"""What a training step reads: texts packed into rows, and who belongs to whom."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Bool, Int
+import numpy as np
+
+Array = np.ndarray | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedTexts:
+    """Rows (B) of fixed length (S), each holding several texts.
+
+    Attributes:
+      tokens: token ids; 0 where there is none.
+      segment_ids: number of the token's text in the batch plus 1; 0 is padding.
+      positions: position of the token in its text.
+      mask: the tokens that count: those pooled for an embedding, those learned in a chat.
+      num_texts: number of texts in the rows; a number may be left unused.
+    """
+
+    tokens: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
+    positions: Int[Array, "B S"]
+    mask: Bool[Array, "B S"]
+    num_texts: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmbeddingBatch:
+    """Queries and the passages that they are to be told apart by.
+
+    Attributes:
+      queries: Q texts.
+      passages: P texts.
+      positives: index of each query's positive among the passages.
+      passage_contents: a number that two passages share if and only if they are the same text;
+        -1 where the passages' number is left unused.
+    """
+
+    queries: PackedTexts
+    passages: PackedTexts
+    positives: Int[Array, "Q"]
+    passage_contents: Int[Array, "P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The texts of one step; a stream that is not trained is None."""
+
+    embedding: EmbeddingBatch | None
+    chats: PackedTexts | None

@@ -1,0 +1,121 @@
+"""The mesh of devices, and the one table that says how every array lies on it.
+
+Arrays name their axes by what they hold ("embed", "heads", "batch"); the table below maps those
+names to mesh axes. Nothing else in the project names a mesh axis in a sharding.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("slice", "fsdp", "tensor", "expert")
+
+# Logical axis -> mesh axes, each with its reason.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    # Rows of texts: every axis that does not split a layer's mathematics carries data.
+    "batch": ("slice", "fsdp", "expert"),
+    # Fully sharded data parallelism splits each weight along its model dimension; slices are
+    # joined by the slow network, so weights are whole within each slice.
+    "embed": "fsdp",
+    # Megatron-style tensor parallelism: heads, feed-forward columns and vocabulary.
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "experts": "expert",
+    # Too small to be worth a collective, or walked over one at a time.
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+    "router": None,
+    None: None,
+}
+
+
+class MeshError(ValueError):
+    """The mesh asked for cannot be laid over the devices at hand, or the model over the mesh."""
+
+
+def make_mesh(
+    slice: int = 1,  # noqa: A002  the axis is called so in every configuration
+    fsdp: int = -1,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Returns a mesh over all devices, with the axes `MESH_AXES`.
+
+    Args:
+      slice: number of TPU slices; plain data parallelism between them.
+      fsdp: data parallelism with sharded weights.
+      tensor: ways in which heads, feed-forward columns and vocabulary are split.
+      expert: ways in which the experts of a Mixtral are split.
+      devices: the devices to use, by default all of them.
+
+    One size may be -1: what the others leave.
+
+    Raises:
+      MeshError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _complete({"slice": slice, "fsdp": fsdp, "tensor": tensor, "expert": expert}, devices)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def _complete(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    wrong = [axis for axis, size in sizes.items() if size == 0 or size < -1]
+    if len(free) > 1 or wrong:
+        raise MeshError(f"config.mesh: {asked}: sizes must be positive, and at most one may be -1")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % known or (not free and known != len(devices)):
+        raise MeshError(
+            f"config.mesh: {asked} needs "
+            f"{'a multiple of ' if free else ''}{known} devices, but there are {len(devices)}"
+        )
+    return tuple(len(devices) // known if size == -1 else size for size in sizes.values())
+
+
+def partition_spec(*logical_axes: str | None) -> PartitionSpec:
+    """Returns the partition of an array whose axes have these names, by `RULES`."""
+    return PartitionSpec(*(RULES[axis] for axis in logical_axes))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of ways in which rows of texts are split over `mesh`."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
+def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Lays `array` on the mesh in use as `RULES` says; without a mesh it does nothing.
+
+    Left alone, the compiler may prefer to split activations along the model dimension, as the
+    weights are, and to gather the activations in place of the much smaller weights.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, partition_spec(*logical_axes))
+
+
+def variable_shardings(state: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of each variable of an NNX state, from the axis names it carries.
+
+    Args:
+      state: an NNX state, abstract or not, whose variables carry `out_sharding`.
+      mesh: a mesh with the axes `MESH_AXES`.
+
+    Returns:
+      A tree of the same structure with a `NamedSharding` in the place of each array.
+    """
+
+    def sharding(variable: nnx.Variable) -> nnx.Variable:
+        spec = partition_spec(*variable.get_metadata()["out_sharding"])
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return jax.tree.map(sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable))

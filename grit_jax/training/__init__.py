@@ -1,0 +1,1 @@
+"""The joint step, its optimizer, and the loop that keeps it going."""

@@ -1,0 +1,150 @@
+"""The joint loss of GRIT: both streams of texts through the same weights, once.
+
+Legend of dimensions: Q queries, P passages, D hidden.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.models import Mistral, RouterStatistics, Stream
+from grit_jax.objectives.contrastive import contrastive_loss
+from grit_jax.objectives.next_token import (
+    REDUCTIONS,
+    next_token_loss,
+    shift_targets,
+    target_weights,
+)
+from grit_jax.objectives.pooling import POOLINGS, normalize, pool
+from grit_jax.objectives.router import load_balancing_loss
+
+# Attention of the embedding half, by its two letters (instruction, text): is it causal?
+EMBEDDING_IS_CAUSAL = {"bbcc": False, "cccc": True}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """How the two losses are taken and added.
+
+    Attributes:
+      embedding_weight: factor of the contrastive loss.
+      generative_weight: factor of the next-token loss.
+      temperature: of the contrastive loss.
+      generative_reduction: "mixed", "token" or "mean" (see `objectives.next_token`).
+      generative_group_size: texts in a group of "mixed".
+      attention: four letters, bidirectional or causal: embedding instruction, embedding text,
+        generation instruction, generation text.
+      pooling: "mean", "weightedmean", "lasttoken" or "cls".
+
+    Raises:
+      ValueError: a name is unknown or a number impossible; the message names the field.
+    """
+
+    embedding_weight: float = 1.0
+    generative_weight: float = 1.0
+    temperature: float = 0.02
+    generative_reduction: str = "mixed"
+    generative_group_size: int = 32
+    attention: str = "bbcc"
+    pooling: str = "mean"
+
+    def __post_init__(self):
+        choices = {
+            "model.attention": (self.attention, tuple(EMBEDDING_IS_CAUSAL)),
+            "model.pooling": (self.pooling, POOLINGS),
+            "loss.generative_reduction": (self.generative_reduction, REDUCTIONS),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"config.{name}={value!r} must be one of {', '.join(allowed)}")
+        for name in ("temperature", "generative_group_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"config.loss.{name}={getattr(self, name)} must be positive")
+
+    @property
+    def embedding_is_causal(self) -> bool:
+        """Whether texts to be embedded are read causally."""
+        return EMBEDDING_IS_CAUSAL[self.attention]
+
+
+def joint_loss(
+    model: Mistral, batch: Batch, config: LossConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the loss to be minimised, and its parts by name.
+
+    The parts are `loss`, and where the batch has the stream `embedding_loss`, `generative_loss`
+    (both unweighted) and, for a Mixtral, `router_loss` (on the generative stream alone; unweighted
+    by its coefficient).
+    """
+    streams = []
+    if batch.embedding is not None:
+        streams.append(_stream(batch.embedding.queries, config.embedding_is_causal))
+        streams.append(_stream(batch.embedding.passages, config.embedding_is_causal))
+    if batch.chats is not None:
+        streams.append(_stream(batch.chats, is_causal=True))
+    hidden, statistics = model.run(streams)
+
+    loss = jnp.zeros((), jnp.float32)
+    parts = {}
+    if batch.embedding is not None:
+        parts["embedding_loss"] = _embedding_loss(hidden[0], hidden[1], batch.embedding, config)
+        loss += config.embedding_weight * parts["embedding_loss"]
+    if batch.chats is not None:
+        projection = model.output_projection()
+        parts["generative_loss"] = _generative_loss(hidden[-1], projection, batch.chats, config)
+        loss += config.generative_weight * parts["generative_loss"]
+        if isinstance(router := statistics[-1], RouterStatistics):
+            parts["router_loss"] = load_balancing_loss(
+                router.choices, router.probabilities, router.tokens
+            )
+            loss += model.config.router_aux_loss_coef * parts["router_loss"]
+    return loss, {"loss": loss, **parts}
+
+
+def embed_texts(
+    model: Mistral, texts: PackedTexts, config: LossConfig
+) -> Float[Array, "num_texts D"]:
+    """Returns the normalised embedding of each text, in float32."""
+    (hidden,), _ = model.run([_stream(texts, config.embedding_is_causal)])
+    return _pool(hidden, texts, config)
+
+
+def _stream(texts: PackedTexts, is_causal: bool) -> Stream:
+    return Stream(texts.tokens, texts.segment_ids, texts.positions, is_causal)
+
+
+def _pool(hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
+    return normalize(
+        pool(
+            hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
+        )
+    )
+
+
+def _embedding_loss(
+    query_hidden: jax.Array, passage_hidden: jax.Array, batch: EmbeddingBatch, config: LossConfig
+) -> jax.Array:
+    return contrastive_loss(
+        _pool(query_hidden, batch.queries, config),
+        _pool(passage_hidden, batch.passages, config),
+        batch.positives,
+        batch.passage_contents,
+        config.temperature,
+    )
+
+
+def _generative_loss(
+    hidden: jax.Array, projection: jax.Array, chats: PackedTexts, config: LossConfig
+) -> jax.Array:
+    targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+    weights = target_weights(
+        config.generative_reduction,
+        is_target,
+        chats.segment_ids,
+        chats.num_texts,
+        config.generative_group_size,
+    )
+    return next_token_loss(hidden, projection, targets, weights)

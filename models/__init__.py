@@ -1,0 +1,30 @@
+"""The Flax modules: they know nothing of data, losses or training."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+import jax
+
+from grit_jax.models.mistral import Mistral, MistralConfig, Stream
+from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
+
+ARCHITECTURES = {"mistral": (MistralConfig, Mistral), "mixtral": (MixtralConfig, Mixtral)}
+
+
+def make_config(architecture: str, **fields: Any) -> MistralConfig:
+    """Returns the configuration of a "mistral" or "mixtral" with these fields.
+
+    Raises:
+      ValueError: the architecture or a field is unknown, or a size impossible.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"config.model.architecture={architecture!r} must be one of {sorted(ARCHITECTURES)}"
+        )
+    config_class, _ = ARCHITECTURES[architecture]
+    unknown = set(fields) - {field.name for field in dataclasses.fields(config_class)}
+    if unknown:
+        raise ValueError(f"config.model: a {architecture} has no {', '.join(sorted(unknown))}")
+    return config_class(**fields)

@@ -1,0 +1,132 @@
+"""Mixtral (arXiv 2401.04088): a Mistral whose feed-forward network is a choice among experts.
+
+Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, F feed-forward, E experts,
+C experts chosen for a token.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from grit_jax.models.layers import parameter
+from grit_jax.models.mistral import Mistral, MistralConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtralConfig(MistralConfig):
+    """Sizes of a Mixtral, under the names of Hugging Face's config.json; the defaults are 8x7B's.
+
+    Raises:
+      ValueError: a size is impossible; the message names it.
+    """
+
+    rope_theta: float = 1e6
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"config.model.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"num_local_experts={self.num_local_experts}"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStatistics:
+    """Sums over the tokens of a stream that the load-balancing loss is made of.
+
+    Attributes:
+      choices: how many tokens chose each expert as their first, second, ... choice.
+      probabilities: sum of the probabilities given to each expert.
+      tokens: number of tokens; padding does not count.
+    """
+
+    choices: Float[Array, "*L C E"]
+    probabilities: Float[Array, "*L E"]
+    tokens: Float[Array, "*L"]
+
+
+class Experts(nnx.Module):
+    """Dropless mixture of gated feed-forward networks: every token reaches all its experts."""
+
+    def __init__(self, config: MixtralConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
+        self.router = parameter(rngs.params(), (D, E), ("embed", "router"), config)
+        self.gate = parameter(rngs.params(), (E, D, F), ("experts", "embed", "mlp"), config)
+        self.up = parameter(rngs.params(), (E, D, F), ("experts", "embed", "mlp"), config)
+        self.down = parameter(rngs.params(), (E, F, D), ("experts", "mlp", "embed"), config)
+
+    def __call__(
+        self, hidden: Float[Array, "B S D"], is_token: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B S D"], RouterStatistics]:
+        """Returns the transformed states, and what the load-balancing loss needs of the router."""
+        dtype = self.config.dtype
+        tokens = hidden.reshape(-1, hidden.shape[-1])  # B x S tokens become M.
+        probabilities = self._probabilities(tokens)
+        weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        output = apply_experts(
+            tokens,
+            weights.astype(dtype),
+            experts,
+            self.gate[...].astype(dtype),
+            self.up[...].astype(dtype),
+            self.down[...].astype(dtype),
+        )
+        statistics = router_statistics(probabilities, experts, is_token.reshape(-1))
+        return output.reshape(hidden.shape), statistics
+
+    def _probabilities(self, tokens: Float[Array, "M D"]) -> Float[Array, "M E"]:
+        router = self.router[...].astype(jnp.float32)
+        return jax.nn.softmax(jnp.einsum("MD,DE->ME", tokens.astype(jnp.float32), router))
+
+
+def apply_experts(
+    tokens: Float[Array, "M D"],
+    weights: Float[Array, "M C"],
+    experts: Int[Array, "M C"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+) -> Float[Array, "M D"]:
+    """Sends each token through its C experts and returns the weighted sum of their outputs.
+
+    Copies of the tokens are sorted by expert, so that each expert reads one contiguous group and
+    the work grows with the number of tokens, whatever the number of experts.
+    """
+    M, C = experts.shape
+    order = jnp.argsort(experts.reshape(-1), stable=True)  # Copy m * C + c is token m's choice c.
+    group_sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[0])
+    grouped = tokens[order // C]
+    activated = jax.nn.silu(jax.lax.ragged_dot(grouped, gate, group_sizes))
+    activated *= jax.lax.ragged_dot(grouped, up, group_sizes)
+    outputs = jax.lax.ragged_dot(activated, down, group_sizes)
+    in_token_order = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
+    return jnp.einsum("MCD,MC->MD", in_token_order.reshape(M, C, -1), weights)
+
+
+def router_statistics(
+    probabilities: Float[Array, "M E"], experts: Int[Array, "M C"], is_token: Bool[Array, "M"]
+) -> RouterStatistics:
+    """Returns the sums that the load-balancing loss is made of, over the tokens that are real."""
+    real = is_token.astype(jnp.float32)
+    chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)
+    return RouterStatistics(
+        choices=jnp.einsum("MCE,M->CE", chosen, real),
+        probabilities=jnp.einsum("ME,M->E", probabilities, real),
+        tokens=jnp.sum(real),
+    )
+
+
+class Mixtral(Mistral):
+    """A Mistral with experts; `run` returns their `RouterStatistics` for each stream."""
+
+    feed_forward = Experts
