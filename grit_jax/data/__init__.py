@@ -1,0 +1,1 @@
+"""From text files to packed batches: templates, tokens, prepared datasets, schedule, packing."""

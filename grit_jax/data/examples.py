@@ -1,0 +1,175 @@
+"""Examples as a prepared dataset holds them: token ids, and which of them count.
+
+An embedding example has a query, its positives and its negatives; a chat example is one
+conversation. Both are read from text in the original's two formats, cut to a length, and written
+as bytes.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from flax import serialization
+import numpy as np
+
+from grit_jax.data.templates import chat_prompt, embedding_prefix
+from grit_jax.data.tokenizer import Tokenizer
+
+
+class RejectedExample(ValueError):
+    """An example that cannot be trained on; its message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Token ids of one text, and which of them count (to be pooled, or to be learned)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingExample:
+    """A query, the passages that answer it (at least one), and some that do not (maybe none)."""
+
+    query: Text
+    positives: list[Text]
+    negatives: list[Text]
+
+    @property
+    def texts(self) -> list[Text]:
+        """All its texts, in the order in which a dataset stores their lengths."""
+        return [self.query, *self.positives, *self.negatives]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatExample:
+    """A conversation, of which the assistant's words are to be learned."""
+
+    chat: Text
+
+    @property
+    def texts(self) -> list[Text]:
+        """All its texts, in the order in which a dataset stores their lengths."""
+        return [self.chat]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaxLengths:
+    """Longest texts in tokens; what is longer is cut. The defaults are those of GritLM."""
+
+    query: int = 256
+    passage: int = 2048
+    chat: int = 2048
+
+
+def embedding_text(
+    tokenizer: Tokenizer, instruction: str, text: str, max_length: int
+) -> Text:
+    """Returns `<s>`, the instruction and the text, cut to `max_length` tokens.
+
+    The mask leaves out `<s>` and the instruction: they are attended to, and not pooled.
+
+    Raises:
+      RejectedExample: the text is empty, or the instruction alone is over the length.
+    """
+    if not text.strip():
+        raise RejectedExample("empty text")
+    prefix = embedding_prefix(instruction)
+    prefix_length = 1 + len(tokenizer.encode(prefix))
+    if prefix_length >= max_length:
+        raise RejectedExample("instruction alone is over the length")
+    tokens = np.array([tokenizer.bos_id, *tokenizer.encode(prefix + text)][:max_length], np.int32)
+    return Text(tokens, np.arange(len(tokens)) >= prefix_length)
+
+
+def chat_text(tokenizer: Tokenizer, turns: Sequence[str], max_length: int) -> Text:
+    """Returns a conversation, user first and turn about, cut to `max_length` tokens.
+
+    The mask holds the assistant's words and the `</s>` after each. In the original it drifts by
+    two tokens with each further turn.
+
+    Raises:
+      RejectedExample: no user's turn is followed by an answer, a turn is empty, or the first
+        prompt alone is over the length.
+    """
+    if len(turns) < 2:
+        raise RejectedExample("a chat without an answer")
+    if not all(turn.strip() for turn in turns):
+        raise RejectedExample("empty turn")
+    ids, mask = [tokenizer.bos_id], [False]
+    for first in range(0, len(turns) - 1, 2):
+        prompt = chat_prompt(turns[first], is_first=first == 0)
+        turn_ids = tokenizer.encode(prompt + turns[first + 1].strip())
+        prompt_length = len(tokenizer.encode(prompt))
+        ids += [*turn_ids, tokenizer.eos_id]
+        mask += [False] * prompt_length + [True] * (len(turn_ids) - prompt_length + 1)
+    if not any(mask[:max_length]):
+        raise RejectedExample("prompt alone is over the length")
+    return Text(np.array(ids[:max_length], np.int32), np.array(mask[:max_length]))
+
+
+def embedding_example(
+    tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths
+) -> EmbeddingExample:
+    """Returns the example of `{"query": [instruction, text], "pos": [[...]], "neg": [[...]]}`.
+
+    Raises:
+      RejectedExample: see `embedding_text`; or there is no positive.
+    """
+    if not len(raw["pos"]):
+        raise RejectedExample("no positive")
+
+    def passages(pairs: Sequence[Sequence[str]]) -> list[Text]:
+        return [embedding_text(tokenizer, *pair, max_lengths.passage) for pair in pairs]
+
+    return EmbeddingExample(
+        query=embedding_text(tokenizer, *raw["query"], max_lengths.query),
+        positives=passages(raw["pos"]),
+        negatives=passages(raw["neg"]),
+    )
+
+
+def chat_example(
+    tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths
+) -> ChatExample:
+    """Returns the example of `{"text": [user, assistant, ...]}`.
+
+    Raises:
+      RejectedExample: see `chat_text`.
+    """
+    return ChatExample(chat_text(tokenizer, raw["text"], max_lengths.chat))
+
+
+EXAMPLE_MAKERS = {"embedding": embedding_example, "generative": chat_example}
+
+
+def to_bytes(example: EmbeddingExample | ChatExample) -> bytes:
+    """Returns the example as a record: msgpack of arrays, two bytes a token where they suffice."""
+    texts = example.texts
+    tokens = np.concatenate([text.tokens for text in texts])
+    record = {
+        "tokens": tokens.astype(np.uint16 if tokens.max() < 2**16 else np.uint32),
+        "mask": np.packbits(np.concatenate([text.mask for text in texts])),
+        "lengths": np.array([len(text) for text in texts], np.uint32),
+    }
+    if isinstance(example, EmbeddingExample):
+        record["num_positives"] = len(example.positives)
+    return serialization.msgpack_serialize(record)
+
+
+def from_bytes(record_bytes: bytes) -> EmbeddingExample | ChatExample:
+    """Returns the example of a record made by `to_bytes`."""
+    record = serialization.msgpack_restore(record_bytes)
+    tokens = record["tokens"].astype(np.int32)
+    mask = np.unpackbits(record["mask"], count=len(tokens)).astype(bool)
+    ends = np.cumsum(record["lengths"])[:-1]
+    pieces = zip(np.split(tokens, ends), np.split(mask, ends), strict=True)
+    texts = [Text(*piece) for piece in pieces]
+    if "num_positives" not in record:
+        return ChatExample(texts[0])
+    first_negative = 1 + record["num_positives"]
+    return EmbeddingExample(texts[0], texts[1:first_negative], texts[first_negative:])

@@ -1,0 +1,147 @@
+"""A prepared dataset on disk: its folder, its manifest, its lengths, its records.
+
+    FOLDER/MIXTURE.json                      names and rates of the datasets mixed
+    FOLDER/DATASET/SPLIT/manifest.json       what is in it and what it was made from
+    FOLDER/DATASET/SPLIT/lengths.npz         tokens of every text of every example
+    FOLDER/DATASET/SPLIT/*.arrayrecord       the examples
+
+The lengths stand apart, so that a whole global batch can be planned without reading an example.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import grain
+import numpy as np
+
+from grit_jax.data.examples import ChatExample, EmbeddingExample, from_bytes
+
+FORMAT_VERSION = 1
+KINDS = ("embedding", "generative")
+
+
+class PreparedDataError(ValueError):
+    """Prepared data is missing or unfit; the message says which and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a prepared dataset holds and what it was made from.
+
+    Attributes:
+      kind: "embedding" or "generative".
+      count: number of examples.
+      longest: tokens of its longest "query" and "passage", or "chat".
+      max_lengths: the lengths that texts were cut to.
+      tokenizer: name, SHA-256 and number of pieces of the tokenizer.
+      rejected: number of examples left out, by reason.
+      shards: names of the record files.
+      format_version: version of this format.
+    """
+
+    kind: str
+    count: int
+    longest: dict[str, int]
+    max_lengths: dict[str, int]
+    tokenizer: dict[str, Any]
+    rejected: dict[str, int]
+    shards: list[str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Tokens of every text of every example.
+
+    Attributes:
+      tokens: lengths of all texts, example after example.
+      first: index in `tokens` of each example's first text, and one past the last.
+      num_positives: number of positives of each example (0 for a chat).
+    """
+
+    tokens: np.ndarray
+    first: np.ndarray
+    num_positives: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Iterable[EmbeddingExample | ChatExample]) -> "Lengths":
+        """Returns the lengths of these examples."""
+        counts, tokens, num_positives = [0], [], []
+        for example in examples:
+            counts.append(len(example.texts))
+            tokens += [len(text) for text in example.texts]
+            is_pair = isinstance(example, EmbeddingExample)
+            num_positives.append(len(example.positives) if is_pair else 0)
+        return cls(np.array(tokens, np.int32), np.cumsum(counts), np.array(num_positives, np.int32))
+
+    def __getitem__(self, example: int) -> np.ndarray:
+        """Returns the lengths of one example's texts, in the order of its `texts`."""
+        return self.tokens[self.first[example] : self.first[example + 1]]
+
+
+class PreparedDataset:
+    """One prepared dataset, read at random.
+
+    Raises:
+      PreparedDataError: a part of it is missing or was made by another version.
+    """
+
+    def __init__(self, folder: epath.PathLike, name: str, split: str):
+        self.name = name
+        self.folder = epath.Path(folder) / name / split
+        manifest_path = self.folder / "manifest.json"
+        if not manifest_path.exists():
+            raise PreparedDataError(
+                f"{manifest_path} does not exist: prepare the dataset first (grit-jax prepare)"
+            )
+        stored = json.loads(manifest_path.read_text())
+        if stored.get("format_version") != FORMAT_VERSION:
+            raise PreparedDataError(f"{manifest_path} is of another version: prepare it again")
+        self.manifest = Manifest(**stored)
+        for file in ("lengths.npz", *self.manifest.shards):
+            if not (self.folder / file).exists():
+                raise PreparedDataError(f"{self.folder / file} is missing: prepare it again")
+        with (self.folder / "lengths.npz").open("rb") as file:
+            self.lengths = Lengths(**np.load(file))
+        shards = [str(self.folder / shard) for shard in self.manifest.shards]
+        self._records = grain.sources.ArrayRecordDataSource(shards)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def read(self, indices: Sequence[int]) -> list[EmbeddingExample | ChatExample]:
+        """Returns the examples of these numbers."""
+        return [from_bytes(record) for record in self._records.__getitems__(list(indices))]
+
+
+def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, field: str) -> dict:
+    """Returns the datasets of a prepared mixture with their rates, as {PreparedDataset: rate}.
+
+    Args:
+      folder: the folder given to `grit-jax prepare`.
+      mixture: name of the mixture.
+      split: "train" or "held_out".
+      kind: "embedding" or "generative".
+      field: name of the configuration's field that asks for it, for messages.
+
+    Raises:
+      PreparedDataError: it is missing, or of the other kind.
+    """
+    path = epath.Path(folder) / f"{mixture}.json"
+    if not path.exists():
+        raise PreparedDataError(
+            f"config.data.{field}={mixture!r}: {path} does not exist; prepare it first: "
+            f"grit-jax prepare {mixture} --output {folder}"
+        )
+    rates = json.loads(path.read_text())["rates"]
+    datasets = {PreparedDataset(folder, name, split): rate for name, rate in rates.items()}
+    for dataset in datasets:
+        if dataset.manifest.kind != kind:
+            raise PreparedDataError(
+                f"config.data.{field}={mixture!r}: {dataset.name} holds "
+                f"{dataset.manifest.kind} examples, not {kind} ones"
+            )
+    return datasets
