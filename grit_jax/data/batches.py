@@ -13,9 +13,9 @@ from grit_jax.data.packing import pack, plan_rows
 from grit_jax.data.schedule import Draw, Schedule, choose_passages
 
 # Steps whose row counts are looked at to choose the shapes that a run compiles, and how much
-# larger than the largest seen the spare shapes are.
+# larger than the largest seen the spare shape is.
 STEPS_LOOKED_AT = 64
-SPARE_SHAPES = (1.15, 1.5)
+SPARE_SHAPE = 1.25
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,27 +93,30 @@ class Batches:
                     )
 
     def _choose_shapes(self) -> list[dict[str, int]]:
-        """Returns up to four sets of row counts, from the usual one to the one that always fits.
+        """Returns up to four sets of row counts, ending with the one that always fits.
 
-        All steps of a run use one of them, so that a run compiles at most four programs.
+        Every step uses the first that it fits, so that a run compiles at most four programs.
         """
         plans = [self.plan(step) for step in range(STEPS_LOOKED_AT)]
-        streams = plans[0].rows
-        usual = {stream: max(len(plan.rows[stream]) for plan in plans) for stream in streams}
-        batch_sizes = {
+        usual = _most_rows(plans)
+        of_datasets = [
+            _most_rows([plan for plan in plans if plan.dataset is dataset])
+            for dataset in dict.fromkeys(plan.dataset for plan in plans)
+        ]
+        factors = (1.0, SPARE_SHAPE, float("inf"))
+        candidates = of_datasets if len(of_datasets) == 2 else []
+        candidates += [{s: rows * factor for s, rows in usual.items()} for factor in factors]
+        most = {
             "query": self.embedding.batch_size if self.embedding else 0,
             "passage": self.embedding.batch_size * self.group_size if self.embedding else 0,
             "chat": self.generative.batch_size if self.generative else 0,
         }
         shapes = []
-        for factor in (1.0, *SPARE_SHAPES, float("inf")):
-            shape = {
-                stream: self._round_up(min(usual[stream] * factor, batch_sizes[stream]))
-                for stream in streams
-            }
+        for candidate in candidates:
+            shape = {s: self._round_up(min(rows, most[s])) for s, rows in candidate.items()}
             if shape not in shapes:
                 shapes.append(shape)
-        return shapes
+        return [*shapes[:3], shapes[-1]] if len(shapes) > 4 else shapes
 
     def _round_up(self, rows: float) -> int:
         return int(-(-rows // self.row_multiple)) * self.row_multiple
@@ -185,6 +188,10 @@ class Batches:
 
     def _pack(self, stream: str, texts: Sequence[Text | None], plan: Plan, shape: dict[str, int]):
         return pack(texts, plan.rows[stream], shape[stream], self.row_lengths[stream])
+
+
+def _most_rows(plans: Sequence[Plan]) -> dict[str, int]:
+    return {stream: max(len(plan.rows[stream]) for plan in plans) for stream in plans[0].rows}
 
 
 def number_contents(texts: Sequence[Text | None]) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 import functools
+import importlib
 import json
 import multiprocessing.pool
 from pathlib import Path
@@ -33,6 +34,7 @@ EXAMPLES_A_SHARD = 100_000
 
 def prepare_mixtures(
     names: Sequence[str],
+    modules: Sequence[str],
     output: Path,
     tokenizer: Tokenizer,
     max_lengths: MaxLengths,
@@ -44,6 +46,7 @@ def prepare_mixtures(
 
     Args:
       names: names of registered Mixtures.
+      modules: Python modules to import first, for the Mixtures that they declare.
       output: folder for the prepared datasets (see `grit_jax.data.manifest`).
       tokenizer: text to ids.
       max_lengths: longest texts in tokens.
@@ -54,8 +57,8 @@ def prepare_mixtures(
     """
     import seqio  # TensorFlow, which nothing but preparing needs.
 
-    from grit_jax.data import tasks  # noqa: F401  registers the ready-made ones
-
+    for module in ("grit_jax.data.tasks", *modules):
+        importlib.import_module(module)
     for name in names:
         if name not in seqio.MixtureRegistry.names():
             known = ", ".join(sorted(seqio.MixtureRegistry.names()))

@@ -1,0 +1,39 @@
+"""A small Mistral from scratch on the embedded sample: minutes on two cores."""
+
+from grit_jax.config import default_config
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.steps = 400
+    config.log_every_steps = 10
+
+    config.model.sizes = {
+        "vocab_size": 32000,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.loss.temperature = 0.05
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_fraction = 0.1
+
+    config.data.folder = "data/sample"
+    config.data.embedding = "sample_embedding"
+    config.data.generative = "sample_chat"
+    config.data.embedding_batch_size = 128
+    config.data.generative_batch_size = 16
+    config.data.query_row_length = 128
+    config.data.passage_row_length = 128
+    config.data.chat_row_length = 128
+
+    config.checkpoint.every_steps = 100
+    config.evaluation.enabled = True
+    return config

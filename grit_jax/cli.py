@@ -1,0 +1,88 @@
+"""The console command grit-jax: each subcommand in its own words, errors in one line."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+import sys
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `grit-jax` with these arguments, by default those of the process."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "prepare": prepare}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
+        return
+    if argv[0] not in commands:
+        fail(f"grit-jax: unknown command {argv[0]!r}; there are: {', '.join(commands)}")
+    commands[argv[0]](argv[1:])
+
+
+def _summaries(commands: dict) -> str:
+    lines = [f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in commands.items()]
+    return "\n".join([*lines, "", "grit-jax COMMAND --help says more."])
+
+
+def fail(message: str) -> None:
+    """Prints one line to standard error and ends the process."""
+    print(message, file=sys.stderr)
+    raise SystemExit(USAGE_ERROR)
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Trains a model: --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{train.__doc__}\n\nThe fields are those of grit_jax/config.py.")
+        return
+    from etils import epath
+
+    from grit_jax.config import ConfigError
+    from grit_jax.config_flags import parse_flags
+    from grit_jax.data.manifest import PreparedDataError
+    from grit_jax.run import run
+    from grit_jax.sharding import MeshError
+
+    try:
+        config, workdir = parse_flags(argv)
+        run(config, epath.Path(workdir).resolve())
+    except (ConfigError, MeshError, PreparedDataError) as error:
+        fail(f"{type(error).__name__}: {error}")
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Makes token ids of datasets, once, so that training reads them at random."""
+    from grit_jax.data.examples import MaxLengths
+    from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+
+    parser = argparse.ArgumentParser(prog="grit-jax prepare", description=prepare.__doc__)
+    parser.add_argument("mixtures", nargs="+", metavar="MIXTURE", help="name of a seqio Mixture")
+    parser.add_argument("--output", type=Path, required=True, help="folder to prepare it in")
+    parser.add_argument(
+        "--tokenizer", default=MISTRAL, help="'mistral' or the path of a SentencePiece model"
+    )
+    parser.add_argument(
+        "--module", action="append", default=[], help="Python module that declares your Mixtures"
+    )
+    for stream, length in vars(MaxLengths()).items():
+        help_text = f"longest {stream} in tokens ({length})"
+        parser.add_argument(f"--{stream}-length", type=int, default=length, help=help_text)
+    arguments = parser.parse_args(argv)
+
+    from grit_jax.data.manifest import PreparedDataError
+    from grit_jax.data.prepare import prepare_mixtures
+
+    try:
+        tokenizer = Tokenizer(arguments.tokenizer)
+        lengths = MaxLengths(
+            query=arguments.query_length,
+            passage=arguments.passage_length,
+            chat=arguments.chat_length,
+        )
+        prepare_mixtures(arguments.mixtures, arguments.module, arguments.output, tokenizer, lengths)
+    except (PreparedDataError, FileNotFoundError) as error:
+        fail(f"{type(error).__name__}: {error}")
+    except ModuleNotFoundError as error:
+        fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")

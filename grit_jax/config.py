@@ -1,0 +1,133 @@
+"""Every field of a configuration, with its default: the hyperparameters of GritLM 7B.
+
+A file in `configs/` starts from `default_config()` and changes what differs. An experiment is that
+file; `--config.x.y=z` on the command line overrides any field.
+"""
+
+from collections.abc import Mapping
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A field of the configuration is unknown, of the wrong type, or impossible."""
+
+
+def default_config() -> ConfigDict:
+    """Returns a configuration with every field there is."""
+    config = ConfigDict()
+    config.mode = "unified"  # or "embedding", "generative": the streams that are trained
+    config.steps = 1253
+    config.seed = 0
+    config.log_every_steps = 10
+    config.grad_cache_chunks = 1  # more are not supported yet
+
+    config.model = ConfigDict()
+    config.model.architecture = "mistral"  # or "mixtral"
+    # Sizes by the names of Hugging Face's config.json; the architecture's own default where left
+    # out (see models/mistral.py and models/mixtral.py).
+    config.model.sizes = ConfigDict()
+    config.model.dtype = "bfloat16"  # of the computation
+    config.model.param_dtype = "float32"
+    config.model.remat = "full"  # "none" saves what "full" computes again in the backward pass
+    # Embedding instruction, embedding text, generation instruction, generation text: each
+    # bidirectional or causal. "bbcc" or "cccc".
+    config.model.attention = "bbcc"
+    config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
+
+    config.loss = ConfigDict()
+    config.loss.embedding_weight = 1.0
+    config.loss.generative_weight = 1.0
+    config.loss.temperature = 0.02
+    config.loss.generative_reduction = "mixed"  # or "token", "mean": see objectives/next_token.py
+    config.loss.generative_group_size = 32  # chats in a group of "mixed": the original's device
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 2e-5  # the highest; linear warm-up, then linear decay to 0
+    config.optimizer.warmup_fraction = 0.03  # of the steps
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # of the gradient of all parameters together
+
+    config.data = ConfigDict()
+    config.data.folder = "data/prepared"  # what grit-jax prepare wrote
+    config.data.embedding = "embedding"  # mixtures in that folder
+    config.data.generative = "chat"
+    config.data.embedding_batch_size = 2048  # queries a step, over all devices
+    config.data.generative_batch_size = 256  # chats a step, over all devices
+    config.data.group_size = 2  # passages a query: one positive, the rest negatives
+    # Tokens of a row. Several texts share one; the longest must fit.
+    config.data.query_row_length = 256
+    config.data.passage_row_length = 2048
+    config.data.chat_row_length = 2048
+
+    config.mesh = ConfigDict()  # -1: what the others leave
+    config.mesh.slice = 1
+    config.mesh.fsdp = -1
+    config.mesh.tensor = 1
+    config.mesh.expert = 1
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 250
+    config.checkpoint.keep = 2
+
+    config.evaluation = ConfigDict()
+    config.evaluation.enabled = False  # on the held-out split, before and after training
+    config.evaluation.batch_size = 256  # texts
+    return config
+
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Checks that a configuration has the fields of the default one, each of its type.
+
+    Raises:
+      ConfigError: it does not; the message names the field.
+    """
+    _check_section(config, default_config(), "config")
+    choices = ("unified", "embedding", "generative")
+    if config["mode"] not in choices:
+        raise ConfigError(f"config.mode={config['mode']!r} must be one of {', '.join(choices)}")
+    if config["grad_cache_chunks"] != 1:
+        raise ConfigError("config.grad_cache_chunks must be 1: chunks are not supported yet")
+    positive = {
+        "": ("steps", "log_every_steps"),
+        "data": ("embedding_batch_size", "generative_batch_size", "group_size"),
+        "checkpoint": ("every_steps", "keep"),
+        "evaluation": ("batch_size",),
+    }
+    for section, names in positive.items():
+        for name in names:
+            value = config[section][name] if section else config[name]
+            if value < 1:
+                where = f"config.{section}.{name}" if section else f"config.{name}"
+                raise ConfigError(f"{where}={value} must be at least 1")
+
+
+def _check_section(section: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:
+    for key in section:
+        if key not in expected:
+            close = difflib.get_close_matches(key, expected, 1)
+            hint = f"; did you mean {name}.{close[0]}?" if close else ""
+            raise ConfigError(f"{name}.{key}: there is no such field{hint}")
+    for key, default in expected.items():
+        if key not in section:
+            raise ConfigError(f"{name}.{key} is missing: start from default_config()")
+        value, where = section[key], f"{name}.{key}"
+        if where == "config.model.sizes":
+            continue  # The model's own configuration knows its fields.
+        if isinstance(default, Mapping):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where} must be a section, not {value!r}")
+            _check_section(value, default, where)
+        elif not _is_of_type(value, type(default)):
+            raise ConfigError(f"{where}={value!r} must be of type {type(default).__name__}")
+
+
+def _is_of_type(value: Any, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is wanted

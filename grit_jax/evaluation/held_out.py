@@ -1,0 +1,174 @@
+"""Retrieval and perplexity on held-out data, with the model as it is being trained."""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grit_jax.data.batch import PackedTexts
+from grit_jax.data.batches import number_contents
+from grit_jax.data.examples import Text
+from grit_jax.data.manifest import PreparedDataset
+from grit_jax.data.packing import pack, plan_rows
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
+from grit_jax.objectives.next_token import next_token_loss, shift_targets
+from grit_jax.sharding import batch_shards
+from grit_jax.training.joint_loss import embed_texts
+from grit_jax.training.train_step import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalTask:
+    """Queries of all held-out datasets over one corpus: the positives of them all.
+
+    Attributes:
+      queries: the queries, dataset after dataset.
+      passages: the positives, each text once.
+      relevant: for each query the numbers of its positives among the passages.
+      datasets: for each query the name of its dataset.
+    """
+
+    queries: list[Text]
+    passages: list[Text]
+    relevant: list[set[int]]
+    datasets: list[str]
+
+
+def retrieval_task(datasets: Sequence[PreparedDataset]) -> RetrievalTask:
+    """Returns the queries and the corpus of these datasets."""
+    queries, positives, owners, names = [], [], [], []
+    for dataset in datasets:
+        for example in dataset.read(range(len(dataset))):
+            positives += example.positives
+            owners += [len(queries)] * len(example.positives)
+            queries.append(example.query)
+            names.append(dataset.name)
+    first_copies = number_contents(positives)
+    kept = np.unique(first_copies)
+    relevant: list[set[int]] = [set() for _ in queries]
+    for owner, place in zip(owners, np.searchsorted(kept, first_copies), strict=True):
+        relevant[owner].add(int(place))
+    return RetrievalTask(queries, [positives[number] for number in kept], relevant, names)
+
+
+class HeldOut:
+    """Held-out data, and the measures of a model on it.
+
+    Args:
+      trainer: the model's and the mesh's.
+      retrieval: the datasets of queries and positives; none to leave retrieval out.
+      chats: the datasets of chats; none to leave perplexity out.
+      row_lengths: tokens of a row, by stream ("query", "passage", "chat").
+      batch_size: texts to a batch.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        retrieval: Sequence[PreparedDataset],
+        chats: Sequence[PreparedDataset],
+        row_lengths: dict[str, int],
+        batch_size: int,
+    ):
+        self._trainer = trainer
+        self._row_lengths, self._batch_size = row_lengths, batch_size
+        self._task = retrieval_task(retrieval) if retrieval else None
+        self._chats = [
+            example.chat for dataset in chats for example in dataset.read(range(len(dataset)))
+        ]
+        self._tokenizer_name = retrieval[0].manifest.tokenizer["name"] if retrieval else ""
+        self._embed = jax.jit(self._embed_batch)
+        self._cross_entropy = jax.jit(self._cross_entropy_batch)
+
+    def measure(self, parameters: nnx.State) -> dict[str, float]:
+        """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""
+        measures = {}
+        with jax.set_mesh(self._trainer.mesh):
+            if self._task is not None:
+                queries = self._embed_all(parameters, self._task.queries, "query")
+                passages = self._embed_all(parameters, self._task.passages, "passage")
+                measures |= self._by_dataset(queries @ passages.T)
+            if self._chats:
+                measures["perplexity"] = self._perplexity(parameters)
+        return measures
+
+    def bm25_baseline(self) -> dict[str, float]:
+        """Returns the retrieval measures of BM25 on the same queries and passages.
+
+        Raises:
+          ImportError: the package bm25s is not installed.
+        """
+        if self._task is None:
+            return {}
+        tokenizer = Tokenizer(self._tokenizer_name)
+
+        def words(texts: Sequence[Text]) -> list[str]:
+            return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
+
+        return self._by_dataset(bm25_scores(words(self._task.queries), words(self._task.passages)))
+
+    def chance(self) -> dict[str, float]:
+        """Returns what a random order of the passages earns on average, for one answer a query."""
+        if self._task is None:
+            return {}
+        count = len(self._task.passages)
+        gain = sum(1 / math.log2(2 + rank) for rank in range(10)) / count
+        return {
+            f"{name}/{measure}": value
+            for name in dict.fromkeys(self._task.datasets)
+            for measure, value in (("ndcg_at_10", gain), ("recall_at_1", 1 / count))
+        }
+
+    def _by_dataset(self, scores: np.ndarray) -> dict[str, float]:
+        assert self._task is not None
+        names = np.array(self._task.datasets)
+        measures = {}
+        for name in dict.fromkeys(self._task.datasets):
+            own = np.flatnonzero(names == name)
+            relevant = [self._task.relevant[query] for query in own]
+            for measure, value in retrieval_measures(scores[own], relevant).items():
+                measures[f"{name}/{measure}"] = value
+        return measures
+
+    def _embed_all(self, parameters: nnx.State, texts: list[Text], stream: str) -> np.ndarray:
+        batches = [np.asarray(self._embed(parameters, b)) for b in self._batches(texts, stream)]
+        return np.concatenate(batches)[: len(texts)]
+
+    def _perplexity(self, parameters: nnx.State) -> float:
+        totals = [self._cross_entropy(parameters, b) for b in self._batches(self._chats, "chat")]
+        nats, targets = np.sum([jax.device_get(total) for total in totals], axis=0)
+        return float(np.exp(nats / targets))
+
+    def _batches(self, texts: list[Text], stream: str) -> list[Any]:
+        """Returns the texts in order, in batches of one shape; numbers may be unused at the end."""
+        row_length, shards = self._row_lengths[stream], batch_shards(self._trainer.mesh)
+        groups = [
+            texts[start : start + self._batch_size]
+            for start in range(0, len(texts), self._batch_size)
+        ]
+        plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
+        num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
+        batches = []
+        for group, plan in zip(groups, plans, strict=True):
+            padded = [*group, *[None] * (self._batch_size - len(group))]
+            batches.append(self._trainer.to_devices(pack(padded, plan, num_rows, row_length)))
+        return batches
+
+    def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> jax.Array:
+        return embed_texts(self._trainer.model(parameters), texts, self._trainer.loss_config)
+
+    def _cross_entropy_batch(
+        self, parameters: nnx.State, chats: PackedTexts
+    ) -> tuple[jax.Array, jax.Array]:
+        model = self._trainer.model(parameters)
+        hidden = model(chats.tokens, chats.positions, chats.segment_ids, is_causal=True)
+        targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+        weights = is_target.astype(jnp.float32)
+        nats = next_token_loss(hidden, model.output_projection(), targets, weights)
+        return nats, jnp.sum(weights)

@@ -1,0 +1,256 @@
+"""From a configuration to a finished run: mesh, data, state, loop, and the table at the end."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from grit_jax.config import ConfigError, check_fields
+from grit_jax.data.batches import Batches, RowLengths, read_ahead
+from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
+from grit_jax.data.schedule import Schedule, stable_seed
+from grit_jax.evaluation.held_out import HeldOut
+from grit_jax.models import MistralConfig, make_config
+from grit_jax.sharding import batch_shards, make_mesh
+from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.loop import StepReport, Stopwatch, train
+from grit_jax.training.metrics import MetricsFile, draw_curves, read_metrics
+from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.progress import ProgressReport
+from grit_jax.training.train_step import Trainer, TrainState
+
+Datasets = dict[PreparedDataset, float]
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains as the configuration says, from the newest checkpoint in `workdir` if there is one.
+
+    All that can be wrong with the configuration or the data shows before anything is compiled.
+    The working directory ends up with `config.json`, `metrics.jsonl`, `curves.png` and
+    `checkpoints/`.
+
+    Raises:
+      ConfigError, MeshError, PreparedDataError: the message names what is wrong.
+    """
+    console = Console()
+    check_fields(config)
+    trainer = make_trainer(config)
+    batches = make_batches(config, trainer)
+    held_out = make_held_out(config, trainer)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _keep_config(config, workdir / "config.json")
+
+    checkpoint = config.checkpoint
+    with Checkpoints(workdir / "checkpoints", checkpoint.every_steps, checkpoint.keep) as saved:
+        state = _first_state(config, trainer, saved, console)
+        start = int(state.step)
+        metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)
+        if held_out is not None and start == 0:
+            _measure(held_out, state, metrics_file, console)
+        if start < config.steps:
+            state = _train(config, trainer, state, batches, saved, metrics_file, console)
+            if held_out is not None:
+                _measure(held_out, state, metrics_file, console)
+    lines = read_metrics(metrics_file.path)
+    draw_curves(lines, workdir / "curves.png")
+    if held_out is not None:
+        console.print(_result_table(held_out, lines))
+    for name in ("checkpoints", "metrics.jsonl", "curves.png"):
+        console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)
+
+
+def make_trainer(config: ConfigDict) -> Trainer:
+    """Returns the trainer of a configuration, over all devices.
+
+    Raises:
+      ConfigError, MeshError: the message names the field.
+    """
+    optimizer = config.optimizer.to_dict()
+    schedule = learning_rate_schedule(
+        optimizer.pop("learning_rate"), optimizer.pop("warmup_fraction"), config.steps
+    )
+    return Trainer(
+        model_config(config),
+        loss_config(config),
+        make_optimizer(schedule, **optimizer),
+        make_mesh(**config.mesh.to_dict()),
+    )
+
+
+def model_config(config: ConfigDict) -> MistralConfig:
+    """Returns the model's configuration.
+
+    Raises:
+      ConfigError: a size is unknown or impossible; the message names the field.
+    """
+    settings = {name: config.model[name] for name in ("dtype", "param_dtype", "remat")}
+    try:
+        return make_config(config.model.architecture, **config.model.sizes.to_dict(), **settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def loss_config(config: ConfigDict) -> LossConfig:
+    """Returns the joint loss's configuration.
+
+    Raises:
+      ConfigError: a name is unknown or a number impossible; the message names the field.
+    """
+    try:
+        return LossConfig(
+            **config.loss.to_dict(),
+            attention=config.model.attention,
+            pooling=config.model.pooling,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def make_batches(config: ConfigDict, trainer: Trainer) -> Batches:
+    """Returns the batches of a configuration.
+
+    Raises:
+      PreparedDataError: data is missing or does not fit; the message names it.
+    """
+    data = config.data
+
+    def schedule(kind: str, mixture: str, batch_size: int) -> Schedule | None:
+        if config.mode not in ("unified", kind):
+            return None
+        datasets = load_mixture(data.folder, mixture, "train", kind, kind)
+        _check_vocabulary(datasets, trainer.model_config)
+        return Schedule(datasets, batch_size, stable_seed(config.seed, kind))
+
+    return Batches(
+        schedule("embedding", data.embedding, data.embedding_batch_size),
+        schedule("generative", data.generative, data.generative_batch_size),
+        row_lengths=_row_lengths(config),
+        group_size=data.group_size,
+        row_multiple=batch_shards(trainer.mesh),
+        seed=stable_seed(config.seed, "passages"),
+    )
+
+
+def make_held_out(config: ConfigDict, trainer: Trainer) -> HeldOut | None:
+    """Returns the held-out data of a configuration, None if it evaluates nothing.
+
+    Raises:
+      PreparedDataError: data is missing or does not fit; the message names it.
+    """
+    if not config.evaluation.enabled:
+        return None
+
+    def datasets(kind: str, mixture: str) -> list[PreparedDataset]:
+        if config.mode not in ("unified", kind):
+            return []
+        return list(load_mixture(config.data.folder, mixture, "held_out", kind, kind))
+
+    return HeldOut(
+        trainer,
+        datasets("embedding", config.data.embedding),
+        datasets("generative", config.data.generative),
+        dataclasses.asdict(_row_lengths(config)),
+        config.evaluation.batch_size,
+    )
+
+
+def _row_lengths(config: ConfigDict) -> RowLengths:
+    return RowLengths(
+        query=config.data.query_row_length,
+        passage=config.data.passage_row_length,
+        chat=config.data.chat_row_length,
+    )
+
+
+def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
+    for dataset in datasets:
+        pieces = dataset.manifest.tokenizer["vocab_size"]
+        if pieces > model.vocab_size:
+            raise PreparedDataError(
+                f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
+                f"but config.model.sizes.vocab_size={model.vocab_size}"
+            )
+
+
+def _keep_config(config: ConfigDict, path: epath.Path) -> None:
+    path.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+
+def _first_state(
+    config: ConfigDict, trainer: Trainer, saved: Checkpoints, console: Console
+) -> TrainState:
+    if saved.latest_step is None:
+        count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
+        console.print(f"{count:,} parameters, at random", highlight=False)
+        return trainer.initial_state(config.seed)
+    console.print(f"continuing from step {saved.latest_step} of {saved.folder}", highlight=False)
+    return saved.restore(trainer.abstract_state())
+
+
+def _train(
+    config: ConfigDict,
+    trainer: Trainer,
+    state: TrainState,
+    batches: Batches,
+    saved: Checkpoints,
+    metrics_file: MetricsFile,
+    console: Console,
+) -> TrainState:
+    def save(report: StepReport) -> None:
+        saved.save(report.step, report.state, is_last=report.step == config.steps)
+
+    start = int(state.step)
+    with ProgressReport(start, config.steps, console) as progress:
+        rate = config.optimizer
+        stopwatch = Stopwatch(
+            config.log_every_steps,
+            config.steps,
+            learning_rate_schedule(rate.learning_rate, rate.warmup_fraction, config.steps),
+            [metrics_file.write, progress.show],
+        )
+        coming = read_ahead(batches, start, config.steps)
+        return train(trainer, state, coming, [stopwatch, save], progress.say)
+
+
+def _measure(
+    held_out: HeldOut, state: TrainState, metrics_file: MetricsFile, console: Console
+) -> None:
+    console.print("measuring on held-out data ...")
+    measures = held_out.measure(state.parameters)
+    prefixed = {f"held_out/{name}": value for name, value in measures.items()}
+    metrics_file.write(int(state.step), prefixed)
+
+
+def _result_table(held_out: HeldOut, lines: list[dict[str, Any]]) -> Table:
+    """Returns the held-out measures before and after training, beside chance and BM25."""
+    measured = [line for line in lines if any(name.startswith("held_out/") for name in line)]
+    try:
+        bm25: Mapping[str, float] = held_out.bm25_baseline()
+    except ImportError:
+        bm25 = {}
+    chance = held_out.chance()
+    first, last = measured[0], measured[-1]
+    table = Table(title="held-out data")
+    for column in ("measure", "chance", "BM25", f"step {first['step']}", f"step {last['step']}"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}" if value < 10 else f"{value:,.1f}"
+
+    for name in (name for name in last if name.startswith("held_out/")):
+        measure = name.removeprefix("held_out/")
+        table.add_row(
+            measure.replace("_", " ").replace("/", "  ").replace("ndcg at ", "nDCG@").replace("recall at ", "recall@"),
+            cell(chance.get(measure)),
+            cell(bm25.get(measure)),
+            cell(first.get(name)),
+            cell(last[name]),
+        )
+    return table

@@ -1,0 +1,80 @@
+"""Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
+
+from types import TracebackType
+
+from etils import epath
+from flax import nnx
+import jax
+import orbax.checkpoint as ocp
+
+from grit_jax.training.train_step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints below a folder; a context, at whose end the last one is on disk.
+
+    Each holds `parameters` (the model's, as a plain tree of arrays) and `optimizer_state`, so that
+    the model can be read without the optimizer.
+
+    Args:
+      folder: where they lie.
+      every_steps: steps between two.
+      keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: epath.Path, every_steps: int, keep: int):
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every_steps, max_to_keep=keep, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, *, is_last: bool = False) -> bool:
+        """Begins to save the state if its turn has come; returns whether it has.
+
+        Args:
+          step: number of steps made.
+          state: what to save.
+          is_last: save it in any case.
+        """
+        if step == self.latest_step:
+            return False
+        items = ocp.args.Composite(
+            parameters=ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
+            optimizer_state=ocp.args.StandardSave(state.optimizer_state),
+        )
+        return self._manager.save(step, args=items, force=is_last)
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """Returns the newest checkpoint's state, laid out as `abstract` says.
+
+        Raises:
+          ValueError: it is of a model of other sizes.
+        """
+        step = self.latest_step
+        assert step is not None, "there is a checkpoint to restore"
+        items = ocp.args.Composite(
+            parameters=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
+            optimizer_state=ocp.args.StandardRestore(abstract.optimizer_state),
+        )
+        restored = self._manager.restore(step, args=items)
+        parameters = abstract.parameters
+        nnx.replace_by_pure_dict(parameters, restored["parameters"])
+        step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+        return TrainState(step_array, parameters, restored["optimizer_state"])

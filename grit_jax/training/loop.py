@@ -1,0 +1,120 @@
+"""The loop: batches in, steps made, and hooks that look on."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import time
+
+import jax
+import numpy as np
+
+from grit_jax.data.batch import Batch
+from grit_jax.training.train_step import Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a hook is told after a step.
+
+    Attributes:
+      step: number of steps made.
+      state: the state after it.
+      metrics: values of the step on the device, and `tokens`, the real tokens it read.
+    """
+
+    step: int
+    state: TrainState
+    metrics: dict[str, jax.Array | float]
+
+
+Hook = Callable[[StepReport], None]
+
+
+def train(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Iterator[Batch],
+    hooks: Sequence[Hook],
+    say: Callable[[str], None],
+) -> TrainState:
+    """Makes a step of every batch and returns the last state.
+
+    Args:
+      trainer: makes the steps.
+      state: the state to go on from; its memory is given to the steps.
+      batches: the batches from the state's step on.
+      hooks: called after each step, in order.
+      say: told of each shape that has to be compiled.
+    """
+    step = int(state.step)
+    compiled = set()
+    with jax.set_mesh(trainer.mesh):
+        for batch in batches:
+            rows = {name: shape for name, shape in batch_rows(batch).items() if shape}
+            is_new = tuple(rows.items()) not in compiled
+            if is_new:
+                say(f"compiling for rows of {', '.join(f'{k} {v}' for k, v in rows.items())} ...")
+                compiled.add(tuple(rows.items()))
+            started = time.perf_counter()
+            state, metrics = trainer.step(state, trainer.to_devices(batch))
+            if is_new:
+                say(f"compiled in {time.perf_counter() - started:.1f} s")
+            step += 1
+            report = StepReport(step, state, {**metrics, "tokens": count_tokens(batch)})
+            for hook in hooks:
+                hook(report)
+    return state
+
+
+def batch_rows(batch: Batch) -> dict[str, str]:
+    """Returns the shape of each stream's rows, as words."""
+    return {name: "x".join(map(str, texts.tokens.shape)) for name, texts in _streams(batch)}
+
+
+def count_tokens(batch: Batch) -> int:
+    """Returns the number of tokens that are not padding."""
+    return sum(int(np.count_nonzero(texts.segment_ids)) for _, texts in _streams(batch))
+
+
+def _streams(batch: Batch):
+    if batch.embedding is not None:
+        yield "queries", batch.embedding.queries
+        yield "passages", batch.embedding.passages
+    if batch.chats is not None:
+        yield "chats", batch.chats
+
+
+class Stopwatch:
+    """A hook that turns every n-th step's metrics into numbers, with speed, and hands them on.
+
+    Args:
+      every_steps: n.
+      stop: the last step, which is reported in any case.
+      learning_rate: learning rate of a step.
+      receivers: called with the step and its metrics as numbers.
+    """
+
+    def __init__(
+        self,
+        every_steps: int,
+        stop: int,
+        learning_rate: Callable[[int], float],
+        receivers: Sequence[Callable[[int, dict[str, float]], None]],
+    ):
+        self._every_steps, self._stop = every_steps, stop
+        self._learning_rate, self._receivers = learning_rate, receivers
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
+
+    def __call__(self, report: StepReport) -> None:
+        self._steps += 1
+        self._tokens += report.metrics["tokens"]
+        if report.step % self._every_steps and report.step != self._stop:
+            return
+        # Fetching the loss waits for the step: the time covers the work, not its dispatch.
+        metrics = {name: float(value) for name, value in report.metrics.items()}
+        seconds = time.perf_counter() - self._since
+        metrics["learning_rate"] = float(self._learning_rate(report.step - 1))
+        metrics["step_seconds"] = seconds / self._steps
+        metrics["tokens_per_second"] = self._tokens / seconds
+        for receive in self._receivers:
+            receive(report.step, metrics)
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
