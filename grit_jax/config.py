@@ -10,14 +10,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+# A ConfigDict, whose fields no type checker knows.
+Config = Any
+
 
 class ConfigError(ValueError):
     """A field of the configuration is unknown, of the wrong type, or impossible."""
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """Returns a configuration with every field there is."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.mode = "unified"  # or "embedding", "generative": the streams that are trained
     config.steps = 1253
     config.seed = 0

@@ -6,10 +6,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from grit_jax.config import ConfigError, check_fields
+from grit_jax.config import Config, ConfigError, check_fields
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
     """Returns the configuration, and the working directory.
 
     Without --workdir it is `runs/NAME` for a configuration file NAME.py.
@@ -29,10 +29,10 @@ def parse_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         raise ConfigError(_first_line(error)) from None
     if rest:
         raise ConfigError(f"what is {rest[0]!r}? Fields are set as --config.FIELD=VALUE")
-    config = holder.value
+    config: Config = holder.value
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict")
-    check_fields(config)
+    check_fields(config.to_dict())
     return config, values["workdir"].value or f"runs/{Path(path).stem}"
 
 

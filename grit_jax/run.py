@@ -7,11 +7,10 @@ from typing import Any
 
 from etils import epath
 import jax
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from grit_jax.config import ConfigError, check_fields
+from grit_jax.config import Config, ConfigError, check_fields
 from grit_jax.data.batches import Batches, RowLengths, read_ahead
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import Schedule, stable_seed
@@ -29,7 +28,7 @@ from grit_jax.training.train_step import Trainer, TrainState
 Datasets = dict[PreparedDataset, float]
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run(config: Config, workdir: epath.Path) -> None:
     """Trains as the configuration says, from the newest checkpoint in `workdir` if there is one.
 
     All that can be wrong with the configuration or the data shows before anything is compiled.
@@ -66,7 +65,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)
 
 
-def make_trainer(config: ConfigDict) -> Trainer:
+def make_trainer(config: Config) -> Trainer:
     """Returns the trainer of a configuration, over all devices.
 
     Raises:
@@ -84,7 +83,7 @@ def make_trainer(config: ConfigDict) -> Trainer:
     )
 
 
-def model_config(config: ConfigDict) -> MistralConfig:
+def model_config(config: Config) -> MistralConfig:
     """Returns the model's configuration.
 
     Raises:
@@ -97,7 +96,7 @@ def model_config(config: ConfigDict) -> MistralConfig:
         raise ConfigError(str(error)) from None
 
 
-def loss_config(config: ConfigDict) -> LossConfig:
+def loss_config(config: Config) -> LossConfig:
     """Returns the joint loss's configuration.
 
     Raises:
@@ -113,7 +112,7 @@ def loss_config(config: ConfigDict) -> LossConfig:
         raise ConfigError(str(error)) from None
 
 
-def make_batches(config: ConfigDict, trainer: Trainer) -> Batches:
+def make_batches(config: Config, trainer: Trainer) -> Batches:
     """Returns the batches of a configuration.
 
     Raises:
@@ -138,7 +137,7 @@ def make_batches(config: ConfigDict, trainer: Trainer) -> Batches:
     )
 
 
-def make_held_out(config: ConfigDict, trainer: Trainer) -> HeldOut | None:
+def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
     """Returns the held-out data of a configuration, None if it evaluates nothing.
 
     Raises:
@@ -161,7 +160,7 @@ def make_held_out(config: ConfigDict, trainer: Trainer) -> HeldOut | None:
     )
 
 
-def _row_lengths(config: ConfigDict) -> RowLengths:
+def _row_lengths(config: Config) -> RowLengths:
     return RowLengths(
         query=config.data.query_row_length,
         passage=config.data.passage_row_length,
@@ -179,12 +178,12 @@ def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
             )
 
 
-def _keep_config(config: ConfigDict, path: epath.Path) -> None:
+def _keep_config(config: Config, path: epath.Path) -> None:
     path.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def _first_state(
-    config: ConfigDict, trainer: Trainer, saved: Checkpoints, console: Console
+    config: Config, trainer: Trainer, saved: Checkpoints, console: Console
 ) -> TrainState:
     if saved.latest_step is None:
         count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
@@ -195,7 +194,7 @@ def _first_state(
 
 
 def _train(
-    config: ConfigDict,
+    config: Config,
     trainer: Trainer,
     state: TrainState,
     batches: Batches,
@@ -247,7 +246,10 @@ def _result_table(held_out: HeldOut, lines: list[dict[str, Any]]) -> Table:
     for name in (name for name in last if name.startswith("held_out/")):
         measure = name.removeprefix("held_out/")
         table.add_row(
-            measure.replace("_", " ").replace("/", "  ").replace("ndcg at ", "nDCG@").replace("recall at ", "recall@"),
+            measure.replace("_", " ")
+            .replace("/", "  ")
+            .replace("ndcg at ", "nDCG@")
+            .replace("recall at ", "recall@"),
             cell(chance.get(measure)),
             cell(bm25.get(measure)),
             cell(first.get(name)),

@@ -1,7 +1,7 @@
 """The Flax modules: they know nothing of data, losses or training."""
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from flax import nnx

@@ -31,7 +31,7 @@ def parameter(
 
 
 def rms_norm(
-    hidden: Float[Array, "... D"], scale: Float[Array, "D"], epsilon: float
+    hidden: Float[Array, "... D"], scale: Float[Array, D], epsilon: float
 ) -> Float[Array, "... D"]:
     """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
     wide = hidden.astype(jnp.float32)
@@ -42,7 +42,7 @@ def rms_norm(
 def rotary_embedding(
     heads: Float[Array, "B S N H"], positions: Int[Array, "B S"], theta: float
 ) -> Float[Array, "B S N H"]:
-    """Rotates pairs (i, i + H/2) of each head by position (arXiv 2104.09864, Hugging Face order)."""
+    """Rotates pairs (i, i + H/2) of each head by position (arXiv 2104.09864, Hugging Face's)."""
     half = heads.shape[-1] // 2
     frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
@@ -61,6 +61,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(scale, out_sharding=("norm",), eager_sharding=False)
 
     def __call__(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Returns the normalised states."""
         return rms_norm(hidden, self.scale[...], self.config.rms_norm_eps)
 
 
@@ -82,6 +83,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S S"],
     ) -> Float[Array, "B S D"]:
+        """Returns what each position gathers from those that `mask` lets it see."""
         dtype, theta = self.config.dtype, self.config.rope_theta
         query = jnp.einsum("BSD,DNH->BSNH", hidden, self.query[...].astype(dtype))
         key = jnp.einsum("BSD,DKH->BSKH", hidden, self.key[...].astype(dtype))

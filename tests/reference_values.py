@@ -3,11 +3,11 @@
 `tests/reference` was made by running the original PyTorch code of GritLM in float32.
 """
 
+import json
 from pathlib import Path
 
 from flax import nnx
 import jax.numpy as jnp
-import json
 import numpy as np
 from safetensors.numpy import load_file
 

@@ -1,12 +1,13 @@
 """What a training step reads: texts packed into rows, and who belongs to whom."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jaxtyping import Bool, Int
-import numpy as np
 
-Array = np.ndarray | jax.Array
+# NumPy arrays on the host, global JAX arrays in a step.
+Array = Any
 
 
 @jax.tree_util.register_dataclass

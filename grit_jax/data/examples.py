@@ -66,9 +66,7 @@ class MaxLengths:
     chat: int = 2048
 
 
-def embedding_text(
-    tokenizer: Tokenizer, instruction: str, text: str, max_length: int
-) -> Text:
+def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
     """Returns `<s>`, the instruction and the text, cut to `max_length` tokens.
 
     The mask leaves out `<s>` and the instruction: they are attended to, and not pooled.
@@ -124,18 +122,20 @@ def embedding_example(
         raise RejectedExample("no positive")
 
     def passages(pairs: Sequence[Sequence[str]]) -> list[Text]:
-        return [embedding_text(tokenizer, *pair, max_lengths.passage) for pair in pairs]
+        return [
+            embedding_text(tokenizer, instruction, text, max_lengths.passage)
+            for instruction, text in pairs
+        ]
 
+    instruction, text = raw["query"]
     return EmbeddingExample(
-        query=embedding_text(tokenizer, *raw["query"], max_lengths.query),
+        query=embedding_text(tokenizer, instruction, text, max_lengths.query),
         positives=passages(raw["pos"]),
         negatives=passages(raw["neg"]),
     )
 
 
-def chat_example(
-    tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths
-) -> ChatExample:
+def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths) -> ChatExample:
     """Returns the example of `{"text": [user, assistant, ...]}`.
 
     Raises:

@@ -107,13 +107,13 @@ class PreparedDataset:
         with (self.folder / "lengths.npz").open("rb") as file:
             self.lengths = Lengths(**np.load(file))
         shards = [str(self.folder / shard) for shard in self.manifest.shards]
-        self._records = grain.sources.ArrayRecordDataSource(shards)
+        self._records: Any = grain.sources.ArrayRecordDataSource(shards)
 
     def __len__(self) -> int:
         return self.manifest.count
 
-    def read(self, indices: Sequence[int]) -> list[EmbeddingExample | ChatExample]:
-        """Returns the examples of these numbers."""
+    def read(self, indices: Sequence[int]) -> list[Any]:
+        """Returns the examples of these numbers: EmbeddingExamples or ChatExamples, by its kind."""
         return [from_bytes(record) for record in self._records.__getitems__(list(indices))]
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 import numpy as np
 from rich.progress import track
 
@@ -156,7 +156,7 @@ def _write_dataset(folder: Path, manifest: Manifest, examples: Sequence[Example]
             for example in examples[number * EXAMPLES_A_SHARD : (number + 1) * EXAMPLES_A_SHARD]:
                 writer.write(to_bytes(example))
             writer.close()
-        lengths = {k: np.asarray(v) for k, v in vars(Lengths.of(examples)).items()}
+        lengths: dict[str, Any] = vars(Lengths.of(examples))
         np.savez(incomplete / "lengths.npz", **lengths)
         text = json.dumps(dataclasses.asdict(manifest), indent=1)
         (incomplete / "manifest.json").write_text(text + "\n")

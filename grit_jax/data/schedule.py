@@ -9,6 +9,7 @@ any step without replaying those before it.
 from collections.abc import Mapping
 import dataclasses
 import hashlib
+from typing import Any
 
 import grain
 import numpy as np
@@ -45,7 +46,7 @@ class Schedule:
                     f"{dataset.folder} has {len(dataset)} examples, fewer than a batch of "
                     f"{batch_size}: add examples or lower the batch size"
                 )
-        self._turns = grain.MapDataset.mix(
+        self._turns: Any = grain.MapDataset.mix(
             [
                 # Turn k of dataset number d.
                 grain.MapDataset.range(2**40).map(lambda turn, number=number: (number, turn))
@@ -53,7 +54,7 @@ class Schedule:
             ],
             list(datasets.values()),
         )
-        self._orders = [
+        self._orders: list[Any] = [
             grain.MapDataset.range(len(dataset))
             .seed(stable_seed(seed, "order", dataset.name))
             .shuffle()

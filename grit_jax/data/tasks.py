@@ -51,7 +51,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def jsonl_source(kind: str, files: Mapping[str, Path]) -> seqio.DataSource:
+def jsonl_source(kind: str, files: Mapping[str, Path]) -> Any:
     """Returns a seqio source of the original's jsonl format, with one file for each split."""
     ranks = FEATURE_RANKS[kind]
     signature = {
@@ -81,7 +81,7 @@ def jsonl_source(kind: str, files: Mapping[str, Path]) -> seqio.DataSource:
 def add_task(
     name: str,
     kind: str,
-    source: seqio.DataSource,
+    source: seqio.DataSourceInterface,
     preprocessors: tuple[Callable[[tf.data.Dataset], tf.data.Dataset], ...] = (),
 ) -> str:
     """Declares a dataset of "embedding" or "generative" examples, and returns its name.

@@ -4,6 +4,7 @@ Legend of dimensions: Q queries, P passages.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 import numpy as np
@@ -45,10 +46,8 @@ def bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Float[np.nda
     """
     import bm25s
 
-    def words(texts: Sequence[str]) -> list[list[str]]:
-        return bm25s.tokenize(
-            list(texts), stopwords="en", return_ids=False, show_progress=False
-        )
+    def words(texts: Sequence[str]) -> Any:
+        return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
 
     index = bm25s.BM25()
     index.index(words(passages), show_progress=False)

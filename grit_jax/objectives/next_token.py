@@ -79,7 +79,7 @@ def next_token_loss(
     The logits exist for `chunk_size` positions of each row at a time, and are computed again in
     the backward pass.
     """
-    B, S, D = hidden.shape
+    B, S, _ = hidden.shape
     chunk_size = min(chunk_size, S)
     padding = -S % chunk_size
 

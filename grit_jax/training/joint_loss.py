@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import Mistral, RouterStatistics, Stream
+from grit_jax.models import Mistral, MixtralConfig, RouterStatistics, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.objectives.next_token import (
     REDUCTIONS,
@@ -100,6 +100,7 @@ def joint_loss(
             parts["router_loss"] = load_balancing_loss(
                 router.choices, router.probabilities, router.tokens
             )
+            assert isinstance(model.config, MixtralConfig)
             loss += model.config.router_aux_loss_coef * parts["router_loss"]
     return loss, {"loss": loss, **parts}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ class StepReport:
 
     step: int
     state: TrainState
-    metrics: dict[str, jax.Array | float]
+    metrics: dict[str, Any]
 
 
 Hook = Callable[[StepReport], None]
@@ -97,7 +98,7 @@ class Stopwatch:
         self,
         every_steps: int,
         stop: int,
-        learning_rate: Callable[[int], float],
+        learning_rate: Callable[[int], Any],
         receivers: Sequence[Callable[[int, dict[str, float]], None]],
     ):
         self._every_steps, self._stop = every_steps, stop
@@ -105,6 +106,7 @@ class Stopwatch:
         self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
 
     def __call__(self, report: StepReport) -> None:
+        """Takes note of a step."""
         self._steps += 1
         self._tokens += report.metrics["tokens"]
         if report.step % self._every_steps and report.step != self._stop:

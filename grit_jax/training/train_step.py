@@ -6,8 +6,8 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from grit_jax.data.batch import Batch
@@ -27,8 +27,8 @@ class TrainState:
       optimizer_state: optax's state.
     """
 
-    step: jax.Array
-    parameters: nnx.State
+    step: Any
+    parameters: Any
     optimizer_state: Any
 
 
@@ -77,9 +77,9 @@ class Trainer:
     def initial_state(self, seed: int) -> TrainState:
         """Returns a state with random parameters, each made where it belongs."""
         with jax.set_mesh(self.mesh):
-            return jax.jit(
-                self._initial_state, static_argnums=0, out_shardings=self.shardings
-            )(seed)
+            return jax.jit(self._initial_state, static_argnums=0, out_shardings=self.shardings)(
+                seed
+            )
 
     def model(self, parameters: nnx.State) -> Mistral:
         """Returns the model with these parameters."""
@@ -97,9 +97,7 @@ class Trainer:
 
     def _initial_state(self, seed: int) -> TrainState:
         _, parameters = nnx.split(make_model(self.model_config, seed))
-        return TrainState(
-            jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters)
-        )
+        return TrainState(jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters))
 
     def _state_shardings(self) -> TrainState:
         """Returns the shardings of the state: moments lie as their parameters do."""
@@ -157,6 +155,6 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
     for field, axis in split_by.items():
         size, ways = getattr(config, field, 1 if axis == "expert" else None), mesh.shape[axis]
         if size % ways:
-            raise MeshError(f"config.mesh.{axis}={ways} does not divide config.model {field}={size}")
-
-
+            raise MeshError(
+                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}"
+            )

@@ -3,10 +3,10 @@
 import base64
 import gzip
 import json
+from pathlib import Path
 import re
 import subprocess
 import unicodedata
-from pathlib import Path
 
 import pytest
 
@@ -75,7 +75,9 @@ def test_embedding_lines_have_the_format(sample):
             assert len({line["query"][0] for line in lines}) == 1
             for line in lines:
                 assert list(line) == ["query", "pos", "neg"]
-                assert len(line["query"]) == 2 and line["query"][0] and len(line["pos"]) == 1
+                assert len(line["query"]) == 2
+                assert line["query"][0]
+                assert len(line["pos"]) == 1
                 assert all(len(each) == 2 and each[0] == "" for each in line["pos"] + line["neg"])
                 passages = [positive(line), *negatives(line)]
                 assert len(set(passages)) == len(passages)
@@ -85,7 +87,8 @@ def test_chat_lines_have_the_format(sample):
     for side in SIDES:
         for name in CHAT_FILES:
             for line in sample[f"{side}/{name}"]:
-                assert list(line) == ["text"] and len(line["text"]) == 2
+                assert list(line) == ["text"]
+                assert len(line["text"]) == 2
                 assert all(isinstance(turn, str) and turn.strip() for turn in line["text"])
             first_words = {line["text"][0].split()[0] for line in sample[f"{side}/{name}"]}
             assert len(first_words) > 1, "all questions are worded alike"
@@ -97,7 +100,9 @@ def test_texts_are_clean_and_no_line_comes_twice(sample):
         assert len(set(raw_lines)) == len(raw_lines) == len(lines)
         for line in lines:
             for each in every_text(line):
-                assert each == each.strip() and each and "  " not in each
+                assert each == each.strip()
+                assert each
+                assert "  " not in each
                 assert not any(unicodedata.category(c) in ("Cc", "Cf", "Cs") for c in each)
 
 
@@ -128,7 +133,8 @@ def plain_key(word: str) -> str:
 @pytest.mark.parametrize("key", [text.term_key, plain_key])
 def test_no_word_is_asked_about_on_both_sides(sample, key):
     keys = {side: {key(word) for word in asked_words(sample, side)} for side in SIDES}
-    assert len(keys["train"]) > 3_000 and len(keys["held_out"]) > 400
+    assert len(keys["train"]) > 3_000
+    assert len(keys["held_out"]) > 400
     assert not keys["train"] & keys["held_out"]
 
 
@@ -378,7 +384,7 @@ def test_headwords_in_other_spellings_are_masked():
 
 
 def test_bad_input_is_named(sources, tmp_path, capsys):
-    folder, path = sources
+    folder, _path = sources
     (folder / "data.verb").write_text("00000100 29 v 01 draft 0 000\n")
     assert run_build(sources, tmp_path / "out") == 1
     assert "data.verb" in capsys.readouterr().err
@@ -402,7 +408,8 @@ def test_a_failed_download_names_the_package(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.main(["--output", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
-    assert "wordnet-base" in message and "apt-get" in message
+    assert "wordnet-base" in message
+    assert "apt-get" in message
 
     def fail(command, **_):
         raise subprocess.CalledProcessError(100, command, stderr="E: no such package")

@@ -23,7 +23,7 @@ def reference(request):
     return reference_values.load_values(request.param), reference_values.load_model(request.param)
 
 
-@pytest.mark.parametrize("name, is_causal", [("causal", True), ("bidirectional", False)])
+@pytest.mark.parametrize(("name", "is_causal"), [("causal", True), ("bidirectional", False)])
 def test_hidden_states(reference, name, is_causal):
     values, model = reference
     mask = values["embed_attention_mask"]
@@ -69,7 +69,7 @@ def test_long_inputs_with_and_without_the_window(architecture, name):
     assert_close(logits, values[f"long_logits_{name}"])
 
 
-@pytest.mark.parametrize("reduction, factor", [("mixed", 1.0), ("token", 0.003)])
+@pytest.mark.parametrize(("reduction", "factor"), [("mixed", 1.0), ("token", 0.003)])
 def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
     values, model = reference
     is_mixtral = hasattr(model.config, "num_local_experts")

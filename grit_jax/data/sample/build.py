@@ -10,17 +10,17 @@ gives byte-identical files.
 """
 
 import argparse
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 import gzip
 import io
 import json
 import os
+from pathlib import Path
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 from grit_jax.data.sample import SAMPLE_FOLDER
 from grit_jax.data.sample.jargon import Entry, read_jargon

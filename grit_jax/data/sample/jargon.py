@@ -1,10 +1,10 @@
 """Reads the Jargon File in dictd's format and masks each entry's headword."""
 
+from dataclasses import dataclass
 import gzip
+from pathlib import Path
 import re
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
 
 from grit_jax.data.sample.text import clean, count_words, is_welcome
 

@@ -1,9 +1,9 @@
 """Cleaning, keys and the split: what the WordNet and the Jargon File samples have in common."""
 
+from collections.abc import Iterable
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable
 
 # One key in this many goes to the held-out side.
 HELD_OUT_ONE_IN = 7

@@ -1,10 +1,10 @@
 """Reads WordNet 3.0's database files and pairs words in example sentences with their senses."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+import re
 from typing import TypeVar
 
 from grit_jax.data.sample.text import clean, count_words, is_welcome

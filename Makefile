@@ -1,0 +1,49 @@
+# make demo: prepare the embedded sample and train a small model on it.
+# make test: run every test.
+# Both make .venv first, with the versions in constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKDIR ?= runs/gritlm_tiny
+
+.PHONY: demo test lint constraints clean
+
+demo: data/sample/.prepared
+	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+data/sample/.prepared: .venv/.installed-demo $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py)
+	$(BIN)/grit-jax prepare sample_embedding sample_chat --output data/sample
+	touch $@
+
+# TensorFlow's warnings about missing accelerators are none of a newcomer's business.
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.venv/.installed-demo: .venv/bin/python constraints.txt setup.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[data,eval]"
+	touch $@
+
+.venv/.installed-test: .venv/bin/python constraints.txt setup.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@ .venv/.installed-demo
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "grit-jax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The newest versions that the requirements allow, for every Python at once.
+constraints: .venv/bin/python
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --no-header --no-annotate \
+	  --extra data --extra eval --extra test --upgrade setup.py --output-file constraints.txt
+
+clean:
+	rm -rf .venv data runs

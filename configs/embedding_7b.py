@@ -1,0 +1,18 @@
+"""Mistral 7B on the contrastive loss alone: the paper's embedding-only model."""
+
+from grit_jax.config import default_config
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.mode = "embedding"
+    config.steps = 1253
+    config.loss.embedding_weight = 1.0
+    config.loss.temperature = 0.02
+    config.optimizer.learning_rate = 2e-5
+    config.data.embedding_batch_size = 2048
+    config.data.group_size = 2
+    config.data.query_row_length = 256
+    config.data.passage_row_length = 2048
+    return config

@@ -1,0 +1,17 @@
+"""Mistral 7B on the next-token loss alone: the paper's generation-only model."""
+
+from grit_jax.config import default_config
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.mode = "generative"
+    config.steps = 1253
+    config.loss.generative_weight = 1.0
+    config.loss.generative_reduction = "mixed"
+    config.loss.generative_group_size = 32
+    config.optimizer.learning_rate = 2e-5
+    config.data.generative_batch_size = 256
+    config.data.chat_row_length = 2048
+    return config

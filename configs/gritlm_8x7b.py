@@ -1,0 +1,28 @@
+"""GritLM 8x7B: Mixtral 8x7B on both losses, with the released run's hyperparameters."""
+
+from grit_jax.config import default_config
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.steps = 1253
+    config.model.architecture = "mixtral"
+
+    # The original left 1/256 of the contrastive gradient on 256 GPUs (see gritlm_7b.py), and
+    # summed the generative loss over tokens, with a factor to match.
+    config.loss.embedding_weight = 1 / 256
+    config.loss.generative_weight = 0.003
+    config.loss.temperature = 0.02
+    config.loss.generative_reduction = "token"
+
+    config.optimizer.learning_rate = 2e-5
+    config.optimizer.warmup_fraction = 0.03
+
+    config.data.embedding_batch_size = 256
+    config.data.generative_batch_size = 256
+    config.data.group_size = 2
+    config.data.query_row_length = 256
+    config.data.passage_row_length = 2048
+    config.data.chat_row_length = 2048
+    return config

@@ -1,0 +1,66 @@
+"""Installs grit-jax, and says what each part of it needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Lower bounds are the oldest versions that the tests passed with.
+CORE = [
+    "absl-py>=2.5",
+    "array-record>=0.8.6",
+    "etils[epath]>=1.15",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
+    "matplotlib>=3.11",
+    "ml-collections>=1.1",
+    "numpy>=2.3",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "rich>=15",
+    "sentencepiece>=0.2.3",
+]
+# What turns text into prepared data; brings TensorFlow, which training never loads.
+DATA = [
+    "mistral-common>=1.13",
+    "seqio>=0.0.20",
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.10",
+]
+EVAL = ["bm25s>=0.3.16"]
+TEST = [
+    *DATA,
+    *EVAL,
+    "build>=1.4",
+    "hypothesis>=6.170",
+    "pre-commit>=4.7",
+    "pyright>=1.1.414",
+    "pytest>=9.2",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17.6",
+    "safetensors>=0.8",
+]
+
+setup(
+    name="grit-jax",
+    version="0.1.0",
+    description="Train and run models that both embed and generate (GRIT), in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "grit_jax/data/sample/LICENSES.md"],
+    python_requires=">=3.11",
+    # grit_jax/models is a link to models/, which so never collides with a user's own `models`.
+    packages=find_packages(include=["grit_jax", "grit_jax.*"]),
+    package_data={"grit_jax.data.sample": ["*.md", "*/*.jsonl.gz"]},
+    install_requires=CORE,
+    extras_require={
+        "data": DATA,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "eval": EVAL,
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["grit-jax = grit_jax.cli:main"]},
+)
