@@ -17,7 +17,7 @@ def get_config():
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "initializer_range": 0.02,
+        "initializer_range": 1.0,
     }
     config.model.dtype = "float32"
     config.model.remat = "none"

@@ -87,10 +87,13 @@ def default_config() -> Config:
 def check_fields(config: Mapping[str, Any]) -> None:
     """Checks that a configuration has the fields of the default one, each of its type.
 
+    Args:
+      config: the configuration as plain dictionaries (`ConfigDict.to_dict`).
+
     Raises:
       ConfigError: it does not; the message names the field.
     """
-    _check_section(config, default_config(), "config")
+    _check_section(config, default_config().to_dict(), "config")
     choices = ("unified", "embedding", "generative")
     if config["mode"] not in choices:
         raise ConfigError(f"config.mode={config['mode']!r} must be one of {', '.join(choices)}")

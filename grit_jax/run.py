@@ -39,7 +39,7 @@ def run(config: Config, workdir: epath.Path) -> None:
       ConfigError, MeshError, PreparedDataError: the message names what is wrong.
     """
     console = Console()
-    check_fields(config)
+    check_fields(config.to_dict())
     trainer = make_trainer(config)
     batches = make_batches(config, trainer)
     held_out = make_held_out(config, trainer)

@@ -1,14 +1,21 @@
 """The Flax modules: they know nothing of data, losses or training."""
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from flax import nnx
-import jax
-
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
+
+__all__ = [
+    "ARCHITECTURES",
+    "Mistral",
+    "MistralConfig",
+    "Mixtral",
+    "MixtralConfig",
+    "RouterStatistics",
+    "Stream",
+    "make_config",
+]
 
 ARCHITECTURES = {"mistral": (MistralConfig, Mistral), "mixtral": (MixtralConfig, Mixtral)}
 

@@ -2,8 +2,11 @@
 
 Modules own parameters and the names of their axes; the mathematics is in plain functions.
 
-Legend of dimensions: B rows, S positions, D hidden, N query heads, K key/value heads, H head
-dimension, F feed-forward.
+Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, N query heads, K key/value
+heads, H head dimension, F feed-forward.
+
+Hidden states are [M, D], rows one after the other: only attention looks at more than one token, and
+a weight's gradient that sums over one axis in place of two takes a third of the time on a CPU.
 """
 
 from __future__ import annotations
@@ -23,11 +26,30 @@ if TYPE_CHECKING:
 
 
 def parameter(
-    key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], config: MistralConfig
+    key: jax.Array,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    config: MistralConfig,
+    *,
+    standard_deviation: float,
 ) -> nnx.Param:
     """Returns a normally distributed weight whose axes are named `axes`."""
-    value = config.initializer_range * jax.random.normal(key, shape, config.param_dtype)
+    value = standard_deviation * jax.random.normal(key, shape, config.param_dtype)
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def into_branch(fan_in: int) -> float:
+    """Returns the standard deviation that keeps the scale of what a weight is applied to."""
+    return fan_in**-0.5
+
+
+def out_of_branch(fan_in: int, config: MistralConfig) -> float:
+    """Returns the standard deviation for a branch's last weight.
+
+    The 2L branches that are added to a token's embedding are together no larger than it (GPT-2):
+    before training a text is nearly the bag of its tokens, which is where learning starts well.
+    """
+    return into_branch(fan_in) * (2 * config.num_hidden_layers) ** -0.5
 
 
 def rms_norm(
@@ -60,7 +82,7 @@ class RMSNorm(nnx.Module):
         scale = jnp.ones(config.hidden_size, config.param_dtype)
         self.scale = nnx.Param(scale, out_sharding=("norm",), eager_sharding=False)
 
-    def __call__(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, hidden: Float[Array, "M D"]) -> Float[Array, "M D"]:
         """Returns the normalised states."""
         return rms_norm(hidden, self.scale[...], self.config.rms_norm_eps)
 
@@ -72,29 +94,40 @@ class Attention(nnx.Module):
         self.config = config
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-        self.query = parameter(rngs.params(), (D, N, H), ("embed", "heads", "head_dim"), config)
-        self.key = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), config)
-        self.value = parameter(rngs.params(), (D, K, H), ("embed", "kv_heads", "head_dim"), config)
-        self.output = parameter(rngs.params(), (N, H, D), ("heads", "head_dim", "embed"), config)
+
+        def weight(shape, axes, standard_deviation=into_branch(D)):
+            return parameter(
+                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
+            )
+
+        self.query = weight((D, N, H), ("embed", "heads", "head_dim"))
+        self.key = weight((D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.value = weight((D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.output = weight(
+            (N, H, D), ("heads", "head_dim", "embed"), out_of_branch(N * H, config)
+        )
 
     def __call__(
         self,
-        hidden: Float[Array, "B S D"],
+        hidden: Float[Array, "M D"],
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S S"],
-    ) -> Float[Array, "B S D"]:
+    ) -> Float[Array, "M D"]:
         """Returns what each position gathers from those that `mask` lets it see."""
         dtype, theta = self.config.dtype, self.config.rope_theta
-        query = jnp.einsum("BSD,DNH->BSNH", hidden, self.query[...].astype(dtype))
-        key = jnp.einsum("BSD,DKH->BSKH", hidden, self.key[...].astype(dtype))
-        value = jnp.einsum("BSD,DKH->BSKH", hidden, self.value[...].astype(dtype))
-        query = constrain(query, "batch", None, "heads", "head_dim")
-        key = constrain(key, "batch", None, "kv_heads", "head_dim")
-        value = constrain(value, "batch", None, "kv_heads", "head_dim")
+        B, S = positions.shape
+        query = jnp.einsum("MD,DNH->MNH", hidden, self.query[...].astype(dtype))
+        key = jnp.einsum("MD,DKH->MKH", hidden, self.key[...].astype(dtype))
+        value = jnp.einsum("MD,DKH->MKH", hidden, self.value[...].astype(dtype))
+        # [M, heads, H] -> [B, S, heads, H]
+        query = constrain(query.reshape(B, S, *query.shape[1:]), "batch", None, "heads", None)
+        key = constrain(key.reshape(B, S, *key.shape[1:]), "batch", None, "kv_heads", None)
+        value = constrain(value.reshape(B, S, *value.shape[1:]), "batch", None, "kv_heads", None)
         query = rotary_embedding(query, positions, theta)
         key = rotary_embedding(key, positions, theta)
         mixed = attention(query, key, value, mask)
-        return jnp.einsum("BSNH,NHD->BSD", mixed, self.output[...].astype(dtype))
+        mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
+        return jnp.einsum("MNH,NHD->MD", mixed, self.output[...].astype(dtype))
 
 
 class MLP(nnx.Module):
@@ -103,17 +136,23 @@ class MLP(nnx.Module):
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, F = config.hidden_size, config.intermediate_size
-        self.gate = parameter(rngs.params(), (D, F), ("embed", "mlp"), config)
-        self.up = parameter(rngs.params(), (D, F), ("embed", "mlp"), config)
-        self.down = parameter(rngs.params(), (F, D), ("mlp", "embed"), config)
+
+        def weight(shape, axes, standard_deviation):
+            return parameter(
+                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
+            )
+
+        self.gate = weight((D, F), ("embed", "mlp"), into_branch(D))
+        self.up = weight((D, F), ("embed", "mlp"), into_branch(D))
+        self.down = weight((F, D), ("mlp", "embed"), out_of_branch(F, config))
 
     def __call__(
-        self, hidden: Float[Array, "B S D"], is_token: Bool[Array, "B S"]
-    ) -> tuple[Float[Array, "B S D"], None]:
+        self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
+    ) -> tuple[Float[Array, "M D"], None]:
         """Returns the transformed states, and None in the place of a router's statistics."""
         del is_token  # Padding costs nothing here that could be left out.
         dtype = self.config.dtype
-        gate = jnp.einsum("BSD,DF->BSF", hidden, self.gate[...].astype(dtype))
-        up = jnp.einsum("BSD,DF->BSF", hidden, self.up[...].astype(dtype))
-        activated = constrain(jax.nn.silu(gate) * up, "batch", None, "mlp")
-        return jnp.einsum("BSF,FD->BSD", activated, self.down[...].astype(dtype)), None
+        gate = jnp.einsum("MD,DF->MF", hidden, self.gate[...].astype(dtype))
+        up = jnp.einsum("MD,DF->MF", hidden, self.up[...].astype(dtype))
+        activated = constrain(jax.nn.silu(gate) * up, "batch", "mlp")
+        return jnp.einsum("MF,FD->MD", activated, self.down[...].astype(dtype)), None

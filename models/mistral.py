@@ -1,6 +1,6 @@
 """Mistral (arXiv 2310.06825): a decoder whose attention is causal or bidirectional by argument.
 
-Legend of dimensions: B rows, S positions, D hidden, V vocabulary, L layers.
+Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grit_jax.models.attention import attention_mask
-from grit_jax.models.layers import MLP, Attention, RMSNorm, parameter
+from grit_jax.models.layers import MLP, Attention, RMSNorm, into_branch, parameter
 from grit_jax.sharding import constrain
 
 # What the backward pass finds saved, by name; the rest it computes again.
@@ -104,8 +104,8 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = cast(Any, feed_forward)(config, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "B S D"], stream: Stream
-    ) -> tuple[Float[Array, "B S D"], Any]:
+        self, hidden: Float[Array, "M D"], stream: Stream
+    ) -> tuple[Float[Array, "M D"], Any]:
         """Returns the next hidden states, and the router's statistics (None without a router)."""
         mask = attention_mask(
             stream.segment_ids,
@@ -117,9 +117,9 @@ class DecoderLayer(nnx.Module):
         )
         hidden += self.attention(self.attention_norm(hidden), stream.positions, mask)
         update, statistics = self.feed_forward(
-            self.feed_forward_norm(hidden), stream.segment_ids > 0
+            self.feed_forward_norm(hidden), stream.segment_ids.reshape(-1) > 0
         )
-        return constrain(hidden + update, "batch", None, None), statistics
+        return constrain(hidden + update, "batch", None), statistics
 
 
 class Mistral(nnx.Module):
@@ -136,11 +136,23 @@ class Mistral(nnx.Module):
         def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
             return DecoderLayer(config, self.feed_forward, rngs=rngs)
 
-        self.embedding = parameter(rngs.params(), (V, D), ("vocab", "embed"), config)
+        self.embedding = parameter(
+            rngs.params(),
+            (V, D),
+            ("vocab", "embed"),
+            config,
+            standard_deviation=config.initializer_range,
+        )
         self.layers = stacked_layers(rngs)
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
-            self.head = parameter(rngs.params(), (D, V), ("embed", "vocab"), config)
+            self.head = parameter(
+                rngs.params(),
+                (D, V),
+                ("embed", "vocab"),
+                config,
+                standard_deviation=into_branch(D),
+            )
 
     def __call__(
         self,
@@ -181,15 +193,18 @@ class Mistral(nnx.Module):
 
         policy = REMAT_POLICIES[self.config.remat]
         read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
-        hidden, statistics = jax.lax.scan(
-            read_layer, [self.embed(stream.tokens) for stream in streams], layers
-        )
-        return [self.norm(h) for h in hidden], statistics
+        embedded = [self.embed(stream.tokens.reshape(-1)) for stream in streams]
+        hidden, statistics = jax.lax.scan(read_layer, embedded, layers)
+        rows = [  # [M, D] -> [B, S, D]
+            self.norm(h).reshape(*stream.tokens.shape, -1)
+            for h, stream in zip(hidden, streams, strict=True)
+        ]
+        return rows, statistics
 
-    def embed(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+    def embed(self, tokens: Int[Array, "M"]) -> Float[Array, "M D"]:
         """Returns the embedding of each token, in the type of the computation."""
         embedded = self.embedding[...].astype(self.config.dtype)[tokens]
-        return constrain(embedded, "batch", None, None)
+        return constrain(embedded, "batch", None)
 
     def output_projection(self) -> Float[Array, "D V"]:
         """Returns the matrix that turns hidden states into logits."""

@@ -1,6 +1,6 @@
 """Mixtral (arXiv 2401.04088): a Mistral whose feed-forward network is a choice among experts.
 
-Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, F feed-forward, E experts,
+Legend of dimensions: M tokens, D hidden, F feed-forward, E experts,
 C experts chosen for a token.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.layers import parameter
+from grit_jax.models.layers import into_branch, out_of_branch, parameter
 from grit_jax.models.mistral import Mistral, MistralConfig
 
 
@@ -59,34 +59,38 @@ class Experts(nnx.Module):
     def __init__(self, config: MixtralConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
-        self.router = parameter(rngs.params(), (D, E), ("embed", "router"), config)
-        self.gate = parameter(rngs.params(), (E, D, F), ("experts", "embed", "mlp"), config)
-        self.up = parameter(rngs.params(), (E, D, F), ("experts", "embed", "mlp"), config)
-        self.down = parameter(rngs.params(), (E, F, D), ("experts", "mlp", "embed"), config)
+
+        def weight(shape, axes, standard_deviation):
+            return parameter(
+                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
+            )
+
+        self.router = weight((D, E), ("embed", "router"), into_branch(D))
+        self.gate = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
+        self.up = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
+        self.down = weight((E, F, D), ("experts", "mlp", "embed"), out_of_branch(F, config))
 
     def __call__(
-        self, hidden: Float[Array, "B S D"], is_token: Bool[Array, "B S"]
-    ) -> tuple[Float[Array, "B S D"], RouterStatistics]:
+        self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
+    ) -> tuple[Float[Array, "M D"], RouterStatistics]:
         """Returns the transformed states, and what the load-balancing loss needs of the router."""
         dtype = self.config.dtype
-        tokens = hidden.reshape(-1, hidden.shape[-1])  # B x S tokens become M.
-        probabilities = self._probabilities(tokens)
+        probabilities = self._probabilities(hidden)
         weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         output = apply_experts(
-            tokens,
+            hidden,
             weights.astype(dtype),
             experts,
             self.gate[...].astype(dtype),
             self.up[...].astype(dtype),
             self.down[...].astype(dtype),
         )
-        statistics = router_statistics(probabilities, experts, is_token.reshape(-1))
-        return output.reshape(hidden.shape), statistics
+        return output, router_statistics(probabilities, experts, is_token)
 
-    def _probabilities(self, tokens: Float[Array, "M D"]) -> Float[Array, "M E"]:
+    def _probabilities(self, hidden: Float[Array, "M D"]) -> Float[Array, "M E"]:
         router = self.router[...].astype(jnp.float32)
-        return jax.nn.softmax(jnp.einsum("MD,DE->ME", tokens.astype(jnp.float32), router))
+        return jax.nn.softmax(jnp.einsum("MD,DE->ME", hidden.astype(jnp.float32), router))
 
 
 def apply_experts(

@@ -1,0 +1,258 @@
+"""The joint step against the same step written by hand, and against itself on eight devices."""
+
+import dataclasses
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.data.batch import Batch, EmbeddingBatch
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack, plan_rows
+from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.sharding import batch_shards, make_mesh
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.train_step import Trainer
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 1.0,
+}
+ROW_LENGTH = 24
+OPTIMIZER = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "epsilon": 1e-8,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
+LOSS = LossConfig(
+    embedding_weight=0.5,
+    generative_weight=2.0,
+    temperature=0.1,
+    generative_reduction="mixed",
+    generative_group_size=3,
+)
+
+
+def make_trainer(config, mesh, loss=LOSS):
+    optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
+    return Trainer(config, loss, optimizer, mesh)
+
+
+def random_texts(generator, count, unpooled):
+    texts = []
+    for _ in range(count):
+        length = int(generator.integers(4, 12))
+        tokens = generator.integers(3, SIZES["vocab_size"], length).astype(np.int32)
+        texts.append(Text(tokens, np.arange(length) >= unpooled))
+    return texts
+
+
+def make_batch(seed, shards=1):
+    """Returns a packed batch of 8 queries with 2 passages each and 8 chats, and its texts."""
+    generator = np.random.default_rng(seed)
+    texts = {
+        "queries": random_texts(generator, 8, 2),
+        "passages": random_texts(generator, 16, 1),
+        "chats": random_texts(generator, 8, 3),
+    }
+
+    def packed(name):
+        rows = plan_rows([len(text) for text in texts[name]], ROW_LENGTH)
+        num_rows = -(-len(rows) // shards) * shards
+        return pack(texts[name], rows, num_rows, ROW_LENGTH)
+
+    embedding = EmbeddingBatch(
+        packed("queries"),
+        packed("passages"),
+        positives=np.arange(0, 16, 2, dtype=np.int32),
+        passage_contents=np.arange(16, dtype=np.int32),
+    )
+    return Batch(embedding, packed("chats")), texts
+
+
+# The step by hand: one text at a time, no packing, no scan, no library of layers or optimizers.
+
+
+def norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * scale
+
+
+def rotate(heads):
+    half = heads.shape[-1] // 2
+    angles = np.arange(len(heads))[:, None] * 10000.0 ** (-np.arange(half) / half)
+    turn = jnp.exp(1j * angles)[:, None]
+    turned = (heads[..., :half] + 1j * heads[..., half:]) * turn
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def hand_attention(p, layer, x, is_causal):
+    query = rotate(jnp.einsum("sd,dnh->snh", x, p["attention"]["query"][layer]))
+    key = rotate(jnp.einsum("sd,dkh->skh", x, p["attention"]["key"][layer]))
+    value = jnp.einsum("sd,dkh->skh", x, p["attention"]["value"][layer])
+    heads = []
+    for n in range(SIZES["num_attention_heads"]):
+        k = n // (SIZES["num_attention_heads"] // SIZES["num_key_value_heads"])
+        scores = query[:, n] @ key[:, k].T / math.sqrt(SIZES["head_dim"])
+        if is_causal:
+            scores = jnp.where(np.tri(len(x)) > 0, scores, -jnp.inf)
+        heads.append(jax.nn.softmax(scores) @ value[:, k])
+    return jnp.einsum("snh,nhd->sd", jnp.stack(heads, 1), p["attention"]["output"][layer])
+
+
+def hand_decoder(parameters, tokens, is_causal):
+    x, layers = parameters["embedding"][tokens], parameters["layers"]
+    for layer in range(SIZES["num_hidden_layers"]):
+        before = norm(x, layers["attention_norm"]["scale"][layer])
+        x = x + hand_attention(layers, layer, before, is_causal)
+        before = norm(x, layers["feed_forward_norm"]["scale"][layer])
+        mlp = layers["feed_forward"]
+        gate = before @ mlp["gate"][layer]
+        gated = gate / (1 + jnp.exp(-gate)) * (before @ mlp["up"][layer])
+        x = x + gated @ mlp["down"][layer]
+    return norm(x, parameters["norm"]["scale"])
+
+
+def hand_loss(parameters, texts):
+    def embed(text):
+        mean = jnp.mean(hand_decoder(parameters, text.tokens, False)[text.mask], axis=0)
+        return mean / jnp.linalg.norm(mean)
+
+    queries = jnp.stack([embed(text) for text in texts["queries"]])
+    passages = jnp.stack([embed(text) for text in texts["passages"]])
+    scores = queries @ passages.T / LOSS.temperature
+    own = jnp.array([scores[i, 2 * i] for i in range(8)])
+    embedding_loss = jnp.mean(jnp.log(jnp.sum(jnp.exp(scores), axis=1)) - own)
+
+    group_means = []
+    for start in range(0, 8, LOSS.generative_group_size):
+        losses = []
+        for text in texts["chats"][start : start + LOSS.generative_group_size]:
+            logits = hand_decoder(parameters, text.tokens, True) @ parameters["head"]
+            probabilities = jnp.exp(logits) / jnp.sum(jnp.exp(logits), axis=1, keepdims=True)
+            losses += [
+                -jnp.log(probabilities[s - 1, text.tokens[s]])
+                for s in range(1, len(text))
+                if text.mask[s]
+            ]
+        group_means.append(sum(losses) / len(losses))
+    generative_loss = sum(group_means) / len(group_means)
+    loss = LOSS.embedding_weight * embedding_loss + LOSS.generative_weight * generative_loss
+    return loss, (embedding_loss, generative_loss)
+
+
+def hand_adamw(parameters, gradients, moments, step):
+    rate = 0.01 * (1 - step / 10)
+    norm_of_all = math.sqrt(sum(float(jnp.sum(g**2)) for g in gradients.values()))
+    clip = min(1.0, OPTIMIZER["clip_norm"] / norm_of_all)
+    for name, gradient in gradients.items():
+        first, second = moments.get(name, (0.0, 0.0))
+        first = 0.9 * first + 0.1 * gradient * clip
+        second = 0.999 * second + 0.001 * (gradient * clip) ** 2
+        moments[name] = first, second
+        update = first / (1 - 0.9 ** (step + 1))
+        update /= jnp.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+        decayed = parameters[name] * OPTIMIZER["weight_decay"]
+        parameters[name] = parameters[name] - rate * (update + decayed)
+    return norm_of_all
+
+
+def flat(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def test_three_joint_steps_equal_three_steps_written_by_hand():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = make_trainer(MistralConfig(**SIZES, remat="none"), mesh)
+    state = trainer.initial_state(0)
+    start = jax.tree.map(jnp.copy, nnx.to_pure_dict(state.parameters))
+    structure = jax.tree.structure(start)
+    parameters, moments = flat(start), {}
+    gradient_of = jax.value_and_grad(hand_loss, has_aux=True)
+    for step in range(3):
+        batch, texts = make_batch(seed=step)
+        with jax.set_mesh(mesh):
+            state, metrics = trainer.step(state, trainer.to_devices(batch))
+        tree = jax.tree.unflatten(structure, parameters.values())
+        (loss, parts), gradients = gradient_of(tree, texts)
+        norm_of_all = hand_adamw(parameters, flat(gradients), moments, step)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["embedding_loss"], parts[0], rtol=1e-5)
+        np.testing.assert_allclose(metrics["generative_loss"], parts[1], rtol=1e-5)
+        np.testing.assert_allclose(metrics["gradient_norm"], norm_of_all, rtol=1e-4)
+    ours = flat(nnx.to_pure_dict(state.parameters))
+    assert ours.keys() == parameters.keys()
+    for name, expected in parameters.items():
+        np.testing.assert_allclose(ours[name], expected, atol=2e-5, err_msg=name)
+    assert int(state.step) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "axes"),
+    [
+        (MistralConfig(**SIZES), {"fsdp": 4, "tensor": 2}),
+        (MistralConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
+        (MixtralConfig(**SIZES, num_local_experts=4), {"fsdp": 2, "tensor": 2, "expert": 2}),
+    ],
+    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts"],
+)
+def test_eight_devices_make_the_step_that_one_device_makes(config, axes):
+    results = []
+    for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(**axes)):
+        trainer = make_trainer(config, mesh)
+        state = trainer.initial_state(0)
+        for step in range(2):
+            batch, _ = make_batch(seed=step, shards=batch_shards(mesh))
+            with jax.set_mesh(mesh):
+                state, metrics = trainer.step(state, trainer.to_devices(batch))
+        results.append((state.parameters, metrics))
+    (one, one_metrics), (eight, eight_metrics) = results
+    query = eight["layers"]["attention"]["query"][...]
+    assert not query.is_fully_replicated
+    assert query.addressable_shards[0].data.size == query.size // (axes["fsdp"] * axes["tensor"])
+    for name, value in one_metrics.items():
+        np.testing.assert_allclose(eight_metrics[name], value, rtol=2e-5, err_msg=name)
+    for name, value in flat(nnx.to_pure_dict(one)).items():
+        other = flat(nnx.to_pure_dict(eight))[name]
+        np.testing.assert_allclose(other, value, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["embedding", "generative"])
+def test_a_single_stream_trains_with_the_same_step(mode):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = make_trainer(MistralConfig(**SIZES), mesh)
+    batch, _ = make_batch(seed=0)
+    both = trainer.initial_state(0)
+    with jax.set_mesh(mesh):
+        _, expected = trainer.step(both, trainer.to_devices(batch))
+        dropped = "chats" if mode == "embedding" else "embedding"
+        alone = dataclasses.replace(batch, **{dropped: None})
+        _, metrics = trainer.step(trainer.initial_state(0), trainer.to_devices(alone))
+    name = f"{mode}_loss"
+    np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
+    assert metrics.keys() == {"loss", name, "gradient_norm"}
+    weight = getattr(LOSS, f"{mode}_weight")
+    np.testing.assert_allclose(metrics["loss"], weight * metrics[name], rtol=1e-6)
+
+
+def test_remat_changes_memory_and_not_the_step():
+    batch, _ = make_batch(seed=0)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    norms = []
+    for remat in ("none", "full"):
+        trainer = make_trainer(MistralConfig(**SIZES, remat=remat), mesh)
+        with jax.set_mesh(mesh):
+            _, metrics = trainer.step(trainer.initial_state(0), trainer.to_devices(batch))
+        norms.append(float(metrics["gradient_norm"]))
+    np.testing.assert_allclose(*norms, rtol=1e-5)
