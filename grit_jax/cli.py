@@ -70,6 +70,7 @@ def prepare(argv: Sequence[str]) -> None:
         help_text = f"longest {stream} in tokens ({length})"
         parser.add_argument(f"--{stream}-length", type=int, default=length, help=help_text)
     arguments = parser.parse_args(argv)
+    sys.path.insert(0, "")  # A user's module lies in the current folder.
 
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.data.prepare import prepare_mixtures
@@ -85,4 +86,6 @@ def prepare(argv: Sequence[str]) -> None:
     except (PreparedDataError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
+        if error.name in arguments.module:
+            fail(f"--module {error.name}: there is no such module in this folder or installed")
         fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")

@@ -1,12 +1,16 @@
 """The command line of training: --config FILE, --workdir DIR, --config.FIELD=VALUE."""
 
 from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
+import runpy
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from grit_jax.config import Config, ConfigError, check_fields
+from grit_jax.models import ARCHITECTURES
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
@@ -17,34 +21,65 @@ def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
     Raises:
       ConfigError: a flag, a file or a field is wrong; the message names it.
     """
+    path, argv = _split_off_config(argv)
+    config = _load(path)
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
-    path = _config_path(argv)
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={path}: there is no such file")
+    line = ["train", *argv]
     try:
-        rest = values(["train", *argv])[1:]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
+        rest = values(line)[1:]
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(_in_one_line(error)) from None
     if rest:
         raise ConfigError(f"what is {rest[0]!r}? Fields are set as --config.FIELD=VALUE")
-    config: Config = holder.value
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict")
     check_fields(config.to_dict())
-    return config, values["workdir"].value or f"runs/{Path(path).stem}"
+    return config, values["workdir"].value or f"runs/{path.stem}"
 
 
-def _config_path(argv: Sequence[str]) -> str:
-    for place, argument in enumerate(argv):
-        if argument.startswith(("--config=", "-config=")):
-            return argument.split("=", 1)[1]
-        if argument in ("--config", "-config") and place + 1 < len(argv):
-            return argv[place + 1]
+def _split_off_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
+    """Returns the configuration file, and the arguments without it."""
+    rest = list(argv)
+    for place, argument in enumerate(rest):
+        name, _, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            if not value:
+                value = rest.pop(place + 1) if place + 1 < len(rest) else ""
+            del rest[place]
+            return Path(value), rest
     raise ConfigError("--config=FILE is missing (see the folder configs)")
 
 
-def _first_line(error: Exception) -> str:
+def _load(path: Path) -> Config:
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: there is no such file")
+    namespace = runpy.run_path(str(path))
+    if "get_config" not in namespace:
+        raise ConfigError(f"--config={path}: it has no function get_config()")
+    try:
+        config: Config = namespace["get_config"]()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"--config={path}: {_in_one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict")
+    check_fields(config.to_dict())
+    _complete_sizes(config)
+    return config
+
+
+def _complete_sizes(config: Config) -> None:
+    """Fills in the architecture's own sizes, so that each can be set on the command line."""
+    if config.model.architecture not in ARCHITECTURES:
+        return  # What makes the model says so.
+    config_class, _ = ARCHITECTURES[config.model.architecture]
+    with config.unlocked():
+        for field in dataclasses.fields(config_class):
+            if field.name in config.model or field.name in config.model.sizes:
+                continue
+            unset = field.default is None  # Only the sliding window may be.
+            config.model.sizes[field.name] = placeholder(int) if unset else field.default
+
+
+def _in_one_line(error: Exception) -> str:
     text = str(error.args[0] if error.args else error)
-    return " ".join(text.split())
+    return " ".join(text.replace("\\n", " ").split())

@@ -27,6 +27,8 @@ from grit_jax.training.train_step import Trainer, TrainState
 
 Datasets = dict[PreparedDataset, float]
 
+MEASURE_TITLES = {"ndcg_at_10": "nDCG@10", "recall_at_1": "recall@1"}
+
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Trains as the configuration says, from the newest checkpoint in `workdir` if there is one.
@@ -51,7 +53,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         state = _first_state(config, trainer, saved, console)
         start = int(state.step)
         metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)
-        if held_out is not None and start == 0:
+        if held_out is not None and not metrics_file.has_held_out:
             _measure(held_out, state, metrics_file, console)
         if start < config.steps:
             state = _train(config, trainer, state, batches, saved, metrics_file, console)
@@ -232,7 +234,7 @@ def _result_table(held_out: HeldOut, lines: list[dict[str, Any]]) -> Table:
     measured = [line for line in lines if any(name.startswith("held_out/") for name in line)]
     try:
         bm25: Mapping[str, float] = held_out.bm25_baseline()
-    except ImportError:
+    except (ImportError, FileNotFoundError):  # The extras "eval" and "data" bring what it needs.
         bm25 = {}
     chance = held_out.chance()
     first, last = measured[0], measured[-1]
@@ -245,11 +247,9 @@ def _result_table(held_out: HeldOut, lines: list[dict[str, Any]]) -> Table:
 
     for name in (name for name in last if name.startswith("held_out/")):
         measure = name.removeprefix("held_out/")
+        *dataset, kind = measure.split("/")
         table.add_row(
-            measure.replace("_", " ")
-            .replace("/", "  ")
-            .replace("ndcg at ", "nDCG@")
-            .replace("recall at ", "recall@"),
+            "  ".join([*dataset, MEASURE_TITLES.get(kind, kind)]),
             cell(chance.get(measure)),
             cell(bm25.get(measure)),
             cell(first.get(name)),

@@ -95,14 +95,14 @@ class Attention(nnx.Module):
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
 
-        def weight(shape, axes, standard_deviation=into_branch(D)):
+        def weight(shape, axes, standard_deviation):
             return parameter(
                 rngs.params(), shape, axes, config, standard_deviation=standard_deviation
             )
 
-        self.query = weight((D, N, H), ("embed", "heads", "head_dim"))
-        self.key = weight((D, K, H), ("embed", "kv_heads", "head_dim"))
-        self.value = weight((D, K, H), ("embed", "kv_heads", "head_dim"))
+        self.query = weight((D, N, H), ("embed", "heads", "head_dim"), into_branch(D))
+        self.key = weight((D, K, H), ("embed", "kv_heads", "head_dim"), into_branch(D))
+        self.value = weight((D, K, H), ("embed", "kv_heads", "head_dim"), into_branch(D))
         self.output = weight(
             (N, H, D), ("heads", "head_dim", "embed"), out_of_branch(N * H, config)
         )
@@ -147,7 +147,7 @@ class MLP(nnx.Module):
         self.down = weight((F, D), ("mlp", "embed"), out_of_branch(F, config))
 
     def __call__(
-        self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
+        self, hidden: Float[Array, "M D"], is_token: Bool[Array, M]
     ) -> tuple[Float[Array, "M D"], None]:
         """Returns the transformed states, and None in the place of a router's statistics."""
         del is_token  # Padding costs nothing here that could be left out.

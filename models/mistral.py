@@ -29,8 +29,10 @@ REMAT_POLICIES = {
 class MistralConfig:
     """Sizes of a Mistral, under the names of Hugging Face's config.json; the defaults are 7B's.
 
-    `dtype` is the type of the computation and `param_dtype` that of the parameters; `remat` names
-    what a layer's backward pass computes again ("full") or finds saved ("none").
+    `initializer_range` is the standard deviation of an untrained model's embeddings; its other
+    weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
+    that of the parameters; `remat` names what a layer's backward pass computes again ("full") or
+    finds saved ("none").
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -201,7 +203,7 @@ class Mistral(nnx.Module):
         ]
         return rows, statistics
 
-    def embed(self, tokens: Int[Array, "M"]) -> Float[Array, "M D"]:
+    def embed(self, tokens: Int[Array, M]) -> Float[Array, "M D"]:
         """Returns the embedding of each token, in the type of the computation."""
         embedded = self.embedding[...].astype(self.config.dtype)[tokens]
         return constrain(embedded, "batch", None)

@@ -1,1 +1,30 @@
-"""What several tests need: the reference values, and models with the reference's weights."""
+"""What all tests share: eight devices, and the embedded sample prepared once."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+# Before jax is imported: a CPU stands for eight devices.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def prepared_sample(tmp_path_factory):
+    """The folder of the embedded sample, prepared by the command that a user types."""
+    folder = tmp_path_factory.mktemp("prepared") / "sample"
+    script = "from grit_jax.cli import main; main()"
+    command = [sys.executable, "-c", script, "prepare", "sample_embedding", "sample_chat"]
+    finished = subprocess.run(
+        [*command, "--output", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return folder

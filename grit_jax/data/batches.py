@@ -103,9 +103,10 @@ class Batches:
             _most_rows([plan for plan in plans if plan.dataset is dataset])
             for dataset in dict.fromkeys(plan.dataset for plan in plans)
         ]
-        factors = (1.0, SPARE_SHAPE, float("inf"))
-        candidates = of_datasets if len(of_datasets) == 2 else []
-        candidates += [{s: rows * factor for s, rows in usual.items()} for factor in factors]
+        # Two datasets with rows of their own leave one spare shape; more datasets share one.
+        candidates = of_datasets if len(of_datasets) == 2 else [usual]
+        for factor in (SPARE_SHAPE, float("inf")):
+            candidates.append({stream: rows * factor for stream, rows in usual.items()})
         most = {
             "query": self.embedding.batch_size if self.embedding else 0,
             "passage": self.embedding.batch_size * self.group_size if self.embedding else 0,
@@ -116,7 +117,7 @@ class Batches:
             shape = {s: self._round_up(min(rows, most[s])) for s, rows in candidate.items()}
             if shape not in shapes:
                 shapes.append(shape)
-        return [*shapes[:3], shapes[-1]] if len(shapes) > 4 else shapes
+        return shapes
 
     def _round_up(self, rows: float) -> int:
         return int(-(-rows // self.row_multiple)) * self.row_multiple

@@ -25,36 +25,31 @@ from grit_jax.training.train_step import Trainer
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """Queries of all held-out datasets over one corpus: the positives of them all.
+    """The queries of a held-out dataset, and their corpus: the positives of them all.
 
     Attributes:
-      queries: the queries, dataset after dataset.
+      name: name of the dataset.
+      queries: the queries.
       passages: the positives, each text once.
       relevant: for each query the numbers of its positives among the passages.
-      datasets: for each query the name of its dataset.
     """
 
+    name: str
     queries: list[Text]
     passages: list[Text]
     relevant: list[set[int]]
-    datasets: list[str]
 
-
-def retrieval_task(datasets: Sequence[PreparedDataset]) -> RetrievalTask:
-    """Returns the queries and the corpus of these datasets."""
-    queries, positives, owners, names = [], [], [], []
-    for dataset in datasets:
-        for example in dataset.read(range(len(dataset))):
-            positives += example.positives
-            owners += [len(queries)] * len(example.positives)
-            queries.append(example.query)
-            names.append(dataset.name)
-    first_copies = number_contents(positives)
-    kept = np.unique(first_copies)
-    relevant: list[set[int]] = [set() for _ in queries]
-    for owner, place in zip(owners, np.searchsorted(kept, first_copies), strict=True):
-        relevant[owner].add(int(place))
-    return RetrievalTask(queries, [positives[number] for number in kept], relevant, names)
+    @classmethod
+    def of(cls, dataset: PreparedDataset) -> "RetrievalTask":
+        """Returns the task that a dataset makes."""
+        examples = dataset.read(range(len(dataset)))
+        positives = [text for example in examples for text in example.positives]
+        first_copies = number_contents(positives)
+        kept = np.unique(first_copies)
+        places = iter(np.searchsorted(kept, first_copies).tolist())
+        relevant = [{next(places) for _ in example.positives} for example in examples]
+        queries = [example.query for example in examples]
+        return cls(dataset.name, queries, [positives[number] for number in kept], relevant)
 
 
 class HeldOut:
@@ -78,7 +73,7 @@ class HeldOut:
     ):
         self._trainer = trainer
         self._row_lengths, self._batch_size = row_lengths, batch_size
-        self._task = retrieval_task(retrieval) if retrieval else None
+        self._tasks = [RetrievalTask.of(dataset) for dataset in retrieval]
         self._chats = [
             example.chat for dataset in chats for example in dataset.read(range(len(dataset)))
         ]
@@ -90,10 +85,10 @@ class HeldOut:
         """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""
         measures = {}
         with jax.set_mesh(self._trainer.mesh):
-            if self._task is not None:
-                queries = self._embed_all(parameters, self._task.queries, "query")
-                passages = self._embed_all(parameters, self._task.passages, "passage")
-                measures |= self._by_dataset(queries @ passages.T)
+            for task in self._tasks:
+                queries = self._embed_all(parameters, task.queries, "query")
+                passages = self._embed_all(parameters, task.passages, "passage")
+                measures |= _named(task, queries @ passages.T)
             if self._chats:
                 measures["perplexity"] = self._perplexity(parameters)
         return measures
@@ -104,36 +99,26 @@ class HeldOut:
         Raises:
           ImportError: the package bm25s is not installed.
         """
-        if self._task is None:
+        if not self._tasks:
             return {}
         tokenizer = Tokenizer(self._tokenizer_name)
 
         def words(texts: Sequence[Text]) -> list[str]:
             return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
 
-        return self._by_dataset(bm25_scores(words(self._task.queries), words(self._task.passages)))
+        measures = {}
+        for task in self._tasks:
+            measures |= _named(task, bm25_scores(words(task.queries), words(task.passages)))
+        return measures
 
     def chance(self) -> dict[str, float]:
         """Returns what a random order of the passages earns on average, for one answer a query."""
-        if self._task is None:
-            return {}
-        count = len(self._task.passages)
-        gain = sum(1 / math.log2(2 + rank) for rank in range(10)) / count
-        return {
-            f"{name}/{measure}": value
-            for name in dict.fromkeys(self._task.datasets)
-            for measure, value in (("ndcg_at_10", gain), ("recall_at_1", 1 / count))
-        }
-
-    def _by_dataset(self, scores: np.ndarray) -> dict[str, float]:
-        assert self._task is not None
-        names = np.array(self._task.datasets)
         measures = {}
-        for name in dict.fromkeys(self._task.datasets):
-            own = np.flatnonzero(names == name)
-            relevant = [self._task.relevant[query] for query in own]
-            for measure, value in retrieval_measures(scores[own], relevant).items():
-                measures[f"{name}/{measure}"] = value
+        for task in self._tasks:
+            count = len(task.passages)
+            gain = sum(1 / math.log2(2 + rank) for rank in range(min(10, count)))
+            measures[f"{task.name}/ndcg_at_10"] = gain / count
+            measures[f"{task.name}/recall_at_1"] = 1 / count
         return measures
 
     def _embed_all(self, parameters: nnx.State, texts: list[Text], stream: str) -> np.ndarray:
@@ -172,3 +157,8 @@ class HeldOut:
         weights = is_target.astype(jnp.float32)
         nats = next_token_loss(hidden, model.output_projection(), targets, weights)
         return nats, jnp.sum(weights)
+
+
+def _named(task: RetrievalTask, scores: np.ndarray) -> dict[str, float]:
+    measures = retrieval_measures(scores, task.relevant)
+    return {f"{task.name}/{measure}": value for measure, value in measures.items()}

@@ -4,6 +4,7 @@ Legend of dimensions: Q queries, P passages.
 """
 
 from collections.abc import Sequence
+import logging
 from typing import Any
 
 from jaxtyping import Float
@@ -45,6 +46,8 @@ def bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Float[np.nda
       ImportError: the package bm25s is not installed (`pip install 'grit-jax[eval]'`).
     """
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # It prints debug messages by default.
 
     def words(texts: Sequence[str]) -> Any:
         return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 class MetricsFile:
     """The file `metrics.jsonl` of a run; steps only grow in it.
 
+    `has_held_out` tells whether it began with measures on held-out data from before.
+
     Args:
       path: of the file.
       from_step: lines of later steps are dropped: a run that was stopped makes them again.
@@ -19,6 +21,7 @@ class MetricsFile:
     def __init__(self, path: epath.Path, from_step: int):
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= from_step]
+        self.has_held_out = any(name.startswith("held_out/") for line in kept for name in line)
         incomplete = path.with_name(f".incomplete-{path.name}")
         incomplete.write_text("".join(json.dumps(line) + "\n" for line in kept))
         incomplete.replace(path)

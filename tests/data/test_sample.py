@@ -415,5 +415,5 @@ def test_a_failed_download_names_the_package(monkeypatch, tmp_path, capsys):
         raise subprocess.CalledProcessError(100, command, stderr="E: no such package")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(build.BuildError, match="dict-jargon.*no such package"):
+    with pytest.raises(build.BuildError, match=r"dict-jargon.*no such package"):
         build.fetch("dict-jargon", tmp_path)

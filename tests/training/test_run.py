@@ -148,8 +148,15 @@ def test_training_from_prepared_data_loads_no_tensorflow(prepared_sample, tmp_pa
     script = f"""
 import sys
 from grit_jax.cli import train
-train({[*SMALL, f"--config.data.folder={prepared_sample}", "--config.steps=1",
-        "--config.evaluation.enabled=False", f"--workdir={tmp_path / 'run'}"]!r})
+train({
+        [
+            *SMALL,
+            f"--config.data.folder={prepared_sample}",
+            "--config.steps=1",
+            "--config.evaluation.enabled=False",
+            f"--workdir={tmp_path / 'run'}",
+        ]!r
+    })
 loaded = {{name.split(".")[0] for name in sys.modules}}
 assert "jax" in loaded
 unwanted = {{"tensorflow", "seqio", "tensorflow_text", "tensorflow_datasets", "torch"}}

@@ -1,0 +1,79 @@
+"""Packing: every text lies whole in one row, and can be taken out again as it was."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack, plan_rows
+
+ROW_LENGTH = 32
+lengths_of_texts = st.lists(st.integers(1, ROW_LENGTH), max_size=60)
+
+
+def make_texts(lengths, seed=0):
+    """Texts of random tokens, none of which is 0: that is what padding must look like."""
+    random = np.random.default_rng(seed)
+    return [
+        Text(random.integers(1, 1000, length).astype(np.int32), random.random(length) < 0.5)
+        for length in lengths
+    ]
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts)
+def test_every_text_is_in_one_row_and_no_row_is_too_full(lengths):
+    rows = plan_rows(lengths, ROW_LENGTH)
+    assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[text] for text in row) <= ROW_LENGTH for row in rows)
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts)
+def test_rows_are_few_and_the_same_for_the_same_lengths(lengths):
+    rows = plan_rows(lengths, ROW_LENGTH)
+    assert len(rows) <= 1.5 * sum(lengths) / ROW_LENGTH + 1
+    assert rows == plan_rows(np.array(lengths, np.int64), ROW_LENGTH)
+
+
+def test_a_text_goes_where_it_leaves_the_least():
+    # Longest first: 9 | 7 | 3 fits exactly beside 7, 1 exactly beside 9.
+    assert plan_rows([1, 3, 7, 9], 10) == [[3, 0], [2, 1]]
+
+
+def test_a_text_longer_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="33 tokens does not fit a row of 32"):
+        plan_rows([5, ROW_LENGTH + 1], ROW_LENGTH)
+
+
+@settings(deadline=None)
+@given(lengths=lengths_of_texts, unused=st.integers(0, 3), spare_rows=st.integers(0, 3))
+def test_texts_come_out_of_their_rows_as_they_went_in(lengths, unused, spare_rows):
+    texts = make_texts(lengths)
+    rows = plan_rows(lengths, ROW_LENGTH)
+    packed = pack(texts + [None] * unused, rows, len(rows) + spare_rows, ROW_LENGTH)
+
+    assert packed.num_texts == len(texts) + unused
+    assert packed.tokens.shape == (len(rows) + spare_rows, ROW_LENGTH)
+    for number, text in enumerate(texts):
+        place = packed.segment_ids == number + 1
+        assert len(np.unique(np.nonzero(place)[0])) == 1
+        np.testing.assert_array_equal(packed.tokens[place], text.tokens)
+        np.testing.assert_array_equal(packed.mask[place], text.mask)
+        np.testing.assert_array_equal(packed.positions[place], np.arange(len(text)))
+
+    padding = packed.segment_ids == 0
+    assert padding.sum() == packed.tokens.size - sum(lengths)
+    assert not packed.tokens[padding].any()
+    assert not packed.positions[padding].any()
+    assert not packed.mask[padding].any()
+    assert padding[len(rows) :].all()
+    assert packed.segment_ids.max(initial=0) <= len(texts)
+
+
+def test_an_unused_number_keeps_the_numbers_behind_it_in_place():
+    texts = make_texts([2, 3])
+    packed = pack([texts[0], None, texts[1]], [[2, 0]], 1, 6)
+    np.testing.assert_array_equal(packed.segment_ids, [[3, 3, 3, 1, 1, 0]])
+    assert packed.num_texts == 3

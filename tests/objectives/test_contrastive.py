@@ -1,0 +1,112 @@
+"""The contrastive loss against a softmax cross-entropy written as loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.objectives.contrastive import contrastive_loss
+from grit_jax.sharding import make_mesh
+
+DIMENSION = 6
+TEMPERATURE = 0.1
+
+
+def embeddings(count, seed):
+    vectors = np.random.default_rng(seed).normal(size=(count, DIMENSION))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def loss_by_hand(queries, passages, positives, contents, temperature):
+    losses = []
+    for query, positive in zip(queries, positives, strict=True):
+        own = np.exp(query @ passages[positive] / temperature)
+        total = own
+        for passage, content in zip(passages, contents, strict=True):
+            if content != -1 and content != contents[positive]:
+                total += np.exp(query @ passage / temperature)
+        losses.append(-np.log(own / total))
+    return np.mean(losses)
+
+
+@pytest.fixture
+def batch():
+    """8 queries, 16 places for passages; 5 is a copy of 0, 7 of 3, and the last two are unused."""
+    passages = embeddings(16, 1)
+    contents = np.arange(16)
+    for copy, first in ((5, 0), (7, 3)):
+        passages[copy], contents[copy] = passages[first], first
+    passages[14:], contents[14:] = 0, -1
+    # Two queries have the same passage as their positive, two others copies of one.
+    positives = np.array([0, 2, 3, 3, 5, 9, 11, 12])
+    return embeddings(8, 0), passages, positives, contents
+
+
+def compute(queries, passages, positives, contents, temperature=TEMPERATURE):
+    return contrastive_loss(
+        jnp.asarray(queries),
+        jnp.asarray(passages),
+        jnp.asarray(positives),
+        jnp.asarray(contents),
+        temperature,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5])
+def test_it_is_a_softmax_over_all_passages(batch, temperature):
+    expected = loss_by_hand(*(np.asarray(part, np.float64) for part in batch[:2]), *batch[2:], 0.5)
+    assert expected > 0.1
+    np.testing.assert_allclose(compute(*batch, 0.5), expected, rtol=1e-5)
+    expected = loss_by_hand(*batch, temperature)
+    np.testing.assert_allclose(compute(*batch, temperature), expected, rtol=1e-4)
+
+
+def test_unused_places_change_nothing(batch):
+    queries, passages, positives, contents = batch
+    shorter = compute(queries, passages[:14], positives, contents[:14])
+    np.testing.assert_allclose(compute(*batch), shorter, rtol=1e-6)
+    passages[14:] = queries[:2]
+    np.testing.assert_allclose(compute(*batch), shorter, rtol=1e-6)
+
+
+def test_a_copy_of_the_positive_is_no_negative(batch):
+    queries, passages, positives, contents = batch
+    np.testing.assert_allclose(
+        compute(queries[:1], passages, positives[:1], contents),
+        compute(queries[:1], np.delete(passages, 5, 0), positives[:1], np.delete(contents, 5)),
+        rtol=1e-6,
+    )
+    distinct = compute(queries[:1], passages, positives[:1], np.arange(16))
+    assert distinct > compute(queries[:1], passages, positives[:1], contents)
+
+
+def test_the_gradient_is_finite_and_leaves_unused_places_alone(batch):
+    queries, passages, positives, contents = batch
+    of_queries, of_passages = jax.grad(
+        lambda q, p: compute(q, p, positives, contents), argnums=(0, 1)
+    )(jnp.asarray(queries), jnp.asarray(passages))
+    assert np.isfinite(of_queries).all()
+    assert np.isfinite(of_passages).all()
+    assert not of_passages[14:].any()
+    assert of_passages[:14].any(axis=1).all()
+    assert of_queries.any(axis=1).all()
+
+
+def test_a_query_without_any_negative_costs_nothing():
+    queries, passages = embeddings(1, 0), embeddings(2, 1)
+    contents = np.array([0, -1])
+    assert compute(queries, passages, np.array([0]), contents) == 0
+    gradient = jax.grad(lambda q: compute(q, passages, np.array([0]), contents))(
+        jnp.asarray(queries)
+    )
+    assert not gradient.any()
+
+
+def test_devices_see_the_passages_of_all_devices(batch):
+    loss_and_gradient = jax.value_and_grad(compute, argnums=(0, 1))
+    arguments = [jnp.asarray(part) for part in batch]
+    expected = loss_and_gradient(*arguments)
+    with jax.set_mesh(make_mesh()):
+        on_mesh = jax.jit(loss_and_gradient)(*arguments)
+    for ours, alone in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
