@@ -1,134 +1,246 @@
-"""The configurations of the paper's runs, and what a mistake in one is answered with."""
+"""Configurations: those that come with the project are whole; mistakes are named in one line."""
 
 from pathlib import Path
 
-from flax import nnx
 import jax
 import pytest
 
-from grit_jax.config import ConfigError, check_fields
+from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
-from grit_jax.run import loss_config, model_config
-from grit_jax.training.train_step import make_model
+from grit_jax.run import make_trainer, model_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+TINY = next(f"--config={path}" for path in CONFIGS if path.stem == "gritlm_tiny")
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
-TINY = f"--config={CONFIGS[0].with_name('gritlm_tiny.py')}"
+PARAMETERS = {
+    "embedding_7b": MISTRAL_7B,
+    "generative_7b": MISTRAL_7B,
+    "gritlm_7b": MISTRAL_7B,
+    "gritlm_8x7b": MIXTRAL_8X7B,
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("gritlm_7b", MISTRAL_7B),
-        ("gritlm_8x7b", MIXTRAL_8X7B),
-        ("embedding_7b", MISTRAL_7B),
-        ("generative_7b", MISTRAL_7B),
-        ("gritlm_tiny", 8_356_224),
-    ],
-)
-def test_each_model_has_the_parameters_of_the_original(name, parameters):
-    path = CONFIGS[0].with_name(f"{name}.py")
+def parse(*argv):
+    return parse_flags(argv)[0]
+
+
+def one_line(error):
+    """The message of an error, which a user sees as the last line of a failed run."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- The files in configs/ ----
+
+
+def test_the_papers_runs_and_a_tiny_one_are_there():
+    assert {path.stem for path in CONFIGS} >= PARAMETERS.keys() | {"gritlm_tiny"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_is_short_and_has_every_field(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 120
     config, workdir = parse_flags([f"--config={path}"])
-    assert workdir == f"runs/{name}"
-    model = nnx.eval_shape(lambda: make_model(model_config(config), 0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == parameters
-    loss_config(config)
-
-
-def test_every_configuration_is_short_and_checked_here():
-    assert {path.stem for path in CONFIGS} == {
-        "embedding_7b",
-        "generative_7b",
-        "gritlm_7b",
-        "gritlm_8x7b",
-        "gritlm_tiny",
-    }
-    assert all(len(path.read_text().splitlines()) < 120 for path in CONFIGS)
-
-
-def test_a_size_that_the_file_leaves_out_can_be_set():
-    path = CONFIGS[0].with_name("gritlm_7b.py")
-    config, _ = parse_flags(
-        [
-            f"--config={path}",
-            "--config.model.sizes.num_hidden_layers=4",
-            "--config.model.sizes.sliding_window=4096",
-        ]
-    )
-    assert model_config(config).num_hidden_layers == 4
-    assert model_config(config).sliding_window == 4096
-
-
-def test_overrides_reach_the_configuration():
-    config, workdir = parse_flags(
-        [
-            TINY,
-            "--config.optimizer.learning_rate=1e-4",
-            "--config.model.sizes.hidden_size=64",
-            "--config.mesh.tensor=2",
-            "--workdir=elsewhere",
-        ]
-    )
-    assert config.optimizer.learning_rate == 1e-4
-    assert model_config(config).hidden_size == 64
-    assert config.mesh.tensor == 2 and workdir == "elsewhere"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ([], "--config=FILE is missing"),
-        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-        ([TINY, "--config.optimizer.learning_rat=1"], "learning_rat"),
-        ([TINY, "--config.stepss=1"], "stepss"),
-        ([TINY, "--config.steps=abc"], "steps"),
-        ([TINY, "--config.optimizer.learning_rate=abc"], "learning_rate"),
-        ([TINY, "--config.steps=0"], "config.steps=0 must be at least 1"),
-        ([TINY, "--config.mode=both"], "config.mode='both'"),
-        ([TINY, "--config.grad_cache_chunks=4"], "config.grad_cache_chunks"),
-        ([TINY, "--wokdir=x"], "wokdir"),
-        ([TINY, "resume"], "'resume'"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_named_in_one_line(arguments, named):
-    with pytest.raises(ConfigError) as caught:
-        parse_flags(arguments)
-    assert named in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_mistake_in_a_file_is_named_with_what_was_meant(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "from grit_jax.config import default_config\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        "    config.optimizer.learning_rte = 1.0\n"
-        "    return config\n"
-    )
-    with pytest.raises(ConfigError, match=r"learning_rte.*did you mean .*learning_rate"):
-        parse_flags([f"--config={path}"])
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "named"),
-    [
-        ("architecture", "gpt", "config.model.architecture='gpt'"),
-        ("pooling", "max", "config.model.pooling='max'"),
-        ("attention", "bbcb", "config.model.attention='bbcb'"),
-        ("remat", "some", "config.model.remat='some'"),
-        ("dtype", "float16", "config.model.dtype='float16'"),
-        ("sizes", {"hidden_sise": 1}, "hidden_sise"),
-        ("sizes", {"num_key_value_heads": 5}, "num_key_value_heads=5"),
-        ("sizes", {"vocab_size": 0}, "config.model.vocab_size must be positive"),
-    ],
-)
-def test_an_impossible_model_is_named(field, value, named):
-    config, _ = parse_flags([TINY])
-    with config.unlocked():
-        config.model[field] = value
     check_fields(config.to_dict())
-    make = loss_config if field in ("pooling", "attention") else model_config
-    with pytest.raises(ConfigError) as caught:
-        make(config)
-    assert named in str(caught.value)
+    assert workdir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_describes_a_whole_training_state(path):
+    state = make_trainer(parse(f"--config={path}")).abstract_state()
+    leaves = jax.tree.leaves(state.parameters)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves), "takes memory"
+    count = sum(leaf.size for leaf in leaves)
+    assert count == PARAMETERS.get(path.stem, count)
+    # Two moments for each parameter; what is left are counters.
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim)
+    assert moments == 2 * count
+
+
+# ---- The command line ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "section", "field", "value"),
+    [
+        ("--config.optimizer.learning_rate=1e-4", ("optimizer",), "learning_rate", 1e-4),
+        ("--config.optimizer.learning_rate=1", ("optimizer",), "learning_rate", 1.0),
+        ("--config.model.sizes.hidden_size=64", ("model", "sizes"), "hidden_size", 64),
+        ("--config.steps=7", (), "steps", 7),
+        ("--config.evaluation.enabled=false", ("evaluation",), "enabled", False),
+        ("--config.data.folder=elsewhere", ("data",), "folder", "elsewhere"),
+    ],
+)
+def test_a_flag_overrides_a_field_and_no_other(flag, section, field, value):
+    config, expected = parse(TINY, flag), parse(TINY)
+    changed, holder = config, expected
+    for name in section:
+        changed, holder = changed[name], holder[name]
+    assert changed[field] == value
+    assert type(changed[field]) is type(value)
+    assert holder[field] != value
+    holder[field] = value
+    assert config.to_dict() == expected.to_dict()
+
+
+def test_sizes_of_the_command_line_reach_the_model():
+    assert model_config(parse(TINY, "--config.model.sizes.hidden_size=64")).hidden_size == 64
+
+
+def test_the_working_directory_can_be_chosen():
+    assert parse_flags([TINY, "--workdir=somewhere"])[1] == "somewhere"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([TINY, "--config.optimizer.learning_rat=1"], "learning_rat"),
+        ([TINY, "--config.optimiser.learning_rate=1"], "optimiser"),
+        ([TINY, "--config.model.sizes.hidden_siz=1"], "hidden_siz"),
+        ([TINY, "--config.steps=abc"], "config.steps=abc"),
+        ([TINY, "--config.steps=1.5"], "config.steps=1.5"),
+        ([TINY, "--config.optimizer.learning_rate=abc"], "config.optimizer.learning_rate=abc"),
+        ([TINY, "--config.steps=0"], "config.steps=0"),
+        ([TINY, "--config.mode=both"], "config.mode='both'"),
+        ([TINY, "--config.data.group_size=0"], "config.data.group_size=0"),
+        ([TINY, "--config.checkpoint.every_steps=0"], "config.checkpoint.every_steps=0"),
+        ([TINY, "--workdirr=x"], "workdirr"),
+        ([TINY, "stray"], "stray"),
+        (["--config=configs/none.py"], "configs/none.py"),
+        (["--config=configs"], "configs"),
+        (["--workdir=x"], "--config=FILE is missing"),
+        ([], "--config=FILE is missing"),
+        (["--config"], "--config=FILE is missing"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_in_one_line(argv, named):
+    with pytest.raises(ConfigError) as error:
+        parse_flags(argv)
+    assert named in one_line(error)
+
+
+def test_a_misspelt_field_is_said_in_words():
+    with pytest.raises(ConfigError) as error:
+        parse(TINY, "--config.optimizer.learning_rat=1")
+    assert "learning_rate" in one_line(error)
+    assert "\\" not in one_line(error), "escapes of a message within a message"
+
+
+# ---- A user's own file ----
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """Returns the flag of a configuration that starts from the default and has these lines."""
+
+    def write(*lines):
+        path = tmp_path / "own.py"
+        body = "\n    ".join(["config = default_config()", *lines, "return config"])
+        path.write_text(
+            "from grit_jax.config import default_config\n\n\n"
+            f"def get_config():\n    {body}\n",
+            encoding="utf-8",
+        )
+        return f"--config={path}"
+
+    return write
+
+
+def test_a_users_own_file_is_read(own_file):
+    config, workdir = parse_flags([own_file("config.steps = 3")])
+    assert config.steps == 3
+    assert workdir == "runs/own"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("config.optimiser = {}", "config.optimiser: there is no such field; did you mean config"),
+        ("config.optimizer.learning_rat = 1.0", "config.optimizer.learning_rat"),
+        ("config.loss.temperatur = 1.0", "did you mean config.loss.temperature?"),
+        ("del config.steps", "config.steps is missing"),
+        ("config.steps = -1", "config.steps=-1"),
+        ("config.steps = 2.5", "own.py"),
+        ("config.optimizer = 3", "own.py"),
+        ("config = 3", "own.py"),
+    ],
+)
+def test_a_mistake_in_a_users_file_is_named_in_one_line(own_file, line, named):
+    with pytest.raises(ConfigError) as error:
+        parse_flags([own_file(line)])
+    assert named in one_line(error)
+    assert "Traceback" not in one_line(error)
+
+
+@pytest.mark.parametrize("content", ["", "x = 1\n", "def get_config():\n    pass\n"])
+def test_a_file_that_gives_no_configuration_is_named(tmp_path, content):
+    path = tmp_path / "own.py"
+    path.write_text(content, encoding="utf-8")
+    parse(TINY)  # What was read before must not stand in for it.
+    with pytest.raises(ConfigError) as error:
+        parse_flags([f"--config={path}"])
+    assert "own.py" in one_line(error)
+
+
+# ---- Fields ----
+
+
+def test_the_default_configuration_has_its_own_fields():
+    check_fields(default_config().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "named"),
+    [
+        ("optimizer", "learning_rate", "1e-4", "config.optimizer.learning_rate='1e-4' must be of"),
+        ("optimizer", "learning_rate", True, "config.optimizer.learning_rate=True must be of"),
+        ("data", "group_size", 2.0, "config.data.group_size=2.0 must be of type int"),
+        ("mesh", "tensor", True, "config.mesh.tensor=True must be of type int"),
+        ("evaluation", "enabled", 1, "config.evaluation.enabled=1 must be of type bool"),
+        ("evaluation", "batch_size", 0, "config.evaluation.batch_size=0 must be at least 1"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_names_its_field(section, field, value, named):
+    config = default_config().to_dict()
+    config[section][field] = value
+    with pytest.raises(ConfigError) as error:
+        check_fields(config)
+    assert named in one_line(error)
+
+
+def test_a_whole_number_will_do_for_a_float():
+    config = default_config().to_dict()
+    config["optimizer"]["weight_decay"] = 0
+    check_fields(config)
+
+
+def test_a_section_that_is_none_names_itself():
+    with pytest.raises(ConfigError, match="config.loss must be a section, not 3"):
+        check_fields(default_config().to_dict() | {"loss": 3})
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.model.sizes.hidden_size=0", "hidden_size"),
+        ("--config.model.dtype=float64", "config.model.dtype='float64'"),
+        ("--config.model.architecture=llama", "config.model.architecture='llama'"),
+        ("--config.model.pooling=max", "config.model.pooling='max'"),
+        ("--config.model.attention=bbbb", "config.model.attention='bbbb'"),
+        ("--config.loss.generative_reduction=sum", "config.loss.generative_reduction='sum'"),
+        ("--config.loss.temperature=0", "config.loss.temperature=0"),
+        ("--config.optimizer.warmup_fraction=1.5", "config.optimizer.warmup_fraction"),
+        ("--config.optimizer.warmup_fraction=-0.1", "config.optimizer.warmup_fraction"),
+    ],
+)
+def test_an_impossible_model_loss_or_optimizer_names_its_field(flag, named):
+    with pytest.raises(ConfigError) as error:
+        make_trainer(parse(TINY, flag))
+    assert named in one_line(error)
+
+
+def test_a_size_that_the_architecture_does_not_have_is_named(own_file):
+    flag = own_file("config.model.sizes = {'num_local_experts': 4}")
+    with pytest.raises(ConfigError, match="num_local_experts"):
+        model_config(parse(flag))

@@ -54,10 +54,8 @@ def compute(queries, passages, positives, contents, temperature=TEMPERATURE):
 
 @pytest.mark.parametrize("temperature", [0.02, 0.5])
 def test_it_is_a_softmax_over_all_passages(batch, temperature):
-    expected = loss_by_hand(*(np.asarray(part, np.float64) for part in batch[:2]), *batch[2:], 0.5)
-    assert expected > 0.1
-    np.testing.assert_allclose(compute(*batch, 0.5), expected, rtol=1e-5)
     expected = loss_by_hand(*batch, temperature)
+    assert expected > 0.1
     np.testing.assert_allclose(compute(*batch, temperature), expected, rtol=1e-4)
 
 
