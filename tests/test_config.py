@@ -10,7 +10,6 @@ from grit_jax.config_flags import parse_flags
 from grit_jax.run import make_trainer, model_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-TINY = next(f"--config={path}" for path in CONFIGS if path.stem == "gritlm_tiny")
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
 PARAMETERS = {
     "embedding_7b": MISTRAL_7B,
@@ -18,6 +17,13 @@ PARAMETERS = {
     "gritlm_7b": MISTRAL_7B,
     "gritlm_8x7b": MIXTRAL_8X7B,
 }
+
+
+def config_flag(name):
+    return next(f"--config={path}" for path in CONFIGS if path.stem == name)
+
+
+TINY = config_flag("gritlm_tiny")
 
 
 def parse(*argv):
@@ -88,6 +94,13 @@ def test_sizes_of_the_command_line_reach_the_model():
     assert model_config(parse(TINY, "--config.model.sizes.hidden_size=64")).hidden_size == 64
 
 
+def test_a_size_that_the_file_leaves_out_can_be_set():
+    sizes = ("num_hidden_layers=4", "sliding_window=4096")
+    config = parse(config_flag("gritlm_7b"), *(f"--config.model.sizes.{size}" for size in sizes))
+    assert model_config(config).num_hidden_layers == 4
+    assert model_config(config).sliding_window == 4096
+
+
 def test_the_working_directory_can_be_chosen():
     assert parse_flags([TINY, "--workdir=somewhere"])[1] == "somewhere"
 
@@ -105,6 +118,8 @@ def test_the_working_directory_can_be_chosen():
         ([TINY, "--config.mode=both"], "config.mode='both'"),
         ([TINY, "--config.data.group_size=0"], "config.data.group_size=0"),
         ([TINY, "--config.checkpoint.every_steps=0"], "config.checkpoint.every_steps=0"),
+        ([TINY, "--config.stepss=1"], "stepss"),
+        ([TINY, "--config.grad_cache_chunks=4"], "config.grad_cache_chunks"),
         ([TINY, "--workdirr=x"], "workdirr"),
         ([TINY, "stray"], "stray"),
         (["--config=configs/none.py"], "configs/none.py"),
@@ -138,8 +153,7 @@ def own_file(tmp_path):
         path = tmp_path / "own.py"
         body = "\n    ".join(["config = default_config()", *lines, "return config"])
         path.write_text(
-            "from grit_jax.config import default_config\n\n\n"
-            f"def get_config():\n    {body}\n",
+            f"from grit_jax.config import default_config\n\n\ndef get_config():\n    {body}\n",
             encoding="utf-8",
         )
         return f"--config={path}"
@@ -215,8 +229,8 @@ def test_a_whole_number_will_do_for_a_float():
     check_fields(config)
 
 
-def test_a_section_that_is_none_names_itself():
-    with pytest.raises(ConfigError, match="config.loss must be a section, not 3"):
+def test_a_section_that_is_a_number_names_itself():
+    with pytest.raises(ConfigError, match=r"config\.loss must be a section, not 3"):
         check_fields(default_config().to_dict() | {"loss": 3})
 
 
@@ -224,10 +238,13 @@ def test_a_section_that_is_none_names_itself():
     ("flag", "named"),
     [
         ("--config.model.sizes.hidden_size=0", "hidden_size"),
+        ("--config.model.sizes.num_key_value_heads=5", "num_key_value_heads=5"),
         ("--config.model.dtype=float64", "config.model.dtype='float64'"),
+        ("--config.model.param_dtype=float16", "config.model.param_dtype='float16'"),
+        ("--config.model.remat=some", "config.model.remat='some'"),
         ("--config.model.architecture=llama", "config.model.architecture='llama'"),
         ("--config.model.pooling=max", "config.model.pooling='max'"),
-        ("--config.model.attention=bbbb", "config.model.attention='bbbb'"),
+        ("--config.model.attention=bbcb", "config.model.attention='bbcb'"),
         ("--config.loss.generative_reduction=sum", "config.loss.generative_reduction='sum'"),
         ("--config.loss.temperature=0", "config.loss.temperature=0"),
         ("--config.optimizer.warmup_fraction=1.5", "config.optimizer.warmup_fraction"),
@@ -240,7 +257,8 @@ def test_an_impossible_model_loss_or_optimizer_names_its_field(flag, named):
     assert named in one_line(error)
 
 
-def test_a_size_that_the_architecture_does_not_have_is_named(own_file):
-    flag = own_file("config.model.sizes = {'num_local_experts': 4}")
-    with pytest.raises(ConfigError, match="num_local_experts"):
+@pytest.mark.parametrize("size", ["num_local_experts", "hidden_sise"])
+def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
+    flag = own_file(f"config.model.sizes = {{{size!r}: 4}}")
+    with pytest.raises(ConfigError, match=size):
         model_config(parse(flag))
