@@ -1,6 +1,6 @@
 """The global batch of any step: drawn, planned from lengths alone, read, and packed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 
 import grain
@@ -104,7 +104,8 @@ class Batches:
             for dataset in dict.fromkeys(plan.dataset for plan in plans)
         ]
         # Two datasets with rows of their own leave one spare shape; more datasets share one.
-        candidates = of_datasets if len(of_datasets) == 2 else [usual]
+        candidates: list[Mapping[str, float]] = []
+        candidates += of_datasets if len(of_datasets) == 2 else [usual]
         for factor in (SPARE_SHAPE, float("inf")):
             candidates.append({stream: rows * factor for stream, rows in usual.items()})
         most = {
