@@ -17,9 +17,9 @@ test: .venv/.installed-test
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
-data/sample/.prepared: .venv/.installed-demo $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py)
+data/sample/.prepared: $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py) | .venv/.installed-demo
 	$(BIN)/grit-jax prepare sample_embedding sample_chat --output data/sample
 	touch $@
 
@@ -32,7 +32,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 
 .venv/.installed-test: .venv/bin/python constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch $@ .venv/.installed-demo
+	touch .venv/.installed-demo $@
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
