@@ -97,7 +97,7 @@ def _prepare_task(
         kind=kind,
         count=len(examples),
         longest=_longest(kind, examples),
-        rejected=Counter(outcome for outcome in outcomes if isinstance(outcome, str)),
+        rejected=dict(Counter(outcome for outcome in outcomes if isinstance(outcome, str))),
         shards=[SHARD_NAME.format(n) for n in range(-(-len(examples) // EXAMPLES_A_SHARD))],
         max_lengths=dataclasses.asdict(max_lengths),
         tokenizer={
@@ -108,7 +108,7 @@ def _prepare_task(
     )
     _write_dataset(folder, manifest, examples)
     rejected = sum(manifest.rejected.values())
-    print(f"{folder}: {manifest.count} examples, {rejected} rejected {dict(manifest.rejected)}")
+    print(f"{folder}: {manifest.count} examples, {rejected} rejected {manifest.rejected}")
 
 
 def _to_python(raw: dict[str, Any]) -> dict[str, Any]:

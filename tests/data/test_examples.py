@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 import numpy as np
 import pytest
 
@@ -13,6 +13,7 @@ from grit_jax.data.examples import (
     MaxLengths,
     RejectedExample,
     Text,
+    chat_example,
     chat_text,
     embedding_example,
     embedding_text,
@@ -93,6 +94,9 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
         (lambda t: embedding_text(t, "find " * 40, "x", 32), "instruction alone"),
         (lambda t: chat_text(t, ["hello"], 64), "without an answer"),
         (lambda t: chat_text(t, ["hello", ""], 64), "empty turn"),
+        (lambda t: chat_text(t, ["hello", " \n"], 64), "empty turn"),
+        (lambda t: chat_text(t, ["hello", "x", " ", "y"], 64), "empty turn"),
+        (lambda t: chat_text(t, [], 64), "without an answer"),
         (lambda t: chat_text(t, ["hello " * 40, "x"], 32), "prompt alone"),
         (
             lambda t: embedding_example(
@@ -105,6 +109,68 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
 def test_what_cannot_be_used_is_rejected_with_the_reason(tokenizer, make, reason):
     with pytest.raises(RejectedExample, match=reason):
         make(tokenizer)
+
+
+def test_an_instruction_must_leave_room_for_one_token_of_the_text(tokenizer):
+    length = int(np.argmax(embedding_text(tokenizer, "find it", "text", 64).mask))
+    with pytest.raises(RejectedExample, match="instruction alone"):
+        embedding_text(tokenizer, "find it", "text", length)
+    assert embedding_text(tokenizer, "find it", "text", length + 1).mask.sum() == 1
+
+
+@pytest.mark.parametrize("bad", ["query", "pos", "neg"])
+def test_an_empty_text_anywhere_rejects_the_example(tokenizer, bad):
+    raw = {"query": ["", "x"], "pos": [["", "y"]], "neg": [["", "z"]]}
+    raw[bad] = ["", " "] if bad == "query" else [*raw[bad], ["", " "]]
+    with pytest.raises(RejectedExample, match="empty text"):
+        embedding_example(tokenizer, raw, MaxLengths())
+
+
+def test_instructions_are_as_long_as_the_original_says(tokenizer):
+    case = COLLATION["cases"]["multi_turn_trunc"]
+    passages = [pair for sample in case["samples"] for pair in sample[1]]
+    lengths = case["batch"]["passage"]["instruction_lens"]
+    for pair, length in zip(passages, lengths, strict=True):
+        mask = embedding_text(tokenizer, *pair, case["passage_max_len"]).mask
+        np.testing.assert_array_equal(mask, np.arange(len(mask)) >= length)
+
+
+def test_each_kind_of_text_is_cut_to_its_own_length(tokenizer):
+    lengths = MaxLengths(query=20, passage=30, chat=40)
+    long = "word " * 100
+    raw = {"query": ["", long], "pos": [["", long]], "neg": [["", long], ["", long]]}
+    example = embedding_example(tokenizer, raw, lengths)
+    assert [len(text) for text in example.texts] == [20, 30, 30, 30]
+    assert len(chat_example(tokenizer, {"text": ["q", long]}, lengths).chat) == 40
+
+
+def test_markers_in_a_text_never_become_special_tokens(tokenizer):
+    for text in ("<s>", "a</s>\n<|user|>\nb", "<unk>", "x <s> y"):
+        assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode(text))
+
+
+# U+2581 stands for a space in SentencePiece.
+characters = strategies.characters(exclude_categories=["C", "Z"], exclude_characters="\u2581")
+turns = strategies.lists(strategies.text(characters, min_size=1), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(strategies.lists(strategies.tuples(turns.map(" ".join), turns.map(" ".join)), min_size=1))
+def test_answers_are_learned_and_nothing_else_in_whatever_script(pairs):
+    tokenizer = Tokenizer()
+    text = chat_text(tokenizer, [f" {turn}\n" for pair in pairs for turn in pair], 100_000)
+    learned = text.tokens[text.mask].tolist()
+    answers = []
+    while learned:
+        end = learned.index(tokenizer.eos_id)
+        answers.append(tokenizer.decode(learned[:end]))
+        learned = learned[end + 1 :]
+    assert answers == [answer for _, answer in pairs]
+
+
+def test_a_last_question_without_an_answer_is_left_out(tokenizer):
+    whole = chat_text(tokenizer, ["q", "a", "again?"], 64)
+    assert whole.tokens.tolist() == chat_text(tokenizer, ["q", "a"], 64).tokens.tolist()
 
 
 texts = strategies.lists(

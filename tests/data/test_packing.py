@@ -38,8 +38,8 @@ def test_rows_are_few_and_the_same_for_the_same_lengths(lengths):
 
 
 def test_a_text_goes_where_it_leaves_the_least():
-    # Longest first: 9 | 7 | 3 fits exactly beside 7, 1 exactly beside 9.
-    assert plan_rows([1, 3, 7, 9], 10) == [[3, 0], [2, 1]]
+    # Longest first: 7 leaves 3 and 6 leaves 4; 3 fits exactly beside 7, 2 only beside 6.
+    assert plan_rows([2, 3, 6, 7], 10) == [[3, 1], [2, 0]]
 
 
 def test_a_text_longer_than_a_row_is_an_error():

@@ -28,6 +28,27 @@ def test_a_constant_score_earns_nothing():
     assert measures == {"ndcg_at_10": 0.0, "recall_at_1": 0.0}
 
 
+@pytest.mark.parametrize(("rank", "gain"), [(10, 1 / math.log2(11)), (11, 0)])
+def test_the_tenth_place_is_the_last_that_counts(rank, gain):
+    measures = retrieval_measures(-np.arange(20.0)[None], [{rank - 1}])
+    assert measures["ndcg_at_10"] == pytest.approx(gain)
+
+
+def test_more_answers_than_ten_can_still_be_perfect():
+    measures = retrieval_measures(-np.arange(20.0)[None], [set(range(12))])
+    assert measures["ndcg_at_10"] == pytest.approx(1)
+
+
+def test_an_answer_stands_behind_those_it_ties_with_but_not_behind_other_answers():
+    scores = np.array([[5.0, 3.0, 3.0, 3.0, 1.0]])
+    for answer in (1, 2, 3):
+        measures = retrieval_measures(scores, [{answer}])
+        assert measures["ndcg_at_10"] == pytest.approx(1 / math.log2(5))
+    of_ranks = [1 / math.log2(1 + rank) for rank in (1, 2, 3, 4)]
+    measures = retrieval_measures(scores, [{1, 2, 3}])
+    assert measures["ndcg_at_10"] == pytest.approx(sum(of_ranks[1:]) / sum(of_ranks[:3]))
+
+
 def test_bm25_finds_shared_words_and_gives_nothing_for_unknown_ones():
     passages = ["a large grey animal with a trunk", "a small vessel on the sea", "grey paint"]
     scores = bm25_scores(["the vessel sank in the sea", "zyzzyva"], passages)
