@@ -99,6 +99,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.mode={config['mode']!r} must be one of {', '.join(choices)}")
     if config["grad_cache_chunks"] != 1:
         raise ConfigError("config.grad_cache_chunks must be 1: chunks are not supported yet")
+    warmup = config["optimizer"]["warmup_fraction"]
+    if not 0 <= warmup < 1:
+        raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
     positive = {
         "": ("steps", "log_every_steps"),
         "data": ("embedding_batch_size", "generative_batch_size", "group_size"),

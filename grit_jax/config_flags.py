@@ -43,10 +43,12 @@ def _split_off_config(argv: Sequence[str]) -> tuple[Path, list[str]]:
     for place, argument in enumerate(rest):
         name, _, value = argument.partition("=")
         if name in ("--config", "-config"):
-            if not value:
-                value = rest.pop(place + 1) if place + 1 < len(rest) else ""
+            if not value and place + 1 < len(rest):
+                value = rest.pop(place + 1)
             del rest[place]
-            return Path(value), rest
+            if value:
+                return Path(value), rest
+            break
     raise ConfigError("--config=FILE is missing (see the folder configs)")
 
 
@@ -81,5 +83,6 @@ def _complete_sizes(config: Config) -> None:
 
 
 def _in_one_line(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error)
-    return " ".join(text.replace("\\n", " ").split())
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]  # An error that only wraps another.
+    return " ".join(str(error.args[0] if error.args else error).split())

@@ -187,6 +187,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(left.mask, right.mask)
 
 
+@settings(deadline=None)
 @given(texts, strategies.lists(texts, min_size=1, max_size=3), strategies.lists(texts, max_size=3))
 def test_records_give_back_their_example(query, positives, negatives):
     example = EmbeddingExample(query, positives, negatives)
