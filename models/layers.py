@@ -11,6 +11,7 @@ a weight's gradient that sums over one axis in place of two takes a third of the
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from flax import nnx
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 
 
 def parameter(
-    key: jax.Array,
+    rngs: nnx.Rngs,
+    config: MistralConfig,
     shape: tuple[int, ...],
     axes: tuple[str, ...],
-    config: MistralConfig,
-    *,
     standard_deviation: float,
 ) -> nnx.Param:
     """Returns a normally distributed weight whose axes are named `axes`."""
-    value = standard_deviation * jax.random.normal(key, shape, config.param_dtype)
+    value = standard_deviation * jax.random.normal(rngs.params(), shape, config.param_dtype)
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
@@ -94,12 +94,7 @@ class Attention(nnx.Module):
         self.config = config
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
-
-        def weight(shape, axes, standard_deviation):
-            return parameter(
-                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
-            )
-
+        weight = functools.partial(parameter, rngs, config)
         self.query = weight((D, N, H), ("embed", "heads", "head_dim"), into_branch(D))
         self.key = weight((D, K, H), ("embed", "kv_heads", "head_dim"), into_branch(D))
         self.value = weight((D, K, H), ("embed", "kv_heads", "head_dim"), into_branch(D))
@@ -136,12 +131,7 @@ class MLP(nnx.Module):
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, F = config.hidden_size, config.intermediate_size
-
-        def weight(shape, axes, standard_deviation):
-            return parameter(
-                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
-            )
-
+        weight = functools.partial(parameter, rngs, config)
         self.gate = weight((D, F), ("embed", "mlp"), into_branch(D))
         self.up = weight((D, F), ("embed", "mlp"), into_branch(D))
         self.down = weight((F, D), ("mlp", "embed"), out_of_branch(F, config))

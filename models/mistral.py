@@ -139,22 +139,12 @@ class Mistral(nnx.Module):
             return DecoderLayer(config, self.feed_forward, rngs=rngs)
 
         self.embedding = parameter(
-            rngs.params(),
-            (V, D),
-            ("vocab", "embed"),
-            config,
-            standard_deviation=config.initializer_range,
+            rngs, config, (V, D), ("vocab", "embed"), config.initializer_range
         )
         self.layers = stacked_layers(rngs)
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
-            self.head = parameter(
-                rngs.params(),
-                (D, V),
-                ("embed", "vocab"),
-                config,
-                standard_deviation=into_branch(D),
-            )
+            self.head = parameter(rngs, config, (D, V), ("embed", "vocab"), into_branch(D))
 
     def __call__(
         self,

@@ -5,6 +5,7 @@ C experts chosen for a token.
 """
 
 import dataclasses
+import functools
 
 from flax import nnx
 import jax
@@ -59,12 +60,7 @@ class Experts(nnx.Module):
     def __init__(self, config: MixtralConfig, *, rngs: nnx.Rngs):
         self.config = config
         D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
-
-        def weight(shape, axes, standard_deviation):
-            return parameter(
-                rngs.params(), shape, axes, config, standard_deviation=standard_deviation
-            )
-
+        weight = functools.partial(parameter, rngs, config)
         self.router = weight((D, E), ("embed", "router"), into_branch(D))
         self.gate = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
         self.up = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
