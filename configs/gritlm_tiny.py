@@ -6,18 +6,18 @@ from grit_jax.config import default_config
 def get_config():
     """Returns the configuration."""
     config = default_config()
-    config.steps = 400
+    config.steps = 300
     config.log_every_steps = 10
 
     config.model.sizes = {
         "vocab_size": 32000,
-        "hidden_size": 128,
+        "hidden_size": 256,
         "intermediate_size": 256,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "initializer_range": 1.0,
+        "initializer_range": 3.0,
     }
     config.model.dtype = "float32"
     config.model.remat = "none"
@@ -25,7 +25,9 @@ def get_config():
     # From random weights the next-token gradient is by far the larger of the two.
     config.loss.generative_weight = 0.1
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 5e-4
+    # The embeddings start at a standard deviation of 3, the layers' matrices at 1/16.
+    config.optimizer.token_embedding_factor = 180.0
     config.optimizer.warmup_fraction = 0.1
     # A rare word's first gradients would move it far if they counted as a thousandth of its past.
     config.optimizer.beta2 = 0.95
@@ -33,7 +35,7 @@ def get_config():
     config.data.folder = "data/sample"
     config.data.embedding = "sample_embedding"
     config.data.generative = "sample_chat"
-    config.data.embedding_batch_size = 64
+    config.data.embedding_batch_size = 128
     config.data.generative_batch_size = 4
     config.data.query_row_length = 128
     config.data.passage_row_length = 128

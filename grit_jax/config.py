@@ -55,6 +55,7 @@ def default_config() -> Config:
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # of the gradient of all parameters together
+    config.optimizer.token_embedding_factor = 1.0  # of their learning rate to that of the rest
 
     config.data = ConfigDict()
     config.data.folder = "data/prepared"  # what grit-jax prepare wrote

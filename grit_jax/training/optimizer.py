@@ -1,5 +1,8 @@
 """AdamW with the schedule of GritLM."""
 
+from typing import Any
+
+import jax
 import optax
 
 
@@ -23,9 +26,22 @@ def make_optimizer(
     epsilon: float,
     weight_decay: float,
     clip_norm: float,
+    token_embedding_factor: float,
 ) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm."""
+    """Returns AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
+
+    The token embeddings move by `token_embedding_factor` times the schedule's rate. Adam's updates
+    are about a learning rate large whatever the parameter's size, and from random weights the
+    embeddings are far larger than the layers' matrices (as in arXiv 2203.03466).
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay),
+        optax.masked(optax.scale(token_embedding_factor), _is_token_embedding),
+    )
+
+
+def _is_token_embedding(parameters: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[:1], simple=True) == "embedding", parameters
     )

@@ -35,6 +35,7 @@ OPTIMIZER = {
     "epsilon": 1e-8,
     "weight_decay": 0.1,
     "clip_norm": 1.0,
+    "token_embedding_factor": 2.0,
 }
 LOSS = LossConfig(
     embedding_weight=0.5,
@@ -163,8 +164,9 @@ def hand_adamw(parameters, gradients, moments, step):
         moments[name] = first, second
         update = first / (1 - 0.9 ** (step + 1))
         update /= jnp.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+        factor = OPTIMIZER["token_embedding_factor"] if name == "['embedding']" else 1.0
         decayed = parameters[name] * OPTIMIZER["weight_decay"]
-        parameters[name] = parameters[name] - rate * (update + decayed)
+        parameters[name] = parameters[name] - rate * factor * (update + decayed)
     return norm_of_all
 
 
