@@ -72,25 +72,28 @@ def next_token_loss(
     projection: Float[Array, "D V"],
     targets: Int[Array, "B S"],
     weights: Float[Array, "B S"],
-    chunk_size: int = 256,
+    chunk_size: int | None = None,
 ) -> Float[Array, ""]:
     """Returns the weighted sum of the cross-entropies of `targets`, in float32 nats.
 
-    The logits exist for `chunk_size` positions of each row at a time, and are computed again in
-    the backward pass.
+    The logits exist for `chunk_size` positions of each row at a time (an eighth of the row, at
+    most 256), and are computed again in the backward pass. Positions of weight 0 come last and
+    cost nothing where they fill a chunk; weights are constants, without a gradient.
     """
-    B, S, _ = hidden.shape
-    chunk_size = min(chunk_size, S)
-    padding = -S % chunk_size
+    S = hidden.shape[1]
+    chunk_size = chunk_size or min(256, -(-S // 8))
+    weights = jax.lax.stop_gradient(weights)
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
 
     def chunks(array: jax.Array) -> jax.Array:
-        padded = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
-        split = padded.reshape(B, (S + padding) // chunk_size, chunk_size, *array.shape[2:])
+        """[B, S, ...] -> [chunks, B, chunk_size, ...], positions that count first."""
+        index = order.reshape(order.shape + (1,) * (array.ndim - 2))
+        ordered = jnp.take_along_axis(array, index, axis=1)
+        padded = jnp.pad(ordered, ((0, 0), (0, -S % chunk_size)) + ((0, 0),) * (array.ndim - 2))
+        split = padded.reshape(padded.shape[0], -1, chunk_size, *array.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        hidden, targets, weights = chunk
+    def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = jnp.einsum(
             "BSD,DV->BSV",
             hidden,
@@ -99,8 +102,13 @@ def next_token_loss(
         )
         logits = constrain(logits, "batch", None, "vocab")
         own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        cross_entropies = jax.nn.logsumexp(logits, axis=-1) - own_logits
-        return total + jnp.sum(cross_entropies * weights), None
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        counts = jnp.any(chunk[2] != 0)
+        added = jax.lax.cond(counts, weighted_sum, lambda *_: jnp.zeros(()), *chunk)
+        return total + added, None
 
     inputs = (chunks(hidden), chunks(targets), chunks(weights))
     total, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), inputs)

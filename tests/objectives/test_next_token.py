@@ -50,9 +50,9 @@ def test_chunks_of_any_size_give_the_loss_and_gradient_of_the_whole(arrays, chun
     def chunked(*arrays):
         return next_token_loss(*arrays, chunk_size=chunk_size)
 
-    loss, gradient = jax.value_and_grad(chunked, argnums=(0, 1, 3))(*arrays)
+    loss, gradient = jax.value_and_grad(chunked, argnums=(0, 1))(*arrays)
     np.testing.assert_allclose(loss, loss_by_hand(*map(np.asarray, arrays)), rtol=1e-5)
-    expected = jax.grad(loss_at_once, argnums=(0, 1, 3))(*arrays)
+    expected = jax.grad(loss_at_once, argnums=(0, 1))(*arrays)
     for ours, theirs in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
