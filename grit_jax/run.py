@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -73,14 +74,13 @@ def make_trainer(config: Config) -> Trainer:
     Raises:
       ConfigError, MeshError: the message names the field.
     """
-    optimizer = config.optimizer.to_dict()
-    schedule = learning_rate_schedule(
-        optimizer.pop("learning_rate"), optimizer.pop("warmup_fraction"), config.steps
-    )
+    settings = config.optimizer.to_dict()
+    for of_schedule in ("learning_rate", "warmup_fraction"):
+        settings.pop(of_schedule)
     return Trainer(
         model_config(config),
         loss_config(config),
-        make_optimizer(schedule, **optimizer),
+        make_optimizer(_schedule(config), **settings),
         make_mesh(**config.mesh.to_dict()),
     )
 
@@ -162,6 +162,11 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
     )
 
 
+def _schedule(config: Config) -> optax.Schedule:
+    optimizer = config.optimizer
+    return learning_rate_schedule(optimizer.learning_rate, optimizer.warmup_fraction, config.steps)
+
+
 def _row_lengths(config: Config) -> RowLengths:
     return RowLengths(
         query=config.data.query_row_length,
@@ -209,13 +214,8 @@ def _train(
 
     start = int(state.step)
     with ProgressReport(start, config.steps, console) as progress:
-        rate = config.optimizer
-        stopwatch = Stopwatch(
-            config.log_every_steps,
-            config.steps,
-            learning_rate_schedule(rate.learning_rate, rate.warmup_fraction, config.steps),
-            [metrics_file.write, progress.show],
-        )
+        receivers = [metrics_file.write, progress.show]
+        stopwatch = Stopwatch(config.log_every_steps, config.steps, _schedule(config), receivers)
         coming = read_ahead(batches, start, config.steps)
         return train(trainer, state, coming, [stopwatch, save], progress.say)
 
