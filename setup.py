@@ -15,11 +15,14 @@ CORE = [
     "jaxtyping>=0.3.11",
     "matplotlib>=3.11",
     "ml-collections>=1.1",
+    "ml-dtypes>=0.6",
     "numpy>=2.3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "rich>=15",
+    "safetensors>=0.8",
     "sentencepiece>=0.2.3",
+    "tensorstore>=0.1.86",
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [
@@ -39,7 +42,10 @@ TEST = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17.6",
-    "safetensors>=0.8",
+    # What exported models are loaded with.
+    "sentence-transformers>=6.2",
+    "torch~=2.13.0",
+    "transformers>=5.24",
 ]
 
 setup(
@@ -53,7 +59,10 @@ setup(
     python_requires=">=3.11",
     # grit_jax/models is a link to models/, which so never collides with a user's own `models`.
     packages=find_packages(include=["grit_jax", "grit_jax.*"]),
-    package_data={"grit_jax.data.sample": ["*.md", "*/*.jsonl.gz"]},
+    package_data={
+        "grit_jax.conversion": ["files/*"],
+        "grit_jax.data.sample": ["*.md", "*/*.jsonl.gz"],
+    },
     install_requires=CORE,
     extras_require={
         "data": DATA,

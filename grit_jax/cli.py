@@ -11,7 +11,7 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with these arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "prepare": prepare}
+    commands = {"train": train, "prepare": prepare, "convert": convert}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
         return
@@ -89,3 +89,56 @@ def prepare(argv: Sequence[str]) -> None:
         if error.name in arguments.module:
             fail(f"--module {error.name}: there is no such module in this folder or installed")
         fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Converts weights: from-hf HF_FOLDER CHECKPOINT, or to-hf CHECKPOINT HF_FOLDER"""
+    parser = argparse.ArgumentParser(prog="grit-jax convert", description=convert.__doc__)
+    directions = parser.add_subparsers(dest="direction", required=True)
+    from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
+    to_hf = directions.add_parser("to-hf", help="checkpoint or run's folder to Hugging Face folder")
+    for direction in (from_hf, to_hf):
+        direction.add_argument("source", type=Path, help="the model")
+        direction.add_argument("destination", type=Path, help="folder to make")
+    from_hf.add_argument(
+        "--head",
+        help="for a checkpoint without lm_head: 'tied' to use its token embeddings, or the folder "
+        "of a base model to take its head",
+    )
+    to_hf.add_argument(
+        "--tokenizer",
+        help="'mistral' or the path of a SentencePiece model; by default the one that lies with "
+        "the model, else 'mistral'",
+    )
+    to_hf.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
+    )
+    to_hf.add_argument("--attention", default="bbcc", help="pattern it was trained with (bbcc)")
+    to_hf.add_argument(
+        "--pooling",
+        default="mean",
+        choices=("mean", "weightedmean", "lasttoken", "cls"),
+        help="of its embeddings (mean)",
+    )
+    arguments = parser.parse_args(argv)
+
+    from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
+    from grit_jax.conversion.export import write_hugging_face
+    from grit_jax.conversion.orbax_model import write_orbax
+
+    try:
+        if arguments.direction == "from-hf":
+            model = HuggingFaceModel(arguments.source, arguments.head)
+            write_orbax(model, arguments.destination)
+        else:
+            write_hugging_face(
+                open_model(arguments.source),
+                arguments.destination,
+                tokenizer=arguments.tokenizer,
+                dtype=arguments.dtype,
+                attention=arguments.attention,
+                pooling=arguments.pooling,
+            )
+    except (ConversionError, FileNotFoundError) as error:
+        fail(f"{type(error).__name__}: {error}")
+    print(f"{arguments.source} -> {arguments.destination}")

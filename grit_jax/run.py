@@ -50,7 +50,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     _keep_config(config, workdir / "config.json")
 
     checkpoint = config.checkpoint
-    with Checkpoints(workdir / "checkpoints", checkpoint.every_steps, checkpoint.keep) as saved:
+    with Checkpoints(
+        workdir / "checkpoints", trainer.model_config, checkpoint.every_steps, checkpoint.keep
+    ) as saved:
         state = _first_state(config, trainer, saved, console)
         start = int(state.step)
         metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)

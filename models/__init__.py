@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from grit_jax.models.hugging_face import config_from_hugging_face, config_to_hugging_face
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
 
@@ -14,6 +15,8 @@ __all__ = [
     "MixtralConfig",
     "RouterStatistics",
     "Stream",
+    "config_from_hugging_face",
+    "config_to_hugging_face",
     "make_config",
 ]
 

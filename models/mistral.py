@@ -29,6 +29,7 @@ REMAT_POLICIES = {
 class MistralConfig:
     """Sizes of a Mistral, under the names of Hugging Face's config.json; the defaults are 7B's.
 
+    `max_position_embeddings` is the longest text that the model is made for, in tokens.
     `initializer_range` is the standard deviation of an untrained model's embeddings; its other
     weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
     that of the parameters; `remat` names what a layer's backward pass computes again ("full") or
@@ -45,6 +46,7 @@ class MistralConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
     head_dim: int = 128
+    max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02

@@ -7,23 +7,29 @@ from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
+from grit_jax.models import MistralConfig, config_to_hugging_face
 from grit_jax.training.train_step import TrainState
 
 
 class Checkpoints:
     """The checkpoints below a folder; a context, at whose end the last one is on disk.
 
-    Each holds `parameters` (the model's, as a plain tree of arrays) and `optimizer_state`, so that
-    the model can be read without the optimizer.
+    Each holds `parameters` (the model's, as a plain tree of arrays), `model_config` (its sizes, as
+    Hugging Face's config.json holds them) and `optimizer_state`, so that the model can be read
+    without the optimizer.
 
     Args:
       folder: where they lie.
+      model_config: the model's.
       every_steps: steps between two.
       keep: how many of the newest are kept.
     """
 
-    def __init__(self, folder: epath.Path, every_steps: int, keep: int):
+    def __init__(
+        self, folder: epath.Path, model_config: MistralConfig, every_steps: int, keep: int
+    ):
         self.folder = folder
+        self._model_config = config_to_hugging_face(model_config)
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=every_steps, max_to_keep=keep, enable_async_checkpointing=True
         )
@@ -57,6 +63,7 @@ class Checkpoints:
             return False
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
+            model_config=ocp.args.JsonSave(self._model_config),
             optimizer_state=ocp.args.StandardSave(state.optimizer_state),
         )
         return self._manager.save(step, args=items, force=is_last)

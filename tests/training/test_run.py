@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from grit_jax.conversion import open_model
+
 ROOT = Path(__file__).parents[2]
 # A model so small that a run is over in seconds.
 SMALL = [
@@ -113,6 +115,20 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         assert min(picture.size) > 200
         assert len(picture.convert("L").getcolors(256)) > 10  # Something is drawn on it.
     assert (tmp_path / "checkpoints" / "3").is_dir()
+
+    # Its newest checkpoint goes to Hugging Face, with the values that training left.
+    script = "from grit_jax.cli import main; main()"
+    exported = tmp_path / "exported"
+    subprocess.run(
+        [sys.executable, "-c", script, "convert", "to-hf", tmp_path, exported], cwd=ROOT, check=True
+    )
+    trained, written = open_model(tmp_path), open_model(exported)
+    assert trained.folder == tmp_path / "checkpoints" / "3"
+    for parameter in written.parameters:
+        index = tuple(slice(0, size) for size in parameter.full_shape)
+        np.testing.assert_array_equal(
+            trained.read(parameter, index), written.read(parameter, index)
+        )
 
 
 @pytest.mark.slow

@@ -1,0 +1,118 @@
+"""What stands beside the weights in an exported folder: tokenizer, chat template, and pooling."""
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from grit_jax.data.templates import EMBED
+from grit_jax.data.tokenizer import tokenizer_path
+from grit_jax.models import MistralConfig
+
+FILES = Path(__file__).with_name("files")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def write_tokenizer(name: str, folder: Path, longest: int) -> None:
+    """Writes a SentencePiece tokenizer as transformers reads it.
+
+    Args:
+      name: name or path of the tokenizer, see `data.tokenizer`.
+      folder: where to.
+      longest: the longest text that the model is made for, in tokens.
+    """
+    shutil.copyfile(tokenizer_path(name), folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special["pad_token"] = special["eos_token"]  # Mistral has none of its own.
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+        "padding_side": "right",
+    }
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> bool:
+    """Copies the files of a tokenizer between two folders; returns whether there were any."""
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return any(file.name in ("tokenizer.json", "tokenizer.model") for file in files)
+
+
+def write_chat_template(folder: Path) -> None:
+    """Writes the chat format of GRIT in the place of the tokenizer's own."""
+    template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    # Before version 4.43, transformers looked for it among the tokenizer's settings.
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
+
+
+def write_sentence_transformers(
+    folder: Path, config: MistralConfig, attention: str, pooling: str
+) -> None:
+    """Writes what sentence-transformers needs to embed as this model does."""
+    transformer = "sentence_transformers.models.Transformer"
+    if attention[1] == "b":
+        module = "bidirectional_transformer.py"
+        shutil.copyfile(FILES / module, folder / module)
+        transformer = "bidirectional_transformer.BidirectionalTransformer"
+    modules = [
+        (transformer, ""),
+        ("sentence_transformers.models.Pooling", "1_Pooling"),
+        ("sentence_transformers.models.Normalize", "2_Normalize"),
+    ]
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": kind}
+            for i, (kind, path) in enumerate(modules)
+        ],
+    )
+    modes = {
+        "cls": "cls_token",
+        "mean": "mean_tokens",
+        "weightedmean": "weightedmean_tokens",
+        "lasttoken": "lasttoken",
+    }
+    (folder / "1_Pooling").mkdir()
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": config.hidden_size,
+            **{f"pooling_mode_{name}": mode == pooling for mode, name in modes.items()},
+            "include_prompt": False,
+        },
+    )
+    (folder / "2_Normalize").mkdir()
+    longest = min(512, config.max_position_embeddings)
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": {"document": EMBED},
+            "default_prompt_name": "document",
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file for people to read."""
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,130 @@
+"""A model as a folder that transformers, sentence-transformers and vLLM load."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from grit_jax.conversion.companion_files import (
+    copy_tokenizer,
+    write_chat_template,
+    write_json,
+    write_sentence_transformers,
+    write_tokenizer,
+)
+from grit_jax.conversion.destination import check_space, whole_folder
+from grit_jax.conversion.hugging_face import HuggingFaceModel
+from grit_jax.conversion.layout import Parameter
+from grit_jax.conversion.orbax_model import OrbaxModel
+from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
+from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+
+Model = HuggingFaceModel | OrbaxModel
+
+# Bytes of a file of weights: what has to fit in memory.
+SHARD_BYTES = 2**30
+TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def write_hugging_face(
+    model: Model,
+    folder: Path,
+    *,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    attention: str = "bbcc",
+    pooling: str = "mean",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model as a folder for transformers and sentence-transformers.
+
+    The folder is whole or not there.
+
+    Args:
+      model: the weights.
+      folder: must not exist.
+      tokenizer: name or path of a SentencePiece model, see `data.tokenizer`; by default the
+        tokenizer that lies with the model, else Mistral's.
+      dtype: "float32", "bfloat16" or "float16"; by default each tensor's own.
+      attention: pattern of the model; embeddings are read bidirectionally or causally by it.
+      pooling: of the embeddings.
+      shard_bytes: largest size of a file of weights, unless one tensor is larger.
+
+    Raises:
+      ConversionError: the folder exists, the disk is full, or the tokenizer is not the model's.
+    """
+    with whole_folder(folder) as unfinished:
+        unfinished.mkdir()
+        is_copied = tokenizer is None and copy_tokenizer(model.tokenizer_folder, unfinished)
+        if not is_copied:
+            _check_vocabulary(model, tokenizer or MISTRAL)
+            write_tokenizer(tokenizer or MISTRAL, unfinished, model.config.max_position_embeddings)
+        write_chat_template(unfinished)
+        write_sentence_transformers(unfinished, model.config, attention, pooling)
+        stored = write_weights(model, unfinished, dtype, shard_bytes)
+        write_json(unfinished / "config.json", model.fields | {"torch_dtype": stored})
+        ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
+        write_json(unfinished / "generation_config.json", ends)
+
+
+def write_weights(model: Model, folder: Path, dtype: str | None, shard_bytes: int) -> str:
+    """Writes the weights in safetensors, a file at a time; returns the type of most of them."""
+    tensors = [
+        (name, place, parameter, np.dtype(TYPES[dtype] if dtype else model.dtype(parameter)))
+        for parameter in model.parameters
+        for place, name in parameter.tensors()
+    ]
+    # Layer by layer, as transformers writes them.
+    tensors.sort(key=lambda tensor: (len(tensor[1]) > 0, tensor[1][:1]))
+    shards = _split(tensors, shard_bytes)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE]
+    check_space(folder, sum(_bytes(tensor) for tensor in tensors))
+    for file_name, shard in zip(names, shards, strict=True):
+        content = {
+            name: _tensor(model, parameter, place).astype(kind, copy=False)
+            for name, place, parameter, kind in shard
+        }
+        save_file(content, folder / file_name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {
+            tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        total = sum(_bytes(tensor) for tensor in tensors)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return max((kind.name for *_, kind in tensors), key=[k.name for *_, k in tensors].count)
+
+
+def _tensor(model: Model, parameter: Parameter, place: tuple[int, ...]) -> np.ndarray:
+    index = tuple(slice(i, i + 1) for i in place) + tuple(slice(0, s) for s in parameter.shape)
+    return parameter.to_tensor(model.read(parameter, index).reshape(parameter.shape))
+
+
+def _bytes(tensor: Any) -> int:
+    _, _, parameter, kind = tensor
+    return int(np.prod(parameter.shape)) * kind.itemsize
+
+
+def _split(tensors: list[Any], shard_bytes: int) -> list[list[Any]]:
+    """Returns the tensors in runs that are each as large as a file may be."""
+    shards: list[list[Any]] = []
+    filled = shard_bytes
+    for tensor in tensors:
+        if filled + _bytes(tensor) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += _bytes(tensor)
+    return shards
+
+
+def _check_vocabulary(model: Model, tokenizer: str) -> None:
+    pieces = Tokenizer(tokenizer).vocab_size
+    if pieces > model.config.vocab_size:
+        raise ConversionError(
+            f"the tokenizer {tokenizer!r} has {pieces} pieces, but the model {model.folder} only "
+            f"{model.config.vocab_size}; name its own with --tokenizer"
+        )

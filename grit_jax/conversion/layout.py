@@ -1,0 +1,141 @@
+"""Where each parameter lies in a Hugging Face checkpoint, and how its axes lie there.
+
+Hugging Face keeps a linear layer's weight as [out, in], a matrix for each layer and expert. Ours
+are stacked over layers and experts, have the inputs first, and keep heads apart from their
+dimension. Legend of dimensions: L layers, E experts, D hidden, N heads, K key/value heads, H head
+dimension, F feed-forward, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import itertools
+import math
+
+from jaxtyping import Shaped
+import numpy as np
+
+from grit_jax.models import MistralConfig, MixtralConfig
+
+Index = tuple[slice, ...]
+# Reads the part of a tensor that an index names: read(name, index).
+Read = Callable[[str, Index], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of ours, and the tensors of Hugging Face's that it is made of.
+
+    Attributes:
+      path: its path in the model, such as ("layers", "attention", "query").
+      name: name of the tensors, with {layer} and {expert} where there are several.
+      stacked: sizes of the axes that count layers and experts, in front of the others.
+      shape: sizes of the other axes.
+      num_inputs: how many of the other axes are inputs; 0 for what is no matrix of a linear layer.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    stacked: tuple[int, ...]
+    shape: tuple[int, ...]
+    num_inputs: int = 0
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.stacked + self.shape
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor of Hugging Face's."""
+        if not self.num_inputs:
+            return self.shape
+        inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+        return math.prod(outputs), math.prod(inputs)
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yields the place of each tensor in the stack, and its name."""
+        for place in itertools.product(*map(range, self.stacked)):
+            yield place, self._tensor_name(place)
+
+    def read(self, index: Index, read: Read) -> Shaped[np.ndarray, "..."]:
+        """Returns the part `index` of the parameter, reading no other part of the tensors."""
+        bounds = [range(*i.indices(size)) for i, size in zip(index, self.full_shape, strict=True)]
+        places, own = bounds[: len(self.stacked)], bounds[len(self.stacked) :]
+        parts = [
+            self._read_tensor(self._tensor_name(place), own, read)
+            for place in itertools.product(*places)
+        ]
+        if not self.stacked:
+            return parts[0]
+        return np.stack(parts).reshape([len(place) for place in places] + list(parts[0].shape))
+
+    def to_tensor(self, part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """Returns one layer's (and expert's) part of the parameter as Hugging Face's tensor."""
+        if not self.num_inputs:
+            return np.ascontiguousarray(part)
+        rows, columns = self.tensor_shape
+        return np.ascontiguousarray(part.reshape(columns, rows).T)
+
+    def _tensor_name(self, place: tuple[int, ...]) -> str:
+        return self.name.format(**dict(zip(("layer", "expert"), place, strict=False)))
+
+    def _read_tensor(self, name: str, own: list[range], read: Read) -> np.ndarray:
+        if not self.num_inputs:
+            return read(name, tuple(slice(axis.start, axis.stop) for axis in own))
+        inputs, outputs = own[: self.num_inputs], own[self.num_inputs :]
+        matrix = read(
+            name, (_run(outputs, self.shape[self.num_inputs :]), _run(inputs, self.shape))
+        )
+        return matrix.T.reshape([len(axis) for axis in own])
+
+
+def _run(axes: list[range], sizes: tuple[int, ...]) -> slice:
+    """Returns the rows of a matrix that a part of its unfolded axes is."""
+    inner = math.prod(sizes[1 : len(axes)])
+    assert all(len(axis) == size for axis, size in zip(axes[1:], sizes[1:], strict=False)), (
+        "only the first of the axes that a matrix unfolds into is ever split"
+    )
+    return slice(axes[0].start * inner, axes[0].stop * inner)
+
+
+def parameters(config: MistralConfig) -> list[Parameter]:
+    """Returns every parameter of a model, and where it lies in a Hugging Face checkpoint."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    L = (config.num_hidden_layers,)
+    layer = "model.layers.{layer}"
+    attention, feed_forward = ("layers", "attention"), ("layers", "feed_forward")
+    found = [
+        Parameter(("embedding",), "model.embed_tokens.weight", (), (V, D)),
+        Parameter(("norm", "scale"), "model.norm.weight", (), (D,)),
+        Parameter(
+            ("layers", "attention_norm", "scale"), f"{layer}.input_layernorm.weight", L, (D,)
+        ),
+        Parameter(
+            ("layers", "feed_forward_norm", "scale"),
+            f"{layer}.post_attention_layernorm.weight",
+            L,
+            (D,),
+        ),
+        Parameter((*attention, "query"), f"{layer}.self_attn.q_proj.weight", L, (D, N, H), 1),
+        Parameter((*attention, "key"), f"{layer}.self_attn.k_proj.weight", L, (D, K, H), 1),
+        Parameter((*attention, "value"), f"{layer}.self_attn.v_proj.weight", L, (D, K, H), 1),
+        Parameter((*attention, "output"), f"{layer}.self_attn.o_proj.weight", L, (N, H, D), 2),
+    ]
+    if not config.tie_word_embeddings:
+        found.append(Parameter(("head",), "lm_head.weight", (), (D, V), 1))
+    if isinstance(config, MixtralConfig):
+        E = config.num_local_experts
+        experts = f"{layer}.block_sparse_moe"
+        router = f"{experts}.gate.weight"
+        found.append(Parameter((*feed_forward, "router"), router, L, (D, E), 1))
+        names = {"gate": "w1", "up": "w3", "down": "w2"}
+        names = {ours: f"{experts}.experts.{{expert}}.{name}" for ours, name in names.items()}
+        stacked = (*L, E)
+    else:
+        names = {ours: f"{layer}.mlp.{ours}_proj" for ours in ("gate", "up", "down")}
+        stacked = L
+    for ours, name in names.items():
+        shape = (F, D) if ours == "down" else (D, F)
+        found.append(Parameter((*feed_forward, ours), f"{name}.weight", stacked, shape, 1))
+    return found

@@ -1,0 +1,177 @@
+"""A model in an Orbax checkpoint: written and read part by part, whatever its size.
+
+A checkpoint of a model is a folder with the items `parameters` (a tree of arrays) and
+`model_config` (the content of Hugging Face's config.json). A checkpoint of training is one with an
+`optimizer_state` beside them.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Shaped
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from grit_jax.conversion.companion_files import copy_tokenizer
+from grit_jax.conversion.destination import check_space, whole_folder
+from grit_jax.conversion.hugging_face import HuggingFaceModel
+from grit_jax.conversion.layout import Index, Parameter, parameters
+from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.models import MistralConfig, config_from_hugging_face
+
+PARAMETERS, MODEL_CONFIG, TOKENIZER = "parameters", "model_config", "tokenizer"
+# Parts that are read or written at the same time: memory is that of so many tensors.
+PARTS_AT_ONCE = 2
+
+
+class OrbaxModel:
+    """The weights of a model in an Orbax checkpoint.
+
+    Args:
+      folder: the checkpoint.
+
+    Raises:
+      ConversionError: it is no checkpoint of a model.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tokenizer_folder = folder / TOKENIZER
+        try:
+            restored = _checkpointer().restore(
+                folder.absolute(), ocp.args.Composite(model_config=ocp.args.JsonRestore())
+            )
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            raise ConversionError(f"{folder} is no checkpoint of a model: {error}") from None
+        self.fields: dict[str, Any] = restored[MODEL_CONFIG]
+        self.config: MistralConfig = config_from_hugging_face(self.fields)
+        self.parameters = parameters(self.config)
+
+    def dtype(self, parameter: Parameter) -> np.dtype:
+        """Returns the type that the parameter is stored in."""
+        return self._store(parameter.path).dtype.numpy_dtype
+
+    def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
+        """Returns a part of a parameter, in the type it is stored in."""
+        return self._store(parameter.path)[index].read().result()
+
+    def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Returns the parameters as global arrays, laid out as `shapes` says.
+
+        Args:
+          shapes: nested dictionaries with a `jax.ShapeDtypeStruct` that has a sharding for each
+            parameter, as `nnx.to_pure_dict` gives of an abstract state.
+        """
+        arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))
+        return _checkpointer().restore(self.folder.absolute(), arguments)[PARAMETERS]
+
+    @functools.cache  # noqa: B019  one model is open at a time
+    def _store(self, path: tuple[str, ...]) -> tensorstore.TensorStore:
+        base = f"file://{self.folder.absolute()}/{PARAMETERS}/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        try:
+            return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+        except ValueError as error:
+            raise ConversionError(
+                f"{self.folder} has no parameter {'.'.join(path)}: {error}"
+            ) from None
+
+
+def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
+    """Writes the model as an Orbax checkpoint, a layer at a time; it is whole or not there.
+
+    The tokenizer's files lie beside the items, in `tokenizer`.
+
+    Raises:
+      ConversionError: the folder exists, or the disk is full.
+    """
+    tree: dict[str, Any] = {}
+    for parameter in model.parameters:
+        *parents, last = parameter.path
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = _Unread(model, parameter)
+    writer = _PartByPart()
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (_Unread, writer), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Weights look like noise: compressing them costs minutes and saves a tenth.
+    to_arrays = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers, use_compression=False)
+    checkpointer = _checkpointer(parameters=to_arrays, model_config=ocp.JsonCheckpointHandler())
+    items = ocp.args.Composite(
+        parameters=ocp.args.PyTreeSave(tree), model_config=ocp.args.JsonSave(model.fields)
+    )
+    with whole_folder(folder) as unfinished:
+        check_space(unfinished.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+        try:
+            checkpointer.save(unfinished, items)
+        except ValueError:  # What is not written cannot be finished.
+            if writer.error is None:
+                raise
+        if writer.error is not None:
+            raise writer.error
+        (unfinished / TOKENIZER).mkdir()
+        copy_tokenizer(model.tokenizer_folder, unfinished / TOKENIZER)
+
+
+def _checkpointer(**handlers: Any) -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+
+
+class _Unread:
+    """A parameter that is read when it is written: to Orbax an array, by its shape and type."""
+
+    def __init__(self, model: HuggingFaceModel, parameter: Parameter):
+        self.shape = parameter.full_shape
+        self.dtype = model.dtype(parameter)
+        self.ndim = len(self.shape)
+        self.size = int(np.prod(self.shape))
+        self.nbytes = self.size * self.dtype.itemsize
+        self.chunk = (1,) * len(parameter.stacked) + parameter.shape
+        self._stacked = parameter.stacked
+        self._read = functools.partial(model.read, parameter)
+
+    def parts(self) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
+        """Yields the index of each part, and a function that reads it."""
+        for place in itertools.product(*map(range, self._stacked)):
+            index = tuple(slice(i, i + 1) for i in place)
+            index += tuple(slice(0, size) for size in self.chunk[len(place) :])
+            yield index, functools.partial(self._read, index)
+
+
+class _PartByPart(ocp.type_handlers.NumpyHandler):
+    """Writes an `_Unread` to the array that Orbax opens for it, one chunk a part.
+
+    Attributes:
+      error: the first error. It is kept, not raised: Orbax would leave the other writes running,
+        into a folder that is being removed.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self.error: OSError | None = None
+        self._places = asyncio.Semaphore(PARTS_AT_ONCE)
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        tspec["metadata"]["chunks"] = value.chunk
+        store = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
+        for index, read in value.parts():
+            async with self._places:
+                if self.error is None:
+                    await self._write(store, index, read)
+
+    async def _write(self, store: Any, index: Index, read: Callable[[], np.ndarray]) -> None:
+        part = await asyncio.to_thread(read)
+        try:
+            await store[index].write(part)
+        except ValueError as error:  # What tensorstore makes of the system's error.
+            self.error = OSError(str(error))

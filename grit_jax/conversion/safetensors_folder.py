@@ -1,0 +1,114 @@
+"""A Hugging Face folder of safetensors, read slice by slice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Shaped
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class ConversionError(Exception):
+    """A checkpoint cannot be read or written; the message names the file and what is wrong."""
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder, in one file or in several with an index.
+
+    Opening reads no more than the files' headers. Names are those that transformers gives: a
+    further `model.` in front, which the original GritLM's trainer leaves, is taken off, and an
+    embedding-only checkpoint's missing `model.` put there.
+
+    Raises:
+      ConversionError: there are no safetensors, a file is missing or damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._places: dict[str, tuple[Path, Any, str]] = {}
+        for path in _files(folder):
+            file = _open(path)
+            self._places |= {_standard_name(name): (path, file, name) for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors."""
+        return set(self._places)
+
+    def path(self, name: str) -> Path:
+        """Returns the path of the file that holds a tensor."""
+        return self._places[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the type of a tensor."""
+        return self._slice(name)[(slice(0, 0),) * len(self.shape(name))].dtype
+
+    def read(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
+        """Returns a part of a tensor, reading only that from the disk."""
+        return self._slice(name)[index]
+
+    def _slice(self, name: str) -> Any:
+        _, file, stored_name = self._places[name]
+        return file.get_slice(stored_name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file.
+
+    Raises:
+      ConversionError: it is not there or no JSON object; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} is not there; is {path.parent} a model's folder?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the paths of the folder's safetensors; all that the index names are there."""
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        for path in paths:
+            if not path.exists():
+                raise ConversionError(f"{path} is missing: {folder / INDEX} names it")
+        return paths
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    pickles = sorted(
+        path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending)
+    )
+    if pickles:
+        raise ConversionError(
+            f"{folder / pickles[0]} is a pickle, which can run any code when it is read. Load the "
+            "model with transformers and save it with save_pretrained(), which writes safetensors."
+        )
+    raise ConversionError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ConversionError(f"{path} is damaged or cut off: {error}") from None
+
+
+def _standard_name(name: str) -> str:
+    """Returns the name transformers gives to a tensor of a causal language model."""
+    while name.startswith("model.model.") or name.startswith("model.lm_head."):
+        name = name.removeprefix("model.")
+    is_bare = name.startswith(("layers.", "embed_tokens.", "norm."))
+    return f"model.{name}" if is_bare else name

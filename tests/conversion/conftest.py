@@ -1,0 +1,51 @@
+"""Small models that the real transformers made, as a user would have them on disk."""
+
+import os
+import tempfile
+
+# Nothing may be looked up on a hub, or left in the home folder.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
+
+import pytest
+
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory):
+    """Folders of a Mistral, a Mixtral in bfloat16 and in several files, and a tied Llama."""
+    import torch
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("saved")
+    mistral = MistralForCausalLM(MistralConfig(**SIZES, head_dim=16, sliding_window=64))
+    mistral.save_pretrained(root / "mistral")
+    mixtral = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    mixtral.to(torch.bfloat16).save_pretrained(root / "mixtral", max_shard_size="1MB")
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        )
+    )
+    llama.save_pretrained(root / "llama")
+    return {name: root / name for name in ("mistral", "mixtral", "llama")}

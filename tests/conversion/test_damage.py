@@ -1,0 +1,183 @@
+"""What is wrong with a checkpoint is named, and no half-made folder is left."""
+
+import json
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference_values
+from safetensors.numpy import load_file, save_file
+
+from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
+from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.models import config_from_hugging_face, config_to_hugging_face
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(params=["mistral", "mixtral"])
+def folder(request, tmp_path):
+    """A copy of the original's tiny model, to be damaged."""
+    copy = tmp_path / request.param
+    shutil.copytree(reference_values.FOLDER / f"tiny-{request.param}", copy)
+    return copy
+
+
+def change(folder, edit):
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda tensors: tensors.pop(QUERY), ["lacks 1", QUERY]),
+        (lambda tensors: tensors.update(extra=np.zeros(3)), ["unknown 1", "extra"]),
+        (
+            lambda tensors: tensors.update({QUERY: tensors[QUERY][:-1].copy()}),
+            [WEIGHTS, QUERY, "(31, 32)", "(32, 32)"],
+        ),
+        (
+            lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.int8)}),
+            [WEIGHTS, QUERY, "int8"],
+        ),
+        (lambda tensors: tensors.pop("lm_head.weight"), ["lm_head.weight", "--head"]),
+    ],
+)
+def test_wrong_tensors(folder, edit, named):
+    change(folder, edit)
+    with pytest.raises(ConversionError) as error:
+        HuggingFaceModel(folder)
+    for word in [*named, str(folder)]:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "gemma"}, "gemma"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+        ({"num_attention_heads": 3}, "num_attention_heads=3"),
+    ],
+)
+def test_wrong_configurations(folder, fields, named):
+    change_config(folder, **fields)
+    with pytest.raises(ConversionError, match=r"config\.json") as error:
+        HuggingFaceModel(folder)
+    assert named in str(error.value)
+
+
+def test_a_file_cut_off_and_files_missing(folder):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConversionError, match=f"{WEIGHTS} is damaged or cut off"):
+        HuggingFaceModel(folder)
+    path.unlink()
+    with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
+        HuggingFaceModel(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x05")
+    with pytest.raises(ConversionError, match=r"pytorch_model.bin is a pickle.*save_pretrained"):
+        HuggingFaceModel(folder)
+    index = {"weight_map": {QUERY: "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConversionError, match=r"model-00002-of-00002.safetensors is missing"):
+        HuggingFaceModel(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"config.json is not JSON"):
+        HuggingFaceModel(folder)
+
+
+@pytest.mark.parametrize("prefix", ["model.", None])
+def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
+    expected = HuggingFaceModel(folder)
+    head = load_file(folder / WEIGHTS)["lm_head.weight"]
+
+    def rename(tensors):
+        renamed = {
+            f"{prefix}{name}" if prefix else name.removeprefix("model."): tensor
+            for name, tensor in tensors.items()
+            if prefix or name != "lm_head.weight"
+        }
+        tensors.clear()
+        tensors.update(renamed)
+
+    base = folder.with_name("base")
+    shutil.copytree(folder, base)
+    change(folder, rename)
+    model = HuggingFaceModel(folder, None if prefix else base)
+    for parameter in model.parameters:
+        index = tuple(slice(0, size) for size in parameter.full_shape)
+        np.testing.assert_array_equal(model.read(parameter, index), expected.read(parameter, index))
+    if not prefix:
+        tied = HuggingFaceModel(folder, "tied")
+        assert tied.config.tie_word_embeddings
+        assert "head" not in {parameter.path[0] for parameter in tied.parameters}
+        with pytest.raises(ConversionError, match="leave out --head"):
+            HuggingFaceModel(base, "tied")
+    assert head.shape == (320, 32)
+
+
+def test_a_destination_is_whole_or_not_there(folder, tmp_path):
+    model = HuggingFaceModel(folder)
+    destination = tmp_path / "destination"
+    destination.mkdir()
+    with pytest.raises(ConversionError, match="destination exists already"):
+        write_orbax(model, destination)
+    destination.rmdir()
+    with pytest.raises(ConversionError, match="not there"):
+        open_model(destination)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_a_full_disk_leaves_nothing_behind(saved_models, tmp_path, direction):
+    source, destination = saved_models["mistral"], tmp_path / "new" / "destination"
+    if direction == "to-hf":
+        write_orbax(HuggingFaceModel(source), tmp_path / "checkpoint")
+        source = tmp_path / "checkpoint"
+
+    # A limit on the size of files stands for the end of the disk.
+    script = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000)); "
+        "from grit_jax.cli import main; main()"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, "convert", direction, source, destination],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert str(destination) in finished.stderr.splitlines()[-1]
+    assert "ConversionError" in finished.stderr.splitlines()[-1]
+    assert list(destination.parent.iterdir()) == []
+
+
+def test_configurations_go_to_json_and_back(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    config = config_from_hugging_face(fields)
+    assert config_from_hugging_face(config_to_hugging_face(config)) == config
+    newer = {name: value for name, value in fields.items() if name != "rope_theta"}
+    newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
+    assert config_from_hugging_face(newer).rope_theta == 123.0
+    assert config_from_hugging_face(fields | {"head_dim": 20}).head_dim == 20
+    # What transformers leaves out has its default: for a Mistral that is a window.
+    left_out = config_from_hugging_face({"model_type": fields["model_type"]})
+    assert left_out.sliding_window == (4096 if fields["model_type"] == "mistral" else None)

@@ -1,0 +1,145 @@
+"""Weights through the real transformers and sentence-transformers, and back."""
+
+import json
+from pathlib import Path
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from grit_jax.conversion import HuggingFaceModel, open_model
+from grit_jax.conversion.export import write_hugging_face
+from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.data.templates import chat_prompt, embedding_prefix
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.models import ARCHITECTURES, MixtralConfig
+from grit_jax.objectives.pooling import normalize
+
+NAMES = ("mistral", "mixtral", "llama")
+COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
+
+
+def build(model):
+    """Returns the Flax module with the weights of an opened model, on one device."""
+    kind = "mixtral" if isinstance(model.config, MixtralConfig) else "mistral"
+    module = ARCHITECTURES[kind][1](model.config, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(module)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nnx.to_pure_dict(state),
+    )
+    nnx.replace_by_pure_dict(state, model.load(shapes))
+    return nnx.merge(graph, state)
+
+
+def tensors(folder):
+    """Returns the bytes of every tensor of a folder, with its type and shape."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                found[name] = tensor.dtype, tensor.shape, tensor.tobytes()
+    return found
+
+
+@pytest.fixture(scope="session")
+def exported(saved_models, tmp_path_factory):
+    """Each model converted to an Orbax checkpoint, and from there to a folder again."""
+    root = tmp_path_factory.mktemp("exported")
+    folders = {}
+    for name, folder in saved_models.items():
+        write_orbax(HuggingFaceModel(folder), root / f"{name}_orbax")
+        write_hugging_face(open_model(root / f"{name}_orbax"), root / name, shard_bytes=1_500_000)
+        folders[name] = root / f"{name}_orbax", root / name
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_round_trip_gives_the_same_bits(saved_models, exported, name):
+    before = tensors(saved_models[name])
+    if name == "llama":
+        before.pop("lm_head.weight", None)  # Tied: a copy of the embeddings.
+    assert tensors(exported[name][1]) == before
+    index = json.loads((exported[name][1] / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.keys()
+    assert index["metadata"]["total_size"] == sum(len(content) for *_, content in before.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_the_export_as_we_read_the_original(saved_models, exported, name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = np.random.default_rng(0).integers(3, 32000, (2, 100))
+    theirs = AutoModelForCausalLM.from_pretrained(exported[name][1], dtype=torch.float32)
+    original = AutoModelForCausalLM.from_pretrained(saved_models[name], dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_array_equal(original(torch.tensor(tokens)).logits.numpy(), expected)
+    for path in (saved_models[name], exported[name][0], exported[name][1]):
+        module = build(open_model(path))
+        logits = module.logits(module(jnp.asarray(tokens)))
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+    # Greedy text, with the end of text switched off so that all of it is compared.
+    prompt = torch.tensor(tokens[:1, :9])
+    ids = theirs.generate(
+        prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    ).numpy()
+    ours = jnp.argmax(module.logits(module(jnp.asarray(ids))), axis=-1)
+    np.testing.assert_array_equal(ours[:, 8:-1], ids[:, 9:])
+
+
+@pytest.mark.slow
+def test_transformers_tokenizes_and_templates_as_the_original(exported):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(exported["mistral"][1])
+    for case in COLLATION["tokenise"]:
+        assert theirs(case["text"]).input_ids == case["ids_special"]
+        assert theirs(case["text"], add_special_tokens=False).input_ids == case["ids_plain"]
+    chat = [
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": " Hello. "},
+        {"role": "user", "content": "Who?"},
+    ]
+    shown = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    first, second = chat_prompt("Hi!", is_first=True), chat_prompt("Who?", is_first=False)
+    assert shown == f"<s>{first}Hello.</s>{second}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_sentence_transformers_embeds_as_we_do(exported, name):
+    from sentence_transformers import SentenceTransformer
+
+    folder = exported[name][1]
+    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").float()
+    module, tokenizer = build(open_model(folder)), Tokenizer()
+    instruction = embedding_prefix("Given a word, retrieve its meaning")
+    texts = ["A short one", "A rather longer text, which the shorter one is padded to.", "Mid size"]
+
+    def ours(text, prefix):
+        skipped = [tokenizer.bos_id, *tokenizer.encode(prefix)]
+        tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + text)]])
+        hidden = module(tokens, is_causal=False)[0, len(skipped) :]
+        return normalize(jnp.mean(hidden, axis=0, keepdims=True))[0]
+
+    for prompt, prefix in ((None, embedding_prefix("")), (instruction, instruction)):
+        expected = np.stack([ours(text, prefix) for text in texts])
+        together = theirs.encode(texts, prompt=prompt)
+        alone = np.stack([theirs.encode(text, prompt=prompt) for text in texts])
+        for embeddings in (together, alone):
+            assert np.sum(embeddings * expected, axis=1).min() > 0.9999
+    # Read causally, the same weights give other embeddings: the comparison can fail.
+    causal = module(jnp.asarray([[1, *tokenizer.encode(prefix + texts[0])]]), is_causal=True)
+    skipped = 1 + len(tokenizer.encode(prefix))
+    causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
+    assert float(causal @ expected[0]) < 0.999
