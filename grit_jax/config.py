@@ -28,6 +28,9 @@ def default_config() -> Config:
     config.grad_cache_chunks = 1  # more are not supported yet
 
     config.model = ConfigDict()
+    # Where the parameters start: a Hugging Face folder, a checkpoint or a run's folder; "" to start
+    # at random. Sizes are then the checkpoint's.
+    config.model.weights = ""
     config.model.architecture = "mistral"  # or "mixtral"
     # Sizes by the names of Hugging Face's config.json; the architecture's own default where left
     # out (see models/mistral.py and models/mixtral.py).

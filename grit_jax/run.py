@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from grit_jax.config import Config, ConfigError, check_fields
+from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.data.batches import Batches, RowLengths, read_ahead
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import Schedule, stable_seed
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.models import MistralConfig, make_config
+from grit_jax.models import ARCHITECTURES, MistralConfig, make_config
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import LossConfig
@@ -43,17 +45,18 @@ def run(config: Config, workdir: epath.Path) -> None:
     """
     console = Console()
     check_fields(config.to_dict())
-    trainer = make_trainer(config)
+    pretrained = open_pretrained(config)
+    trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
     held_out = make_held_out(config, trainer)
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_config(config, workdir / "config.json")
+    _keep_config(config, trainer.model_config, workdir / "config.json")
 
     checkpoint = config.checkpoint
     with Checkpoints(
         workdir / "checkpoints", trainer.model_config, checkpoint.every_steps, checkpoint.keep
     ) as saved:
-        state = _first_state(config, trainer, saved, console)
+        state = _first_state(config, trainer, pretrained, saved, console)
         start = int(state.step)
         metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)
         if held_out is not None and not metrics_file.has_held_out:
@@ -70,8 +73,32 @@ def run(config: Config, workdir: epath.Path) -> None:
         console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)
 
 
-def make_trainer(config: Config) -> Trainer:
+def open_pretrained(config: Config) -> Model | None:
+    """Opens the weights that a configuration starts from, None if it starts at random.
+
+    Raises:
+      ConfigError: there is no model, or one of another architecture; the message names it.
+    """
+    if not config.model.weights:
+        return None
+    try:
+        pretrained = open_model(Path(config.model.weights))
+    except ConversionError as error:
+        raise ConfigError(f"config.model.weights: {error}") from None
+    if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
+        raise ConfigError(
+            f"config.model.architecture={config.model.architecture!r}, but "
+            f"{config.model.weights} holds a {type(pretrained.config).__name__}"
+        )
+    return pretrained
+
+
+def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
     """Returns the trainer of a configuration, over all devices.
+
+    Args:
+      config: the configuration.
+      pretrained: the model that it starts from, whose sizes count.
 
     Raises:
       ConfigError, MeshError: the message names the field.
@@ -80,24 +107,44 @@ def make_trainer(config: Config) -> Trainer:
     for of_schedule in ("learning_rate", "warmup_fraction"):
         settings.pop(of_schedule)
     return Trainer(
-        model_config(config),
+        model_config(config, pretrained),
         loss_config(config),
         make_optimizer(_schedule(config), **settings),
         make_mesh(**config.mesh.to_dict()),
     )
 
 
-def model_config(config: Config) -> MistralConfig:
-    """Returns the model's configuration.
+def model_config(config: Config, pretrained: Model | None = None) -> MistralConfig:
+    """Returns the model's configuration, with the sizes of the model it starts from.
 
     Raises:
-      ConfigError: a size is unknown or impossible; the message names the field.
+      ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
+        the field.
     """
     settings = {name: config.model[name] for name in ("dtype", "param_dtype", "remat")}
+    sizes = config.model.sizes.to_dict()
     try:
-        return make_config(config.model.architecture, **config.model.sizes.to_dict(), **settings)
+        if pretrained is None:
+            return make_config(config.model.architecture, **sizes, **settings)
+        _check_sizes(sizes, pretrained)
+        return dataclasses.replace(pretrained.config, **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_sizes(sizes: dict[str, Any], pretrained: Model) -> None:
+    """Checks that no size was asked for that the pretrained model does not have.
+
+    A size at its default was not asked for: the command line fills them in.
+    """
+    defaults = type(pretrained.config)()
+    for name, size in sizes.items():
+        theirs = getattr(pretrained.config, name, None)
+        if size not in (theirs, getattr(defaults, name, None)):
+            raise ConfigError(
+                f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {theirs!r}; with "
+                "config.model.weights, leave sizes out"
+            )
 
 
 def loss_config(config: Config) -> LossConfig:
@@ -187,13 +234,23 @@ def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
             )
 
 
-def _keep_config(config: Config, path: epath.Path) -> None:
-    path.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:
+    resolved = config.to_dict()
+    sizes = resolved["model"]["sizes"]
+    resolved["model"]["sizes"] = {name: getattr(model, name) for name in sizes}
+    path.write_text(json.dumps(resolved, indent=1) + "\n")
 
 
 def _first_state(
-    config: Config, trainer: Trainer, saved: Checkpoints, console: Console
+    config: Config,
+    trainer: Trainer,
+    pretrained: Model | None,
+    saved: Checkpoints,
+    console: Console,
 ) -> TrainState:
+    if saved.latest_step is None and pretrained is not None:
+        console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
+        return trainer.state_from(pretrained.load)
     if saved.latest_step is None:
         count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
         console.print(f"{count:,} parameters, at random", highlight=False)

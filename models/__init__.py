@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from flax import nnx
+
 from grit_jax.models.hugging_face import config_from_hugging_face, config_to_hugging_face
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
@@ -18,6 +20,7 @@ __all__ = [
     "config_from_hugging_face",
     "config_to_hugging_face",
     "make_config",
+    "make_model",
 ]
 
 ARCHITECTURES = {"mistral": (MistralConfig, Mistral), "mixtral": (MixtralConfig, Mixtral)}
@@ -38,3 +41,11 @@ def make_config(architecture: str, **fields: Any) -> MistralConfig:
     if unknown:
         raise ValueError(f"config.model: a {architecture} has no {', '.join(sorted(unknown))}")
     return config_class(**fields)
+
+
+def make_model(config: MistralConfig, seed: int) -> Mistral:
+    """Returns the model of this configuration with random parameters."""
+    for config_class, model_class in ARCHITECTURES.values():
+        if type(config) is config_class:
+            return model_class(config, rngs=nnx.Rngs(seed))
+    raise TypeError(f"no model has a configuration of type {type(config).__name__}")

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import reference_values
 
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
-from grit_jax.run import make_trainer, model_config
+from grit_jax.run import make_trainer, model_config, open_pretrained
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
@@ -24,6 +26,7 @@ def config_flag(name):
 
 
 TINY = config_flag("gritlm_tiny")
+TINY_MODELS = reference_values.FOLDER
 
 
 def parse(*argv):
@@ -262,3 +265,47 @@ def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
     flag = own_file(f"config.model.sizes = {{{size!r}: 4}}")
     with pytest.raises(ConfigError, match=size):
         model_config(parse(flag))
+
+
+# ---- Weights to start from ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--config.model.weights=nowhere"], ["config.model.weights", "nowhere is not there"]),
+        (
+            [f"--config.model.weights={TINY_MODELS / 'tiny-mixtral'}"],
+            ["config.model.architecture='mistral'", "tiny-mixtral"],
+        ),
+        (
+            [
+                f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}",
+                "--config.model.sizes.hidden_size=64",
+            ],
+            ["config.model.sizes.hidden_size=64", "tiny-mistral has 32"],
+        ),
+    ],
+)
+def test_weights_that_cannot_be_started_from(flags, named):
+    config = parse(config_flag("gritlm_7b"), *flags)
+    with pytest.raises(ConfigError) as error:
+        make_trainer(config, open_pretrained(config))
+    for words in named:
+        assert words in one_line(error)
+
+
+def test_training_starts_from_given_weights():
+    folder = TINY_MODELS / "tiny-mistral"
+    config = parse(config_flag("gritlm_7b"), f"--config.model.weights={folder}")
+    pretrained = open_pretrained(config)
+    trainer = make_trainer(config, pretrained)
+    assert trainer.model_config.sliding_window == 64
+    state = trainer.state_from(pretrained.load)
+    expected = reference_values.load_model("mistral").embedding[...]
+    np.testing.assert_array_equal(state.parameters["embedding"][...], expected)
+    at_random = trainer.initial_state(0)
+    assert jax.tree.structure(state) == jax.tree.structure(at_random)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(at_random), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)

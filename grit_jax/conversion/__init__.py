@@ -6,10 +6,12 @@ from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.orbax_model import MODEL_CONFIG, PARAMETERS, OrbaxModel
 from grit_jax.conversion.safetensors_folder import ConversionError
 
-__all__ = ["ConversionError", "HuggingFaceModel", "OrbaxModel", "open_model"]
+__all__ = ["ConversionError", "HuggingFaceModel", "Model", "OrbaxModel", "open_model"]
+
+Model = HuggingFaceModel | OrbaxModel
 
 
-def open_model(path: Path, head: str | Path | None = None) -> HuggingFaceModel | OrbaxModel:
+def open_model(path: Path, head: str | Path | None = None) -> Model:
     """Opens the model at `path`: a Hugging Face folder, a checkpoint, or a run's folder.
 
     Of a run's folder (the `--workdir` of training) the newest checkpoint is opened.

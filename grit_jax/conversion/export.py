@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from grit_jax.conversion import Model
 from grit_jax.conversion.companion_files import (
     copy_tokenizer,
     write_chat_template,
@@ -15,13 +16,9 @@ from grit_jax.conversion.companion_files import (
     write_tokenizer,
 )
 from grit_jax.conversion.destination import check_space, whole_folder
-from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.layout import Parameter
-from grit_jax.conversion.orbax_model import OrbaxModel
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer
-
-Model = HuggingFaceModel | OrbaxModel
 
 # Bytes of a file of weights: what has to fit in memory.
 SHARD_BYTES = 2**30

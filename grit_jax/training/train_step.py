@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from grit_jax.data.batch import Batch
-from grit_jax.models import ARCHITECTURES, Mistral, MistralConfig
+from grit_jax.models import Mistral, MistralConfig, make_model
 from grit_jax.sharding import MeshError, partition_spec, variable_shardings
 from grit_jax.training.joint_loss import LossConfig, joint_loss
 
@@ -81,6 +81,23 @@ class Trainer:
                 seed
             )
 
+    def state_from(self, load: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
+        """Returns the first state of a run that starts from given parameters.
+
+        Args:
+          load: returns the parameters as nested dictionaries of global arrays, given a
+            `jax.ShapeDtypeStruct` with a sharding for each.
+        """
+        abstract = self.abstract_state()
+        parameters = abstract.parameters
+        nnx.replace_by_pure_dict(parameters, load(nnx.to_pure_dict(parameters)))
+        with jax.set_mesh(self.mesh):
+            optimizer_state = jax.jit(
+                self.optimizer.init, out_shardings=self.shardings.optimizer_state
+            )(parameters)
+            step = jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step)
+        return TrainState(step, parameters, optimizer_state)
+
     def model(self, parameters: nnx.State) -> Mistral:
         """Returns the model with these parameters."""
         return nnx.merge(self.model_graph, parameters)
@@ -128,14 +145,6 @@ class Trainer:
         parameters = optax.apply_updates(state.parameters, updates)
         metrics = {**parts, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
-
-
-def make_model(config: MistralConfig, seed: int) -> Mistral:
-    """Returns the model of this configuration with random parameters."""
-    for config_class, model_class in ARCHITECTURES.values():
-        if type(config) is config_class:
-            return model_class(config, rngs=nnx.Rngs(seed))
-    raise TypeError(f"no model has a configuration of type {type(config).__name__}")
 
 
 def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:

@@ -3,37 +3,29 @@
 import json
 from pathlib import Path
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
 
+from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models import ARCHITECTURES, MixtralConfig
 from grit_jax.objectives.pooling import normalize
+from grit_jax.sharding import make_mesh
 
 NAMES = ("mistral", "mixtral", "llama")
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
 
 
-def build(model):
-    """Returns the Flax module with the weights of an opened model, on one device."""
-    kind = "mixtral" if isinstance(model.config, MixtralConfig) else "mistral"
-    module = ARCHITECTURES[kind][1](model.config, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(module)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nnx.to_pure_dict(state),
-    )
-    nnx.replace_by_pure_dict(state, model.load(shapes))
-    return nnx.merge(graph, state)
+def build(path):
+    """Returns the Flax module of a stored model, on one device, in float32."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return GritLM.from_pretrained(path, dtype="float32", mesh=mesh).model
 
 
 def tensors(folder):
@@ -84,7 +76,7 @@ def test_transformers_reads_the_export_as_we_read_the_original(saved_models, exp
         expected = theirs(torch.tensor(tokens)).logits.numpy()
         np.testing.assert_array_equal(original(torch.tensor(tokens)).logits.numpy(), expected)
     for path in (saved_models[name], exported[name][0], exported[name][1]):
-        module = build(open_model(path))
+        module = build(path)
         logits = module.logits(module(jnp.asarray(tokens)))
         np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -122,7 +114,7 @@ def test_sentence_transformers_embeds_as_we_do(exported, name):
 
     folder = exported[name][1]
     theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").float()
-    module, tokenizer = build(open_model(folder)), Tokenizer()
+    module, tokenizer = build(folder), Tokenizer()
     instruction = embedding_prefix("Given a word, retrieve its meaning")
     texts = ["A short one", "A rather longer text, which the shorter one is padded to.", "Mid size"]
 
@@ -143,3 +135,19 @@ def test_sentence_transformers_embeds_as_we_do(exported, name):
     skipped = 1 + len(tokenizer.encode(prefix))
     causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
     assert float(causal @ expected[0]) < 0.999
+
+
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
+def test_a_model_on_eight_devices_in_bfloat16(name):
+    folder = Path(__file__).parents[1] / "reference" / f"tiny-{name}"
+    mesh = make_mesh(fsdp=2, tensor=2, expert=2)
+    model = GritLM.from_pretrained(folder, mesh=mesh).model
+    assert model.embedding[...].dtype == jnp.bfloat16
+    assert model.layers.attention.query[...].sharding.mesh == mesh
+    assert len({str(shard.index) for shard in model.embedding[...].addressable_shards}) == 4
+    tokens = jnp.arange(3, 35).reshape(2, 16)
+    with jax.set_mesh(mesh):
+        logits = model.logits(model(tokens))
+    reference = build(folder)
+    expected = reference.logits(reference(tokens))
+    np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())

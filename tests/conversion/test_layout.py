@@ -13,8 +13,8 @@ import reference_values
 
 from grit_jax.conversion import HuggingFaceModel
 from grit_jax.conversion.layout import parameters
+from grit_jax.models import make_model
 from grit_jax.sharding import make_mesh, variable_shardings
-from grit_jax.training.train_step import make_model
 
 FOLDERS = {name: reference_values.FOLDER / f"tiny-{name}" for name in ("mistral", "mixtral")}
 

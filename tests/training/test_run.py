@@ -130,6 +130,22 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
             trained.read(parameter, index), written.read(parameter, index)
         )
 
+    # A run that starts from there starts where this one ended.
+    finished = start_training(
+        *SMALL,
+        f"--config.data.folder={prepared_sample}",
+        f"--config.model.weights={exported}",
+        "--config.steps=1",
+        f"--workdir={tmp_path / 'second'}",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"starting from {exported}" in finished.stdout
+    np.testing.assert_allclose(
+        read_lines(tmp_path / "second")[0]["held_out/perplexity"],
+        measured[1]["held_out/perplexity"],
+        rtol=1e-5,
+    )
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
