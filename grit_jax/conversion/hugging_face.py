@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jaxtyping import Shaped
+import ml_dtypes
 import numpy as np
 
 from grit_jax.conversion.layout import Index, Parameter, parameters
@@ -12,7 +13,8 @@ from grit_jax.conversion.safetensors_folder import ConversionError, SafetensorsF
 from grit_jax.models import MistralConfig, config_from_hugging_face
 
 HEAD = "lm_head.weight"
-TYPES = ("float32", "bfloat16", "float16")
+# By their names in safetensors.
+TYPES = {"F32": "float32", "BF16": ml_dtypes.bfloat16, "F16": "float16"}
 
 
 class HuggingFaceModel:
@@ -49,7 +51,7 @@ class HuggingFaceModel:
     def dtype(self, parameter: Parameter) -> np.dtype:
         """Returns the type that the parameter's tensors are stored in."""
         _, name = next(parameter.tensors())
-        return self._source(name).dtype(name)
+        return np.dtype(TYPES[self._source(name).dtype(name)])
 
     def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, in the type it is stored in."""
@@ -114,7 +116,8 @@ class HuggingFaceModel:
                 raise ConversionError(f"{self.folder} {verb} {len(names)} tensors: {shown}")
 
     def _check_tensors(self, parameter: Parameter) -> None:
-        dtype = self.dtype(parameter)
+        _, first = next(parameter.tensors())
+        dtype = self._source(first).dtype(first)
         for _, name in parameter.tensors():
             source = self._source(name)
             if source.shape(name) != parameter.tensor_shape:
@@ -122,7 +125,7 @@ class HuggingFaceModel:
                     f"{source.path(name)}: {name} has the shape {source.shape(name)}, but "
                     f"config.json asks for {parameter.tensor_shape}"
                 )
-            if source.dtype(name) != dtype or dtype.name not in TYPES:
+            if source.dtype(name) != dtype or dtype not in TYPES:
                 raise ConversionError(
                     f"{source.path(name)}: {name} is of type {source.dtype(name)}; a model's "
                     f"tensors must be of one of {', '.join(TYPES)}, the same in all layers"

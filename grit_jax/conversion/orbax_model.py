@@ -59,7 +59,10 @@ class OrbaxModel:
 
     def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, in the type it is stored in."""
-        return self._store(parameter.path)[index].read().result()
+        store = self._store(parameter.path)[index]
+        if store.spec().to_json()["metadata"]["order"] == "F":
+            return store.T.read().result().T  # As it lies on the disk: nothing is transposed.
+        return store.read().result()
 
     def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters as global arrays, laid out as `shapes` says.
@@ -134,6 +137,7 @@ class _Unread:
         self.ndim = len(self.shape)
         self.size = int(np.prod(self.shape))
         self.nbytes = self.size * self.dtype.itemsize
+        self.order = "F" if parameter.num_inputs and len(parameter.shape) == 2 else "C"
         self.chunk = (1,) * len(parameter.stacked) + parameter.shape
         self._stacked = parameter.stacked
         self._read = functools.partial(model.read, parameter)
@@ -160,7 +164,8 @@ class _PartByPart(ocp.type_handlers.NumpyHandler):
         self._places = asyncio.Semaphore(PARTS_AT_ONCE)
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
-        tspec["metadata"]["chunks"] = value.chunk
+        # A linear layer's matrix lies on the disk as it came, its axes named the other way round.
+        tspec["metadata"] |= {"chunks": value.chunk, "order": value.order}
         store = await tensorstore.open(
             tensorstore.Spec(tspec), create=True, open=True, context=ts_context
         )

@@ -1,5 +1,6 @@
 """A Hugging Face folder of safetensors, read slice by slice."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,35 +30,48 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._places: dict[str, tuple[Path, Any, str]] = {}
+        self._tensors: dict[str, _Tensor] = {}
         for path in _files(folder):
-            file = _open(path)
-            self._places |= {_standard_name(name): (path, file, name) for name in file.keys()}  # noqa: SIM118
+            with _open(path) as file:
+                for stored_name in file.keys():  # noqa: SIM118  it is no dictionary
+                    tensor = file.get_slice(stored_name)
+                    self._tensors[_standard_name(stored_name)] = _Tensor(
+                        path, stored_name, tuple(tensor.get_shape()), tensor.get_dtype()
+                    )
 
     @property
     def names(self) -> set[str]:
         """Names of the tensors."""
-        return set(self._places)
+        return set(self._tensors)
 
     def path(self, name: str) -> Path:
         """Returns the path of the file that holds a tensor."""
-        return self._places[name][0]
+        return self._tensors[name].path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
 
-    def dtype(self, name: str) -> np.dtype:
-        """Returns the type of a tensor."""
-        return self._slice(name)[(slice(0, 0),) * len(self.shape(name))].dtype
+    def dtype(self, name: str) -> str:
+        """Returns the type of a tensor, as safetensors names it."""
+        return self._tensors[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a tensor, reading only that from the disk."""
-        return self._slice(name)[index]
+        tensor = self._tensors[name]
+        # Opened anew each time: an open file keeps what was read of it in memory.
+        with _open(tensor.path) as file:
+            return file.get_slice(tensor.stored_name)[index]
 
-    def _slice(self, name: str) -> Any:
-        _, file, stored_name = self._places[name]
-        return file.get_slice(stored_name)
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies, and what the header says of it."""
+
+    path: Path
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         ),
         (
             lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.int8)}),
-            [WEIGHTS, QUERY, "int8"],
+            [WEIGHTS, QUERY, "I8"],
         ),
         (lambda tensors: tensors.pop("lm_head.weight"), ["lm_head.weight", "--head"]),
     ],
@@ -104,9 +104,6 @@ def test_a_file_cut_off_and_files_missing(folder):
 
 @pytest.mark.parametrize("prefix", ["model.", None])
 def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
-    expected = HuggingFaceModel(folder)
-    head = load_file(folder / WEIGHTS)["lm_head.weight"]
-
     def rename(tensors):
         renamed = {
             f"{prefix}{name}" if prefix else name.removeprefix("model."): tensor
@@ -118,6 +115,7 @@ def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
 
     base = folder.with_name("base")
     shutil.copytree(folder, base)
+    expected = HuggingFaceModel(base)
     change(folder, rename)
     model = HuggingFaceModel(folder, None if prefix else base)
     for parameter in model.parameters:
@@ -129,7 +127,6 @@ def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
         assert "head" not in {parameter.path[0] for parameter in tied.parameters}
         with pytest.raises(ConversionError, match="leave out --head"):
             HuggingFaceModel(base, "tied")
-    assert head.shape == (320, 32)
 
 
 def test_a_destination_is_whole_or_not_there(folder, tmp_path):
