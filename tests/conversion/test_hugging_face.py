@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -151,3 +152,18 @@ def test_a_model_on_eight_devices_in_bfloat16(name):
     reference = build(folder)
     expected = reference.logits(reference(tokens))
     np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_an_export_that_would_be_read_causally_does_not_load(exported, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    folder = tmp_path / "causal"
+    shutil.copytree(exported["mistral"][1], folder)
+    module = folder / "bidirectional_transformer.py"
+    text = module.read_text()
+    assert text.count("is_causal = False") == 2
+    # As a version of transformers does that does not know the setting.
+    module.write_text(text.replace("is_causal = False", "is_causal = True"))
+    with pytest.raises(RuntimeError, match="reads the texts causally"):
+        SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")

@@ -8,7 +8,10 @@ import pytest
 import reference_values
 
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
+from grit_jax.sharding import make_mesh
 from grit_jax.training.joint_loss import LossConfig, joint_loss
+from grit_jax.training.optimizer import make_optimizer
+from grit_jax.training.train_step import Trainer
 
 ARCHITECTURES = ("mistral", "mixtral")
 
@@ -97,3 +100,34 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert_close(ours[name][...], value)
+
+
+def test_five_steps_of_adamw(reference):
+    values, model = reference
+    is_mixtral = hasattr(model.config, "num_local_experts")
+    loss_config = LossConfig(generative_reduction="token" if is_mixtral else "mixed")
+    optimizer = make_optimizer(
+        lambda step: 1e-3 * (10 - step) / 10,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        token_embedding_factor=1.0,
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = Trainer(model.config, loss_config, optimizer, mesh)
+    parameters = nnx.to_pure_dict(nnx.state(model))
+    state = trainer.state_from(lambda _: jax.tree.map(jnp.copy, parameters))
+    batch = trainer.to_devices(reference_values.training_batch(values))
+    for row in values["adamw_trace"]:
+        state, metrics = trainer.step(state, batch)
+        router = metrics.get("router_loss", 0.0) * getattr(model.config, "router_aux_loss_coef", 0)
+        ours = [
+            metrics["loss"],
+            metrics["embedding_loss"],
+            metrics["generative_loss"] + router,
+            metrics["gradient_norm"],
+        ]
+        # A loss that has all but vanished is the difference of large scores.
+        np.testing.assert_allclose(ours, row, rtol=1e-4, atol=1e-5 * values["adamw_trace"][0, 0])
