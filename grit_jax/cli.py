@@ -54,7 +54,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 def prepare(argv: Sequence[str]) -> None:
     """Makes token ids of datasets, once, so that training reads them at random."""
-    from grit_jax.data.examples import MaxLengths
+    from grit_jax.data.examples import CHAT_LABELS, TextOptions
     from grit_jax.data.tokenizer import MISTRAL, Tokenizer
 
     parser = argparse.ArgumentParser(prog="grit-jax prepare", description=prepare.__doc__)
@@ -66,9 +66,17 @@ def prepare(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares your Mixtures"
     )
-    for stream, length in vars(MaxLengths()).items():
+    defaults = TextOptions()
+    for stream in ("query", "passage", "chat"):
+        length = getattr(defaults, f"{stream}_length")
         help_text = f"longest {stream} in tokens ({length})"
         parser.add_argument(f"--{stream}-length", type=int, default=length, help=help_text)
+    parser.add_argument(
+        "--chat-labels",
+        choices=CHAT_LABELS,
+        default=defaults.chat_labels,
+        help="'original': as the original trains chats of several turns, two tokens off a turn",
+    )
     arguments = parser.parse_args(argv)
     sys.path.insert(0, "")  # A user's module lies in the current folder.
 
@@ -77,12 +85,13 @@ def prepare(argv: Sequence[str]) -> None:
 
     try:
         tokenizer = Tokenizer(arguments.tokenizer)
-        lengths = MaxLengths(
-            query=arguments.query_length,
-            passage=arguments.passage_length,
-            chat=arguments.chat_length,
+        options = TextOptions(
+            query_length=arguments.query_length,
+            passage_length=arguments.passage_length,
+            chat_length=arguments.chat_length,
+            chat_labels=arguments.chat_labels,
         )
-        prepare_mixtures(arguments.mixtures, arguments.module, arguments.output, tokenizer, lengths)
+        prepare_mixtures(arguments.mixtures, arguments.module, arguments.output, tokenizer, options)
     except (PreparedDataError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:

@@ -57,13 +57,24 @@ class ChatExample:
         return [self.chat]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaxLengths:
-    """Longest texts in tokens; what is longer is cut. The defaults are those of GritLM."""
+CHAT_LABELS = ("corrected", "original")
 
-    query: int = 256
-    passage: int = 2048
-    chat: int = 2048
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How texts become token ids. The defaults are those of GritLM, but for the labels.
+
+    Attributes:
+      query_length: longest query in tokens; what is longer is cut, as with the others.
+      passage_length: longest passage.
+      chat_length: longest chat.
+      chat_labels: "corrected", or "original" for those of the original (see `chat_text`).
+    """
+
+    query_length: int = 256
+    passage_length: int = 2048
+    chat_length: int = 2048
+    chat_labels: str = "corrected"
 
 
 def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
@@ -84,11 +95,14 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     return Text(tokens, np.arange(len(tokens)) >= prefix_length)
 
 
-def chat_text(tokenizer: Tokenizer, turns: Sequence[str], max_length: int) -> Text:
+def chat_text(
+    tokenizer: Tokenizer, turns: Sequence[str], max_length: int, labels: str = "corrected"
+) -> Text:
     """Returns a conversation, user first and turn about, cut to `max_length` tokens.
 
-    The mask holds the assistant's words and the `</s>` after each. In the original it drifts by
-    two tokens with each further turn.
+    The mask holds the assistant's words and the `</s>` after each. The labels "original" are those
+    of the original, which does not count the line break between turns: from the second turn on
+    they are off by two tokens a turn.
 
     Raises:
       RejectedExample: no user's turn is followed by an answer, a turn is empty, or the first
@@ -98,20 +112,26 @@ def chat_text(tokenizer: Tokenizer, turns: Sequence[str], max_length: int) -> Te
         raise RejectedExample("a chat without an answer")
     if not all(turn.strip() for turn in turns):
         raise RejectedExample("empty turn")
-    ids, mask = [tokenizer.bos_id], [False]
+    ids, prompts, place = [tokenizer.bos_id], [slice(0, 1)], 1
     for first in range(0, len(turns) - 1, 2):
         prompt = chat_prompt(turns[first], is_first=first == 0)
         turn_ids = tokenizer.encode(prompt + turns[first + 1].strip())
-        prompt_length = len(tokenizer.encode(prompt))
+        prompt_length = counted = len(tokenizer.encode(prompt))
+        if labels == "original":
+            counted = len(tokenizer.encode(chat_prompt(turns[first], is_first=True)))
         ids += [*turn_ids, tokenizer.eos_id]
-        mask += [False] * prompt_length + [True] * (len(turn_ids) - prompt_length + 1)
+        prompts.append(slice(place, place + counted))
+        place += counted + len(turn_ids) - prompt_length + 1
+    mask = np.ones(len(ids), bool)
+    for span in prompts:
+        mask[span] = False
     if not any(mask[:max_length]):
         raise RejectedExample("prompt alone is over the length")
-    return Text(np.array(ids[:max_length], np.int32), np.array(mask[:max_length]))
+    return Text(np.array(ids[:max_length], np.int32), mask[:max_length])
 
 
 def embedding_example(
-    tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths
+    tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions
 ) -> EmbeddingExample:
     """Returns the example of `{"query": [instruction, text], "pos": [[...]], "neg": [[...]]}`.
 
@@ -123,25 +143,25 @@ def embedding_example(
 
     def passages(pairs: Sequence[Sequence[str]]) -> list[Text]:
         return [
-            embedding_text(tokenizer, instruction, text, max_lengths.passage)
+            embedding_text(tokenizer, instruction, text, options.passage_length)
             for instruction, text in pairs
         ]
 
     instruction, text = raw["query"]
     return EmbeddingExample(
-        query=embedding_text(tokenizer, instruction, text, max_lengths.query),
+        query=embedding_text(tokenizer, instruction, text, options.query_length),
         positives=passages(raw["pos"]),
         negatives=passages(raw["neg"]),
     )
 
 
-def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], max_lengths: MaxLengths) -> ChatExample:
+def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions) -> ChatExample:
     """Returns the example of `{"text": [user, assistant, ...]}`.
 
     Raises:
       RejectedExample: see `chat_text`.
     """
-    return ChatExample(chat_text(tokenizer, raw["text"], max_lengths.chat))
+    return ChatExample(chat_text(tokenizer, raw["text"], options.chat_length, options.chat_labels))
 
 
 EXAMPLE_MAKERS = {"embedding": embedding_example, "generative": chat_example}

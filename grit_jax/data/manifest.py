@@ -35,7 +35,7 @@ class Manifest:
       kind: "embedding" or "generative".
       count: number of examples.
       longest: tokens of its longest "query" and "passage", or "chat".
-      max_lengths: the lengths that texts were cut to.
+      options: how texts were made into token ids (`TextOptions`).
       tokenizer: name, SHA-256 and number of pieces of the tokenizer.
       rejected: number of examples left out, by reason.
       shards: names of the record files.
@@ -45,7 +45,7 @@ class Manifest:
     kind: str
     count: int
     longest: dict[str, int]
-    max_lengths: dict[str, int]
+    options: dict[str, Any]
     tokenizer: dict[str, Any]
     rejected: dict[str, int]
     shards: list[str]

@@ -20,8 +20,8 @@ from grit_jax.data.examples import (
     EXAMPLE_MAKERS,
     ChatExample,
     EmbeddingExample,
-    MaxLengths,
     RejectedExample,
+    TextOptions,
     to_bytes,
 )
 from grit_jax.data.manifest import KINDS, Lengths, Manifest, PreparedDataError
@@ -37,7 +37,7 @@ def prepare_mixtures(
     modules: Sequence[str],
     output: Path,
     tokenizer: Tokenizer,
-    max_lengths: MaxLengths,
+    options: TextOptions,
     processes: int | None = None,
 ) -> None:
     """Prepares every Task of these seqio Mixtures, all splits, below `output`.
@@ -49,7 +49,7 @@ def prepare_mixtures(
       modules: Python modules to import first, for the Mixtures that they declare.
       output: folder for the prepared datasets (see `grit_jax.data.manifest`).
       tokenizer: text to ids.
-      max_lengths: longest texts in tokens.
+      options: how texts become token ids.
       processes: number of processes that tokenise, by default one a core.
 
     Raises:
@@ -69,7 +69,7 @@ def prepare_mixtures(
             mixture = seqio.MixtureRegistry.get(name)
             for task in mixture.tasks:
                 for split in task.splits:
-                    _prepare_task(task, split, output, tokenizer, max_lengths, pool)
+                    _prepare_task(task, split, output, tokenizer, options, pool)
             rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
             _write_atomically(output / f"{name}.json", json.dumps({"rates": rates}) + "\n")
 
@@ -79,7 +79,7 @@ def _prepare_task(
     split: str,
     output: Path,
     tokenizer: Tokenizer,
-    max_lengths: MaxLengths,
+    options: TextOptions,
     pool: multiprocessing.pool.Pool,
 ) -> None:
     from grit_jax.data.tasks import kind_of
@@ -87,7 +87,7 @@ def _prepare_task(
     folder = output / task.name / split
     kind = kind_of(task)
     raw_examples = [_to_python(raw) for raw in task.get_dataset(split=split, shuffle=False)]
-    make = functools.partial(_make_example, kind, tokenizer.name, max_lengths)
+    make = functools.partial(_make_example, kind, tokenizer.name, options)
     tokenized = pool.imap(make, raw_examples, chunksize=256)
     outcomes = list(track(tokenized, str(folder), total=len(raw_examples), transient=True))
     examples = [outcome for outcome in outcomes if not isinstance(outcome, str)]
@@ -99,7 +99,7 @@ def _prepare_task(
         longest=_longest(kind, examples),
         rejected=dict(Counter(outcome for outcome in outcomes if isinstance(outcome, str))),
         shards=[SHARD_NAME.format(n) for n in range(-(-len(examples) // EXAMPLES_A_SHARD))],
-        max_lengths=dataclasses.asdict(max_lengths),
+        options=dataclasses.asdict(options),
         tokenizer={
             "name": tokenizer.name,
             "sha256": tokenizer.fingerprint,
@@ -123,11 +123,11 @@ def _to_python(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_example(
-    kind: str, tokenizer_name: str, max_lengths: MaxLengths, raw: dict[str, Any]
+    kind: str, tokenizer_name: str, options: TextOptions, raw: dict[str, Any]
 ) -> Example | str:
     """Returns the example, or the reason for which it is rejected."""
     try:
-        return EXAMPLE_MAKERS[kind](_tokenizer(tokenizer_name), raw, max_lengths)
+        return EXAMPLE_MAKERS[kind](_tokenizer(tokenizer_name), raw, options)
     except RejectedExample as reason:
         return str(reason)
 

@@ -41,7 +41,7 @@ def write_dataset(folder, name, examples):
         kind=kind,
         count=len(examples),
         longest=prepare._longest(kind, examples),
-        max_lengths={},
+        options={},
         tokenizer={"name": "none", "sha256": "", "vocab_size": 4},
         rejected={},
         shards=["examples.arrayrecord"],

@@ -10,9 +10,9 @@ import pytest
 from grit_jax.data.examples import (
     ChatExample,
     EmbeddingExample,
-    MaxLengths,
     RejectedExample,
     Text,
+    TextOptions,
     chat_example,
     chat_text,
     embedding_example,
@@ -87,6 +87,13 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
     assert learned == [token for ids in answers for token in [*ids, tokenizer.eos_id]]
 
 
+def test_the_originals_labels_can_be_asked_for(tokenizer):
+    case = COLLATION["cases"]["multi_turn_trunc"]
+    labels = np.array(case["batch"]["generative"]["labels"][0])
+    ours = chat_text(tokenizer, case["samples"][0][2], 64, labels="original")
+    np.testing.assert_array_equal(ours.mask, labels[: len(ours)] != -100)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -100,7 +107,7 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
         (lambda t: chat_text(t, ["hello " * 40, "x"], 32), "prompt alone"),
         (
             lambda t: embedding_example(
-                t, {"query": ["", "x"], "pos": [], "neg": []}, MaxLengths()
+                t, {"query": ["", "x"], "pos": [], "neg": []}, TextOptions()
             ),
             "no positive",
         ),
@@ -123,7 +130,7 @@ def test_an_empty_text_anywhere_rejects_the_example(tokenizer, bad):
     raw = {"query": ["", "x"], "pos": [["", "y"]], "neg": [["", "z"]]}
     raw[bad] = ["", " "] if bad == "query" else [*raw[bad], ["", " "]]
     with pytest.raises(RejectedExample, match="empty text"):
-        embedding_example(tokenizer, raw, MaxLengths())
+        embedding_example(tokenizer, raw, TextOptions())
 
 
 def test_instructions_are_as_long_as_the_original_says(tokenizer):
@@ -136,7 +143,7 @@ def test_instructions_are_as_long_as_the_original_says(tokenizer):
 
 
 def test_each_kind_of_text_is_cut_to_its_own_length(tokenizer):
-    lengths = MaxLengths(query=20, passage=30, chat=40)
+    lengths = TextOptions(query_length=20, passage_length=30, chat_length=40)
     long = "word " * 100
     raw = {"query": ["", long], "pos": [["", long]], "neg": [["", long], ["", long]]}
     example = embedding_example(tokenizer, raw, lengths)

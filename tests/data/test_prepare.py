@@ -159,7 +159,12 @@ def test_the_manifest_says_what_it_was_made_from(prepared):
     longest = max(len(example.chat) for example in dataset.read(range(len(dataset))))
     manifest = dataset.manifest
     assert manifest.longest == {"chat": longest}
-    assert manifest.max_lengths == {"query": 40, "passage": 16, "chat": 48}
+    assert manifest.options == {
+        "query_length": 40,
+        "passage_length": 16,
+        "chat_length": 48,
+        "chat_labels": "corrected",
+    }
     tokenizer = Tokenizer()
     assert manifest.tokenizer == {
         "name": "mistral",
@@ -223,7 +228,7 @@ def write(folder, count, shards=("examples-00000.arrayrecord",)):
         kind="generative",
         count=count,
         longest={"chat": count},
-        max_lengths={},
+        options={},
         tokenizer={},
         rejected={},
         shards=list(shards),
