@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+from grit_jax.models.cache import Cache
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
 
 __all__ = [
     "ARCHITECTURES",
+    "Cache",
     "Mistral",
     "MistralConfig",
     "Mixtral",
