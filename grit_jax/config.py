@@ -36,7 +36,7 @@ def default_config() -> Config:
     config.model.param_dtype = "float32"
     config.model.remat = "full"  # "none" saves what "full" computes again in the backward pass
     # Embedding instruction, embedding text, generation instruction, generation text: each
-    # bidirectional or causal. "bbcc" or "cccc".
+    # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"
     config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
 

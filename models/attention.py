@@ -16,21 +16,24 @@ def attention_mask(
     key_positions: Int[Array, "B T"],
     *,
     is_causal: bool,
+    causal_queries: Bool[Array, "B S"] | None = None,
     sliding_window: int | None = None,
 ) -> Bool[Array, "B S T"]:
     """Returns which keys each query may see.
 
-    A query sees the keys of its own segment; with `is_causal`, of those only itself and the ones
-    before it; with `sliding_window`, only those less than that many positions away. A row that
-    holds one text of three tokens, one of two and one of padding, causal:
+    A query sees the keys of its own segment; if it is causal, of those only itself and the ones
+    before it; with `sliding_window`, only those less than that many positions away. All queries are
+    causal with `is_causal`, without it those of `causal_queries`. A row that holds one text of
+    three tokens, one of two and one of padding, first with `is_causal`, then with the first two
+    tokens of the first text as `causal_queries`:
 
-        segment    1 1 1 2 2 0
-        1          x
-        1          x x
-        1          x x x
-        2                x
-        2                x x
-        0                    x
+        segment    1 1 1 2 2 0        1 1 1 2 2 0
+        1          x                  x
+        1          x x                x x
+        1          x x x              x x x
+        2                x                  x x
+        2                x x                x x
+        0                    x                  x
 
     Padding (segment 0) sees padding, so that no query is left without a key.
     """
@@ -38,6 +41,8 @@ def attention_mask(
     mask = query_segment_ids[:, :, None] == key_segment_ids[:, None, :]
     if is_causal:
         mask &= distance >= 0
+    elif causal_queries is not None:
+        mask &= (distance >= 0) | ~causal_queries[:, :, None]
     if sliding_window is not None:
         mask &= jnp.abs(distance) < sliding_window
     return mask

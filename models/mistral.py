@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast, overload
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.attention import attention_mask
 from grit_jax.models.cache import Cache
@@ -89,12 +89,14 @@ class Stream:
       segment_ids: which text of its row a token belongs to, from 1 on; 0 is padding.
       positions: position of each token in its own text, from 0 on.
       is_causal: whether a token sees only those before it, or all of its text.
+      causal_tokens: tokens that see only those before them even so.
     """
 
     tokens: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     is_causal: bool = dataclasses.field(metadata={"static": True})
+    causal_tokens: Bool[Array, "B S"] | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -125,6 +127,7 @@ class DecoderLayer(nnx.Module):
             stream.positions,
             keys.positions,
             is_causal=stream.is_causal,
+            causal_queries=stream.causal_tokens,
             sliding_window=self.config.sliding_window,
         )
         update, cache = self.attention(

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import reference_values
 
+from grit_jax.training.joint_loss import embedding_stream
+
 ARCHITECTURES = ("mistral", "mixtral")
 # The widths of the calls that a text is read in: a prompt, single tokens, a longer insertion.
 WIDTHS = (9, 1, 1, 6, 1)
@@ -105,6 +107,16 @@ def test_a_question_on_documents_of_unequal_lengths_gives_what_each_alone_gives(
         _, cache = model(document[None], is_causal=False, cache=cache)
         alone, _ = model(question[None], cache=cache)
         assert_close(together[row], alone[0])
+
+
+def test_an_instruction_read_causally_and_its_text_bidirectionally_on_top():
+    model = reference_values.load_model("mistral")
+    tokens, mask = np.arange(3, 15)[None], np.arange(12)[None] >= 5
+    texts = reference_values.packed_texts(tokens, np.ones_like(mask), mask)
+    (whole,), _ = model.run([embedding_stream(texts, "cbcc")])
+    instruction, cache = model(tokens[:, :5], cache=model.make_cache(1, 12))
+    text, _ = model(tokens[:, 5:], is_causal=False, cache=cache)
+    assert_close(jnp.concatenate([instruction, text], axis=1), whole)
 
 
 def test_several_texts_in_a_row_stay_apart():
