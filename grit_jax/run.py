@@ -91,7 +91,8 @@ def model_config(config: Config) -> MistralConfig:
     Raises:
       ConfigError: a size is unknown or impossible; the message names the field.
     """
-    settings = {name: config.model[name] for name in ("dtype", "param_dtype", "remat")}
+    names = ("dtype", "param_dtype", "remat", "attention_implementation")
+    settings = {name: config.model[name] for name in names}
     try:
         return make_config(config.model.architecture, **config.model.sizes.to_dict(), **settings)
     except ValueError as error:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.attention import attention
+from grit_jax.models.attention import Visibility, attention
 from grit_jax.sharding import constrain
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what may be seen is the caller's mask."""
+    """Grouped-query attention with rotary positions; what may be seen is the caller's choice."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -106,17 +106,17 @@ class Attention(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "M D"],
-        positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S T"],
+        visibility: Visibility,
         cache: Cache | None,
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "M D"], Cache | None]:
-        """Returns what each position gathers from the keys that `mask` lets it see, and the cache.
+        """Returns what each position gathers from the keys that it may see, and the cache.
 
         Without a cache the keys are those of the positions themselves; with one, those in all its
         slots, after this layer's new ones have been put into the slots taken last.
         """
         dtype, theta = self.config.dtype, self.config.rope_theta
+        positions = visibility.positions
         B, S = positions.shape
         query = jnp.einsum("MD,DNH->MNH", hidden, self.query[...].astype(dtype))
         key = jnp.einsum("MD,DKH->MKH", hidden, self.key[...].astype(dtype))
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.fill(layer, key, value)
             key, value = cache.of_layer(layer)
-        mixed = attention(query, key, value, mask)
+        mixed = attention(query, key, value, visibility, self.config.attention_implementation)
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
         return jnp.einsum("MNH,NHD->MD", mixed, self.output[...].astype(dtype)), cache
 

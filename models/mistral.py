@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.attention import attention_mask
+from grit_jax.models.attention import IMPLEMENTATIONS, Visibility
 from grit_jax.models.cache import Cache
 from grit_jax.models.layers import MLP, Attention, RMSNorm, into_branch, parameter
 from grit_jax.sharding import constrain
@@ -34,7 +34,7 @@ class MistralConfig:
     `initializer_range` is the standard deviation of an untrained model's embeddings; its other
     weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
     that of the parameters; `remat` names what a layer's backward pass computes again ("full") or
-    finds saved ("none").
+    finds saved ("none"). `attention_implementation` is one of `attention.IMPLEMENTATIONS`.
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -55,6 +55,7 @@ class MistralConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "full"
+    attention_implementation: str = "auto"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -76,6 +77,11 @@ class MistralConfig:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(
                 f"config.model.remat={self.remat!r} must be one of {sorted(REMAT_POLICIES)}"
+            )
+        if self.attention_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"config.model.attention_implementation={self.attention_implementation!r} must be "
+                f"one of {', '.join(IMPLEMENTATIONS)}"
             )
 
 
@@ -120,19 +126,15 @@ class DecoderLayer(nnx.Module):
 
         The statistics are the router's, None without a router.
         """
-        keys = stream if cache is None else cache
-        mask = attention_mask(
+        visibility = Visibility(
             stream.segment_ids,
-            keys.segment_ids,
             stream.positions,
-            keys.positions,
-            is_causal=stream.is_causal,
-            causal_queries=stream.causal_tokens,
-            sliding_window=self.config.sliding_window,
+            stream.is_causal,
+            stream.causal_tokens,
+            self.config.sliding_window,
+            cached=None if cache is None else (cache.segment_ids, cache.positions),
         )
-        update, cache = self.attention(
-            self.attention_norm(hidden), stream.positions, mask, cache, layer
-        )
+        update, cache = self.attention(self.attention_norm(hidden), visibility, cache, layer)
         hidden += update
         update, statistics = self.feed_forward(
             self.feed_forward_norm(hidden), stream.segment_ids.reshape(-1) > 0

@@ -242,6 +242,7 @@ def test_a_section_that_is_a_number_names_itself():
         ("--config.model.dtype=float64", "config.model.dtype='float64'"),
         ("--config.model.param_dtype=float16", "config.model.param_dtype='float16'"),
         ("--config.model.remat=some", "config.model.remat='some'"),
+        ("--config.model.attention_implementation=flash", "attention_implementation='flash' must"),
         ("--config.model.architecture=llama", "config.model.architecture='llama'"),
         ("--config.model.pooling=max", "config.model.pooling='max'"),
         ("--config.model.attention=bbcb", "config.model.attention='bbcb' must be one of bbcc, c"),
