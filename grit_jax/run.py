@@ -16,7 +16,7 @@ from grit_jax.data.batches import Batches, RowLengths, read_ahead
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import Schedule, stable_seed
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.models import MistralConfig, make_config
+from grit_jax.models import AttentionError, MistralConfig, make_config
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import LossConfig
@@ -45,6 +45,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     check_fields(config.to_dict())
     trainer = make_trainer(config)
     batches = make_batches(config, trainer)
+    _check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
     workdir.mkdir(parents=True, exist_ok=True)
     _keep_config(config, workdir / "config.json")
@@ -184,6 +185,17 @@ def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
                 f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
                 f"but config.model.sizes.vocab_size={model.vocab_size}"
             )
+
+
+def _check_attention(trainer: Trainer, batches: Batches) -> None:
+    """Checks that the implementation of attention serves the rows of a step, which it traces."""
+    if trainer.model_config.attention_implementation == "auto":
+        return  # It serves all, and tracing takes seconds.
+    try:
+        with jax.set_mesh(trainer.mesh):
+            jax.eval_shape(trainer.step, trainer.abstract_state(), batches[0])
+    except AttentionError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _keep_config(config: Config, path: epath.Path) -> None:

@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+from grit_jax.models.attention import AttentionError
 from grit_jax.models.cache import Cache
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
 
 __all__ = [
     "ARCHITECTURES",
+    "AttentionError",
     "Cache",
     "Mistral",
     "MistralConfig",

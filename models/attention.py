@@ -22,6 +22,10 @@ IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 PREFERRED = {"tpu": "splash", "gpu": "cudnn"}
 
 
+class AttentionError(ValueError):
+    """An implementation of attention was asked for a case that it does not serve."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """Which keys each query may see.
@@ -95,13 +99,13 @@ def attention(
         platform's kernel for the cases that it serves.
 
     Raises:
-      ValueError: the implementation that was asked for does not serve the case.
+      AttentionError: the implementation that was asked for does not serve the case.
     """
     if implementation == "auto":
         kernel = PREFERRED.get(platform(), "xla")
         implementation = "xla" if _unserved(kernel, query, key, visibility) else kernel
     elif unserved := _unserved(implementation, query, key, visibility):
-        raise ValueError(
+        raise AttentionError(
             f"config.model.attention_implementation={implementation!r} does not serve {unserved}; "
             "'auto' takes another one there"
         )

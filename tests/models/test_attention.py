@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from grit_jax.models import Mistral, MistralConfig, Stream
+from grit_jax.models import AttentionError, Mistral, MistralConfig, Stream
 from grit_jax.models.attention import Visibility, attention
 from grit_jax.sharding import make_mesh, partition_spec, variable_shardings
 
@@ -234,7 +234,7 @@ def test_a_case_that_an_implementation_does_not_serve_is_named(
     implementation, fields, read, unserved
 ):
     model = make_model(implementation, **fields)
-    with pytest.raises(ValueError, match=unserved) as error:
+    with pytest.raises(AttentionError, match=unserved) as error:
         read(model)
     assert f"config.model.attention_implementation={implementation!r}" in str(error.value)
 
@@ -242,6 +242,6 @@ def test_a_case_that_an_implementation_does_not_serve_is_named(
 def test_rows_that_the_mesh_does_not_split_are_named():
     with (
         jax.set_mesh(make_mesh(fsdp=4, tensor=2)),
-        pytest.raises(ValueError, match="axis 'batch' of size 2 on 4 shards"),
+        pytest.raises(AttentionError, match="axis 'batch' of size 2 on 4 shards"),
     ):
         jax.eval_shape(make_model("splash"), TOKENS)

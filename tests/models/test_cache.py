@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference_values
 
+from grit_jax.sharding import make_mesh, variable_shardings
 from grit_jax.training.joint_loss import embedding_stream
 
 ARCHITECTURES = ("mistral", "mixtral")
@@ -129,6 +130,26 @@ def test_several_texts_in_a_row_stay_apart():
     read, cache = model(tokens[:, :8], positions[:, :8], segment_ids[:, :8], cache=cache)
     rest, cache = model(tokens[:, 8:], positions[:, 8:], segment_ids[:, 8:], cache=cache)
     assert_close(jnp.concatenate([read, rest], axis=1), whole)
+
+
+def test_eight_devices_read_as_one_does():
+    model = reference_values.load_model("mistral")
+    tokens = np.arange(4 * 12).reshape(4, 12)
+    expected, _ = model(tokens, cache=model.make_cache(4, 16))
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        cache = model.make_cache(4, 16)
+        assert cache.keys.addressable_shards[0].data.size == cache.keys.size // 8
+        state = nnx.state(model)
+        nnx.update(model, jax.device_put(state, variable_shardings(state, mesh)))
+        read = make_reader(model)
+        parts = []
+        for start, stop in ((0, 8), (8, 9), (9, 12)):
+            part = tokens[:, start:stop]
+            hidden, cache = read(part, np.ones_like(part), cache)
+            parts.append(hidden)
+        assert cache.keys.addressable_shards[0].data.size == cache.keys.size // 8
+    assert_close(np.concatenate(parts, axis=1), expected)
 
 
 def test_tokens_that_do_not_fit_are_an_error():
