@@ -220,7 +220,10 @@ class Mistral(nnx.Module):
         return hidden if cache is None else (hidden, cache)
 
     def make_cache(self, batch_size: int, num_slots: int) -> Cache:
-        """Returns an empty cache for `batch_size` rows of `num_slots` tokens, padding included."""
+        """Returns an empty cache for `batch_size` rows of `num_slots` tokens, padding included.
+
+        Made in a jitted function, it is never whole on one device of a mesh.
+        """
         L, B, T = self.config.num_hidden_layers, batch_size, num_slots
         shape = (L, B, T, self.config.num_key_value_heads, self.config.head_dim)
 
