@@ -122,7 +122,12 @@ def convert(argv: Sequence[str]) -> None:
     to_hf.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
     )
-    to_hf.add_argument("--attention", default="bbcc", help="pattern it was trained with (bbcc)")
+    to_hf.add_argument(
+        "--attention",
+        default="bbcc",
+        choices=("bbcc", "cccc"),  # cbcc has no counterpart in sentence-transformers.
+        help="pattern it was trained with (bbcc)",
+    )
     to_hf.add_argument(
         "--pooling",
         default="mean",

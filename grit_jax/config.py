@@ -38,8 +38,10 @@ def default_config() -> Config:
     config.model.dtype = "bfloat16"  # of the computation
     config.model.param_dtype = "float32"
     config.model.remat = "full"  # "none" saves what "full" computes again in the backward pass
+    # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve
+    config.model.attention_implementation = "auto"
     # Embedding instruction, embedding text, generation instruction, generation text: each
-    # bidirectional or causal. "bbcc" or "cccc".
+    # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"
     config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
 

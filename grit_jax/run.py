@@ -18,7 +18,7 @@ from grit_jax.data.batches import Batches, RowLengths, read_ahead
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import Schedule, stable_seed
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.models import ARCHITECTURES, MistralConfig, make_config
+from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import LossConfig
@@ -48,6 +48,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
+    _check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
     workdir.mkdir(parents=True, exist_ok=True)
     _keep_config(config, trainer.model_config, workdir / "config.json")
@@ -121,7 +122,8 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
       ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
         the field.
     """
-    settings = {name: config.model[name] for name in ("dtype", "param_dtype", "remat")}
+    names = ("dtype", "param_dtype", "remat", "attention_implementation")
+    settings = {name: config.model[name] for name in names}
     sizes = config.model.sizes.to_dict()
     try:
         if pretrained is None:
@@ -232,6 +234,17 @@ def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
                 f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
                 f"but config.model.sizes.vocab_size={model.vocab_size}"
             )
+
+
+def _check_attention(trainer: Trainer, batches: Batches) -> None:
+    """Checks that the implementation of attention serves the rows of a step, which it traces."""
+    if trainer.model_config.attention_implementation == "auto":
+        return  # It serves all, and tracing takes seconds.
+    try:
+        with jax.set_mesh(trainer.mesh):
+            jax.eval_shape(trainer.step, trainer.abstract_state(), batches[0])
+    except AttentionError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "fsdp", "tensor", "expert")
 
@@ -87,9 +87,24 @@ def partition_spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] for axis in logical_axes))
 
 
+def shards(mesh: Mesh | AbstractMesh, logical_axis: str) -> int:
+    """Returns the number of ways in which an axis of this name is split over `mesh`."""
+    axes = RULES[logical_axis] or ()
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of ways in which rows of texts are split over `mesh`."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+    return shards(mesh, "batch")
+
+
+def platform() -> str:
+    """Returns what the computation is for: that of the mesh in use, else of the default device.
+
+    They differ where a program is compiled for devices that are not at hand.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:

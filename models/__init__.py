@@ -5,12 +5,16 @@ from typing import Any
 
 from flax import nnx
 
+from grit_jax.models.attention import AttentionError
+from grit_jax.models.cache import Cache
 from grit_jax.models.hugging_face import config_from_hugging_face, config_to_hugging_face
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
 
 __all__ = [
     "ARCHITECTURES",
+    "AttentionError",
+    "Cache",
     "Mistral",
     "MistralConfig",
     "Mixtral",

@@ -2,8 +2,8 @@
 
 Modules own parameters and the names of their axes; the mathematics is in plain functions.
 
-Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, N query heads, K key/value
-heads, H head dimension, F feed-forward.
+Legend of dimensions: B rows, S positions, T slots of a cache (S without one), M tokens (B x S),
+D hidden, N query heads, K key/value heads, H head dimension, F feed-forward.
 
 Hidden states are [M, D], rows one after the other: only attention looks at more than one token, and
 a weight's gradient that sums over one axis in place of two takes a third of the time on a CPU.
@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.attention import attention
+from grit_jax.models.attention import Visibility, attention
 from grit_jax.sharding import constrain
 
 if TYPE_CHECKING:
+    from grit_jax.models.cache import Cache
     from grit_jax.models.mistral import MistralConfig
 
 
@@ -88,7 +89,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what may be seen is the caller's mask."""
+    """Grouped-query attention with rotary positions; what may be seen is the caller's choice."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -105,11 +106,17 @@ class Attention(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "M D"],
-        positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S S"],
-    ) -> Float[Array, "M D"]:
-        """Returns what each position gathers from those that `mask` lets it see."""
+        visibility: Visibility,
+        cache: Cache | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "M D"], Cache | None]:
+        """Returns what each position gathers from the keys that it may see, and the cache.
+
+        Without a cache the keys are those of the positions themselves; with one, those in all its
+        slots, after this layer's new ones have been put into the slots taken last.
+        """
         dtype, theta = self.config.dtype, self.config.rope_theta
+        positions = visibility.positions
         B, S = positions.shape
         query = jnp.einsum("MD,DNH->MNH", hidden, self.query[...].astype(dtype))
         key = jnp.einsum("MD,DKH->MKH", hidden, self.key[...].astype(dtype))
@@ -120,9 +127,12 @@ class Attention(nnx.Module):
         value = constrain(value.reshape(B, S, *value.shape[1:]), "batch", None, "kv_heads", None)
         query = rotary_embedding(query, positions, theta)
         key = rotary_embedding(key, positions, theta)
-        mixed = attention(query, key, value, mask)
+        if cache is not None:
+            cache = cache.fill(layer, key, value)
+            key, value = cache.of_layer(layer)
+        mixed = attention(query, key, value, visibility, self.config.attention_implementation)
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
-        return jnp.einsum("MNH,NHD->MD", mixed, self.output[...].astype(dtype))
+        return jnp.einsum("MNH,NHD->MD", mixed, self.output[...].astype(dtype)), cache
 
 
 class MLP(nnx.Module):

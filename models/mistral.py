@@ -1,20 +1,22 @@
 """Mistral (arXiv 2310.06825): a decoder whose attention is causal or bidirectional by argument.
 
-Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, V vocabulary, L layers.
+Legend of dimensions: B rows, S positions, T slots, M tokens (B x S), D hidden, V vocabulary,
+L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, overload
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.attention import attention_mask
+from grit_jax.models.attention import IMPLEMENTATIONS, Visibility
+from grit_jax.models.cache import Cache
 from grit_jax.models.layers import MLP, Attention, RMSNorm, into_branch, parameter
 from grit_jax.sharding import constrain
 
@@ -33,7 +35,7 @@ class MistralConfig:
     `initializer_range` is the standard deviation of an untrained model's embeddings; its other
     weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
     that of the parameters; `remat` names what a layer's backward pass computes again ("full") or
-    finds saved ("none").
+    finds saved ("none"). `attention_implementation` is one of `attention.IMPLEMENTATIONS`.
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -55,6 +57,7 @@ class MistralConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "full"
+    attention_implementation: str = "auto"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -77,6 +80,11 @@ class MistralConfig:
             raise ValueError(
                 f"config.model.remat={self.remat!r} must be one of {sorted(REMAT_POLICIES)}"
             )
+        if self.attention_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"config.model.attention_implementation={self.attention_implementation!r} must be "
+                f"one of {', '.join(IMPLEMENTATIONS)}"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -89,12 +97,14 @@ class Stream:
       segment_ids: which text of its row a token belongs to, from 1 on; 0 is padding.
       positions: position of each token in its own text, from 0 on.
       is_causal: whether a token sees only those before it, or all of its text.
+      causal_tokens: tokens that see only those before them even so.
     """
 
     tokens: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"]
     positions: Int[Array, "B S"]
     is_causal: bool = dataclasses.field(metadata={"static": True})
+    causal_tokens: Bool[Array, "B S"] | None = None
 
 
 class DecoderLayer(nnx.Module):
@@ -108,22 +118,30 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = cast(Any, feed_forward)(config, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "M D"], stream: Stream
-    ) -> tuple[Float[Array, "M D"], Any]:
-        """Returns the next hidden states, and the router's statistics (None without a router)."""
-        mask = attention_mask(
-            stream.segment_ids,
+        self,
+        hidden: Float[Array, "M D"],
+        stream: Stream,
+        cache: Cache | None,
+        layer: Int[Array, ""],
+    ) -> tuple[Float[Array, "M D"], Cache | None, Any]:
+        """Returns the next hidden states, the cache with this layer's keys and values, statistics.
+
+        The statistics are the router's, None without a router.
+        """
+        visibility = Visibility(
             stream.segment_ids,
             stream.positions,
-            stream.positions,
-            is_causal=stream.is_causal,
-            sliding_window=self.config.sliding_window,
+            stream.is_causal,
+            stream.causal_tokens,
+            self.config.sliding_window,
+            cached=None if cache is None else (cache.segment_ids, cache.positions),
         )
-        hidden += self.attention(self.attention_norm(hidden), stream.positions, mask)
+        update, cache = self.attention(self.attention_norm(hidden), visibility, cache, layer)
+        hidden += update
         update, statistics = self.feed_forward(
             self.feed_forward_norm(hidden), stream.segment_ids.reshape(-1) > 0
         )
-        return constrain(hidden + update, "batch", None), statistics
+        return constrain(hidden + update, "batch", None), cache, statistics
 
 
 class Mistral(nnx.Module):
@@ -148,28 +166,80 @@ class Mistral(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = parameter(rngs, config, (D, V), ("embed", "vocab"), into_branch(D))
 
+    @overload
     def __call__(
         self,
         tokens: Int[Array, "B S"],
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
         is_causal: bool = True,
-    ) -> Float[Array, "B S D"]:
-        """Returns the hidden states after the last norm.
+        cache: None = None,
+    ) -> Float[Array, "B S D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        positions: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+        is_causal: bool = True,
+        *,
+        cache: Cache,
+    ) -> tuple[Float[Array, "B S D"], Cache]: ...
+
+    def __call__(self, tokens, positions=None, segment_ids=None, is_causal=True, cache=None):
+        """Returns the hidden states after the last norm; with a cache, also the cache after them.
+
+        With a cache the tokens see, besides each other, those of their text that earlier calls
+        left there. What was read stays as it was: a document may be read bidirectionally, and a
+        question after it causally.
 
         Args:
           tokens: token ids.
-          positions: position of each token in its text; by default its place in the row.
+          positions: position of each token in its text; by default its place in the row, padding
+            not counted; with a cache, from the row's last token on.
           segment_ids: which text of its row a token belongs to, 0 for padding; by default the row
-            is one text.
+            is one text, 1.
           is_causal: whether a token sees only those before it, or all of its text.
+          cache: what `make_cache` made or an earlier call returned. In a jitted function the
+            caller has to see to it that it has room (`cache.length` + S <= `cache.num_slots`):
+            tokens that do not fit overwrite the last slots. `cache.length` counts them all the
+            same, and tells afterwards.
+
+        Raises:
+          ValueError: the cache has no room for the tokens.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        (hidden,), _ = self.run([Stream(tokens, segment_ids, positions, is_causal)])
-        return hidden
+            positions = jnp.cumsum(segment_ids > 0, axis=1) - 1
+            if cache is not None:
+                positions += cache.next_positions()[:, None]
+        if cache is not None:
+            cache = cache.take_slots(positions, segment_ids)
+        stream = Stream(tokens, segment_ids, positions, is_causal)
+        (hidden,), (cache,), _ = self._run([stream], [cache])
+        return hidden if cache is None else (hidden, cache)
+
+    def make_cache(self, batch_size: int, num_slots: int) -> Cache:
+        """Returns an empty cache for `batch_size` rows of `num_slots` tokens, padding included.
+
+        Made in a jitted function, it is never whole on one device of a mesh.
+        """
+        L, B, T = self.config.num_hidden_layers, batch_size, num_slots
+        shape = (L, B, T, self.config.num_key_value_heads, self.config.head_dim)
+
+        def empty() -> jax.Array:
+            zeros = jnp.zeros(shape, self.config.dtype)
+            return constrain(zeros, "layers", "batch", None, "kv_heads", "head_dim")
+
+        return Cache(
+            keys=empty(),
+            values=empty(),
+            positions=constrain(jnp.zeros((B, T), jnp.int32), "batch", None),
+            segment_ids=constrain(jnp.zeros((B, T), jnp.int32), "batch", None),
+            length=jnp.zeros((), jnp.int32),
+        )
 
     def run(self, streams: Sequence[Stream]) -> tuple[list[Float[Array, "B S D"]], list[Any]]:
         """Reads several streams side by side, so that each layer's weights are gathered once.
@@ -178,22 +248,37 @@ class Mistral(nnx.Module):
           The hidden states of each stream after the last norm, and each stream's statistics of the
           router, stacked over layers (None for a model without a router).
         """
+        hidden, _, statistics = self._run(streams, [None] * len(streams))
+        return hidden, statistics
+
+    def _run(
+        self, streams: Sequence[Stream], caches: Sequence[Cache | None]
+    ) -> tuple[list[jax.Array], list[Cache | None], list[Any]]:
         graph, layers = nnx.split(self.layers)
 
-        def read_layer(hidden: list[jax.Array], layer_state: nnx.State):
+        # The caches are carried, and not scanned over, so that they are written where they lie.
+        def read_layer(carried: tuple[list[jax.Array], list[Cache | None]], scanned):
+            number, layer_state = scanned
             layer = nnx.merge(graph, layer_state)
-            outputs = [layer(h, stream) for h, stream in zip(hidden, streams, strict=True)]
-            return [h for h, _ in outputs], [statistics for _, statistics in outputs]
+            outputs = [
+                layer(h, stream, cache, number)
+                for h, stream, cache in zip(carried[0], streams, carried[1], strict=True)
+            ]
+            hidden, caches, statistics = (list(parts) for parts in zip(*outputs, strict=True))
+            return (hidden, caches), statistics
 
         policy = REMAT_POLICIES[self.config.remat]
         read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
         embedded = [self.embed(stream.tokens.reshape(-1)) for stream in streams]
-        hidden, statistics = jax.lax.scan(read_layer, embedded, layers)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        (hidden, caches), statistics = jax.lax.scan(
+            read_layer, (embedded, list(caches)), (numbers, layers)
+        )
         rows = [  # [M, D] -> [B, S, D]
             self.norm(h).reshape(*stream.tokens.shape, -1)
             for h, stream in zip(hidden, streams, strict=True)
         ]
-        return rows, statistics
+        return rows, caches, statistics
 
     def embed(self, tokens: Int[Array, M]) -> Float[Array, "M D"]:
         """Returns the embedding of each token, in the type of the computation."""

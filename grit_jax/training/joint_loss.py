@@ -21,8 +21,9 @@ from grit_jax.objectives.next_token import (
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
 from grit_jax.objectives.router import load_balancing_loss
 
-# Attention of the embedding half, by its two letters (instruction, text): is it causal?
-EMBEDDING_IS_CAUSAL = {"bbcc": False, "cccc": True}
+# Embedding instruction, embedding text, generation instruction, generation text: a token sees all
+# of its text (b), or what is before it (c).
+PATTERNS = ("bbcc", "cbcc", "cccc")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,7 @@ class LossConfig:
       temperature: of the contrastive loss.
       generative_reduction: "mixed", "token" or "mean" (see `objectives.next_token`).
       generative_group_size: texts in a group of "mixed".
-      attention: four letters, bidirectional or causal: embedding instruction, embedding text,
-        generation instruction, generation text.
+      attention: one of `PATTERNS`.
       pooling: "mean", "weightedmean", "lasttoken" or "cls".
 
     Raises:
@@ -52,8 +52,12 @@ class LossConfig:
     pooling: str = "mean"
 
     def __post_init__(self):
+        if self.attention not in PATTERNS:
+            raise ValueError(
+                f"config.model.attention={self.attention!r} must be one of {', '.join(PATTERNS)}: "
+                f"{_problem_of_pattern(self.attention)}"
+            )
         choices = {
-            "model.attention": (self.attention, tuple(EMBEDDING_IS_CAUSAL)),
             "model.pooling": (self.pooling, POOLINGS),
             "loss.generative_reduction": (self.generative_reduction, REDUCTIONS),
         }
@@ -63,11 +67,6 @@ class LossConfig:
         for name in ("temperature", "generative_group_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)} must be positive")
-
-    @property
-    def embedding_is_causal(self) -> bool:
-        """Whether texts to be embedded are read causally."""
-        return EMBEDDING_IS_CAUSAL[self.attention]
 
 
 def joint_loss(
@@ -81,10 +80,11 @@ def joint_loss(
     """
     streams = []
     if batch.embedding is not None:
-        streams.append(_stream(batch.embedding.queries, config.embedding_is_causal))
-        streams.append(_stream(batch.embedding.passages, config.embedding_is_causal))
+        streams.append(embedding_stream(batch.embedding.queries, config.attention))
+        streams.append(embedding_stream(batch.embedding.passages, config.attention))
     if batch.chats is not None:
-        streams.append(_stream(batch.chats, is_causal=True))
+        chats = batch.chats
+        streams.append(Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True))
     hidden, statistics = model.run(streams)
 
     loss = jnp.zeros((), jnp.float32)
@@ -109,12 +109,32 @@ def embed_texts(
     model: Mistral, texts: PackedTexts, config: LossConfig
 ) -> Float[Array, "num_texts D"]:
     """Returns the normalised embedding of each text, in float32."""
-    (hidden,), _ = model.run([_stream(texts, config.embedding_is_causal)])
+    (hidden,), _ = model.run([embedding_stream(texts, config.attention)])
     return _pool(hidden, texts, config)
 
 
-def _stream(texts: PackedTexts, is_causal: bool) -> Stream:
-    return Stream(texts.tokens, texts.segment_ids, texts.positions, is_causal)
+def embedding_stream(texts: PackedTexts, attention: str) -> Stream:
+    """Returns texts to be embedded as a stream that is read in the pattern `attention`.
+
+    What is not pooled, `<s>` and instruction, is governed by the first letter, the rest by the
+    second.
+    """
+    instruction, text = attention[:2]
+    return Stream(
+        texts.tokens,
+        texts.segment_ids,
+        texts.positions,
+        is_causal=text == "c",
+        causal_tokens=None if instruction == text else ~texts.mask,
+    )
+
+
+def _problem_of_pattern(attention: str) -> str:
+    if len(attention) != 4 or set(attention) - set("bc"):
+        return "four letters, each b (bidirectional) or c (causal)"
+    if attention.endswith("cc"):
+        return "an instruction that sees its text would show it to tokens that are to be causal"
+    return "a chat is generated one token after the other, each from those before it"
 
 
 def _pool(hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:

@@ -14,7 +14,7 @@ from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.models import MistralConfig, MixtralConfig
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import PATTERNS, LossConfig
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -98,7 +98,7 @@ def rotate(heads):
     return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def hand_attention(p, layer, x, is_causal):
+def hand_attention(p, layer, x, sees):
     query = rotate(jnp.einsum("sd,dnh->snh", x, p["attention"]["query"][layer]))
     key = rotate(jnp.einsum("sd,dkh->skh", x, p["attention"]["key"][layer]))
     value = jnp.einsum("sd,dkh->skh", x, p["attention"]["value"][layer])
@@ -106,17 +106,16 @@ def hand_attention(p, layer, x, is_causal):
     for n in range(SIZES["num_attention_heads"]):
         k = n // (SIZES["num_attention_heads"] // SIZES["num_key_value_heads"])
         scores = query[:, n] @ key[:, k].T / math.sqrt(SIZES["head_dim"])
-        if is_causal:
-            scores = jnp.where(np.tri(len(x)) > 0, scores, -jnp.inf)
+        scores = jnp.where(sees, scores, -jnp.inf)
         heads.append(jax.nn.softmax(scores) @ value[:, k])
     return jnp.einsum("snh,nhd->sd", jnp.stack(heads, 1), p["attention"]["output"][layer])
 
 
-def hand_decoder(parameters, tokens, is_causal):
+def hand_decoder(parameters, tokens, sees):
     x, layers = parameters["embedding"][tokens], parameters["layers"]
     for layer in range(SIZES["num_hidden_layers"]):
         before = norm(x, layers["attention_norm"]["scale"][layer])
-        x = x + hand_attention(layers, layer, before, is_causal)
+        x = x + hand_attention(layers, layer, before, sees)
         before = norm(x, layers["feed_forward_norm"]["scale"][layer])
         mlp = layers["feed_forward"]
         gate = before @ mlp["gate"][layer]
@@ -125,9 +124,22 @@ def hand_decoder(parameters, tokens, is_causal):
     return norm(x, parameters["norm"]["scale"])
 
 
-def hand_loss(parameters, texts):
+def causal(text):
+    return np.tri(len(text)) > 0
+
+
+# What the tokens of a text to be embedded see.
+HAND_PATTERNS = {
+    "bbcc": lambda text: np.full((len(text), len(text)), True),
+    "cbcc": lambda text: causal(text) | text.mask[:, None],
+    "cccc": causal,
+}
+
+
+def hand_loss(parameters, texts, attention="bbcc"):
     def embed(text):
-        mean = jnp.mean(hand_decoder(parameters, text.tokens, False)[text.mask], axis=0)
+        sees = HAND_PATTERNS[attention](text)
+        mean = jnp.mean(hand_decoder(parameters, text.tokens, sees)[text.mask], axis=0)
         return mean / jnp.linalg.norm(mean)
 
     queries = jnp.stack([embed(text) for text in texts["queries"]])
@@ -140,7 +152,7 @@ def hand_loss(parameters, texts):
     for start in range(0, 8, LOSS.generative_group_size):
         losses = []
         for text in texts["chats"][start : start + LOSS.generative_group_size]:
-            logits = hand_decoder(parameters, text.tokens, True) @ parameters["head"]
+            logits = hand_decoder(parameters, text.tokens, causal(text)) @ parameters["head"]
             probabilities = jnp.exp(logits) / jnp.sum(jnp.exp(logits), axis=1, keepdims=True)
             losses += [
                 -jnp.log(probabilities[s - 1, text.tokens[s]])
@@ -198,6 +210,21 @@ def test_three_joint_steps_equal_three_steps_written_by_hand():
     for name, expected in parameters.items():
         np.testing.assert_allclose(ours[name], expected, atol=2e-5, err_msg=name)
     assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("attention", sorted(set(PATTERNS) - {LOSS.attention}))
+def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    loss_config = dataclasses.replace(LOSS, attention=attention)
+    trainer = make_trainer(MistralConfig(**SIZES), mesh, loss_config)
+    state = trainer.initial_state(0)
+    batch, texts = make_batch(seed=0)
+    parameters = nnx.to_pure_dict(state.parameters)
+    loss, (embedding_loss, _) = hand_loss(parameters, texts, attention)
+    with jax.set_mesh(mesh):
+        _, metrics = trainer.step(state, trainer.to_devices(batch))
+    np.testing.assert_allclose(metrics["embedding_loss"], embedding_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
