@@ -87,6 +87,27 @@ def partition_spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] for axis in logical_axes))
 
 
+def mesh_axis(logical_axis: str) -> str:
+    """Returns the one mesh axis that splits a logical axis, for a collective inside `shard_map`."""
+    axis = RULES[logical_axis]
+    assert isinstance(axis, str), f"{logical_axis} is not split by one mesh axis"
+    return axis
+
+
+def vary_over_mesh(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Marks an array inside `shard_map` as one that may differ between any two devices.
+
+    Its gradient is then summed over the mesh axes that do not split `logical_axes`: along those
+    the array was the same.
+    """
+    split = set()
+    for axis in logical_axes:
+        rule = RULES[axis]
+        split |= {rule} if isinstance(rule, str) else set(rule or ())
+    same = tuple(axis for axis in MESH_AXES if axis not in split)
+    return jax.lax.pcast(array, same, to="varying")
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of ways in which rows of texts are split over `mesh`."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
