@@ -87,10 +87,26 @@ def partition_spec(*logical_axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] for axis in logical_axes))
 
 
+def mesh_axes(logical_axis: str | None) -> tuple[str, ...]:
+    """Returns the mesh axes that split an axis of this name, outermost first."""
+    axes = RULES[logical_axis] or ()
+    return (axes,) if isinstance(axes, str) else axes
+
+
 def shards(mesh: Mesh | AbstractMesh, logical_axis: str) -> int:
     """Returns the number of ways in which an axis of this name is split over `mesh`."""
-    axes = RULES[logical_axis] or ()
-    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
+
+
+def vary_over_mesh(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Marks an array inside `shard_map` as one that may differ between any two devices.
+
+    Its gradient is then summed over the mesh axes that do not split `logical_axes`: along those
+    the array was the same.
+    """
+    split = {axis for logical_axis in logical_axes for axis in mesh_axes(logical_axis)}
+    same = tuple(axis for axis in MESH_AXES if axis not in split)
+    return jax.lax.pcast(array, same, to="varying")
 
 
 def batch_shards(mesh: Mesh) -> int:

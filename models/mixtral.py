@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grit_jax.models.experts import INTO_EXPERTS, OUT_OF_EXPERTS, apply_experts
 from grit_jax.models.layers import into_branch, out_of_branch, parameter
 from grit_jax.models.mistral import Mistral, MistralConfig
 
@@ -62,22 +63,26 @@ class Experts(nnx.Module):
         D, F, E = config.hidden_size, config.intermediate_size, config.num_local_experts
         weight = functools.partial(parameter, rngs, config)
         self.router = weight((D, E), ("embed", "router"), into_branch(D))
-        self.gate = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
-        self.up = weight((E, D, F), ("experts", "embed", "mlp"), into_branch(D))
-        self.down = weight((E, F, D), ("experts", "mlp", "embed"), out_of_branch(F, config))
+        self.gate = weight((E, D, F), INTO_EXPERTS, into_branch(D))
+        self.up = weight((E, D, F), INTO_EXPERTS, into_branch(D))
+        self.down = weight((E, F, D), OUT_OF_EXPERTS, out_of_branch(F, config))
 
     def __call__(
         self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
     ) -> tuple[Float[Array, "M D"], RouterStatistics]:
-        """Returns the transformed states, and what the load-balancing loss needs of the router."""
+        """Returns the transformed states, and what the load-balancing loss needs of the router.
+
+        Padding goes to no expert: its transformed state is 0.
+        """
         dtype = self.config.dtype
         probabilities = self._probabilities(hidden)
         weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        none = self.config.num_local_experts
         output = apply_experts(
             hidden,
             weights.astype(dtype),
-            experts,
+            jnp.where(is_token[:, None], experts, none),
             self.gate[...].astype(dtype),
             self.up[...].astype(dtype),
             self.down[...].astype(dtype),
@@ -87,30 +92,6 @@ class Experts(nnx.Module):
     def _probabilities(self, hidden: Float[Array, "M D"]) -> Float[Array, "M E"]:
         router = self.router[...].astype(jnp.float32)
         return jax.nn.softmax(jnp.einsum("MD,DE->ME", hidden.astype(jnp.float32), router))
-
-
-def apply_experts(
-    tokens: Float[Array, "M D"],
-    weights: Float[Array, "M C"],
-    experts: Int[Array, "M C"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-) -> Float[Array, "M D"]:
-    """Sends each token through its C experts and returns the weighted sum of their outputs.
-
-    Copies of the tokens are sorted by expert, so that each expert reads one contiguous group and
-    the work grows with the number of tokens, whatever the number of experts.
-    """
-    M, C = experts.shape
-    order = jnp.argsort(experts.reshape(-1), stable=True)  # Copy m * C + c is token m's choice c.
-    group_sizes = jnp.bincount(experts.reshape(-1), length=gate.shape[0])
-    grouped = tokens[order // C]
-    activated = jax.nn.silu(jax.lax.ragged_dot(grouped, gate, group_sizes))
-    activated *= jax.lax.ragged_dot(grouped, up, group_sizes)
-    outputs = jax.lax.ragged_dot(activated, down, group_sizes)
-    in_token_order = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
-    return jnp.einsum("MCD,MC->MD", in_token_order.reshape(M, C, -1), weights)
 
 
 def router_statistics(

@@ -1,0 +1,164 @@
+"""Experts against a plain loop over them, on one device and on meshes of eight."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.models.experts import (
+    INTO_EXPERTS,
+    OUT_OF_EXPERTS,
+    apply_experts,
+    gather_slices,
+    grouped_matmul,
+)
+from grit_jax.models.mixtral import Experts, MixtralConfig
+from grit_jax.sharding import make_mesh, mesh_axes, partition_spec
+
+D, F, E, C = 16, 24, 8, 2
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+MESHES = [
+    {"fsdp": 1, "expert": 8},
+    {"fsdp": 2, "expert": 4},
+    {"fsdp": 1, "tensor": 2, "expert": 4},
+    {"fsdp": 2, "tensor": 2, "expert": 2},
+    {"slice": 2, "fsdp": 1, "tensor": 2, "expert": 2},
+    {"fsdp": 4, "tensor": 2},
+]
+
+
+def loop_over_experts(tokens, weights, experts, gate, up, down):
+    output = jnp.zeros_like(tokens)
+    for expert in range(E):
+        x = tokens @ gate[expert]
+        transformed = (x / (1 + jnp.exp(-x)) * (tokens @ up[expert])) @ down[expert]
+        share = jnp.sum(jnp.where(experts == expert, weights, 0), axis=1, keepdims=True)
+        output += share * transformed
+    return output
+
+
+def make_inputs(num_tokens, experts, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = [(num_tokens, D), (E, D, F), (E, D, F), (E, F, D)]
+    tokens, gate, up, down = (random.normal(size=s).astype(np.float32) for s in shapes)
+    weights = random.dirichlet(np.ones(C), num_tokens).astype(np.float32)
+    return tokens, weights, experts, gate, up, down
+
+
+def routings(num_tokens):
+    random = np.random.default_rng(1)
+    even = np.argsort(random.random((num_tokens, E)), axis=1)[:, :C]
+    return {
+        "even": even,
+        "all tokens choose the same two": np.broadcast_to([5, 2], (num_tokens, C)),
+        "experts 0, 1, 5, 6 and 7 are not chosen": 2 + even % 3,
+        "padding": np.where(random.random((num_tokens, 1)) < 0.4, E, even),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs_and_gradients(function, tokens, weights, experts, *into_and_out_of):
+    direction = jnp.cos(jnp.arange(tokens.size)).reshape(tokens.shape)
+
+    def loss(tokens, weights, *into_and_out_of):
+        output = function(tokens, weights, experts, *into_and_out_of)
+        return jnp.sum(output * direction), output
+
+    compute = jax.value_and_grad(loss, argnums=range(5), has_aux=True)
+    (_, output), gradients = compute(tokens, weights, *into_and_out_of)
+    names = ("output", "tokens", "weights", "gate", "up", "down")
+    return dict(zip(names, (output, *gradients), strict=True))
+
+
+def assert_is_the_loop(inputs, placed, routing):
+    expected = outputs_and_gradients(loop_over_experts, *inputs)
+    ours = outputs_and_gradients(apply_experts, *placed)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            ours[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=f"{routing} {name}"
+        )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 333])
+def test_one_device_does_what_a_loop_over_the_experts_does(num_tokens):
+    for routing, experts in routings(num_tokens).items():
+        inputs = make_inputs(num_tokens, experts)
+        assert_is_the_loop(inputs, inputs, routing)
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_eight_devices_do_what_a_loop_over_the_experts_does(axes):
+    mesh = make_mesh(**axes)
+    batch, into = partition_spec("batch", None), partition_spec(*INTO_EXPERTS)
+    specs = (batch, batch, batch, into, into, partition_spec(*OUT_OF_EXPERTS))
+    shardings = [jax.NamedSharding(mesh, spec) for spec in specs]
+    for routing, experts in routings(48).items():
+        inputs = make_inputs(48, experts)
+        with jax.set_mesh(mesh):
+            assert_is_the_loop(inputs, jax.device_put(inputs, tuple(shardings)), routing)
+
+
+def test_a_mixtral_gives_padding_no_experts_work():
+    experts = Experts(MixtralConfig(**SIZES), rngs=nnx.Rngs(0))
+    transform = jax.jit(lambda hidden, is_token: experts(hidden, is_token)[0])
+    hidden = jax.random.normal(jax.random.key(0), (6, D))
+    is_token = jnp.array([True, True, False, True, False, True])
+    padded = transform(hidden, is_token)
+    alone = transform(hidden[is_token], jnp.ones(4, bool))
+    np.testing.assert_allclose(padded[is_token], alone, rtol=1e-5)
+    assert not padded[~is_token].any()
+
+
+def test_the_work_does_not_grow_with_the_number_of_experts():
+    def flops(num_experts):
+        shapes = [(256, 64), (num_experts, 64, 128), (num_experts,)]
+        arguments = [
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in zip(shapes, (jnp.float32, jnp.float32, jnp.int32), strict=True)
+        ]
+        return jax.jit(grouped_matmul).lower(*arguments).compile().cost_analysis()["flops"]
+
+    assert flops(32) < 1.1 * flops(4)
+
+
+def test_tpus_get_their_own_kernels():
+    """A CPU cannot run them, but the program for a TPU can be made and read."""
+    mesh = make_mesh(fsdp=2, expert=4)
+    inputs = make_inputs(48, routings(48)["even"])
+    with jax.set_mesh(mesh):
+        traced = outputs_and_gradients.trace(apply_experts, *inputs)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "ragged_all_to_all" in program and "chlo.ragged_dot" in program
+    assert "stablehlo.while" not in program, "the loop over blocks is for other platforms"
+
+
+def test_gathered_slices_are_those_of_ragged_all_to_all():
+    """The example in the documentation of `jax.lax.ragged_all_to_all`, on two devices."""
+    mesh = make_mesh(fsdp=1, expert=2, devices=jax.devices()[:2])
+    of_devices = jax.P(mesh_axes("experts"))
+    exchange = jax.shard_map(
+        functools.partial(gather_slices, axis=mesh_axes("experts")[0]),
+        mesh=mesh,
+        in_specs=of_devices,
+        out_specs=of_devices,
+    )
+    result = exchange(
+        jnp.array([1.0, 2, 2, 3, 4, 0])[:, None],
+        jnp.zeros((8, 1)),
+        jnp.array([0, 1, 0, 1]),  # input_offsets
+        jnp.array([1, 2, 1, 1]),  # send_sizes
+        jnp.array([0, 0, 1, 2]),  # output_offsets
+        jnp.array([1, 1, 2, 1]),  # recv_sizes
+    )
+    np.testing.assert_array_equal(result[:, 0], [1, 3, 0, 0, 2, 2, 4, 0])
