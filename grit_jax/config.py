@@ -37,7 +37,9 @@ def default_config() -> Config:
     config.model.sizes = ConfigDict()
     config.model.dtype = "bfloat16"  # of the computation
     config.model.param_dtype = "float32"
-    config.model.remat = "full"  # "none" saves what "full" computes again in the backward pass
+    # What a layer's backward pass finds saved: "none" computes nothing again, "save_matmuls" and
+    # "offload" (the same, in the host's memory) all but the products with weights, "full" all.
+    config.model.remat = "full"
     # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve
     config.model.attention_implementation = "auto"
     # Embedding instruction, embedding text, generation instruction, generation text: each

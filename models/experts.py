@@ -30,6 +30,9 @@ BLOCK_ROWS = 128
 INTO_EXPERTS = ("experts", "embed", "mlp")
 OUT_OF_EXPERTS = ("experts", "mlp", "embed")
 
+# What a policy of rematerialisation may save, by `checkpoint_name`.
+EXPERT_PRODUCTS = ("expert_inputs", "expert_gate", "expert_up", "expert_outputs")
+
 
 def apply_experts(
     tokens: Float[Array, "M D"],

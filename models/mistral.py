@@ -18,13 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from grit_jax.models.attention import IMPLEMENTATIONS, Visibility
 from grit_jax.models.cache import Cache
 from grit_jax.models.layers import MLP, Attention, RMSNorm, into_branch, parameter
+from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.sharding import constrain
-
-# What the backward pass finds saved, by name; the rest it computes again.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +29,8 @@ class MistralConfig:
     `max_position_embeddings` is the longest text that the model is made for, in tokens.
     `initializer_range` is the standard deviation of an untrained model's embeddings; its other
     weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
-    that of the parameters; `remat` names what a layer's backward pass computes again ("full") or
-    finds saved ("none"). `attention_implementation` is one of `attention.IMPLEMENTATIONS`.
+    that of the parameters. `remat` names what a layer's backward pass finds saved
+    (`remat.REMAT_POLICIES`). `attention_implementation` is one of `attention.IMPLEMENTATIONS`.
 
     Raises:
       ValueError: a size is impossible; the message names it.

@@ -12,6 +12,7 @@ import optax
 
 from grit_jax.data.batch import Batch
 from grit_jax.models import Mistral, MistralConfig, make_model
+from grit_jax.models.remat import HOST_MEMORY
 from grit_jax.sharding import MeshError, partition_spec, variable_shardings
 from grit_jax.training.joint_loss import LossConfig, joint_loss
 
@@ -148,11 +149,18 @@ class Trainer:
 
 
 def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
-    """Checks that every axis of the model that the mesh splits can be split so.
+    """Checks that the mesh can split the model so, and has the memory that the model names.
 
     Raises:
-      MeshError: one cannot; the message names the model's field and the mesh's.
+      MeshError: it cannot; the message names the model's field and the mesh's.
     """
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if config.remat == "offload" and HOST_MEMORY not in kinds:
+        raise MeshError(
+            f"config.model.remat='offload' needs devices with the memory {HOST_MEMORY}, which a "
+            f"{device.platform} has not; 'save_matmuls' saves the same on the device"
+        )
     split_by = {
         "hidden_size": "fsdp",
         "num_attention_heads": "tensor",
