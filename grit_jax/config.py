@@ -37,6 +37,7 @@ def default_config() -> Config:
     config.model.sizes = ConfigDict()
     config.model.dtype = "bfloat16"  # of the computation
     config.model.param_dtype = "float32"
+    config.model.logits_dtype = "float32"  # "bfloat16" halves the memory of logits, at some loss
     # What a layer's backward pass finds saved: "none" computes nothing again, "save_matmuls" and
     # "offload" (the same, in the host's memory) all but the products with weights, "full" all.
     config.model.remat = "full"
@@ -45,6 +46,8 @@ def default_config() -> Config:
     # Embedding instruction, embedding text, generation instruction, generation text: each
     # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"
+    # Size of embeddings, where a linear layer is to make them of pooled hidden states; 0 for none.
+    config.model.embedding_projection_size = 0
     config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
 
     config.loss = ConfigDict()

@@ -122,13 +122,22 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
       ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
         the field.
     """
-    names = ("dtype", "param_dtype", "remat", "attention_implementation")
+    names = ("dtype", "param_dtype", "logits_dtype", "remat", "attention_implementation")
     settings = {name: config.model[name] for name in names}
     sizes = config.model.sizes.to_dict()
+    projection = config.model.embedding_projection_size
+    if projection:
+        settings["embedding_projection_size"] = projection
     try:
         if pretrained is None:
             return make_config(config.model.architecture, **sizes, **settings)
         _check_sizes(sizes, pretrained)
+        stored = pretrained.config.embedding_projection_size
+        if projection and stored not in (None, projection):
+            raise ConfigError(
+                f"config.model.embedding_projection_size={projection}, but {pretrained.folder} "
+                f"has a projection to {stored}; leave it at 0 to keep that"
+            )
         return dataclasses.replace(pretrained.config, **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -263,7 +272,7 @@ def _first_state(
 ) -> TrainState:
     if saved.latest_step is None and pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
-        return trainer.state_from(pretrained.load)
+        return trainer.state_from(pretrained.load, config.seed)
     if saved.latest_step is None:
         count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
         console.print(f"{count:,} parameters, at random", highlight=False)

@@ -30,6 +30,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # Too small to be worth a collective, or walked over one at a time.
     "head_dim": None,
     "norm": None,
+    "embedding": None,
     "layers": None,
     "router": None,
     None: None,

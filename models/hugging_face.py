@@ -21,6 +21,8 @@ _COMMON = {
     "rms_norm_eps": 1e-6,
     "sliding_window": None,
     "tie_word_embeddings": False,
+    # Not one of transformers': the layer that makes embeddings lies in a file of its own.
+    "embedding_projection_size": None,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": _COMMON | {"sliding_window": 4096},
@@ -92,6 +94,8 @@ def config_to_hugging_face(config: MistralConfig) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if field.name in shared
     }
+    if config.embedding_projection_size is None:
+        del fields["embedding_projection_size"]
     return {
         "architectures": [f"{architecture}ForCausalLM"],
         "model_type": architecture.lower(),

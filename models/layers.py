@@ -3,7 +3,8 @@
 Modules own parameters and the names of their axes; the mathematics is in plain functions.
 
 Legend of dimensions: B rows, S positions, T slots of a cache (S without one), M tokens (B x S),
-D hidden, N query heads, K key/value heads, H head dimension, F feed-forward.
+D hidden, N query heads, K key/value heads, H head dimension, F feed-forward, T texts,
+P embedding.
 
 Hidden states are [M, D], rows one after the other: only attention looks at more than one token, and
 a weight's gradient that sums over one axis in place of two takes a third of the time on a CPU.
@@ -156,3 +157,24 @@ class MLP(nnx.Module):
         up = jnp.einsum("MD,DF->MF", hidden, self.up[...].astype(dtype))
         activated = constrain(jax.nn.silu(gate) * up, "batch", "mlp")
         return jnp.einsum("MF,FD->MD", activated, self.down[...].astype(dtype)), None
+
+
+class EmbeddingProjection(nnx.Module):
+    """A linear layer, with a bias, from the size of hidden states to that of embeddings.
+
+    It is applied to pooled texts. Pooling takes a mean, so this is the same as applying it to
+    every token before, for a fraction of the products.
+    """
+
+    def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
+        D, P = config.hidden_size, config.embedding_projection_size
+        assert P is not None
+        axes = ("embed", "embedding")
+        self.weight = parameter(rngs, config, (D, P), axes, into_branch(D))
+        bias = jnp.zeros(P, config.param_dtype)
+        self.bias = nnx.Param(bias, out_sharding=("embedding",), eager_sharding=False)
+
+    def __call__(self, pooled: Float[Array, "T D"]) -> Float[Array, "T P"]:
+        """Returns the projected embeddings, not normalised."""
+        weight, bias = self.weight[...].astype(pooled.dtype), self.bias[...].astype(pooled.dtype)
+        return jnp.einsum("TD,DP->TP", pooled, weight) + bias

@@ -1,7 +1,7 @@
 """Mistral (arXiv 2310.06825): a decoder whose attention is causal or bidirectional by argument.
 
-Legend of dimensions: B rows, S positions, T slots, M tokens (B x S), D hidden, V vocabulary,
-L layers.
+Legend of dimensions: B rows, S positions, M tokens (B x S), D hidden, V vocabulary, L layers,
+T texts, P embedding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.attention import IMPLEMENTATIONS, Visibility
 from grit_jax.models.cache import Cache
-from grit_jax.models.layers import MLP, Attention, RMSNorm, into_branch, parameter
+from grit_jax.models.layers import (
+    MLP,
+    Attention,
+    EmbeddingProjection,
+    RMSNorm,
+    into_branch,
+    parameter,
+)
 from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.sharding import constrain
 
@@ -28,9 +35,11 @@ class MistralConfig:
 
     `max_position_embeddings` is the longest text that the model is made for, in tokens.
     `initializer_range` is the standard deviation of an untrained model's embeddings; its other
-    weights are scaled by their inputs. `dtype` is the type of the computation and `param_dtype`
-    that of the parameters. `remat` names what a layer's backward pass finds saved
-    (`remat.REMAT_POLICIES`). `attention_implementation` is one of `attention.IMPLEMENTATIONS`.
+    weights are scaled by their inputs. `embedding_projection_size` is the size of embeddings where
+    a linear layer makes them of pooled hidden states. `dtype` is the type of the computation,
+    `param_dtype` that of the parameters and `logits_dtype` that of the logits. `remat` names what a
+    layer's backward pass finds saved (`remat.REMAT_POLICIES`), and `attention_implementation` is
+    one of `attention.IMPLEMENTATIONS`.
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -49,8 +58,10 @@ class MistralConfig:
     initializer_range: float = 0.02
     sliding_window: int | None = None
     tie_word_embeddings: bool = False
+    embedding_projection_size: int | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
+    logits_dtype: str = "float32"
     remat: str = "full"
     attention_implementation: str = "auto"
 
@@ -66,7 +77,7 @@ class MistralConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.model.head_dim={self.head_dim} must be even, to be rotated")
-        for name in ("dtype", "param_dtype"):
+        for name in ("dtype", "param_dtype", "logits_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(
                     f"config.model.{name}={getattr(self, name)!r} must be 'float32' or 'bfloat16'"
@@ -160,6 +171,8 @@ class Mistral(nnx.Module):
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
             self.head = parameter(rngs, config, (D, V), ("embed", "vocab"), into_branch(D))
+        if config.embedding_projection_size is not None:
+            self.embedding_projection = EmbeddingProjection(config, rngs=rngs)
 
     @overload
     def __call__(
@@ -287,6 +300,16 @@ class Mistral(nnx.Module):
         return self.head[...]
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
-        """Returns the scores of each next token, in float32."""
+        """Returns the scores of each next token, in the type `logits_dtype`."""
+        dtype = self.config.logits_dtype
         projection = self.output_projection().astype(hidden.dtype)
-        return jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=jnp.float32)
+        return jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=dtype)
+
+    def project(self, pooled: Float[Array, "T D"]) -> Float[Array, "T P"]:
+        """Returns the embeddings of texts whose hidden states have been pooled.
+
+        They are `pooled` itself in a model without an `embedding_projection`.
+        """
+        if self.config.embedding_projection_size is None:
+            return pooled
+        return self.embedding_projection(pooled)

@@ -1,5 +1,6 @@
 """Configurations: those that come with the project are whole; mistakes are named in one line."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -305,7 +306,7 @@ def test_training_starts_from_given_weights():
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     assert trainer.model_config.sliding_window == 64
-    state = trainer.state_from(pretrained.load)
+    state = trainer.state_from(pretrained.load, config.seed)
     expected = reference_values.load_model("mistral").embedding[...]
     np.testing.assert_array_equal(state.parameters["embedding"][...], expected)
     at_random = trainer.initial_state(0)
@@ -313,3 +314,31 @@ def test_training_starts_from_given_weights():
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(at_random), strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+
+def test_a_projection_of_another_size_than_the_weights_have():
+    pretrained = open_pretrained(
+        parse(config_flag("gritlm_7b"), f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}")
+    )
+    pretrained.config = dataclasses.replace(pretrained.config, embedding_projection_size=12)
+    config = parse(config_flag("gritlm_7b"), "--config.model.embedding_projection_size=7")
+    with pytest.raises(ConfigError, match="embedding_projection_size=7, but .* projection to 12"):
+        model_config(config, pretrained)
+
+
+def test_what_the_given_weights_lack_starts_at_random():
+    folder = TINY_MODELS / "tiny-mistral"
+    config = parse(
+        config_flag("gritlm_7b"),
+        f"--config.model.weights={folder}",
+        "--config.model.embedding_projection_size=12",
+    )
+    pretrained = open_pretrained(config)
+    trainer = make_trainer(config, pretrained)
+    state = trainer.state_from(pretrained.load, seed=3)
+    at_random = trainer.initial_state(3).parameters
+    projection = state.parameters["embedding_projection"]["weight"][...]
+    assert projection.shape == (trainer.model_config.hidden_size, 12)
+    np.testing.assert_array_equal(projection, at_random["embedding_projection"]["weight"][...])
+    expected = reference_values.load_model("mistral").embedding[...]
+    np.testing.assert_array_equal(state.parameters["embedding"][...], expected)

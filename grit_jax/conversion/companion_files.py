@@ -5,6 +5,7 @@ from pathlib import Path
 import shutil
 from typing import Any
 
+from grit_jax.conversion.layout import DENSE
 from grit_jax.data.templates import EMBED
 from grit_jax.data.tokenizer import tokenizer_path
 from grit_jax.models import MistralConfig
@@ -76,6 +77,10 @@ def write_sentence_transformers(
         ("sentence_transformers.models.Pooling", "1_Pooling"),
         ("sentence_transformers.models.Normalize", "2_Normalize"),
     ]
+    if config.embedding_projection_size is not None:
+        _write_dense_settings(folder / DENSE, config)
+        modules.insert(2, ("sentence_transformers.models.Dense", DENSE))
+        modules[3] = (modules[3][0], "3_Normalize")
     write_json(
         folder / "modules.json",
         [
@@ -98,7 +103,7 @@ def write_sentence_transformers(
             "include_prompt": False,
         },
     )
-    (folder / "2_Normalize").mkdir()
+    (folder / modules[-1][1]).mkdir()
     longest = min(512, config.max_position_embeddings)
     write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
@@ -111,6 +116,17 @@ def write_sentence_transformers(
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def _write_dense_settings(folder: Path, config: MistralConfig) -> None:
+    folder.mkdir()
+    settings = {
+        "in_features": config.hidden_size,
+        "out_features": config.embedding_projection_size,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    write_json(folder / "config.json", settings)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,7 +16,7 @@ from grit_jax.conversion.companion_files import (
     write_tokenizer,
 )
 from grit_jax.conversion.destination import check_space, whole_folder
-from grit_jax.conversion.layout import Parameter
+from grit_jax.conversion.layout import DENSE, Parameter
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer
 
@@ -73,18 +73,17 @@ def write_weights(model: Model, folder: Path, dtype: str | None, shard_bytes: in
         for parameter in model.parameters
         for place, name in parameter.tensors()
     ]
+    check_space(folder, sum(_bytes(tensor) for tensor in tensors))
+    _write_dense(model, folder, [tensor for tensor in tensors if _is_dense(tensor)])
     # Layer by layer, as transformers writes them.
+    tensors = [tensor for tensor in tensors if not _is_dense(tensor)]
     tensors.sort(key=lambda tensor: (len(tensor[1]) > 0, tensor[1][:1]))
     shards = _split(tensors, shard_bytes)
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE]
-    check_space(folder, sum(_bytes(tensor) for tensor in tensors))
     for file_name, shard in zip(names, shards, strict=True):
-        content = {
-            name: _tensor(model, parameter, place).astype(kind, copy=False)
-            for name, place, parameter, kind in shard
-        }
+        content = {name: _read(model, *tensor) for name, *tensor in shard}
         save_file(content, folder / file_name, metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {
@@ -95,9 +94,28 @@ def write_weights(model: Model, folder: Path, dtype: str | None, shard_bytes: in
     return max((kind.name for *_, kind in tensors), key=[k.name for *_, k in tensors].count)
 
 
-def _tensor(model: Model, parameter: Parameter, place: tuple[int, ...]) -> np.ndarray:
+def _write_dense(model: Model, folder: Path, tensors: list[Any]) -> None:
+    """Writes the layer that makes embeddings of pooled hidden states, where there is one.
+
+    In float32, which sentence-transformers computes it in.
+    """
+    if not tensors:
+        return
+    content = {
+        name.removeprefix(f"{DENSE}/"): _read(model, place, parameter, np.dtype(np.float32))
+        for name, place, parameter, _ in tensors
+    }
+    save_file(content, folder / DENSE / SINGLE, metadata={"format": "pt"})
+
+
+def _is_dense(tensor: Any) -> bool:
+    return tensor[0].startswith(f"{DENSE}/")
+
+
+def _read(model: Model, place: tuple[int, ...], parameter: Parameter, kind: np.dtype) -> np.ndarray:
     index = tuple(slice(i, i + 1) for i in place) + tuple(slice(0, s) for s in parameter.shape)
-    return parameter.to_tensor(model.read(parameter, index).reshape(parameter.shape))
+    part = model.read(parameter, index).reshape(parameter.shape)
+    return parameter.to_tensor(part).astype(kind, copy=False)
 
 
 def _bytes(tensor: Any) -> int:

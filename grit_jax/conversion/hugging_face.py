@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from jaxtyping import Shaped
 import ml_dtypes
@@ -62,19 +63,11 @@ class HuggingFaceModel:
 
         Args:
           shapes: nested dictionaries with a `jax.ShapeDtypeStruct` that has a sharding for each
-            parameter, as `nnx.to_pure_dict` gives of an abstract state.
+            parameter, as `nnx.to_pure_dict` gives of an abstract state. Those of parameters that
+            this model does not have are left out.
         """
-        loaded: dict[str, Any] = {}
-        for parameter in self.parameters:
-            shape = shapes
-            for key in parameter.path:
-                shape = shape[key]
-            *parents, last = parameter.path
-            node = loaded
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[last] = self._load(parameter, shape)
-        return loaded
+        by_path = flatten_dict(shapes)
+        return unflatten_dict({p.path: self._load(p, by_path[p.path]) for p in self.parameters})
 
     def _load(self, parameter: Parameter, shape: Any) -> jax.Array:
         def part(index: Index | None) -> np.ndarray:

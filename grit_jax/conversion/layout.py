@@ -3,7 +3,7 @@
 Hugging Face keeps a linear layer's weight as [out, in], a matrix for each layer and expert. Ours
 are stacked over layers and experts, have the inputs first, and keep heads apart from their
 dimension. Legend of dimensions: L layers, E experts, D hidden, N heads, K key/value heads, H head
-dimension, F feed-forward, V vocabulary.
+dimension, F feed-forward, V vocabulary, P embedding.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,10 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.models import MistralConfig, MixtralConfig
+
+# The folder of the layer that makes embeddings of pooled hidden states, as sentence-transformers
+# names it: the only tensors that lie beside the model's. Their names begin with "2_Dense/".
+DENSE = "2_Dense"
 
 # Side of the squares that a matrix is transposed by.
 SQUARE = 128
@@ -143,6 +147,11 @@ def parameters(config: MistralConfig) -> list[Parameter]:
     ]
     if not config.tie_word_embeddings:
         found.append(Parameter(("head",), "lm_head.weight", (), (D, V), 1))
+    if config.embedding_projection_size is not None:
+        P, projection = config.embedding_projection_size, ("embedding_projection",)
+        dense = f"{DENSE}/linear"
+        found.append(Parameter((*projection, "weight"), f"{dense}.weight", (), (D, P), 1))
+        found.append(Parameter((*projection, "bias"), f"{dense}.bias", (), (P,)))
     if isinstance(config, MixtralConfig):
         E = config.num_local_experts
         experts = f"{layer}.block_sparse_moe"

@@ -12,6 +12,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from jaxtyping import Shaped
 import numpy as np
@@ -69,8 +70,11 @@ class OrbaxModel:
 
         Args:
           shapes: nested dictionaries with a `jax.ShapeDtypeStruct` that has a sharding for each
-            parameter, as `nnx.to_pure_dict` gives of an abstract state.
+            parameter, as `nnx.to_pure_dict` gives of an abstract state. Those of parameters that
+            this model does not have are left out.
         """
+        by_path = flatten_dict(shapes)
+        shapes = unflatten_dict({p.path: by_path[p.path] for p in self.parameters})
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))
         return _checkpointer().restore(self.folder.absolute(), arguments)[PARAMETERS]
 
@@ -94,13 +98,7 @@ def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
     Raises:
       ConversionError: the folder exists, or the disk is full.
     """
-    tree: dict[str, Any] = {}
-    for parameter in model.parameters:
-        *parents, last = parameter.path
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = _Unread(model, parameter)
+    tree = unflatten_dict({p.path: _Unread(model, p) for p in model.parameters})
     writer = _PartByPart()
     handlers = ocp.type_handlers.create_type_handler_registry(
         (_Unread, writer), (jax.Array, ocp.type_handlers.ArrayHandler())

@@ -1,5 +1,6 @@
 """A Hugging Face folder of safetensors, read slice by slice."""
 
+from collections.abc import Iterator
 import dataclasses
 import json
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from jaxtyping import Shaped
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from grit_jax.conversion.layout import DENSE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,12 +35,10 @@ class SafetensorsFolder:
         self.folder = folder
         self._tensors: dict[str, _Tensor] = {}
         for path in _files(folder):
-            with _open(path) as file:
-                for stored_name in file.keys():  # noqa: SIM118  it is no dictionary
-                    tensor = file.get_slice(stored_name)
-                    self._tensors[_standard_name(stored_name)] = _Tensor(
-                        path, stored_name, tuple(tensor.get_shape()), tensor.get_dtype()
-                    )
+            self._tensors |= {_standard_name(t.stored_name): t for t in _tensors(path)}
+        beside = folder / DENSE / SINGLE
+        if beside.exists():
+            self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(beside)}
 
     @property
     def names(self) -> set[str]:
@@ -72,6 +73,13 @@ class _Tensor:
     stored_name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+def _tensors(path: Path) -> Iterator[_Tensor]:
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118  it is no dictionary
+            tensor = file.get_slice(name)
+            yield _Tensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
 
 
 def read_json(path: Path) -> dict[str, Any]:

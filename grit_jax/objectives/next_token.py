@@ -73,12 +73,14 @@ def next_token_loss(
     targets: Int[Array, "B S"],
     weights: Float[Array, "B S"],
     chunk_size: int | None = None,
+    logits_dtype: str = "float32",
 ) -> Float[Array, ""]:
     """Returns the weighted sum of the cross-entropies of `targets`, in float32 nats.
 
-    The logits exist for `chunk_size` positions of each row at a time (an eighth of the row, at
-    most 256), and are computed again in the backward pass. Positions of weight 0 come last and
-    cost nothing where they fill a chunk; weights are constants, without a gradient.
+    The logits, of the type `logits_dtype`, exist for `chunk_size` positions of each row at a time
+    (an eighth of the row, at most 256), and are computed again in the backward pass. Positions of
+    weight 0 come last and cost nothing where they fill a chunk; weights are constants, without a
+    gradient.
     """
     S = hidden.shape[1]
     chunk_size = chunk_size or min(256, -(-S // 8))
@@ -98,9 +100,9 @@ def next_token_loss(
             "BSD,DV->BSV",
             hidden,
             projection.astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
+            preferred_element_type=logits_dtype,
         )
-        logits = constrain(logits, "batch", None, "vocab")
+        logits = constrain(logits, "batch", None, "vocab").astype(jnp.float32)
         own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)
 

@@ -90,11 +90,10 @@ def joint_loss(
     loss = jnp.zeros((), jnp.float32)
     parts = {}
     if batch.embedding is not None:
-        parts["embedding_loss"] = _embedding_loss(hidden[0], hidden[1], batch.embedding, config)
+        parts["embedding_loss"] = _embedding_loss(model, hidden, batch.embedding, config)
         loss += config.embedding_weight * parts["embedding_loss"]
     if batch.chats is not None:
-        projection = model.output_projection()
-        parts["generative_loss"] = _generative_loss(hidden[-1], projection, batch.chats, config)
+        parts["generative_loss"] = _generative_loss(model, hidden[-1], batch.chats, config)
         loss += config.generative_weight * parts["generative_loss"]
         if isinstance(router := statistics[-1], RouterStatistics):
             parts["router_loss"] = load_balancing_loss(
@@ -110,7 +109,7 @@ def embed_texts(
 ) -> Float[Array, "num_texts D"]:
     """Returns the normalised embedding of each text, in float32."""
     (hidden,), _ = model.run([embedding_stream(texts, config.attention)])
-    return _pool(hidden, texts, config)
+    return _pool(model, hidden, texts, config)
 
 
 def embedding_stream(texts: PackedTexts, attention: str) -> Stream:
@@ -137,20 +136,19 @@ def _problem_of_pattern(attention: str) -> str:
     return "a chat is generated one token after the other, each from those before it"
 
 
-def _pool(hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
-    return normalize(
-        pool(
-            hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
-        )
+def _pool(model: Mistral, hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
+    pooled = pool(
+        hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
     )
+    return normalize(model.project(pooled))
 
 
 def _embedding_loss(
-    query_hidden: jax.Array, passage_hidden: jax.Array, batch: EmbeddingBatch, config: LossConfig
+    model: Mistral, hidden: list[jax.Array], batch: EmbeddingBatch, config: LossConfig
 ) -> jax.Array:
     return contrastive_loss(
-        _pool(query_hidden, batch.queries, config),
-        _pool(passage_hidden, batch.passages, config),
+        _pool(model, hidden[0], batch.queries, config),
+        _pool(model, hidden[1], batch.passages, config),
         batch.positives,
         batch.passage_contents,
         config.temperature,
@@ -158,7 +156,7 @@ def _embedding_loss(
 
 
 def _generative_loss(
-    hidden: jax.Array, projection: jax.Array, chats: PackedTexts, config: LossConfig
+    model: Mistral, hidden: jax.Array, chats: PackedTexts, config: LossConfig
 ) -> jax.Array:
     targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
     weights = target_weights(
@@ -168,4 +166,10 @@ def _generative_loss(
         chats.num_texts,
         config.generative_group_size,
     )
-    return next_token_loss(hidden, projection, targets, weights)
+    return next_token_loss(
+        hidden,
+        model.output_projection(),
+        targets,
+        weights,
+        logits_dtype=model.config.logits_dtype,
+    )

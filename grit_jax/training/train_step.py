@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -82,17 +83,27 @@ class Trainer:
                 seed
             )
 
-    def state_from(self, load: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
+    def state_from(self, load: Callable[[dict[str, Any]], dict[str, Any]], seed: int) -> TrainState:
         """Returns the first state of a run that starts from given parameters.
 
         Args:
           load: returns the parameters as nested dictionaries of global arrays, given a
-            `jax.ShapeDtypeStruct` with a sharding for each.
+            `jax.ShapeDtypeStruct` with a sharding for each; those that it leaves out are random.
+          seed: of the random ones.
         """
-        abstract = self.abstract_state()
-        parameters = abstract.parameters
-        nnx.replace_by_pure_dict(parameters, load(nnx.to_pure_dict(parameters)))
+        parameters = self.abstract_state().parameters
+        given = flatten_dict(load(nnx.to_pure_dict(parameters)))
+        shardings = flatten_dict(nnx.to_pure_dict(self.shardings.parameters))
+        missing = {path: sharding for path, sharding in shardings.items() if path not in given}
+
+        def initial() -> dict[Any, Any]:
+            random = flatten_dict(nnx.to_pure_dict(self._initial_state(seed).parameters))
+            return {path: random[path] for path in missing}
+
         with jax.set_mesh(self.mesh):
+            if missing:
+                given |= jax.jit(initial, out_shardings=missing)()
+            nnx.replace_by_pure_dict(parameters, unflatten_dict(given))
             optimizer_state = jax.jit(
                 self.optimizer.init, out_shardings=self.shardings.optimizer_state
             )(parameters)

@@ -1,12 +1,15 @@
 """Weights through the real transformers and sentence-transformers, and back."""
 
+import dataclasses
 import json
 from pathlib import Path
 import shutil
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors import safe_open
 
@@ -18,6 +21,9 @@ from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
+from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.train_step import Trainer
 
 NAMES = ("mistral", "mixtral", "llama")
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
@@ -136,6 +142,38 @@ def test_sentence_transformers_embeds_as_we_do(exported, name):
     skipped = 1 + len(tokenizer.encode(prefix))
     causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
     assert float(causal @ expected[0]) < 0.999
+
+
+@pytest.mark.slow
+def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_models, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    stored = open_model(saved_models["mistral"])
+    config = dataclasses.replace(stored.config, embedding_projection_size=12)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = Trainer(config, LossConfig(), optax.sgd(0.1), mesh)
+    state = trainer.state_from(stored.load, seed=0)
+    state.parameters["embedding_projection"]["bias"][...] = jnp.arange(12.0)
+    with Checkpoints(epath.Path(tmp_path / "checkpoints"), config, 1, 1) as checkpoints:
+        checkpoints.save(1, state)
+    for dtype in ("float32", "bfloat16"):
+        write_hugging_face(open_model(tmp_path), tmp_path / dtype, dtype=dtype)
+    # Back again: the same bits, in the layer's own file too.
+    write_orbax(HuggingFaceModel(tmp_path / "float32"), tmp_path / "orbax")
+    write_hugging_face(open_model(tmp_path / "orbax"), tmp_path / "again")
+    for folder in ("", "2_Dense"):
+        before = tensors(tmp_path / "float32" / folder)
+        assert before and tensors(tmp_path / "again" / folder) == before
+
+    module, tokenizer = build(tmp_path / "float32"), Tokenizer()
+    prefix = embedding_prefix("")
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prefix + "A short one")]
+    hidden = module(jnp.asarray([tokens]), is_causal=False)[0, 1 + len(tokenizer.encode(prefix)) :]
+    expected = normalize(module.project(jnp.mean(hidden, axis=0, keepdims=True)))[0]
+    assert expected.shape == (12,)
+    for dtype, bound in (("float32", 0.9999), ("bfloat16", 0.99)):
+        theirs = SentenceTransformer(str(tmp_path / dtype), trust_remote_code=True, device="cpu")
+        assert theirs.encode("A short one") @ expected > bound, dtype
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral"])

@@ -57,6 +57,15 @@ def test_chunks_of_any_size_give_the_loss_and_gradient_of_the_whole(arrays, chun
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_logits_of_low_precision_round_before_the_logarithm(arrays):
+    hidden, projection, targets, weights = map(jnp.asarray, arrays)
+    loss = next_token_loss(hidden, projection, targets, weights, logits_dtype="bfloat16")
+    logits = (hidden @ projection).astype(jnp.bfloat16).astype(jnp.float32)
+    expected = loss_at_once(logits, jnp.eye(VOCABULARY), targets, weights)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
 def test_low_precision_states_give_a_loss_in_float32(arrays):
     hidden, projection, targets, weights = map(jnp.asarray, arrays)
     hidden = hidden.astype(jnp.bfloat16)

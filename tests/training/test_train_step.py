@@ -139,7 +139,10 @@ HAND_PATTERNS = {
 def hand_loss(parameters, texts, attention="bbcc"):
     def embed(text):
         sees = HAND_PATTERNS[attention](text)
-        mean = jnp.mean(hand_decoder(parameters, text.tokens, sees)[text.mask], axis=0)
+        hidden = hand_decoder(parameters, text.tokens, sees)
+        if projection := parameters.get("embedding_projection"):
+            hidden = hidden @ projection["weight"] + projection["bias"]
+        mean = jnp.mean(hidden[text.mask], axis=0)
         return mean / jnp.linalg.norm(mean)
 
     queries = jnp.stack([embed(text) for text in texts["queries"]])
@@ -188,7 +191,8 @@ def flat(tree):
 
 def test_three_joint_steps_equal_three_steps_written_by_hand():
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = make_trainer(MistralConfig(**SIZES, remat="none"), mesh)
+    config = MistralConfig(**SIZES, embedding_projection_size=12, remat="none")
+    trainer = make_trainer(config, mesh)
     state = trainer.initial_state(0)
     start = jax.tree.map(jnp.copy, nnx.to_pure_dict(state.parameters))
     structure = jax.tree.structure(start)
@@ -225,6 +229,23 @@ def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
         _, metrics = trainer.step(state, trainer.to_devices(batch))
     np.testing.assert_allclose(metrics["embedding_loss"], embedding_loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+
+
+def test_logits_of_low_precision_change_the_generative_loss_alone():
+    batch, _ = make_batch(seed=0)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    metrics = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = make_trainer(MistralConfig(**SIZES, logits_dtype=dtype), mesh)
+        state = trainer.initial_state(0)
+        logits = trainer.model(state.parameters).logits(jnp.ones((1, 1, SIZES["hidden_size"])))
+        assert logits.dtype == dtype
+        with jax.set_mesh(mesh):
+            _, metrics[dtype] = trainer.step(state, trainer.to_devices(batch))
+    exact, rounded = metrics["float32"], metrics["bfloat16"]
+    np.testing.assert_allclose(rounded["generative_loss"], exact["generative_loss"], rtol=1e-2)
+    assert rounded["generative_loss"] != exact["generative_loss"]
+    assert rounded["embedding_loss"] == exact["embedding_loss"]
 
 
 @pytest.mark.parametrize(
