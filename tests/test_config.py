@@ -322,7 +322,7 @@ def test_a_projection_of_another_size_than_the_weights_have():
     )
     pretrained.config = dataclasses.replace(pretrained.config, embedding_projection_size=12)
     config = parse(config_flag("gritlm_7b"), "--config.model.embedding_projection_size=7")
-    with pytest.raises(ConfigError, match="embedding_projection_size=7, but .* projection to 12"):
+    with pytest.raises(ConfigError, match=r"embedding_projection_size=7, but .* projection to 12"):
         model_config(config, pretrained)
 
 
