@@ -6,6 +6,7 @@ file; `--config.x.y=z` on the command line overrides any field.
 
 from collections.abc import Mapping
 import difflib
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,7 +26,9 @@ def default_config() -> Config:
     config.steps = 1253
     config.seed = 0
     config.log_every_steps = 10
-    config.grad_cache_chunks = 1  # more are not supported yet
+    # Parts in which a step reads its batch, when memory needs it: the embedding texts are then read
+    # a second time, for the gradient (see training/grad_cache.py).
+    config.grad_cache_chunks = 1
 
     config.model = ConfigDict()
     # Where the parameters start: a Hugging Face folder, a checkpoint or a run's folder; "" to start
@@ -54,17 +57,21 @@ def default_config() -> Config:
     config.loss.embedding_weight = 1.0
     config.loss.generative_weight = 1.0
     config.loss.temperature = 0.02
+    config.loss.learn_temperature = False  # starting from that
+    config.loss.is_symmetric = False  # positives are to find their queries as well
     config.loss.generative_reduction = "mixed"  # or "token", "mean": see objectives/next_token.py
     config.loss.generative_group_size = 32  # chats in a group of "mixed": the original's device
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-5  # the highest; linear warm-up, then linear decay to 0
-    config.optimizer.warmup_fraction = 0.03  # of the steps
+    config.optimizer.learning_rate = 2e-5  # the highest
+    config.optimizer.schedule = "linear"  # decay to 0; or "cosine", "constant"
+    config.optimizer.warmup_fraction = 0.03  # of the steps, in which it grows linearly
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.999
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # of the gradient of all parameters together
+    config.optimizer.moment_dtype = "float32"  # of the first moment; or "bfloat16"
     config.optimizer.token_embedding_factor = 1.0  # of their learning rate to that of the rest
 
     config.data = ConfigDict()
@@ -108,13 +115,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
     choices = ("unified", "embedding", "generative")
     if config["mode"] not in choices:
         raise ConfigError(f"config.mode={config['mode']!r} must be one of {', '.join(choices)}")
-    if config["grad_cache_chunks"] != 1:
-        raise ConfigError("config.grad_cache_chunks must be 1: chunks are not supported yet")
     warmup = config["optimizer"]["warmup_fraction"]
     if not 0 <= warmup < 1:
         raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
     positive = {
-        "": ("steps", "log_every_steps"),
+        "": ("steps", "log_every_steps", "grad_cache_chunks"),
         "data": ("embedding_batch_size", "generative_batch_size", "group_size"),
         "checkpoint": ("every_steps", "keep"),
         "evaluation": ("batch_size",),
@@ -145,6 +150,8 @@ def _check_section(section: Mapping[str, Any], expected: Mapping[str, Any], name
             _check_section(value, default, where)
         elif not _is_of_type(value, type(default)):
             raise ConfigError(f"{where}={value!r} must be of type {type(default).__name__}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}={value} must be a finite number")
 
 
 def _is_of_type(value: Any, wanted: type) -> bool:

@@ -105,13 +105,14 @@ def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
       ConfigError, MeshError: the message names the field.
     """
     settings = config.optimizer.to_dict()
-    for of_schedule in ("learning_rate", "warmup_fraction"):
+    for of_schedule in ("learning_rate", "warmup_fraction", "schedule"):
         settings.pop(of_schedule)
     return Trainer(
         model_config(config, pretrained),
         loss_config(config),
         make_optimizer(_schedule(config), **settings),
         make_mesh(**config.mesh.to_dict()),
+        config.grad_cache_chunks,
     )
 
 
@@ -194,7 +195,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
         schedule("generative", data.generative, data.generative_batch_size),
         row_lengths=_row_lengths(config),
         group_size=data.group_size,
-        row_multiple=batch_shards(trainer.mesh),
+        row_multiple=batch_shards(trainer.mesh) * config.grad_cache_chunks,
         seed=stable_seed(config.seed, "passages"),
     )
 
@@ -224,7 +225,12 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
 
 def _schedule(config: Config) -> optax.Schedule:
     optimizer = config.optimizer
-    return learning_rate_schedule(optimizer.learning_rate, optimizer.warmup_fraction, config.steps)
+    try:
+        return learning_rate_schedule(
+            optimizer.learning_rate, optimizer.warmup_fraction, config.steps, optimizer.schedule
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _row_lengths(config: Config) -> RowLengths:

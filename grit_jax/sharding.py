@@ -99,6 +99,12 @@ def shards(mesh: Mesh | AbstractMesh, logical_axis: str) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
 
 
+def current_shards(logical_axis: str) -> int:
+    """Returns the number of ways in which an axis of this name is split over the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else shards(mesh, logical_axis)
+
+
 def vary_over_mesh(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Marks an array inside `shard_map` as one that may differ between any two devices.
 

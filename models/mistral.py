@@ -290,7 +290,9 @@ class Mistral(nnx.Module):
 
     def embed(self, tokens: Int[Array, M]) -> Float[Array, "M D"]:
         """Returns the embedding of each token, in the type of the computation."""
-        embedded = self.embedding[...].astype(self.config.dtype)[tokens]
+        # Gathered along D first, or the compiler gathers the embedded texts, which are larger.
+        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
+        embedded = table[tokens]
         return constrain(embedded, "batch", None)
 
     def output_projection(self) -> Float[Array, "D V"]:

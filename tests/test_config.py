@@ -11,6 +11,7 @@ import reference_values
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.run import make_trainer, model_config, open_pretrained
+from grit_jax.training.optimizer import learning_rate_schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
@@ -123,7 +124,9 @@ def test_the_working_directory_can_be_chosen():
         ([TINY, "--config.data.group_size=0"], "config.data.group_size=0"),
         ([TINY, "--config.checkpoint.every_steps=0"], "config.checkpoint.every_steps=0"),
         ([TINY, "--config.stepss=1"], "stepss"),
-        ([TINY, "--config.grad_cache_chunks=4"], "config.grad_cache_chunks"),
+        ([TINY, "--config.grad_cache_chunks=0"], "config.grad_cache_chunks=0"),
+        ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate=nan"),
+        ([TINY, "--config.loss.temperature=inf"], "config.loss.temperature=inf"),
         ([TINY, "--workdirr=x"], "workdirr"),
         ([TINY, "stray"], "stray"),
         (["--config=configs/none.py"], "configs/none.py"),
@@ -270,6 +273,22 @@ def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
     flag = own_file(f"config.model.sizes = {{{size!r}: 4}}")
     with pytest.raises(ConfigError, match=size):
         model_config(parse(flag))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)]
+)
+def test_schedules_of_the_learning_rate(schedule, halfway):
+    rate = learning_rate_schedule(0.1, 0.2, 100, schedule)
+    np.testing.assert_allclose([rate(0), rate(10), rate(20)], [0, 0.05, 0.1], atol=1e-8)
+    np.testing.assert_allclose(rate(60), 0.1 * halfway, rtol=1e-5)
+    np.testing.assert_allclose(rate(100), 0.1 if schedule == "constant" else 0.0, atol=1e-8)
+
+
+def test_an_unknown_schedule_is_named():
+    config = parse(TINY, "--config.optimizer.schedule=square")
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.schedule='square' must be one of"):
+        make_trainer(config)
 
 
 # ---- Weights to start from ----

@@ -1,6 +1,7 @@
 """Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
 
 from types import TracebackType
+from typing import Any
 
 from etils import epath
 from flax import nnx
@@ -15,8 +16,8 @@ class Checkpoints:
     """The checkpoints below a folder; a context, at whose end the last one is on disk.
 
     Each holds `parameters` (the model's, as a plain tree of arrays), `model_config` (its sizes, as
-    Hugging Face's config.json holds them) and `optimizer_state`, so that the model can be read
-    without the optimizer.
+    Hugging Face's config.json holds them) and `optimizer_state`, all that the model can be read
+    without.
 
     Args:
       folder: where they lie.
@@ -64,7 +65,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
             model_config=ocp.args.JsonSave(self._model_config),
-            optimizer_state=ocp.args.StandardSave(state.optimizer_state),
+            optimizer_state=ocp.args.StandardSave(_besides_model(state)),
         )
         return self._manager.save(step, args=items, force=is_last)
 
@@ -78,10 +79,15 @@ class Checkpoints:
         assert step is not None, "there is a checkpoint to restore"
         items = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
-            optimizer_state=ocp.args.StandardRestore(abstract.optimizer_state),
+            optimizer_state=ocp.args.StandardRestore(_besides_model(abstract)),
         )
         restored = self._manager.restore(step, args=items)
         parameters = abstract.parameters
         nnx.replace_by_pure_dict(parameters, restored["parameters"])
         step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return TrainState(step_array, parameters, restored["optimizer_state"])
+        besides = restored["optimizer_state"]
+        return TrainState(step_array, parameters, besides["loss"], besides["optimizer"])
+
+
+def _besides_model(state: TrainState) -> dict[str, Any]:
+    return {"optimizer": state.optimizer_state, "loss": state.loss_parameters}

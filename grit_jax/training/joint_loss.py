@@ -1,6 +1,6 @@
 """The joint loss of GRIT: both streams of texts through the same weights, once.
 
-Legend of dimensions: Q queries, P passages, D hidden.
+Legend of dimensions: B rows, S positions, Q queries, P passages, D hidden.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ from grit_jax.objectives.router import load_balancing_loss
 # of its text (b), or what is before it (c).
 PATTERNS = ("bbcc", "cbcc", "cccc")
 
+LossParameters = dict[str, Array]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -33,7 +35,9 @@ class LossConfig:
     Attributes:
       embedding_weight: factor of the contrastive loss.
       generative_weight: factor of the next-token loss.
-      temperature: of the contrastive loss.
+      temperature: of the contrastive loss, or its first value.
+      learn_temperature: whether it is learned with the model.
+      is_symmetric: whether positives are to find their queries too (see `contrastive_loss`).
       generative_reduction: "mixed", "token" or "mean" (see `objectives.next_token`).
       generative_group_size: texts in a group of "mixed".
       attention: one of `PATTERNS`.
@@ -46,6 +50,8 @@ class LossConfig:
     embedding_weight: float = 1.0
     generative_weight: float = 1.0
     temperature: float = 0.02
+    learn_temperature: bool = False
+    is_symmetric: bool = False
     generative_reduction: str = "mixed"
     generative_group_size: int = 32
     attention: str = "bbcc"
@@ -69,8 +75,15 @@ class LossConfig:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)} must be positive")
 
 
+def initial_loss_parameters(config: LossConfig) -> dict[str, Float[Array, ""]]:
+    """Returns what the loss itself learns: the logarithm of the temperature, or nothing."""
+    if not config.learn_temperature:
+        return {}
+    return {"log_temperature": jnp.log(jnp.float32(config.temperature))}
+
+
 def joint_loss(
-    model: Mistral, batch: Batch, config: LossConfig
+    model: Mistral, loss_parameters: LossParameters, batch: Batch, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss to be minimised, and its parts by name.
 
@@ -78,30 +91,47 @@ def joint_loss(
     (both unweighted) and, for a Mixtral, `router_loss` (on the generative stream alone; unweighted
     by its coefficient).
     """
-    streams = []
-    if batch.embedding is not None:
-        streams.append(embedding_stream(batch.embedding.queries, config.attention))
-        streams.append(embedding_stream(batch.embedding.passages, config.attention))
-    if batch.chats is not None:
-        chats = batch.chats
-        streams.append(Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True))
-    hidden, statistics = model.run(streams)
-
-    loss = jnp.zeros((), jnp.float32)
+    hidden, statistics = model.run(batch_streams(batch, config.attention))
     parts = {}
     if batch.embedding is not None:
-        parts["embedding_loss"] = _embedding_loss(model, hidden, batch.embedding, config)
-        loss += config.embedding_weight * parts["embedding_loss"]
+        pooled = pool_pairs(hidden, batch.embedding, config)
+        parts["embedding_loss"] = embedding_loss(
+            model, loss_parameters, pooled, batch.embedding, config
+        )
     if batch.chats is not None:
-        parts["generative_loss"] = _generative_loss(model, hidden[-1], batch.chats, config)
-        loss += config.generative_weight * parts["generative_loss"]
+        weights = chat_weights(batch.chats, config)
+        parts["generative_loss"] = generative_loss(model, hidden[-1], batch.chats, weights)
         if isinstance(router := statistics[-1], RouterStatistics):
             parts["router_loss"] = load_balancing_loss(
                 router.choices, router.probabilities, router.tokens
             )
-            assert isinstance(model.config, MixtralConfig)
-            loss += model.config.router_aux_loss_coef * parts["router_loss"]
+    loss = weighted_sum(parts, model, config)
     return loss, {"loss": loss, **parts}
+
+
+def weighted_sum(
+    parts: dict[str, Float[Array, ""]], model: Mistral, config: LossConfig
+) -> Float[Array, ""]:
+    """Returns the parts of the loss, added up with their weights."""
+    weights = {
+        "embedding_loss": config.embedding_weight,
+        "generative_loss": config.generative_weight,
+    }
+    if isinstance(model.config, MixtralConfig):
+        weights["router_loss"] = model.config.router_aux_loss_coef
+    return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
+
+
+def batch_streams(batch: Batch, attention: str) -> list[Stream]:
+    """Returns what a batch has of queries, passages and chats, in this order."""
+    streams = []
+    if batch.embedding is not None:
+        streams.append(embedding_stream(batch.embedding.queries, attention))
+        streams.append(embedding_stream(batch.embedding.passages, attention))
+    if batch.chats is not None:
+        chats = batch.chats
+        streams.append(Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True))
+    return streams
 
 
 def embed_texts(
@@ -109,7 +139,7 @@ def embed_texts(
 ) -> Float[Array, "num_texts D"]:
     """Returns the normalised embedding of each text, in float32."""
     (hidden,), _ = model.run([embedding_stream(texts, config.attention)])
-    return _pool(model, hidden, texts, config)
+    return normalize(model.project(_pool(hidden, texts, config)))
 
 
 def embedding_stream(texts: PackedTexts, attention: str) -> Stream:
@@ -128,44 +158,61 @@ def embedding_stream(texts: PackedTexts, attention: str) -> Stream:
     )
 
 
-def _problem_of_pattern(attention: str) -> str:
-    if len(attention) != 4 or set(attention) - set("bc"):
-        return "four letters, each b (bidirectional) or c (causal)"
-    if attention.endswith("cc"):
-        return "an instruction that sees its text would show it to tokens that are to be causal"
-    return "a chat is generated one token after the other, each from those before it"
+def pool_pairs(
+    hidden: list[jax.Array], batch: EmbeddingBatch, config: LossConfig
+) -> tuple[Float[Array, "Q D"], Float[Array, "P D"]]:
+    """Returns the pooled hidden states of queries and passages; zeros for a text not in the rows.
 
-
-def _pool(model: Mistral, hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
-    pooled = pool(
-        hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
+    So the pooled texts of parts of a batch add up to those of the whole.
+    """
+    return (
+        _pool(hidden[0], batch.queries, config),
+        _pool(hidden[1], batch.passages, config),
     )
-    return normalize(model.project(pooled))
 
 
-def _embedding_loss(
-    model: Mistral, hidden: list[jax.Array], batch: EmbeddingBatch, config: LossConfig
-) -> jax.Array:
+def embedding_loss(
+    model: Mistral,
+    loss_parameters: LossParameters,
+    pooled: tuple[Float[Array, "Q D"], Float[Array, "P D"]],
+    batch: EmbeddingBatch,
+    config: LossConfig,
+) -> Float[Array, ""]:
+    """Returns the contrastive loss of pooled queries and passages."""
+    temperature = config.temperature
+    if config.learn_temperature:
+        temperature = jnp.exp(loss_parameters["log_temperature"])
+    queries, passages = (normalize(model.project(texts)) for texts in pooled)
     return contrastive_loss(
-        _pool(model, hidden[0], batch.queries, config),
-        _pool(model, hidden[1], batch.passages, config),
+        queries,
+        passages,
         batch.positives,
         batch.passage_contents,
-        config.temperature,
+        temperature,
+        is_symmetric=config.is_symmetric,
     )
 
 
-def _generative_loss(
-    model: Mistral, hidden: jax.Array, chats: PackedTexts, config: LossConfig
-) -> jax.Array:
-    targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
-    weights = target_weights(
+def chat_weights(chats: PackedTexts, config: LossConfig) -> Float[Array, "B S"]:
+    """Returns the weight of what follows each token of the chats in the generative loss."""
+    _, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+    return target_weights(
         config.generative_reduction,
         is_target,
         chats.segment_ids,
         chats.num_texts,
         config.generative_group_size,
     )
+
+
+def generative_loss(
+    model: Mistral,
+    hidden: Float[Array, "B S D"],
+    chats: PackedTexts,
+    weights: Float[Array, "B S"],
+) -> Float[Array, ""]:
+    """Returns the weighted sum of the cross-entropies of the tokens to be learned."""
+    targets, _ = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
     return next_token_loss(
         hidden,
         model.output_projection(),
@@ -173,3 +220,17 @@ def _generative_loss(
         weights,
         logits_dtype=model.config.logits_dtype,
     )
+
+
+def _pool(hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
+    return pool(
+        hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
+    )
+
+
+def _problem_of_pattern(attention: str) -> str:
+    if len(attention) != 4 or set(attention) - set("bc"):
+        return "four letters, each b (bidirectional) or c (causal)"
+    if attention.endswith("cc"):
+        return "an instruction that sees its text would show it to tokens that are to be causal"
+    return "a chat is generated one token after the other, each from those before it"

@@ -15,7 +15,14 @@ from grit_jax.data.batch import Batch
 from grit_jax.models import Mistral, MistralConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY
 from grit_jax.sharding import MeshError, partition_spec, variable_shardings
-from grit_jax.training.joint_loss import LossConfig, joint_loss
+from grit_jax.training.grad_cache import chunked_value_and_grad
+from grit_jax.training.joint_loss import LossConfig, initial_loss_parameters, joint_loss
+
+# Metrics, and the fields of the optimizer's state that hold them (`optax.apply_if_finite`).
+COUNTS_OF_SKIPPED_STEPS = {
+    "steps_skipped": "total_notfinite",
+    "steps_skipped_in_a_row": "notfinite_count",
+}
 
 
 @jax.tree_util.register_dataclass
@@ -26,12 +33,19 @@ class TrainState:
     Attributes:
       step: number of steps made.
       parameters: NNX state of the model.
+      loss_parameters: what the loss itself learns, by name; empty if nothing.
       optimizer_state: optax's state.
     """
 
     step: Any
     parameters: Any
+    loss_parameters: Any
     optimizer_state: Any
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """All that the optimizer moves: "model" and "loss"."""
+        return {"model": self.parameters, "loss": self.loss_parameters}
 
 
 class Trainer:
@@ -42,6 +56,7 @@ class Trainer:
       loss_config: of the joint loss.
       optimizer: an optax optimizer.
       mesh: the devices.
+      grad_cache_chunks: number of parts in which a batch is read, see `grad_cache`.
 
     Raises:
       MeshError: the mesh does not divide the model.
@@ -53,12 +68,14 @@ class Trainer:
         loss_config: LossConfig,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
+        grad_cache_chunks: int = 1,
     ):
         check_model_fits_mesh(model_config, mesh)
         self.model_config = model_config
         self.loss_config = loss_config
         self.optimizer = optimizer
         self.mesh = mesh
+        self.grad_cache_chunks = grad_cache_chunks
         self.model_graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(model_config, 0)))
         self.shardings = self._state_shardings()
         self.step: Callable[[TrainState, Batch], tuple[TrainState, dict]] = jax.jit(
@@ -104,11 +121,8 @@ class Trainer:
             if missing:
                 given |= jax.jit(initial, out_shardings=missing)()
             nnx.replace_by_pure_dict(parameters, unflatten_dict(given))
-            optimizer_state = jax.jit(
-                self.optimizer.init, out_shardings=self.shardings.optimizer_state
-            )(parameters)
-            step = jax.device_put(jnp.zeros((), jnp.int32), self.shardings.step)
-        return TrainState(step, parameters, optimizer_state)
+            start = jax.jit(self._state_of, out_shardings=self.shardings, donate_argnums=0)
+            return start(parameters)
 
     def model(self, parameters: nnx.State) -> Mistral:
         """Returns the model with these parameters."""
@@ -126,37 +140,66 @@ class Trainer:
 
     def _initial_state(self, seed: int) -> TrainState:
         _, parameters = nnx.split(make_model(self.model_config, seed))
-        return TrainState(jnp.zeros((), jnp.int32), parameters, self.optimizer.init(parameters))
+        return self._state_of(parameters)
+
+    def _state_of(self, parameters: nnx.State) -> TrainState:
+        loss_parameters = initial_loss_parameters(self.loss_config)
+        state = TrainState(jnp.zeros((), jnp.int32), parameters, loss_parameters, None)
+        return dataclasses.replace(state, optimizer_state=self.optimizer.init(state.trained))
 
     def _state_shardings(self) -> TrainState:
         """Returns the shardings of the state: moments lie as their parameters do."""
         shapes = jax.eval_shape(lambda: self._initial_state(0))
-        of_parameters = variable_shardings(shapes.parameters, self.mesh)
         replicated = NamedSharding(self.mesh, PartitionSpec())
-        return TrainState(
+        state = TrainState(
             step=replicated,
-            parameters=of_parameters,
-            optimizer_state=optax.tree.map_params(
-                self.optimizer,
-                lambda _, sharding: sharding,
-                shapes.optimizer_state,
-                of_parameters,
-                transform_non_params=lambda _: replicated,
-                is_leaf=lambda node: isinstance(node, nnx.Variable),
-            ),
+            parameters=variable_shardings(shapes.parameters, self.mesh),
+            loss_parameters=jax.tree.map(lambda _: replicated, shapes.loss_parameters),
+            optimizer_state=None,
         )
+        of_optimizer = optax.tree.map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            shapes.optimizer_state,
+            state.trained,
+            transform_non_params=lambda _: replicated,
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
+        return dataclasses.replace(state, optimizer_state=of_optimizer)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss(parameters: nnx.State):
-            return joint_loss(self.model(parameters), batch, self.loss_config)
-
-        (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.parameters)
+        parts, gradient = self._loss_and_gradient(state.trained, batch)
         updates, optimizer_state = self.optimizer.update(
-            gradient, state.optimizer_state, state.parameters
+            gradient, state.optimizer_state, state.trained
         )
-        parameters = optax.apply_updates(state.parameters, updates)
+        trained: dict[str, Any] = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
         metrics = {**parts, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        for name, field in COUNTS_OF_SKIPPED_STEPS.items():
+            if (count := optax.tree.get(optimizer_state, field)) is not None:
+                metrics[name] = count
+        next_state = TrainState(state.step + 1, trained["model"], trained["loss"], optimizer_state)
+        return next_state, metrics
+
+    def _loss_and_gradient(
+        self, trained: dict[str, Any], batch: Batch
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        def model_of(trained: dict[str, Any]) -> Mistral:
+            return self.model(trained["model"])
+
+        def loss(trained: dict[str, Any]):
+            return joint_loss(model_of(trained), trained["loss"], batch, self.loss_config)
+
+        if self.grad_cache_chunks == 1:
+            (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+            return parts, gradient
+        return chunked_value_and_grad(
+            model_of,
+            trained,
+            batch,
+            self.loss_config,
+            self.grad_cache_chunks,
+            lambda gradient: jax.lax.with_sharding_constraint(gradient, self.shardings.trained),
+        )
 
 
 def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:

@@ -85,7 +85,7 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
     batch = reference_values.training_batch(values)
     graph, state = nnx.split(model)
     compute = jax.value_and_grad(
-        lambda state: joint_loss(nnx.merge(graph, state), batch, config), has_aux=True
+        lambda state: joint_loss(nnx.merge(graph, state), {}, batch, config), has_aux=True
     )
     (loss, parts), gradient = compute(state)
     assert_close(loss, values[f"train_{reduction}_loss"])
@@ -114,11 +114,12 @@ def test_five_steps_of_adamw(reference):
         weight_decay=0.0,
         clip_norm=1.0,
         token_embedding_factor=1.0,
+        moment_dtype="float32",
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     trainer = Trainer(model.config, loss_config, optimizer, mesh)
     parameters = nnx.to_pure_dict(nnx.state(model))
-    state = trainer.state_from(lambda _: jax.tree.map(jnp.copy, parameters))
+    state = trainer.state_from(lambda _: jax.tree.map(jnp.copy, parameters), seed=0)
     batch = trainer.to_devices(reference_values.training_batch(values))
     for row in values["adamw_trace"]:
         state, metrics = trainer.step(state, batch)

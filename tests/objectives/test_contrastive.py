@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grit_jax.objectives import contrastive
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.sharding import make_mesh
 
@@ -42,13 +43,14 @@ def batch():
     return embeddings(8, 0), passages, positives, contents
 
 
-def compute(queries, passages, positives, contents, temperature=TEMPERATURE):
+def compute(queries, passages, positives, contents, temperature=TEMPERATURE, **options):
     return contrastive_loss(
         jnp.asarray(queries),
         jnp.asarray(passages),
         jnp.asarray(positives),
         jnp.asarray(contents),
         temperature,
+        **options,
     )
 
 
@@ -108,3 +110,48 @@ def test_devices_see_the_passages_of_all_devices(batch):
         on_mesh = jax.jit(loss_and_gradient)(*arguments)
     for ours, alone in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions(batch):
+    queries, passages, positives, contents = batch
+    of_queries = loss_by_hand(*batch, TEMPERATURE)
+    # The other way round: the positives look for their queries among all queries.
+    of_positives = loss_by_hand(
+        passages[positives], queries, range(8), contents[positives], TEMPERATURE
+    )
+    assert abs(of_queries - of_positives) > 0.1
+    symmetric = compute(*batch, is_symmetric=True)
+    np.testing.assert_allclose(symmetric, (of_queries + of_positives) / 2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 1}, {"slice": 2, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize("block_rows", [1, 3, 4])
+def test_blocks_of_rows_change_nothing(batch, axes, block_rows, monkeypatch):
+    arguments = [jnp.asarray(part) for part in batch]
+
+    def loss_and_gradient(*arguments):
+        return jax.value_and_grad(compute, argnums=(0, 1))(*arguments)
+
+    whole = loss_and_gradient(*arguments)
+    monkeypatch.setattr(contrastive, "BLOCK_ROWS", block_rows)
+    devices = jax.devices()[: np.prod(list(axes.values()))]
+    with jax.set_mesh(make_mesh(**axes, devices=devices)):
+        blocked = jax.jit(loss_and_gradient)(*arguments)
+    for ours, expected in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_matrix_of_scores():
+    def bytes_needed(count):
+        shapes = (
+            jax.ShapeDtypeStruct((count, DIMENSION), jnp.float32),
+            jax.ShapeDtypeStruct((2 * count, DIMENSION), jnp.float32),
+            jax.ShapeDtypeStruct((count,), jnp.int32),
+            jax.ShapeDtypeStruct((2 * count,), jnp.int32),
+        )
+        gradient = jax.grad(lambda q, p, *ids: contrastive_loss(q, p, *ids, 0.1), argnums=(0, 1))
+        return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    rows, more_rows = 2048, 8192
+    # The block of scores grows with the passages, four-fold; the whole matrix would sixteen-fold.
+    assert bytes_needed(more_rows) < 5 * bytes_needed(rows)

@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grit_jax.data.batch import Batch, EmbeddingBatch
@@ -36,6 +37,7 @@ OPTIMIZER = {
     "weight_decay": 0.1,
     "clip_norm": 1.0,
     "token_embedding_factor": 2.0,
+    "moment_dtype": "float32",
 }
 LOSS = LossConfig(
     embedding_weight=0.5,
@@ -47,6 +49,7 @@ LOSS = LossConfig(
 
 
 def make_trainer(config, mesh, loss=LOSS):
+    """Returns a trainer with the optimizer of `hand_adamw`."""
     optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
     return Trainer(config, loss, optimizer, mesh)
 
@@ -278,6 +281,111 @@ def test_eight_devices_make_the_step_that_one_device_makes(config, axes):
         np.testing.assert_allclose(other, value, atol=2e-5, err_msg=name)
 
 
+def gradient_of(config, loss_config, mesh, batch, num_chunks):
+    """Returns the metrics and the gradient of a step: what plain descent at a rate of 1 takes."""
+    trainer = Trainer(config, loss_config, optax.sgd(1.0), mesh, num_chunks)
+    state = trainer.initial_state(0)
+    before = jax.tree.map(jnp.copy, state.trained)
+    with jax.set_mesh(mesh):
+        state, metrics = trainer.step(state, trainer.to_devices(batch))
+    return metrics, jax.tree.map(jnp.subtract, before, state.trained), trainer
+
+
+@pytest.mark.parametrize(
+    ("config", "axes"),
+    [
+        (MistralConfig(**SIZES, embedding_projection_size=12), {"fsdp": 1}),
+        (MistralConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
+        (MixtralConfig(**SIZES, num_local_experts=4), {"fsdp": 1}),
+        (MixtralConfig(**SIZES, num_local_experts=4), {"fsdp": 2, "tensor": 2, "expert": 2}),
+    ],
+    ids=["mistral-one", "mistral-eight", "mixtral-one", "mixtral-eight"],
+)
+def test_a_batch_in_chunks_has_the_gradient_of_the_whole(config, axes):
+    mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
+    loss_config = dataclasses.replace(LOSS, learn_temperature=True, is_symmetric=True)
+    num_chunks = 3
+    batch, _ = make_batch(seed=0, shards=batch_shards(mesh) * num_chunks)
+    whole, expected, _ = gradient_of(config, loss_config, mesh, batch, 1)
+    chunked, gradient, trainer = gradient_of(config, loss_config, mesh, batch, num_chunks)
+    assert chunked.keys() == whole.keys()
+    assert ("router_loss" in whole) == isinstance(config, MixtralConfig)
+    for name in whole:
+        np.testing.assert_allclose(chunked[name], whole[name], rtol=1e-5, err_msg=name)
+    assert abs(gradient["loss"]["log_temperature"]) > 0.01
+    for (path, ours), whole_leaf in zip(
+        jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(whole_leaf).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(ours, whole_leaf, atol=2e-5 * scale, err_msg=str(path))
+    for leaf, sharding in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(trainer.shardings.trained), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("mode", ["embedding", "generative"])
+def test_a_single_stream_in_chunks(mode):
+    batch, _ = make_batch(seed=0, shards=2)
+    batch = dataclasses.replace(batch, **{"chats" if mode == "embedding" else "embedding": None})
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = MistralConfig(**SIZES)
+    whole, expected, _ = gradient_of(config, LOSS, mesh, batch, 1)
+    chunked, gradient, _ = gradient_of(config, LOSS, mesh, batch, 2)
+    assert chunked.keys() == whole.keys()
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(np.abs(theirs).max(), 1e-6))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = make_trainer(MistralConfig(**SIZES), mesh)
+    state = trainer.initial_state(0)
+    batch, _ = make_batch(seed=0)
+    batch = trainer.to_devices(batch)
+    parameters = state.parameters
+    broken = jax.tree.map(jnp.copy, state.parameters)
+    broken["norm"]["scale"][...] = broken["norm"]["scale"][...].at[3].set(jnp.nan)
+    with jax.set_mesh(mesh):
+        state = dataclasses.replace(state, parameters=broken)
+        for count in (1, 2):
+            moments = jax.tree.map(np.array, state.optimizer_state.inner_state)
+            before = jax.tree.map(np.array, state.parameters)
+            state, metrics = trainer.step(state, batch)
+            jax.tree.map(np.testing.assert_array_equal, state.parameters, before)
+            jax.tree.map(np.testing.assert_array_equal, state.optimizer_state.inner_state, moments)
+            assert metrics["steps_skipped"] == metrics["steps_skipped_in_a_row"] == count
+        assert int(state.step) == 2
+        state = dataclasses.replace(state, parameters=jax.tree.map(jnp.copy, parameters))
+        before = jax.tree.map(np.array, state.parameters)
+        state, metrics = trainer.step(state, batch)
+    assert metrics["steps_skipped"] == 2 and metrics["steps_skipped_in_a_row"] == 0
+    assert not np.array_equal(state.parameters["norm"]["scale"][...], before["norm"]["scale"][...])
+
+
+def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    config = MistralConfig(**SIZES, param_dtype="bfloat16")
+    optimizer = make_optimizer(
+        learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER | {"moment_dtype": "bfloat16"}
+    )
+    trainer = Trainer(config, LOSS, optimizer, mesh)
+    batch, _ = make_batch(seed=0)
+    state = trainer.initial_state(0)
+    with jax.set_mesh(mesh):
+        for _ in range(2):
+            state, metrics = trainer.step(state, trainer.to_devices(batch))
+    assert np.isfinite(metrics["loss"])
+    moments = {name: optax.tree.get(state.optimizer_state, name) for name in ("mu", "nu")}
+    for tree, dtype in (
+        (state.parameters, "bfloat16"),
+        (moments["mu"], "bfloat16"),
+        (moments["nu"], "float32"),
+    ):
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} == {dtype}
+
+
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
 def test_a_single_stream_trains_with_the_same_step(mode):
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -291,6 +399,7 @@ def test_a_single_stream_trains_with_the_same_step(mode):
         _, metrics = trainer.step(trainer.initial_state(0), trainer.to_devices(alone))
     name = f"{mode}_loss"
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
-    assert metrics.keys() == {"loss", name, "gradient_norm"}
+    skipped = {"steps_skipped", "steps_skipped_in_a_row"}
+    assert metrics.keys() == {"loss", name, "gradient_norm"} | skipped
     weight = getattr(LOSS, f"{mode}_weight")
     np.testing.assert_allclose(metrics["loss"], weight * metrics[name], rtol=1e-6)

@@ -1,0 +1,87 @@
+"""How much memory a step takes, undivided and by GradCache: python benchmarks/memory.py [--small]
+
+Compiles the joint step of a 124.7 M Mistral for one CPU device and prints what the compiler says,
+without running it. Texts of 64 tokens, four to a row; chunks of 256 queries.
+"""
+
+import argparse
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.models import MistralConfig
+from grit_jax.sharding import make_mesh
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.train_step import Trainer
+
+SIZES = MistralConfig(
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    head_dim=64,
+)
+ROW_LENGTH, TEXTS_A_ROW, QUERIES_A_CHUNK = 256, 4, 256
+
+
+def main() -> None:
+    """Compiles the steps and prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="batches up to 1024 only")
+    batch_sizes = [256, 512, 1024, 2048, 4096, 8192]
+    if parser.parse_args().small:
+        batch_sizes = batch_sizes[:3]
+    table = Table(title="temporary memory of a step (GB), beside 1.5 GB of parameters and moments")
+    for column in ("queries", "undivided", "chunks", "by GradCache"):
+        table.add_column(column, justify="right")
+    for batch_size in batch_sizes:
+        chunks = batch_size // QUERIES_A_CHUNK
+        whole, divided = temporary_bytes(batch_size, 1), temporary_bytes(batch_size, chunks)
+        table.add_row(f"{batch_size}", f"{whole / 1e9:.2f}", f"{chunks}", f"{divided / 1e9:.2f}")
+    Console().print(table)
+
+
+def temporary_bytes(batch_size: int, chunks: int) -> int:
+    """Returns the bytes that the compiled step takes beside its arguments and results."""
+    schedule = learning_rate_schedule(2e-5, 0.03, 1000)
+    optimizer = make_optimizer(
+        schedule,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        token_embedding_factor=1.0,
+        moment_dtype="float32",
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = Trainer(SIZES, LossConfig(), optimizer, mesh, chunks)
+    with jax.set_mesh(mesh):
+        compiled = trainer.step.lower(trainer.abstract_state(), make_batch(batch_size)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def make_batch(batch_size: int) -> Batch:
+    """Returns the shapes of a batch with two passages a query and a chat for eight queries."""
+
+    def texts(count: int) -> PackedTexts:
+        shape = (count // TEXTS_A_ROW, ROW_LENGTH)
+        ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (np.int32, np.bool_))
+        return PackedTexts(ids, ids, ids, mask, num_texts=count)
+
+    def numbers(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count,), np.int32)
+
+    pairs = EmbeddingBatch(
+        texts(batch_size), texts(2 * batch_size), numbers(batch_size), numbers(2 * batch_size)
+    )
+    return Batch(pairs, texts(batch_size // 8))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Useful work of a step: what its texts need, whatever the program does.
+
+The rule, so that numbers can be compared: a product of [m, k] and [k, n] is 2mkn operations; the
+backward pass is twice the forward pass; padding does not count, nor does what is computed a second
+time (rematerialisation, GradCache); a token attends to its own text only, causal attention to half
+of it; logits count where a token is to be learned; an expert counts for the tokens that chose it.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from grit_jax.data.batch import Batch, PackedTexts
+from grit_jax.models import MistralConfig, MixtralConfig
+
+# Dense bfloat16 operations a second and device, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Returns the operations a second of all devices together, None if their kind is unknown."""
+    kind = devices[0].device_kind
+    matching = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    if not matching:
+        return None
+    return PEAK_FLOPS[max(matching, key=len)] * len(devices)
+
+
+def useful_flops(config: MistralConfig, batch: Batch, *, is_causal: bool) -> float:
+    """Returns the operations that a training step on this batch needs.
+
+    Args:
+      config: of the model.
+      batch: the step's texts, on the host.
+      is_causal: whether texts to be embedded are read causally; chats always are.
+    """
+    streams: list[tuple[PackedTexts, bool]] = []
+    num_targets = 0
+    if batch.embedding is not None:
+        streams += [(batch.embedding.queries, is_causal), (batch.embedding.passages, is_causal)]
+    if batch.chats is not None:
+        streams.append((batch.chats, True))
+        num_targets = int(np.count_nonzero(batch.chats.mask))
+    forward = 2.0 * num_targets * config.hidden_size * config.vocab_size
+    for texts, causal in streams:
+        lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
+        visible = np.sum(lengths**2) / (2 if causal else 1)
+        width = config.num_attention_heads * config.head_dim
+        forward += 2.0 * np.sum(lengths) * _weights_a_token(config)
+        forward += 2.0 * 2.0 * visible * width * config.num_hidden_layers
+    return 3.0 * float(forward)
+
+
+def _weights_a_token(config: MistralConfig) -> int:
+    """Returns the number of weights of all layers that a token is multiplied with."""
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    attention = 2 * D * H * (config.num_attention_heads + config.num_key_value_heads)
+    feed_forward = 3 * D * F
+    if isinstance(config, MixtralConfig):
+        feed_forward = feed_forward * config.num_experts_per_tok + D * config.num_local_experts
+    return config.num_hidden_layers * (attention + feed_forward)

@@ -1,0 +1,81 @@
+"""Useful operations, against products counted one by one."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from grit_jax.data.batch import Batch, EmbeddingBatch
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack, plan_rows
+from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.training.flops import peak_flops, useful_flops
+
+D, F, V, L, N, K, H, E, C = 16, 24, 64, 3, 4, 2, 8, 4, 2
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": N,
+    "num_key_value_heads": K,
+    "head_dim": H,
+}
+MISTRAL = MistralConfig(**SIZES)
+MIXTRAL = MixtralConfig(**SIZES, num_local_experts=E, num_experts_per_tok=C)
+
+
+def product(m, k, n):
+    return 2 * m * k * n
+
+
+def packed(lengths, num_rows=8):
+    texts = [Text(np.ones(n, np.int32), np.arange(n) >= 2) for n in lengths]
+    return pack(texts, plan_rows(lengths, 16), num_rows, 16)
+
+
+def forward_by_hand(config, lengths, is_causal):
+    total = 0
+    for n in lengths:
+        total += L * (product(n, D, N * H) + 2 * product(n, D, K * H) + product(n, N * H, D))
+        seen = sum(range(1, n + 1)) - n / 2 if is_causal else n * n
+        total += L * N * (2 * H * seen + 2 * seen * H)
+        experts, router = 1, 0
+        if config is MIXTRAL:
+            experts, router = C, product(n, D, E)
+        total += L * (experts * (2 * product(n, D, F) + product(n, F, D)) + router)
+    return total
+
+
+@pytest.mark.parametrize("config", [MISTRAL, MIXTRAL], ids=["mistral", "mixtral"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_it_counts_the_products_of_real_tokens(config, is_causal):
+    queries, passages, chats = [3, 5], [7, 4, 16, 9], [6, 11, 2]
+    numbers = np.arange(4, dtype=np.int32)
+    embedding = EmbeddingBatch(packed(queries), packed(passages), numbers[:2], numbers)
+    batch = Batch(embedding, packed(chats))
+    expected = 3 * sum(
+        forward_by_hand(config, lengths, causal)
+        for lengths, causal in ((queries, is_causal), (passages, is_causal), (chats, True))
+    )
+    targets = sum(n - 2 for n in chats)
+    expected += 3 * product(targets, D, V)
+    np.testing.assert_allclose(useful_flops(config, batch, is_causal=is_causal), expected)
+    # More padding is no more work.
+    padded = dataclasses.replace(batch, chats=packed(chats, num_rows=20))
+    np.testing.assert_allclose(useful_flops(config, padded, is_causal=is_causal), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("TPU v5 lite", 2 * 197e12),
+        ("TPU v5p", 2 * 459e12),
+        ("TPU v5", 2 * 459e12),
+        ("NVIDIA H100 80GB HBM3", 2 * 989e12),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_known_devices(kind, expected):
+    assert peak_flops([types.SimpleNamespace(device_kind=kind)] * 2) == expected
