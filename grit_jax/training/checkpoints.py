@@ -1,40 +1,104 @@
 """Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
 
+from collections.abc import Mapping
+import dataclasses
+import time
 from types import TracebackType
 from typing import Any
+import warnings
 
 from etils import epath
 from flax import nnx
+from flax.traverse_util import flatten_dict
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 from grit_jax.models import MistralConfig, config_to_hugging_face
 from grit_jax.training.train_step import TrainState
+
+# Where checkpoints that cannot be read are moved to: nothing is deleted.
+DAMAGED = "damaged"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, or is of another run; the message says what to do."""
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint could not be read, and an older one is taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept; one is if any of these says so.
+
+    Attributes:
+      keep: how many of the newest.
+      keep_every_steps: those of steps that are multiples of it; 0 for none.
+      best_metric: the best by this measure on held-out data, "" for none.
+      best_mode: "max" or "min", whether more of it is better.
+    """
+
+    keep: int
+    keep_every_steps: int = 0
+    best_metric: str = ""
+    best_mode: str = "max"
+
+    def policy(self) -> checkpoint_managers.PreservationPolicy:
+        """Returns it as Orbax puts it."""
+        policies: list[Any] = [checkpoint_managers.LatestN(self.keep)]
+        if self.keep_every_steps:
+            policies.append(checkpoint_managers.EveryNSteps(self.keep_every_steps))
+        if self.best_metric:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda measures: measures[self.best_metric],
+                    reverse=self.best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
 class Checkpoints:
     """The checkpoints below a folder; a context, at whose end the last one is on disk.
 
     Each holds `parameters` (the model's, as a plain tree of arrays), `model_config` (its sizes, as
-    Hugging Face's config.json holds them) and `optimizer_state`, all that the model can be read
-    without.
+    Hugging Face's config.json holds them), `optimizer_state`, all that the model can be read
+    without, and `description`, what a run must share to go on from it.
 
     Args:
       folder: where they lie.
       model_config: the model's.
+      description: what else makes a run another one: its data and what is trained.
       every_steps: steps between two.
-      keep: how many of the newest are kept.
+      retention: which are kept.
+
+    Raises:
+      CheckpointError: the folder cannot be written to.
     """
 
     def __init__(
-        self, folder: epath.Path, model_config: MistralConfig, every_steps: int, keep: int
+        self,
+        folder: epath.Path,
+        model_config: MistralConfig,
+        description: Mapping[str, Any],
+        every_steps: int,
+        retention: Retention,
     ):
         self.folder = folder
         self._model_config = config_to_hugging_face(model_config)
+        self._description = dict(description)
+        self._every_steps = every_steps
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every_steps, max_to_keep=keep, enable_async_checkpointing=True
+            preservation_policy=retention.policy(), enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(folder, options=options)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written to: {error}") from None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -45,48 +109,129 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as failure:
+            if error is None:
+                raise self._not_saved(failure) from failure
 
     @property
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, is_last: bool = False) -> bool:
-        """Begins to save the state if its turn has come; returns whether it has.
+    def is_due(self, step: int) -> bool:
+        """Returns whether the state after `step` steps is to be saved."""
+        return step % self._every_steps == 0 or self.latest_step is None
+
+    def save(
+        self, step: int, state: TrainState, measures: Mapping[str, float] | None = None
+    ) -> float:
+        """Begins to save the state; returns the seconds for which it held the caller up.
+
+        It waits for the checkpoint before to be on disk, and for the copy of the state that is
+        written in the background.
 
         Args:
           step: number of steps made.
           state: what to save.
-          is_last: save it in any case.
+          measures: on held-out data, if there are any of this step.
+
+        Raises:
+          CheckpointError: this checkpoint, or the one before, cannot be written.
         """
+        started = time.perf_counter()
         if step == self.latest_step:
-            return False
+            return 0.0
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
             model_config=ocp.args.JsonSave(self._model_config),
             optimizer_state=ocp.args.StandardSave(_besides_model(state)),
+            description=ocp.args.JsonSave(self._description),
         )
-        return self._manager.save(step, args=items, force=is_last)
+        try:
+            self._manager.save(step, args=items, metrics=measures and dict(measures), force=True)
+        except Exception as failure:  # Whatever the file system's library makes of it.
+            raise self._not_saved(failure) from failure
+        return time.perf_counter() - started
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """Returns the newest checkpoint's state, laid out as `abstract` says.
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """Returns the newest checkpoint's state, laid out as `abstract` says, or None.
+
+        A checkpoint that cannot be read is moved to `damaged`, with a warning, and the one before
+        is taken.
 
         Raises:
-          ValueError: it is of a model of other sizes.
+          CheckpointError: the checkpoint is of another model or of other data.
         """
-        step = self.latest_step
-        assert step is not None, "there is a checkpoint to restore"
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                self._check_description(step)
+                return self._restore(step, abstract)
+            except CheckpointError:
+                raise
+            except Exception as failure:  # Damage shows in as many ways as there are libraries.
+                self._set_aside(step, failure)
+        return None
+
+    def _restore(self, step: int, abstract: TrainState) -> TrainState:
         items = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
             optimizer_state=ocp.args.StandardRestore(_besides_model(abstract)),
         )
         restored = self._manager.restore(step, args=items)
-        parameters = abstract.parameters
+        parameters = jax.tree.map(lambda leaf: leaf, abstract.parameters)
         nnx.replace_by_pure_dict(parameters, restored["parameters"])
         step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         besides = restored["optimizer_state"]
         return TrainState(step_array, parameters, besides["loss"], besides["optimizer"])
+
+    def _check_description(self, step: int) -> None:
+        items = ocp.args.Composite(
+            model_config=ocp.args.JsonRestore(), description=ocp.args.JsonRestore()
+        )
+        stored = self._manager.restore(step, args=items)
+        theirs = {"model": stored["model_config"], **stored["description"]}
+        ours = {"model": self._model_config, **self._description}
+        if differences := describe_differences(theirs, ours):
+            raise CheckpointError(
+                f"{self.folder / str(step)} is of another run: {'; '.join(differences)}. Give the "
+                "new run a --workdir of its own, or start it from these weights with "
+                "--config.model.weights"
+            )
+
+    def _set_aside(self, step: int, failure: Exception) -> None:
+        source, destination = self.folder / str(step), self.folder / DAMAGED / str(step)
+        if jax.process_index() == 0 and source.exists():
+            destination.parent.mkdir(exist_ok=True)
+            source.rename(destination)
+        reason = " ".join(str(failure).split())[:300]
+        warnings.warn(
+            f"the checkpoint of step {step} cannot be read and is now {destination}: {reason}",
+            DamagedCheckpointWarning,
+            stacklevel=3,
+        )
+        if jax.process_count() > 1:
+            # The others may be waiting for this process in the middle of reading.
+            raise CheckpointError(f"{destination} is damaged: start again, from the one before")
+        self._manager.reload()
+
+    def _not_saved(self, failure: Exception) -> CheckpointError:
+        reason = " ".join(str(failure).split())[:300]
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.folder}; those already there are whole "
+            f"(newest: step {self.latest_step}). {reason}"
+        )
+
+
+def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Returns in words where two nested dictionaries differ; what is not there counts as None."""
+    there, here = (flatten_dict(dict(tree), sep=".") for tree in (theirs, ours))
+    return [
+        f"{key} was {there.get(key)!r} and is {here.get(key)!r}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
 
 
 def _besides_model(state: TrainState) -> dict[str, Any]:

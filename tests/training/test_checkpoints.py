@@ -1,0 +1,218 @@
+"""Checkpoints: kept, passed over when damaged, refused when of another run, and never half there."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+import textwrap
+import warnings
+
+from etils import epath
+import jax
+import numpy as np
+import optax
+import pytest
+
+from grit_jax.models import MistralConfig
+from grit_jax.sharding import make_mesh
+from grit_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointWarning,
+    Retention,
+    describe_differences,
+)
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.train_step import Trainer
+
+CONFIG = MistralConfig(
+    vocab_size=32,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+DESCRIPTION = {"data": {"seed": 0, "embedding": {"senses": {"rate": 0.5}}}}
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    loss = LossConfig(learn_temperature=True)
+    return Trainer(CONFIG, loss, optax.adam(0.1), mesh)
+
+
+@pytest.fixture(scope="module")
+def states(trainer):
+    """States that a run could have after steps 1 to 6."""
+    first = trainer.initial_state(0)
+    shardings = trainer.shardings
+    return {
+        step: jax.device_put(jax.tree.map(lambda array, n=step: array + n, first), shardings)
+        for step in range(1, 7)
+    }
+
+
+def open_folder(folder, description=DESCRIPTION, config=CONFIG, **retention):
+    return Checkpoints(
+        epath.Path(folder), config, description, 1, Retention(**{"keep": 10} | retention)
+    )
+
+
+def save_all(folder, states, **retention):
+    with open_folder(folder, **retention) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state, measures={"recall": -abs(step - 3)})
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def assert_same(ours, expected):
+    ours = dict(jax.tree.leaves_with_path((ours.trained, ours.optimizer_state)))
+    expected = dict(jax.tree.leaves_with_path((expected.trained, expected.optimizer_state)))
+    assert ours.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(ours[path], leaf)
+        assert ours[path].sharding == leaf.sharding
+
+
+def test_the_newest_comes_back_to_the_bit(trainer, states, tmp_path):
+    save_all(tmp_path, states)
+    with open_folder(tmp_path) as checkpoints:
+        restored = checkpoints.restore(trainer.abstract_state())
+    assert int(restored.step) == 6
+    assert_same(restored, states[6])
+
+
+def test_without_one_there_is_none(trainer, tmp_path):
+    with open_folder(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest_step is None
+        assert checkpoints.restore(trainer.abstract_state()) is None
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        ({"keep": 2}, [5, 6]),
+        ({"keep": 1, "keep_every_steps": 2}, [2, 4, 6]),
+        ({"keep": 1, "best_metric": "recall"}, [3, 6]),
+        ({"keep": 1, "best_metric": "recall", "best_mode": "min"}, [6]),
+        ({"keep": 1, "keep_every_steps": 4, "best_metric": "recall"}, [3, 4, 6]),
+    ],
+    ids=str,
+)
+def test_those_are_kept_that_any_rule_keeps(states, tmp_path, retention, kept):
+    assert save_all(tmp_path, states, **retention) == kept
+
+
+def cut_off(folder):
+    for path in sorted(folder.rglob("d/*")):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def lose_arrays(folder):
+    for path in folder.rglob("manifest.ocdbt"):
+        path.unlink()
+
+
+def empty_description(folder):
+    for path in (folder / "description").iterdir():
+        path.write_text("")
+
+
+# Orbax leaves tensorstore's reads to finish into an event loop that is closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [cut_off, lose_arrays, empty_description])
+def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trainer, states, tmp_path, damage):
+    save_all(tmp_path, {step: states[step] for step in (1, 2)})
+    damage(tmp_path / "2")
+    with open_folder(tmp_path) as checkpoints:
+        with pytest.warns(DamagedCheckpointWarning, match="step 2 cannot be read"):
+            restored = checkpoints.restore(trainer.abstract_state())
+        assert int(restored.step) == 1
+        assert_same(restored, states[1])
+        # The run comes to step 2 again, and saves it.
+        checkpoints.save(2, states[2])
+    assert (tmp_path / "damaged" / "2").is_dir()
+    with open_folder(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(trainer.abstract_state()), states[2])
+
+
+def test_one_that_was_never_finished_does_not_count(trainer, states, tmp_path):
+    save_all(tmp_path, {1: states[1]})
+    (tmp_path / "1").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    save_all(tmp_path, {1: states[1]})
+    with open_folder(tmp_path) as checkpoints, warnings.catch_warnings():
+        assert int(checkpoints.restore(trainer.abstract_state()).step) == 1
+
+
+@pytest.mark.parametrize(
+    ("description", "config", "named"),
+    [
+        ({"data": {"seed": 1, "embedding": {}}}, CONFIG, ["data.seed was 0 and is 1", "senses"]),
+        (
+            DESCRIPTION,
+            MistralConfig(**vars(CONFIG) | {"hidden_size": 16}),
+            ["model.hidden_size was 8 and is 16"],
+        ),
+    ],
+)
+def test_one_of_another_run_is_refused_and_stays(
+    trainer, states, tmp_path, description, config, named
+):
+    save_all(tmp_path, {1: states[1]})
+    with open_folder(tmp_path, description, config) as checkpoints:
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(trainer.abstract_state())
+    for words in [*named, "--workdir"]:
+        assert words in str(error.value)
+    assert (tmp_path / "1").is_dir()
+
+
+def test_differences_in_words():
+    theirs, ours = {"a": {"b": 1, "c": [2]}, "d": 5}, {"a": {"b": 1, "c": [3]}, "e": 4}
+    assert describe_differences(theirs, ours) == [
+        "a.c was [2] and is [3]",
+        "d was 5 and is None",
+        "e was None and is 4",
+    ]
+    assert not describe_differences(ours, json.loads(json.dumps(ours)))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints cannot be written to"):
+        open_folder(tmp_path / "file" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_an_error_that_leaves_the_older_ones_whole(trainer, states, tmp_path):
+    save_all(tmp_path, {1: states[1]})
+    # A limit on the size of files stands for a full disk: writing ends in an error in the same way.
+    script = """
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        import test_checkpoints as t
+        trainer = t.trainer.__wrapped__()
+        with t.open_folder(FOLDER) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            checkpoints.save(2, trainer.initial_state(2))
+    """
+    script = textwrap.dedent(script).replace("FOLDER", repr(str(tmp_path)))
+    here = Path(__file__)
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": f"{here.parent}:{here.parents[2]}", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode != 0
+    # Orbax's threads print as well, in any order.
+    messages = [line for line in finished.stderr.splitlines() if "CheckpointError: " in line]
+    assert messages, finished.stderr
+    assert f"a checkpoint could not be written to {tmp_path}" in messages[0]
+    assert "newest: step 1" in messages[0]
+    with open_folder(tmp_path) as checkpoints:
+        assert_same(checkpoints.restore(trainer.abstract_state()), states[1])
