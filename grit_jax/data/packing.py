@@ -77,11 +77,11 @@ def _longest_first(lengths: Sequence[int] | np.ndarray) -> Iterator[tuple[int, i
 
 
 def pack(
-    texts: Mapping[int, Text],
+    texts: Mapping[int, Text] | Sequence[Text],
     rows: Sequence[Sequence[int]],
     num_rows: int,
     row_length: int,
-    num_texts: int,
+    num_texts: int | None = None,
 ) -> PackedTexts:
     """Returns texts laid into rows.
 
@@ -90,7 +90,7 @@ def pack(
       rows: for each row the numbers of its texts.
       num_rows: number of rows to return; those beyond `rows` are padding.
       row_length: tokens of a row.
-      num_texts: number of texts in the whole batch.
+      num_texts: number of texts in the whole batch, by default those given.
     """
     shape = (num_rows, row_length)
     tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -106,4 +106,4 @@ def pack(
             positions[row, place] = counting[: len(text)]
             mask[row, place] = text.mask
             start += len(text)
-    return PackedTexts(tokens, segment_ids, positions, mask, num_texts=num_texts)
+    return PackedTexts(tokens, segment_ids, positions, mask, num_texts or len(texts))
