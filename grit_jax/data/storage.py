@@ -11,15 +11,15 @@ import time
 from typing import Any, TypeVar
 
 from etils import epath
-import fsspec
 import grain
+import tensorstore
 
 Result = TypeVar("Result")
 
 # Seconds to wait before each further try.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # What no further try can change, in the words of the readers.
-MISSING = ("no such file", "not found", "does not exist")
+MISSING = ("no such file", "not found", "status code: 404")
 DAMAGED = ("corrupted", "hash mismatch", "should be at least")
 
 
@@ -33,13 +33,25 @@ def read_file(path: epath.PathLike) -> bytes:
     Raises:
       PreparedDataError: it is missing, or cannot be read in several tries; the message names it.
     """
+    address = os.fspath(path)
+    read = _read_object if "://" in address else _read_local
+    return with_retries(lambda: read(address), path)
 
+
+def _read_local(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _read_object(address: str) -> bytes:
     # Not through etils, which takes TensorFlow for gs:// wherever that is installed.
-    def read() -> bytes:
-        with fsspec.open(os.fspath(path), "rb") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-
-    return with_retries(read, path)
+    try:
+        found = tensorstore.KvStore.open(address).result().read("").result()
+    except ValueError as error:  # Whatever the status is that the bucket answers with.
+        raise OSError(str(error)) from error
+    if found.state == "missing":
+        raise FileNotFoundError(address)
+    return found.value
 
 
 def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:

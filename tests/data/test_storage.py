@@ -1,6 +1,5 @@
 """Storage: what fails for a moment is tried again, and what is broken is named."""
 
-import fsspec
 import numpy as np
 from prepared_data import chat_examples, write_dataset
 import pytest
@@ -62,13 +61,18 @@ def test_a_mistake_in_the_code_is_not_tried_again(waited):
 
 
 def test_files_are_read_by_address_as_by_path(tmp_path):
-    (tmp_path / "file").write_bytes(b"local")
-    with fsspec.open("memory://folder/file", "wb") as file:
-        file.write(b"remote")
-    assert read_file(tmp_path / "file") == b"local"
-    assert read_file("memory://folder/file") == b"remote"
-    with pytest.raises(PreparedDataError, match="memory://folder/other does not exist"):
-        read_file("memory://folder/other")
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_file(tmp_path / "file") == b"content"
+    assert read_file(f"file://{tmp_path}/file") == b"content"
+    for address in (tmp_path / "other", f"file://{tmp_path}/other"):
+        with pytest.raises(PreparedDataError, match=f"{address} does not exist"):
+            read_file(address)
+
+
+def test_an_address_of_no_known_kind_is_named(waited):
+    with pytest.raises(PreparedDataError, match="pigeon://loft/file cannot be read"):
+        read_file("pigeon://loft/file")
+    assert waited
 
 
 @pytest.fixture
