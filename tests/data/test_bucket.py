@@ -23,7 +23,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
     folder: Path
     failures: int
 
-    def do_GET(self):  # noqa: N802  the base class calls it so
+    def do_GET(self):
         name = unquote(re.sub(r"^/storage/v1/b/bucket/o/", "", urlsplit(self.path).path))
         if type(self).failures:
             type(self).failures -= 1

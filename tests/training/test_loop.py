@@ -1,5 +1,6 @@
 """The loop: batches come in order and ahead of their step, and waiting for them is noticed."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -61,6 +62,7 @@ def make_batches(folder, held=None):
     return Batches(streams, limits, held)
 
 
+@functools.cache
 def make_trainer():
     optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
     loss = LossConfig(
