@@ -133,9 +133,17 @@ class PreparedDataset:
         """Returns the examples of these numbers: EmbeddingExamples or ChatExamples, by its kind.
 
         Raises:
-          PreparedDataError: a shard is missing or damaged; the message names it.
+          PreparedDataError: a shard is missing or damaged, or not of these lengths; the message
+            names it.
         """
-        return [from_bytes(record) for record in self._records.read(indices)]
+        examples = [from_bytes(record) for record in self._records.read(indices)]
+        for index, example in zip(indices, examples, strict=True):
+            if [len(text) for text in example.texts] != self.lengths[index].tolist():
+                raise PreparedDataError(
+                    f"{self.folder}: example {index} is not as long as lengths.npz says: files of "
+                    "several preparations are mixed; copy the whole folder again"
+                )
+        return examples
 
 
 def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, field: str) -> dict:

@@ -44,6 +44,17 @@ def test_long_tailed_lengths_come_out_even_in_each_kind(num_batches, batch_size,
     assert (spread_after < spread_before / factor).all()
 
 
+def test_a_group_of_some_batches_alone_gets_no_more_than_the_others():
+    random = np.random.default_rng(0)
+    batches, is_long = np.repeat(np.arange(1000), 8), np.arange(8000) % 8 < 2
+    drawn = np.where(is_long, random.normal(78, 16, 8000), random.normal(45, 12, 8000))
+    lengths = drawn.clip(1).astype(int)
+    # The short examples of the first five batches are from another epoch than all others.
+    groups = np.where(is_long, 0, np.where(batches < 5, 1, 2))
+    after = totals(deal(batches, groups, lengths[:, None]), lengths)
+    assert abs(after[:5].mean() / after.mean() - 1) < 0.05
+
+
 def test_a_batch_with_few_places_gets_long_and_short_examples():
     # The last batch has half of the places of the others, and should have half of the tokens.
     batches = np.array([0] * 40 + [1] * 40 + [2] * 20)

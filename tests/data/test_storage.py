@@ -143,6 +143,14 @@ def test_a_missing_file_is_named(folder, file):
         open_chats(folder)
 
 
+def test_files_of_two_preparations_are_told_apart(folder):
+    kept = (folder / "examples.arrayrecord").read_bytes()
+    write_dataset(folder.parents[1], "chats", chat_examples(np.random.default_rng(1), 4000, 60))
+    (folder / "examples.arrayrecord").write_bytes(kept)
+    with pytest.raises(PreparedDataError, match=f"{folder}: example .* not as long as lengths.npz"):
+        open_chats(folder).read(range(100))
+
+
 def test_damaged_lengths_are_named(folder):
     (folder / "lengths.npz").write_bytes(b"PK" + bytes(100))
     with pytest.raises(PreparedDataError, match=r"lengths.npz is damaged"):
