@@ -13,6 +13,4 @@ def get_config():
     config.optimizer.learning_rate = 2e-5
     config.data.embedding_batch_size = 2048
     config.data.group_size = 2
-    config.data.query_row_length = 256
-    config.data.passage_row_length = 2048
     return config

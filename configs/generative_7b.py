@@ -13,5 +13,4 @@ def get_config():
     config.loss.generative_group_size = 32
     config.optimizer.learning_rate = 2e-5
     config.data.generative_batch_size = 256
-    config.data.chat_row_length = 2048
     return config

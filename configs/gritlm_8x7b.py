@@ -22,7 +22,4 @@ def get_config():
     config.data.embedding_batch_size = 256
     config.data.generative_batch_size = 256
     config.data.group_size = 2
-    config.data.query_row_length = 256
-    config.data.passage_row_length = 2048
-    config.data.chat_row_length = 2048
     return config

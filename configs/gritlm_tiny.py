@@ -36,10 +36,11 @@ def get_config():
     config.data.embedding = "sample_embedding"
     config.data.generative = "sample_chat"
     config.data.embedding_batch_size = 128
-    config.data.generative_batch_size = 4
-    config.data.query_row_length = 128
-    config.data.passage_row_length = 128
-    config.data.chat_row_length = 128
+    config.data.generative_batch_size = 8
+    config.data.query_row_length = 512
+    config.data.passage_row_length = 512
+    config.data.chat_row_length = 512
+    config.data.row_length_multiple = 8
 
     config.checkpoint.every_steps = 100
     config.evaluation.enabled = True

@@ -81,10 +81,19 @@ def default_config() -> Config:
     config.data.embedding_batch_size = 2048  # queries a step, over all devices
     config.data.generative_batch_size = 256  # chats a step, over all devices
     config.data.group_size = 2  # passages a query: one positive, the rest negatives
-    # Tokens of a row. Several texts share one; the longest must fit.
-    config.data.query_row_length = 256
-    config.data.passage_row_length = 2048
-    config.data.chat_row_length = 2048
+    # One dataset a step, which makes harder negatives, or examples of all datasets in every step.
+    config.data.embedding_batches = "homogeneous"  # or "mixed"
+    config.data.generative_batches = "mixed"  # or "homogeneous"
+    # Copies of a query's positive among a step's passages are no negatives to it, unless this is
+    # set, as it was in the original.
+    config.data.copies_are_negatives = False
+    # Tokens of a row at most. Several texts share one; the longest must fit. Within that, rows are
+    # as long as leaves the fewest places empty.
+    config.data.query_row_length = 512
+    config.data.passage_row_length = 2560
+    config.data.chat_row_length = 2560
+    config.data.row_length_multiple = 128  # the kernel for TPUs needs multiples of 128
+    config.data.reading_threads = 2
 
     config.mesh = ConfigDict()  # -1: what the others leave
     config.mesh.slice = 1
@@ -115,12 +124,22 @@ def check_fields(config: Mapping[str, Any]) -> None:
     choices = ("unified", "embedding", "generative")
     if config["mode"] not in choices:
         raise ConfigError(f"config.mode={config['mode']!r} must be one of {', '.join(choices)}")
+    for name in ("embedding_batches", "generative_batches"):
+        value = config["data"][name]
+        if value not in ("homogeneous", "mixed"):
+            raise ConfigError(f"config.data.{name}={value!r} must be one of homogeneous, mixed")
     warmup = config["optimizer"]["warmup_fraction"]
     if not 0 <= warmup < 1:
         raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
     positive = {
         "": ("steps", "log_every_steps", "grad_cache_chunks"),
-        "data": ("embedding_batch_size", "generative_batch_size", "group_size"),
+        "data": (
+            "embedding_batch_size",
+            "generative_batch_size",
+            "group_size",
+            "row_length_multiple",
+            "reading_threads",
+        ),
         "checkpoint": ("every_steps", "keep"),
         "evaluation": ("batch_size",),
     }

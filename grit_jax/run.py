@@ -14,12 +14,14 @@ from rich.table import Table
 
 from grit_jax.config import Config, ConfigError, check_fields
 from grit_jax.conversion import ConversionError, Model, open_model
-from grit_jax.data.batches import Batches, RowLengths, read_ahead
+from grit_jax.data.batches import Batches, read_ahead
+from grit_jax.data.draws import HomogeneousStream, MixedStream, Stream
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
-from grit_jax.data.schedule import Schedule, stable_seed
+from grit_jax.data.schedule import stable_seed
+from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
-from grit_jax.sharding import batch_shards, make_mesh
+from grit_jax.sharding import batch_shards, held_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.loop import StepReport, Stopwatch, train
@@ -183,20 +185,26 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     """
     data = config.data
 
-    def schedule(kind: str, mixture: str, batch_size: int) -> Schedule | None:
-        if config.mode not in ("unified", kind):
-            return None
-        datasets = load_mixture(data.folder, mixture, "train", kind, kind)
+    def stream(kind: str, group_size: int) -> Stream:
+        datasets = load_mixture(data.folder, data[kind], "train", kind, kind)
         _check_vocabulary(datasets, trainer.model_config)
-        return Schedule(datasets, batch_size, stable_seed(config.seed, kind))
+        make = HomogeneousStream if data[f"{kind}_batches"] == "homogeneous" else MixedStream
+        seed = stable_seed(config.seed, kind)
+        return make(datasets, data[f"{kind}_batch_size"], group_size, seed)
 
+    group_sizes = {"embedding": data.group_size, "generative": 0}
+    # Each chunk of a step has an even share of the rows of every data shard.
+    chunks = config.grad_cache_chunks
+    held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
     return Batches(
-        schedule("embedding", data.embedding, data.embedding_batch_size),
-        schedule("generative", data.generative, data.generative_batch_size),
-        row_lengths=_row_lengths(config),
-        group_size=data.group_size,
-        row_multiple=batch_shards(trainer.mesh) * config.grad_cache_chunks,
-        seed=stable_seed(config.seed, "passages"),
+        {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
+        RowLimits(
+            longest=_row_lengths(config),
+            length_multiple=data.row_length_multiple,
+            count_multiple=batch_shards(trainer.mesh) * chunks,
+        ),
+        held,
+        data.copies_are_negatives,
     )
 
 
@@ -218,7 +226,7 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
         trainer,
         datasets("embedding", config.data.embedding),
         datasets("generative", config.data.generative),
-        dataclasses.asdict(_row_lengths(config)),
+        _row_lengths(config),
         config.evaluation.batch_size,
     )
 
@@ -233,12 +241,9 @@ def _schedule(config: Config) -> optax.Schedule:
         raise ConfigError(str(error)) from None
 
 
-def _row_lengths(config: Config) -> RowLengths:
-    return RowLengths(
-        query=config.data.query_row_length,
-        passage=config.data.passage_row_length,
-        chat=config.data.chat_row_length,
-    )
+def _row_lengths(config: Config) -> dict[str, int]:
+    streams = ("query", "passage", "chat")
+    return {stream: config.data[f"{stream}_row_length"] for stream in streams}
 
 
 def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
@@ -257,7 +262,8 @@ def _check_attention(trainer: Trainer, batches: Batches) -> None:
         return  # It serves all, and tracing takes seconds.
     try:
         with jax.set_mesh(trainer.mesh):
-            jax.eval_shape(trainer.step, trainer.abstract_state(), batches[0])
+            for shape in batches.shapes:
+                jax.eval_shape(trainer.step, trainer.abstract_state(), batches.empty(shape))
     except AttentionError as error:
         raise ConfigError(str(error)) from None
 
@@ -303,7 +309,7 @@ def _train(
     with ProgressReport(start, config.steps, console) as progress:
         receivers = [metrics_file.write, progress.show]
         stopwatch = Stopwatch(config.log_every_steps, config.steps, _schedule(config), receivers)
-        coming = read_ahead(batches, start, config.steps)
+        coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
         return train(trainer, state, coming, [stopwatch, save], progress.say)
 
 

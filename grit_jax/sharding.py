@@ -121,6 +121,14 @@ def batch_shards(mesh: Mesh) -> int:
     return shards(mesh, "batch")
 
 
+def held_shards(mesh: Mesh) -> list[int]:
+    """Returns the numbers of the shards of rows of texts that this process's devices hold."""
+    count = batch_shards(mesh)
+    sharding = NamedSharding(mesh, partition_spec("batch"))
+    held = sharding.addressable_devices_indices_map((count,)).values()
+    return sorted({index[0].indices(count)[0] for index in held if index is not None})
+
+
 def platform() -> str:
     """Returns what the computation is for: that of the mesh in use, else of the default device.
 

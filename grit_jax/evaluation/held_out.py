@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.batches import number_contents
 from grit_jax.data.examples import Text
-from grit_jax.data.manifest import PreparedDataset
+from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
+from grit_jax.data.plan import number_contents
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
@@ -44,7 +44,7 @@ class RetrievalTask:
         """Returns the task that a dataset makes."""
         examples = dataset.read(range(len(dataset)))
         positives = [text for example in examples for text in example.positives]
-        first_copies = number_contents(positives)
+        first_copies = number_contents(np.array([fingerprint(text) for text in positives]))
         kept = np.unique(first_copies)
         places = iter(np.searchsorted(kept, first_copies).tolist())
         relevant = [{next(places) for _ in example.positives} for example in examples]
@@ -141,8 +141,9 @@ class HeldOut:
         num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
         batches = []
         for group, plan in zip(groups, plans, strict=True):
-            padded = [*group, *[None] * (self._batch_size - len(group))]
-            batches.append(self._trainer.to_devices(pack(padded, plan, num_rows, row_length)))
+            numbered = dict(enumerate(group))
+            packed = pack(numbered, plan, num_rows, row_length, num_texts=self._batch_size)
+            batches.append(self._trainer.to_devices(packed))
         return batches
 
     def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> jax.Array:

@@ -19,7 +19,8 @@ class StepReport:
     Attributes:
       step: number of steps made.
       state: the state after it.
-      metrics: values of the step on the device, and `tokens`, the real tokens it read.
+      metrics: values of the step on the device, `tokens`, the real tokens it read, and
+        `data_wait_seconds`, for which the devices waited for the next batch.
     """
 
     step: int
@@ -49,30 +50,44 @@ def train(
     step = int(state.step)
     compiled = set()
     with jax.set_mesh(trainer.mesh):
-        for batch in batches:
+        coming = next(batches, None)
+        placed = trainer.to_devices(coming)
+        while coming is not None:
+            batch = coming
             rows = {name: shape for name, shape in batch_rows(batch).items() if shape}
             is_new = tuple(rows.items()) not in compiled
             if is_new:
                 say(f"compiling for rows of {', '.join(f'{k} {v}' for k, v in rows.items())} ...")
                 compiled.add(tuple(rows.items()))
             started = time.perf_counter()
-            state, metrics = trainer.step(state, trainer.to_devices(batch))
+            state, metrics = trainer.step(state, placed)
             if is_new:
                 say(f"compiled in {time.perf_counter() - started:.1f} s")
             step += 1
-            report = StepReport(step, state, {**metrics, "tokens": count_tokens(batch)})
+            # The next batch is read and goes to the devices while they make this step.
+            started = time.perf_counter()
+            coming = next(batches, None)
+            waited = time.perf_counter() - started if metrics["loss"].is_ready() else 0.0
+            placed = trainer.to_devices(coming)
+            counts = {"tokens": count_tokens(batch), "data_wait_seconds": waited}
+            report = StepReport(step, state, {**metrics, **counts})
             for hook in hooks:
                 hook(report)
     return state
 
 
 def batch_rows(batch: Batch) -> dict[str, str]:
-    """Returns the shape of each stream's rows, as words."""
-    return {name: "x".join(map(str, texts.tokens.shape)) for name, texts in _streams(batch)}
+    """Returns the shape of each stream's rows on all hosts, as words."""
+    return {
+        name: f"{texts.num_rows or len(texts.tokens)}x{texts.tokens.shape[1]}"
+        for name, texts in _streams(batch)
+    }
 
 
 def count_tokens(batch: Batch) -> int:
-    """Returns the number of tokens that are not padding."""
+    """Returns the number of tokens on all hosts that are not padding."""
+    if batch.num_tokens is not None:
+        return int(batch.num_tokens)
     return sum(int(np.count_nonzero(texts.segment_ids)) for _, texts in _streams(batch))
 
 
@@ -103,20 +118,23 @@ class Stopwatch:
     ):
         self._every_steps, self._stop = every_steps, stop
         self._learning_rate, self._receivers = learning_rate, receivers
-        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
+        self._since, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
 
     def __call__(self, report: StepReport) -> None:
         """Takes note of a step."""
         self._steps += 1
         self._tokens += report.metrics["tokens"]
+        self._waited += report.metrics["data_wait_seconds"]
         if report.step % self._every_steps and report.step != self._stop:
             return
         # Fetching the loss waits for the step: the time covers the work, not its dispatch.
         metrics = {name: float(value) for name, value in report.metrics.items()}
+        del metrics["data_wait_seconds"]
         seconds = time.perf_counter() - self._since
         metrics["learning_rate"] = float(self._learning_rate(report.step - 1))
         metrics["step_seconds"] = seconds / self._steps
         metrics["tokens_per_second"] = self._tokens / seconds
+        metrics["data_wait_fraction"] = self._waited / seconds
         for receive in self._receivers:
             receive(report.step, metrics)
-        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
+        self._since, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from grit_jax.data.batch import Batch
+from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import Mistral, MistralConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY
 from grit_jax.sharding import MeshError, partition_spec, variable_shardings
@@ -129,14 +129,25 @@ class Trainer:
         return nnx.merge(self.model_graph, parameters)
 
     def to_devices(self, batch: Any) -> Any:
-        """Returns a tree of host arrays as global arrays: rows over data shards, the rest whole."""
+        """Returns a tree of host arrays as global arrays: rows over data shards, the rest whole.
 
-        def place(array) -> jax.Array:
-            rows = partition_spec("batch") if array.ndim == 2 else PartitionSpec()
-            sharding = NamedSharding(self.mesh, rows)
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        Of rows each process gives those of its own devices (`held_shards`), or all of them.
+        """
+        rows = NamedSharding(self.mesh, partition_spec("batch"))
+        whole = NamedSharding(self.mesh, PartitionSpec())
 
-        return jax.tree.map(place, batch)
+        def place(node: Any) -> Any:
+            sharding, shape = whole, None
+            if isinstance(node, PackedTexts):
+                sharding, shape = rows, (node.num_rows or len(node.tokens), node.tokens.shape[1])
+            return jax.tree.map(
+                lambda array: jax.make_array_from_process_local_data(
+                    sharding, array, shape or array.shape
+                ),
+                node,
+            )
+
+        return jax.tree.map(place, batch, is_leaf=lambda node: isinstance(node, PackedTexts))
 
     def _initial_state(self, seed: int) -> TrainState:
         _, parameters = nnx.split(make_model(self.model_config, seed))

@@ -1,52 +1,25 @@
-"""Batches: each step holds the texts that its plan names, the same on every machine."""
+"""Batches: each step holds the texts that its plan names, the same wherever it is read."""
 
-import dataclasses
+import hashlib
+import struct
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import numpy as np
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_dataset
 import pytest
 
-from grit_jax.data import prepare
-from grit_jax.data.batches import Batches, RowLengths, number_contents, read_ahead
-from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
-from grit_jax.data.manifest import Lengths, Manifest, PreparedDataError, PreparedDataset
-from grit_jax.data.schedule import Schedule
+from grit_jax.data.batches import Batches, read_ahead
+from grit_jax.data.draws import HomogeneousStream, MixedStream
+from grit_jax.data.examples import EmbeddingExample, Text
+from grit_jax.data.manifest import Lengths, PreparedDataError, fingerprint
+from grit_jax.data.plan import number_contents
+from grit_jax.data.shapes import RowLimits
 
-ROW_LENGTHS = RowLengths(query=16, passage=24, chat=32)
+ROW_LENGTHS = {"query": 16, "passage": 24, "chat": 32}
 GROUP_SIZE = 3
-ROW_MULTIPLE = 4
-
-
-def text(random, longest):
-    length = int(random.integers(1, longest + 1))
-    # Few different tokens: short texts are then copies of each other now and then.
-    return Text(random.integers(1, 4, length).astype(np.int32), random.random(length) < 0.5)
-
-
-def embedding_examples(random, count, longest):
-    return [
-        EmbeddingExample(
-            query=text(random, longest),
-            positives=[text(random, longest) for _ in range(random.integers(1, 3))],
-            negatives=[text(random, longest) for _ in range(random.integers(0, 4))],
-        )
-        for _ in range(count)
-    ]
-
-
-def write_dataset(folder, name, examples):
-    """Writes examples as `grit-jax prepare` does, which needs no TensorFlow for it."""
-    kind = "generative" if isinstance(examples[0], ChatExample) else "embedding"
-    manifest = Manifest(
-        kind=kind,
-        count=len(examples),
-        longest=prepare._longest(kind, examples),
-        options={},
-        tokenizer={"name": "none", "sha256": "", "vocab_size": 4},
-        rejected={},
-        shards=["examples.arrayrecord"],
-    )
-    prepare._write_dataset(folder / name / "train", manifest, examples)
+SHARDS = 8
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +28,50 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(0)
     write_dataset(folder, "short", embedding_examples(random, 40, 4))
     write_dataset(folder, "long", embedding_examples(random, 30, 16))
-    write_dataset(folder, "chats", [ChatExample(text(random, 32)) for _ in range(25)])
+    write_dataset(folder, "chats", chat_examples(random, 25, 32))
+    write_dataset(folder, "short_chats", chat_examples(random, 25, 8))
     full = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in (16, 24)]
     write_dataset(folder, "full", [EmbeddingExample(full[0], [full[1]], [full[1]])] * 20)
     return folder
 
 
-def make_batches(folder, rates=None, with_chats=True, **changes):
+def make_batches(
+    folder,
+    rates=None,
+    chat_rates=None,
+    embedding=HomogeneousStream,
+    generative=MixedStream,
+    batch_sizes=(8, 4),
+    group_size=GROUP_SIZE,
+    shards=SHARDS,
+    row_lengths=ROW_LENGTHS,
+    seed=1,
+    **changes,
+):
     rates = {"short": 0.6, "long": 0.4} if rates is None else rates
-    arguments = {
-        "row_lengths": ROW_LENGTHS,
-        "group_size": GROUP_SIZE,
-        "row_multiple": ROW_MULTIPLE,
-        "seed": 0,
-    }
-    datasets = {PreparedDataset(folder, name, "train"): rate for name, rate in rates.items()}
-    chats = {PreparedDataset(folder, "chats", "train"): 1.0}
-    return Batches(
-        Schedule(datasets, 8, seed=1) if rates else None,
-        Schedule(chats, 4, seed=2) if with_chats else None,
-        **arguments | changes,
-    )
+    chat_rates = {"chats": 1.0} if chat_rates is None else chat_rates
+    streams = {}
+    if rates:
+        streams["embedding"] = embedding(
+            open_datasets(folder, rates), batch_sizes[0], group_size, seed
+        )
+    if chat_rates:
+        streams["generative"] = generative(
+            open_datasets(folder, chat_rates), batch_sizes[1], 0, seed + 1
+        )
+    limits = RowLimits(longest=row_lengths, length_multiple=8, count_multiple=shards)
+    return Batches(streams, limits, **changes)
 
 
 @pytest.fixture(scope="module")
 def batches(folder):
     return make_batches(folder)
+
+
+@pytest.fixture(scope="module", params=[HomogeneousStream, MixedStream])
+def any_batches(request, folder):
+    chats = {"chats": 0.5, "short_chats": 0.5}
+    return make_batches(folder, chat_rates=chats, embedding=request.param, generative=request.param)
 
 
 def texts_of(packed):
@@ -102,35 +93,50 @@ def to_bytes(batch):
     return str(structure), [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in leaves]
 
 
-def test_queries_meet_their_own_positive_and_their_own_negatives(batches):
+def examples_of(batches, kind, step):
+    """The examples that a step draws, in order."""
+    drawn = batches.plans[step].drawn[kind]
+    datasets = batches._streams[kind].datasets
+    pairs = zip(drawn.datasets, drawn.examples, strict=True)
+    return [datasets[dataset].read([int(example)])[0] for dataset, example in pairs]
+
+
+def test_queries_meet_their_own_positive_and_their_own_negatives(any_batches):
     sizes = set()
     for step in range(25):
-        plan, batch = batches.plan(step), batches[step].embedding
-        examples = plan.dataset.read([draw.example for draw in plan.draws])
+        batch = any_batches[step].embedding
+        examples = examples_of(any_batches, "embedding", step)
         assert texts_of(batch.queries) == as_lists([example.query for example in examples])
         passages = texts_of(batch.passages)
         assert len(passages) == len(examples) * GROUP_SIZE
-        ends = [*batch.positives[1:], sum(passage is not None for passage in passages)]
-        for example, start, end in zip(examples, batch.positives, ends, strict=True):
-            assert passages[start] in as_lists(example.positives)
-            assert end - start == 1 + min(GROUP_SIZE - 1, len(example.negatives))
-            assert all(own in as_lists(example.negatives) for own in passages[start + 1 : end])
-            sizes.add(int(end - start))
-        assert all(passage is None for passage in passages[ends[-1] :])
+        for example, positive in zip(examples, batch.positives, strict=True):
+            group = passages[positive : positive + GROUP_SIZE]
+            count = 1 + min(GROUP_SIZE - 1, len(example.negatives))
+            assert group[0] in as_lists(example.positives)
+            assert all(own in as_lists(example.negatives) for own in group[1:count])
+            assert group[count:] == [None] * (GROUP_SIZE - count)
+            sizes.add(count)
     assert sizes == {1, 2, 3}
 
 
-def test_chats_are_those_of_the_plan(batches):
+def test_chats_are_those_of_the_plan(any_batches):
     for step in range(10):
-        plan = batches.plan(step)
-        examples = plan.chat_dataset.read([draw.example for draw in plan.chat_draws])
-        assert texts_of(batches[step].chats) == as_lists([example.chat for example in examples])
+        examples = examples_of(any_batches, "generative", step)
+        chats = [example.chat for example in examples]
+        assert texts_of(any_batches[step].chats) == as_lists(chats)
 
 
-def test_contents_are_equal_just_where_passages_are(batches):
+def test_tokens_are_counted(any_batches):
+    for step in range(5):
+        batch = any_batches[step]
+        packed = (batch.embedding.queries, batch.embedding.passages, batch.chats)
+        assert batch.num_tokens == sum(np.count_nonzero(texts.segment_ids) for texts in packed)
+
+
+def test_contents_are_equal_just_where_passages_are(any_batches):
     copies = 0
     for step in range(25):
-        batch = batches[step].embedding
+        batch = any_batches[step].embedding
         passages = texts_of(batch.passages)
         contents = batch.passage_contents.tolist()
         assert [content == -1 for content in contents] == [p is None for p in passages]
@@ -142,9 +148,28 @@ def test_contents_are_equal_just_where_passages_are(batches):
     assert copies
 
 
+def test_copies_may_be_negatives_as_in_the_original(folder, batches):
+    other = make_batches(folder, copies_are_negatives=True)
+    for step in range(5):
+        masked, plain = (b[step].embedding.passage_contents for b in (batches, other))
+        np.testing.assert_array_equal(masked == -1, plain == -1)
+        used = plain[plain >= 0]
+        assert len(set(used.tolist())) == len(used)
+
+
 def test_texts_that_begin_alike_have_different_contents():
     texts = [Text(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in ([1, 2], [1, 2, 3])]
-    np.testing.assert_array_equal(number_contents([*texts, None, texts[0]]), [0, 1, -1, 0])
+    fingerprints = np.array([fingerprint(text) for text in [*texts, texts[0], texts[0]]], np.uint64)
+    np.testing.assert_array_equal(number_contents(fingerprints), [0, 1, 0, 0])
+    used = [False, True, True, True]
+    np.testing.assert_array_equal(number_contents(fingerprints, used), [-1, 1, 2, 2])
+
+
+def test_fingerprints_are_the_same_on_every_machine():
+    text = Text(np.array([1, 500, 70_000], np.int32), np.zeros(3, bool))
+    assert fingerprint(text) == int.from_bytes(
+        hashlib.blake2b(struct.pack("<3i", 1, 500, 70_000), digest_size=8).digest(), "big"
+    )
 
 
 def shape_of(batch):
@@ -158,51 +183,122 @@ def shape_of(batch):
     )
 
 
-def test_a_run_has_at_most_four_shapes_and_row_counts_that_shards_divide(batches):
-    shapes = {shape_of(batches[step]) for step in range(100)}
+def test_a_run_has_at_most_four_shapes_and_row_counts_that_shards_divide(any_batches):
+    shapes = {shape_of(any_batches[step]) for step in range(100)}
     assert len(shapes) <= 4
-    assert len(batches.shapes) <= 4
+    assert len(any_batches.shapes) <= 4
     for shape in shapes:
         rows, lengths = zip(*shape, strict=True)
-        assert all(count > 0 and count % ROW_MULTIPLE == 0 for count in rows)
-        assert lengths == (ROW_LENGTHS.query, ROW_LENGTHS.passage, ROW_LENGTHS.chat)
+        assert all(count > 0 and count % SHARDS == 0 for count in rows)
+        for length, most in zip(lengths, ROW_LENGTHS.values(), strict=True):
+            assert length <= most
 
 
-def test_short_texts_do_not_pay_for_rows_of_long_ones(batches):
-    rows = {"short": set(), "long": set()}
+def test_short_texts_do_not_pay_for_rows_of_long_ones(folder):
+    batches = make_batches(folder, shards=1)
+    places = {0: set(), 1: set()}
     for step in range(20):
-        rows[batches.plan(step).dataset.name].add(batches[step].embedding.passages.tokens.shape[0])
-    assert max(rows["short"]) < min(rows["long"])
+        (dataset,) = set(batches.plans[step].drawn["embedding"].datasets.tolist())
+        places[dataset].add(batches[step].embedding.passages.tokens.size)
+    assert max(places[0]) < min(places[1])
 
 
-def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder):
-    batches = make_batches(folder, {"short": 0.99, "full": 0.01})
-    steps = range(200)
-    full = [step for step in steps if batches.plan(step).dataset.name == "full"]
+def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder, monkeypatch):
+    plain = MixedStream.previews
+    # Only the first dataset's batches are looked at.
+    monkeypatch.setattr(
+        HomogeneousStream, "previews", lambda self: plain(self._streams[0], windows=1)
+    )
+    batches = make_batches(folder, {"short": 0.9, "full": 0.1})
+    steps = range(40)
+    full = [s for s in steps if batches.plans[s].drawn["embedding"].datasets[0] == 1]
     assert full
-    assert full[0] >= 64, "the first steps must not show how full a step can be"
     for step in full:
         queries = texts_of(batches[step].embedding.queries)
-        assert [len(tokens) for tokens, _ in queries] == [ROW_LENGTHS.query] * 8
+        assert [len(tokens) for tokens, _ in queries] == [ROW_LENGTHS["query"]] * 8
     assert len({shape_of(batches[step]) for step in steps}) <= 4
 
 
-def test_the_same_step_is_the_same_to_the_byte_wherever_it_is_read(folder, batches):
-    others = make_batches(folder)
-    steps = (0, 1, 2, 3, 50, 100_000)
-    expected = {step: to_bytes(batches[step]) for step in steps}
-    assert {step: to_bytes(others[step]) for step in reversed(steps)} == expected
-    assert others.shapes == batches.shapes
+def test_an_empty_batch_has_the_shape_and_no_text(batches):
+    for shape in batches.shapes:
+        batch = batches.empty(shape)
+        rows = zip(shape.values(), shape_of(batch), strict=True)
+        assert all((each.count, each.length) == found for each, found in rows)
+        assert not np.any(batch.embedding.queries.segment_ids)
+        assert batch.num_tokens == 0
 
 
-def test_another_seed_draws_other_passages_of_the_same_examples(folder, batches):
-    other = make_batches(folder, seed=1)
-    assert [other.plan(step).draws for step in range(5)] == [
-        batches.plan(step).draws for step in range(5)
-    ]
-    assert [other.plan(step).passages for step in range(5)] != [
-        batches.plan(step).passages for step in range(5)
-    ]
+def joined(parts):
+    """The batch that hosts hold together, rows by host and all else from any of them."""
+    for part in parts[1:]:
+        np.testing.assert_array_equal(part.embedding.positives, parts[0].embedding.positives)
+        np.testing.assert_array_equal(
+            part.embedding.passage_contents, parts[0].embedding.passage_contents
+        )
+        assert part.num_tokens == parts[0].num_tokens
+
+    def rows(texts):
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *texts)
+
+    whole = parts[0]
+    embedding = type(whole.embedding)(
+        rows([part.embedding.queries for part in parts]),
+        rows([part.embedding.passages for part in parts]),
+        whole.embedding.positives,
+        whole.embedding.passage_contents,
+    )
+    return type(whole)(embedding, rows([part.chats for part in parts]), whole.num_tokens)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    step=st.integers(0, 2_000_000),
+    hosts=st.sampled_from([1, 2, 4, 8]),
+    threads=st.integers(1, 4),
+    mixed=st.booleans(),
+)
+def test_hosts_and_threads_give_the_same_bytes_at_any_step(folder, step, hosts, threads, mixed):
+    embedding = MixedStream if mixed else HomogeneousStream
+    arguments = {"embedding": embedding, "batch_sizes": (24, 24)}
+    whole = make_batches(folder, **arguments)[step]
+    assert whole.chats.num_rows > SHARDS
+    share = SHARDS // hosts
+    parts = []
+    for host in range(hosts):
+        held = range(host * share, (host + 1) * share)
+        own = make_batches(folder, **arguments, held_shards=held)
+        # A run that continues reads nothing of the steps before.
+        *_, part = read_ahead(own, max(0, step - 1), step + 1, threads=threads)
+        parts.append(part)
+        assert len(part.chats.tokens) == part.chats.num_rows // hosts
+    assert to_bytes(joined(parts)) == to_bytes(whole)
+
+
+def test_a_host_reads_no_example_but_for_its_rows(folder, monkeypatch):
+    host = make_batches(folder, held_shards=[2])
+    for step in range(10):
+        read = {"embedding": 0, "generative": 0}
+        for kind, stream in host._streams.items():
+            for dataset in stream.datasets:
+                plain = type(dataset).read.__get__(dataset)
+
+                def counting(numbers, kind=kind, plain=plain, read=read):
+                    read[kind] += len(numbers)
+                    return plain(numbers)
+
+                monkeypatch.setattr(dataset, "read", counting)
+        batch = host[step]
+        monkeypatch.undo()
+        queries, passages = batch.embedding.queries, batch.embedding.passages
+        own = {number - 1 for number in np.unique(queries.segment_ids).tolist() if number}
+        own |= {(n - 1) // GROUP_SIZE for n in np.unique(passages.segment_ids).tolist() if n}
+        assert read["embedding"] == len(own)
+        assert read["generative"] == len(set(np.unique(batch.chats.segment_ids)) - {0})
+
+
+def test_another_seed_draws_other_examples(folder, batches):
+    other = make_batches(folder, seed=5)
+    assert to_bytes(other[0]) != to_bytes(batches[0])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (41, 47), (3, 3)])
@@ -212,7 +308,7 @@ def test_reading_ahead_yields_the_steps_asked_for_in_order(folder, batches, star
 
 
 def test_a_run_on_one_stream_has_no_other(folder):
-    only_embedding = make_batches(folder, with_chats=False)[0]
+    only_embedding = make_batches(folder, chat_rates={})[0]
     only_chats = make_batches(folder, rates={})[0]
     assert only_embedding.chats is None
     assert only_embedding.embedding is not None
@@ -228,29 +324,39 @@ def test_groups_of_one_have_no_negatives(folder):
 
 @pytest.mark.parametrize("stream", ["query", "passage", "chat"])
 def test_a_text_longer_than_its_row_names_field_and_folder(folder, stream):
-    short = dataclasses.replace(ROW_LENGTHS, **{stream: 8})
     with pytest.raises(PreparedDataError) as error:
-        make_batches(folder, row_lengths=short)
+        make_batches(folder, row_lengths=ROW_LENGTHS | {stream: 8})
     name = "chats" if stream == "chat" else "long"
     assert f"config.data.{stream}_row_length=8" in str(error.value)
     assert str(folder / name / "train") in str(error.value)
 
 
-def test_the_embedded_sample_gives_batches(prepared_sample):
-    rates = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
-    datasets = {PreparedDataset(prepared_sample, n, "train"): rate for n, rate in rates.items()}
-    batches = Batches(
-        Schedule(datasets, 16, seed=0),
-        None,
-        row_lengths=RowLengths(query=128, passage=128, chat=128),
-        group_size=2,
-        row_multiple=8,
-        seed=0,
-    )
-    for step in range(10):
+def sample_batches(prepared_sample):
+    pairs = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
+    chats = {"wordnet_chat": 0.75, "jargon_chat": 0.25}
+    streams = {
+        "embedding": HomogeneousStream(open_datasets(prepared_sample, pairs), 128, 2, seed=0),
+        "generative": MixedStream(open_datasets(prepared_sample, chats), 8, 0, seed=1),
+    }
+    longest = dict.fromkeys(("query", "passage", "chat"), 512)
+    return Batches(streams, RowLimits(longest=longest, length_multiple=8, count_multiple=1))
+
+
+def test_of_the_embedded_sample_95_percent_of_the_places_hold_a_token(prepared_sample):
+    batches = sample_batches(prepared_sample)
+    plans = [batches.plans[step] for step in range(500, 700)]
+    for name in ("query", "passage", "chat"):
+        tokens = sum(plan.streams[name].lengths.sum() for plan in plans)
+        places = sum(plan.shape[name].places for plan in plans)
+        assert tokens / places >= 0.95, name
+
+
+def test_texts_of_the_embedded_sample_are_whole(prepared_sample):
+    batches = sample_batches(prepared_sample)
+    for step in range(3):
         batch = batches[step].embedding
-        assert all(tokens[0] == 1 for tokens, _ in texts_of(batch.queries)), "<s> comes first"
         for tokens, mask in texts_of(batch.queries):
+            assert tokens[0] == 1, "<s> comes first"
             assert 0 < sum(mask) < len(tokens)
 
 
@@ -258,6 +364,7 @@ def test_lengths_are_found_by_example():
     random = np.random.default_rng(3)
     examples = embedding_examples(random, 10, 9)
     lengths = Lengths.of(examples)
+    assert len(lengths.fingerprints) == len(lengths.tokens)
     for number, example in enumerate(examples):
         assert lengths[number].tolist() == [len(own) for own in example.texts]
         assert lengths.num_positives[number] == len(example.positives)

@@ -1,0 +1,164 @@
+"""Storage: what fails for a moment is tried again, and what is broken is named."""
+
+import numpy as np
+from prepared_data import chat_examples, write_dataset
+import pytest
+
+from grit_jax.data import storage
+from grit_jax.data.manifest import PreparedDataset, load_mixture
+from grit_jax.data.storage import PreparedDataError, Records, read_file, with_retries
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """The seconds that were waited, none of which pass."""
+    waits = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    return waits
+
+
+def failing(error, times, result="content"):
+    errors = iter([error] * times)
+
+    def action():
+        for each in errors:
+            raise each
+        return result
+
+    return action
+
+
+@pytest.mark.parametrize("error", [OSError("connection reset"), RuntimeError("HTTP 503")])
+def test_what_fails_for_a_moment_is_tried_again_after_growing_waits(waited, error):
+    assert with_retries(failing(error, 3), "gs://bucket/file") == "content"
+    assert waited == [0.5, 1.0, 2.0]
+
+
+def test_what_keeps_failing_is_named(waited):
+    with pytest.raises(PreparedDataError, match=r"gs://bucket/file cannot be read in 6 tries.*503"):
+        with_retries(failing(OSError("HTTP 503"), 99), "gs://bucket/file")
+    assert sum(waited) == 15.5
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (FileNotFoundError(), "does not exist"),
+        (RuntimeError("open() failed: No such file or directory"), "does not exist"),
+        (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), "is damaged"),
+    ],
+)
+def test_what_no_further_try_can_change_is_named_at_once(waited, error, words):
+    with pytest.raises(PreparedDataError, match=f"a/file {words}"):
+        with_retries(failing(error, 1), "a/file")
+    assert not waited
+
+
+def test_a_mistake_in_the_code_is_not_tried_again(waited):
+    with pytest.raises(ZeroDivisionError):
+        with_retries(lambda: 1 // 0, "a/file")
+    assert not waited
+
+
+def test_files_are_read_by_address_as_by_path(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_file(tmp_path / "file") == b"content"
+    assert read_file(f"file://{tmp_path}/file") == b"content"
+    for address in (tmp_path / "other", f"file://{tmp_path}/other"):
+        with pytest.raises(PreparedDataError, match=f"{address} does not exist"):
+            read_file(address)
+
+
+def test_an_address_of_no_known_kind_is_named(waited):
+    with pytest.raises(PreparedDataError, match="pigeon://loft/file cannot be read"):
+        read_file("pigeon://loft/file")
+    assert waited
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dataset(tmp_path, "chats", chat_examples(np.random.default_rng(0), 4000, 60))
+    return tmp_path / "chats" / "train"
+
+
+def open_chats(folder):
+    return PreparedDataset(folder.parents[1], "chats", "train")
+
+
+def overwrite(path, start, count):
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = bytes(255 - byte for byte in content[start : start + count])
+    path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("waited")
+def test_a_damaged_shard_is_named_when_what_is_damaged_is_read(folder):
+    shard = folder / "examples.arrayrecord"
+    whole = [text.chat.tokens.tolist() for text in open_chats(folder).read(range(4000))]
+    overwrite(shard, shard.stat().st_size // 2, 20)
+    chats = open_chats(folder)
+    with pytest.raises(PreparedDataError, match=f"{shard} is damaged: copy it again"):
+        chats.read(range(4000))
+    # Elsewhere it can still be read.
+    assert [text.chat.tokens.tolist() for text in chats.read([3, 1])] == [whole[3], whole[1]]
+
+
+@pytest.mark.usefixtures("waited")
+@pytest.mark.parametrize("left", [0, 70_000])
+def test_a_shard_that_was_cut_off_is_named(folder, left):
+    shard = folder / "examples.arrayrecord"
+    assert shard.stat().st_size > left
+    shard.write_bytes(shard.read_bytes()[:left])
+    with pytest.raises(PreparedDataError, match=str(shard)):
+        open_chats(folder)
+
+
+@pytest.mark.usefixtures("waited")
+def test_a_shard_that_went_missing_is_named(folder):
+    chats = open_chats(folder)
+    chats.read([0])
+    shard = folder / "examples.arrayrecord"
+    shard.unlink()
+    with pytest.raises(PreparedDataError, match=f"{shard} does not exist"):
+        open_chats(folder)
+
+
+def test_a_shard_too_few_is_an_error(folder):
+    path = folder / "examples.arrayrecord"
+    with pytest.raises(PreparedDataError, match=r"4000 examples are left of 4001"):
+        Records([path], 4001)
+
+
+def test_records_are_numbered_through_all_shards(folder):
+    path = folder / "examples.arrayrecord"
+    records = Records([path, path], 8000)
+    assert records.read([4000, 3999, 7, 4007]) == records.read([0, 7999, 7, 7])
+
+
+@pytest.mark.usefixtures("waited")
+@pytest.mark.parametrize("file", ["manifest.json", "lengths.npz"])
+def test_a_missing_file_is_named(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(PreparedDataError, match=f"{folder / file} does not exist"):
+        open_chats(folder)
+
+
+def test_files_of_two_preparations_are_told_apart(folder):
+    kept = (folder / "examples.arrayrecord").read_bytes()
+    write_dataset(folder.parents[1], "chats", chat_examples(np.random.default_rng(1), 4000, 60))
+    (folder / "examples.arrayrecord").write_bytes(kept)
+    with pytest.raises(PreparedDataError, match=f"{folder}: example .* not as long as lengths.npz"):
+        open_chats(folder).read(range(100))
+
+
+def test_damaged_lengths_are_named(folder):
+    (folder / "lengths.npz").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(PreparedDataError, match=r"lengths.npz is damaged"):
+        open_chats(folder)
+
+
+def test_a_missing_mixture_names_the_field_and_the_command(tmp_path):
+    with pytest.raises(
+        PreparedDataError, match=r"config.data.embedding='mine'.*grit-jax prepare mine"
+    ):
+        load_mixture(tmp_path, "mine", "train", "embedding", "embedding")

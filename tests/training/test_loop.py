@@ -1,0 +1,214 @@
+"""The loop: batches come in order and ahead of their step, and waiting for them is noticed."""
+
+import functools
+import json
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_dataset
+import pytest
+
+from grit_jax.data.batches import Batches
+from grit_jax.data.draws import MixedStream
+from grit_jax.data.shapes import RowLimits
+from grit_jax.models import MistralConfig
+from grit_jax.sharding import held_shards, make_mesh
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.loop import Stopwatch, train
+from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.train_step import Trainer
+
+ROOT = Path(__file__).parents[2]
+MODEL = MistralConfig(
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+OPTIMIZER = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "epsilon": 1e-8,
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "token_embedding_factor": 1.0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    random = np.random.default_rng(0)
+    write_dataset(folder, "pairs", embedding_examples(random, 40, 12))
+    write_dataset(folder, "chats", chat_examples(random, 40, 24))
+    return folder
+
+
+def make_batches(folder, held=None):
+    streams = {
+        "embedding": MixedStream(open_datasets(folder, {"pairs": 1.0}), 8, 2, seed=0),
+        "generative": MixedStream(open_datasets(folder, {"chats": 1.0}), 8, 0, seed=1),
+    }
+    longest = dict.fromkeys(("query", "passage", "chat"), 24)
+    limits = RowLimits(longest=longest, length_multiple=8, count_multiple=8)
+    return Batches(streams, limits, held)
+
+
+@functools.cache
+def make_trainer():
+    optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
+    loss = LossConfig(
+        embedding_weight=1.0,
+        generative_weight=1.0,
+        temperature=0.1,
+        generative_reduction="mean",
+        generative_group_size=8,
+    )
+    return Trainer(MODEL, loss, optimizer, make_mesh())
+
+
+def run(batches, steps):
+    """Makes steps from these batches, and returns what is reported at the end of each."""
+    lines = []
+    trainer = make_trainer()
+    receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
+    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers)
+    state = train(trainer, trainer.initial_state(0), batches, [stopwatch], lambda _: None)
+    assert int(state.step) == steps
+    return lines
+
+
+def test_every_batch_is_a_step_and_the_next_one_is_fetched_before_the_hooks(folder):
+    batches, events = make_batches(folder), []
+
+    def coming():
+        for step in range(4):
+            events.append(f"batch {step}")
+            yield batches[step]
+
+    trainer = make_trainer()
+    state = train(
+        trainer,
+        trainer.initial_state(0),
+        coming(),
+        [lambda report: events.append(f"step {report.step}")],
+        lambda _: None,
+    )
+    assert int(state.step) == 4
+    assert events == [
+        "batch 0",
+        *(f"{w} {n}" for n in (1, 2, 3) for w in ("batch", "step")),
+        "step 4",
+    ]
+
+
+def test_tokens_are_those_of_the_batch_that_the_step_read(folder):
+    batches = make_batches(folder)
+    lines = run((batches[step] for step in range(3)), 3)
+    assert [line["tokens"] for line in lines] == [int(batches[s].num_tokens) for s in range(3)]
+
+
+def test_waiting_for_slow_batches_is_noticed_and_for_ready_ones_is_not(folder):
+    ready = [make_batches(folder)[step] for step in range(5)]
+
+    def slow():
+        for number, batch in enumerate(ready):
+            time.sleep(2 if number in (3, 4) else 0)
+            yield batch
+
+    # The second step and those after it are compiled; the last has no batch to wait for.
+    fractions = [line["data_wait_fraction"] for line in run(slow(), 5)]
+    assert fractions[2] > 0.5 and fractions[3] > 0.5
+    assert fractions[4] < 0.5
+    assert all(line["data_wait_fraction"] < 0.5 for line in run(iter(ready), 5))
+
+
+def test_no_batches_leave_the_state_as_it_is(folder):
+    assert run(iter([]), 0) == []
+
+
+def test_one_process_holds_all_rows():
+    for axes in ({}, {"tensor": 2}, {"slice": 2, "expert": 2}):
+        mesh = make_mesh(**axes)
+        assert held_shards(mesh) == list(range(8 // axes.get("tensor", 1)))
+
+
+def test_rows_of_a_batch_go_over_the_devices_in_order(folder):
+    trainer, batch = make_trainer(), make_batches(folder)[0]
+    placed = trainer.to_devices(batch)
+    for name in ("tokens", "segment_ids", "positions", "mask"):
+        array, host = getattr(placed.chats, name), getattr(batch.chats, name)
+        np.testing.assert_array_equal(array, host)
+        assert array.addressable_shards[0].data.shape[0] == len(host) // 8
+    assert placed.embedding.positives.is_fully_replicated
+
+
+HOST = """
+import json, sys
+import jax
+address, process, tensor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+jax.distributed.initialize(address, num_processes=2, process_id=process)
+sys.path[:0] = ["tests", "tests/training"]
+from pathlib import Path
+import numpy as np
+from grit_jax.sharding import batch_shards, held_shards, make_mesh
+import test_loop
+
+mesh = make_mesh(tensor=tensor)
+held = held_shards(mesh)
+trainer = test_loop.make_trainer()
+trainer.mesh = mesh
+folder = Path(sys.argv[4])
+whole = test_loop.make_batches(folder)
+own = test_loop.make_batches(folder, [8 // batch_shards(mesh) * s + n for s in held
+                                      for n in range(8 // batch_shards(mesh))])
+for step in (0, 17):
+    expected, placed = whole[step], trainer.to_devices(own[step])
+    for name in ("queries", "passages"):
+        array = getattr(placed.embedding, name).tokens
+        rows = getattr(expected.embedding, name).tokens
+        assert array.shape == rows.shape, (array.shape, rows.shape)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, rows[shard.index])
+    np.testing.assert_array_equal(placed.embedding.positives.addressable_data(0),
+                                  expected.embedding.positives)
+print(json.dumps(held))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tensor", "held"), [(1, [range(4), range(4, 8)]), (2, [range(2), range(2, 4)])]
+)
+def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, address, str(process), str(tensor), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for host, shards in zip(hosts, held, strict=True):
+        output, errors = host.communicate(timeout=300)
+        assert host.returncode == 0, errors
+        assert json.loads(output.splitlines()[-1]) == list(shards)
