@@ -16,6 +16,7 @@ CORE = [
     "matplotlib>=3.11",
     "ml-collections>=1.1",
     "ml-dtypes>=0.6",
+    "msgpack>=1.2",
     "numpy>=2.3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",

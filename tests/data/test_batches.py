@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import numpy as np
+from prepared_data import write_prepared
 import pytest
 
-from grit_jax.data import prepare
 from grit_jax.data.batches import Batches, RowLengths, number_contents, read_ahead
 from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
-from grit_jax.data.manifest import Lengths, Manifest, PreparedDataError, PreparedDataset
+from grit_jax.data.manifest import Lengths, PreparedDataError, PreparedDataset
 from grit_jax.data.schedule import Schedule
 
 ROW_LENGTHS = RowLengths(query=16, passage=24, chat=32)
@@ -34,30 +34,15 @@ def embedding_examples(random, count, longest):
     ]
 
 
-def write_dataset(folder, name, examples):
-    """Writes examples as `grit-jax prepare` does, which needs no TensorFlow for it."""
-    kind = "generative" if isinstance(examples[0], ChatExample) else "embedding"
-    manifest = Manifest(
-        kind=kind,
-        count=len(examples),
-        longest=prepare._longest(kind, examples),
-        options={},
-        tokenizer={"name": "none", "sha256": "", "vocab_size": 4},
-        rejected={},
-        shards=["examples.arrayrecord"],
-    )
-    prepare._write_dataset(folder / name / "train", manifest, examples)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     random = np.random.default_rng(0)
-    write_dataset(folder, "short", embedding_examples(random, 40, 4))
-    write_dataset(folder, "long", embedding_examples(random, 30, 16))
-    write_dataset(folder, "chats", [ChatExample(text(random, 32)) for _ in range(25)])
+    write_prepared(folder, "short", embedding_examples(random, 40, 4))
+    write_prepared(folder, "long", embedding_examples(random, 30, 16))
+    write_prepared(folder, "chats", [ChatExample(text(random, 32)) for _ in range(25)])
     full = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in (16, 24)]
-    write_dataset(folder, "full", [EmbeddingExample(full[0], [full[1]], [full[1]])] * 20)
+    write_prepared(folder, "full", [EmbeddingExample(full[0], [full[1]], [full[1]])] * 20)
     return folder
 
 

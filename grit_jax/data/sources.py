@@ -1,0 +1,135 @@
+"""A Task in pieces for the worker processes, and what it is made from: of lines, or from seqio."""
+
+from collections.abc import Iterator
+import dataclasses
+import re
+from typing import Any
+
+from etils import epath
+import seqio
+
+from grit_jax.data.fingerprints import describe_file, describe_files, describe_functions
+from grit_jax.data.jsonl import MEGABYTE, SourceError, read_blocks
+from grit_jax.data.tasks import JsonlSource, kind_of
+from grit_jax.data.tokenise import ExamplesUnit, LinesUnit, TaskPlan, Unit
+
+EXAMPLES_A_UNIT = 4096
+# A shard comes from one block: small enough to keep all processes busy, large enough to be few.
+SMALLEST_BLOCK, LARGEST_BLOCK = MEGABYTE // 4, 32 * MEGABYTE
+BLOCKS_A_PROCESS = 4
+# What gzip makes of text, about.
+COMPRESSION = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A Task as a run reads it.
+
+    Attributes:
+      task: the seqio Task.
+      plan: what the worker processes need to know of it.
+      size: bytes of its files, or number of its examples, or None where that is not known.
+    """
+
+    task: seqio.Task
+    plan: TaskPlan
+    size: int | None
+
+    @property
+    def splits_with_sources(self) -> tuple[str, ...]:
+        """Splits that have a source of their own, which must not be empty."""
+        files = self.plan.files
+        return tuple(self.task.splits) if files is None else tuple(files.files)
+
+    def note_counts(self, counts: dict[str, int]) -> None:
+        """Notes how many examples each split of a prepared Task of lines has."""
+        if isinstance(self.task.source, JsonlSource):
+            self.task.source.counts = counts
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the Task is made from, as far as it can be seen."""
+        if self.plan.files is not None:
+            return describe_files(self.plan.files)
+        source = self.task.source
+        described: dict[str, Any] = {
+            "source": re.sub(r" at 0x[0-9a-f]+", "", repr(source)),
+            "functions": describe_functions([v for v in vars(source).values() if callable(v)]),
+            "preprocessors": describe_functions(self.task.preprocessors),
+        }
+        if isinstance(source, seqio.FileDataSource):
+            described["files"] = {
+                split: [describe_file(epath.Path(file)) for file in source.list_shards(split)]
+                for split in source.splits
+            }
+        return described
+
+    def units(self, num_processes: int) -> Iterator[tuple[Unit, int]]:
+        """Yields the Task in pieces, and how much of `size` is read with each.
+
+        Raises:
+          SourceError: a file is damaged.
+        """
+        if self.plan.files is not None:
+            return self._units_of_lines(num_processes)
+        return self._units_of_examples()
+
+    def _units_of_lines(self, num_processes: int) -> Iterator[tuple[Unit, int]]:
+        number = before = 0
+        for split, files in self.plan.files.files.items() if self.plan.files else ():
+            for file in files:
+                for block in read_blocks(file, _block_bytes(file, num_processes)):
+                    yield (
+                        LinesUnit(self.task.name, split, number, file.name, block),
+                        (before + block.position),
+                    )
+                    number += 1
+                before += file.stat().length
+
+    def _units_of_examples(self) -> Iterator[tuple[Unit, int]]:
+        number = before = 0
+        for split in self.task.splits:
+            first, examples = 1, []
+            for raw in self.task.get_dataset(split=split, shuffle=False).as_numpy_iterator():
+                examples.append({name: _to_python(value) for name, value in raw.items()})
+                if len(examples) == EXAMPLES_A_UNIT:
+                    before += len(examples)
+                    yield (
+                        ExamplesUnit(self.task.name, split, number, split, first, examples),
+                        before,
+                    )
+                    number, first, examples = number + 1, first + len(examples), []
+            before += len(examples)
+            yield ExamplesUnit(self.task.name, split, number, split, first, examples), before
+            number += 1
+
+
+def source_of(task: seqio.Task) -> Source:
+    """Returns a Task as a run reads it.
+
+    Raises:
+      SourceError: it has other features than ours, or seqio's preprocessors on files of lines.
+    """
+    kind = kind_of(task)
+    if not isinstance(task.source, JsonlSource):
+        sizes = [task.source.num_input_examples(split) for split in task.splits]
+        known = [size for size in sizes if size is not None]
+        return Source(task, TaskPlan(kind, None), sum(known) if len(known) == len(sizes) else None)
+    if task.preprocessors:
+        raise SourceError(
+            f"the Task {task.name!r}: lines are reformatted by a plain function on each, "
+            "jsonl_source(..., preprocess=function), and not by seqio's preprocessors"
+        )
+    files = task.source.jsonl
+    size = sum(file.stat().length for own in files.files.values() for file in own)
+    return Source(task, TaskPlan(kind, files), size)
+
+
+def _block_bytes(file: epath.Path, num_processes: int) -> int:
+    size = file.stat().length * (COMPRESSION if file.name.endswith(".gz") else 1)
+    wanted = size // (BLOCKS_A_PROCESS * num_processes)
+    return min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK)
+
+
+def _to_python(value: Any) -> Any:
+    """Returns bytes, and lists of them, in the place of NumPy's."""
+    return value.tolist() if hasattr(value, "tolist") else value
