@@ -30,7 +30,7 @@ from rich.progress import (
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.jobs import Job
 from grit_jax.data.jsonl import SUFFIXES, SourceError
-from grit_jax.data.manifest import PreparedDataError
+from grit_jax.data.manifest import Manifest, PreparedDataError
 from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.writing import is_remote, write_atomically
@@ -85,12 +85,10 @@ def prepare_mixtures(
         if pending:
             with _pool(pending, tokenizer, options, incomplete, processes) as pool:
                 _run(pending, pool, incomplete, max_rejected, processes)
-    for job in jobs:
-        job.source.note_counts({split: made.count for split, made in job.manifests.items()})
     failed = {job.name: job.error for job in jobs if job.error is not None}
     for mixture in mixtures:
         if not failed.keys() & {task.name for task in mixture.tasks}:
-            _write_mixture(mixture, output, {job.name: sorted(job.manifests) for job in jobs})
+            _write_mixture(mixture, output, {job.name: job.manifests for job in jobs})
     if failed:
         raise PreparedDataError(_failure(failed))
     return [mixture.name for mixture in mixtures]
@@ -276,10 +274,14 @@ class _Bars:
             )
 
 
-def _write_mixture(mixture, output: epath.Path, splits: dict[str, list[str]]) -> None:
+def _write_mixture(mixture, output: epath.Path, made: dict[str, dict[str, Manifest]]) -> None:
+    from grit_jax.data.tasks import note_size
+
+    for task in mixture.tasks:
+        note_size(task, made[task.name]["train"].count if "train" in made[task.name] else 0)
     stored = {
         "rates": {task.name: mixture.get_rate(task) for task in mixture.tasks},
-        "splits": {task.name: splits[task.name] for task in mixture.tasks},
+        "splits": {task.name: sorted(made[task.name], reverse=True) for task in mixture.tasks},
     }
     write_atomically(output / f"{mixture.name}.json", json.dumps(stored) + "\n")
 

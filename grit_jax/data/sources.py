@@ -28,7 +28,7 @@ class Source:
     Attributes:
       task: the seqio Task.
       plan: what the worker processes need to know of it.
-      size: bytes of its files, or number of its examples, or None where that is not known.
+      size: bytes of its files; None for another source.
     """
 
     task: seqio.Task
@@ -40,11 +40,6 @@ class Source:
         """Splits that have a source of their own, which must not be empty."""
         files = self.plan.files
         return tuple(self.task.splits) if files is None else tuple(files.files)
-
-    def note_counts(self, counts: dict[str, int]) -> None:
-        """Notes how many examples each split of a prepared Task of lines has."""
-        if isinstance(self.task.source, JsonlSource):
-            self.task.source.counts = counts
 
     def describe(self) -> dict[str, Any]:
         """Returns what the Task is made from, as far as it can be seen."""
@@ -111,9 +106,8 @@ def source_of(task: seqio.Task) -> Source:
     """
     kind = kind_of(task)
     if not isinstance(task.source, JsonlSource):
-        sizes = [task.source.num_input_examples(split) for split in task.splits]
-        known = [size for size in sizes if size is not None]
-        return Source(task, TaskPlan(kind, None), sum(known) if len(known) == len(sizes) else None)
+        # A TFDS dataset that is asked for its size before it is there never knows it.
+        return Source(task, TaskPlan(kind, None), None)
     if task.preprocessors:
         raise SourceError(
             f"the Task {task.name!r}: lines are reformatted by a plain function on each, "

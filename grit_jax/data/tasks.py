@@ -61,7 +61,6 @@ class JsonlSource(seqio.DataSource):
         super().__init__(splits=jsonl.splits, caching_permitted=False)
         self.kind = kind
         self.jsonl = jsonl
-        self.counts: dict[str, int] = {}
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -71,10 +70,6 @@ class JsonlSource(seqio.DataSource):
     def list_shards(self, split: str) -> Sequence[str]:
         """Returns one name: the split is read in one piece."""
         return [split]
-
-    def num_input_examples(self, split: str) -> int | None:
-        """Returns the number of a split's examples, which is known once they are prepared."""
-        return self.counts.get(split)
 
     def get_dataset(
         self, split: str = "train", shuffle: bool = False, seed: Any = None, **_: Any
@@ -172,11 +167,23 @@ def add_task(
     return name
 
 
+# Training examples of the Tasks that are prepared; a source seldom knows them before.
+_sizes: dict[str, int] = {}
+
+
+def note_size(task: seqio.Task, count: int) -> None:
+    """Notes the number of a Task's training examples, for `by_size`."""
+    _sizes[task.name] = count
+
+
 def by_size(task: seqio.Task) -> float:
-    """Returns a rate for a Mixture: the number of the Task's training examples."""
-    count = task.source.num_input_examples("train")
-    if count is None:
-        raise SourceError(f"the Task {task.name!r} does not know its size: give it a rate")
+    """Returns a rate for a Mixture: the number of the Task's training examples.
+
+    It is known once the Task is prepared.
+    """
+    count = _sizes.get(task.name) or task.source.num_input_examples("train")
+    if not count:
+        raise SourceError(f"the Task {task.name!r} does not know its size yet: give it a rate")
     return float(count)
 
 
@@ -235,10 +242,12 @@ def _files_by_task(name: str, path: epath.Path) -> dict[str, dict[str, list[epat
     if path.is_file():
         return {name: {"train": find_files(path)}}
     has_splits = (path / "train").is_dir()
-    roots = {split: path / split for split in SPLITS} if has_splits else {"train": path}
+    roots = {"train": path / "train" if has_splits else path}
+    if has_splits and (path / "held_out").is_dir():
+        roots["held_out"] = path / "held_out"
     tasks: dict[str, dict[str, list[epath.Path]]] = {}
     for split, root in roots.items():
-        for file in find_files(root) if root.exists() else []:
+        for file in find_files(root):
             task = f"{name}.{_name_of(file, root)}"
             tasks.setdefault(task, {}).setdefault(split, []).append(file)
     for task, files in tasks.items():

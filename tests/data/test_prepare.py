@@ -1,27 +1,19 @@
 """Preparing: a user's own datasets become folders that are whole, or are not there."""
 
 import dataclasses
-import gzip
 import json
-import os
 from pathlib import Path
-import signal
-import subprocess
-import sys
-import time
 
+from command_line import ROOT, assert_fails_in_one_line, grit_jax, run_python
 from etils import epath
 import numpy as np
 from prepared_data import write_prepared
 import pytest
-import sentencepiece
 
-from grit_jax.data import jobs, writing
+from grit_jax.data import writing
 from grit_jax.data.examples import ChatExample, Text
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 MODULE = """
 from pathlib import Path
@@ -82,31 +74,6 @@ def project(tmp_path_factory):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return folder
-
-
-def run_python(script, *arguments, cwd):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def grit_jax(*arguments, cwd):
-    return run_python("from grit_jax.cli import main; main()", *arguments, cwd=cwd)
-
-
-def assert_fails_in_one_line(finished, *named):
-    """What a user sees last is one line that names the cause; TensorFlow's own come before it."""
-    assert finished.returncode == 2, finished.stderr
-    assert "Traceback" not in finished.stderr
-    message = finished.stderr.splitlines()[-1]
-    for name in named:
-        assert name in message
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +273,9 @@ def test_a_dataset_without_held_out_examples_is_left_out_there(tmp_path):
     (tmp_path / "talk.json").write_text(json.dumps(stored))
     datasets = load_mixture(tmp_path, "talk", "train", "generative", "generative")
     assert [dataset.name for dataset in datasets] == ["chats"]
-    with pytest.raises(PreparedDataError, match=r"no dataset of .*talk\.json has a split 'held_out'"):
+    with pytest.raises(
+        PreparedDataError, match=r"no dataset of .*talk\.json has a split 'held_out'"
+    ):
         load_mixture(tmp_path, "talk", "held_out", "generative", "generative")
 
 
