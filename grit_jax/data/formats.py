@@ -11,6 +11,9 @@ from typing import Any
 
 from grit_jax.data.examples import RejectedExample
 
+# What an example has, and how deeply its texts are nested.
+FEATURE_RANKS = {"embedding": {"query": 1, "pos": 2, "neg": 2}, "generative": {"text": 1}}
+
 KEYS = {"embedding": ("query",), "generative": ("text", "messages")}
 NAMES = {"embedding": "an embedding example", "generative": "a chat"}
 

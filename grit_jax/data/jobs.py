@@ -10,6 +10,7 @@ from etils import epath
 
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.fingerprints import fingerprints
+from grit_jax.data.formats import FEATURE_RANKS
 from grit_jax.data.manifest import Manifest, PreparedDataError, read_manifest
 from grit_jax.data.tokenise import SplitOutcome, Unit
 from grit_jax.data.tokenizer import Tokenizer
@@ -17,8 +18,6 @@ from grit_jax.data.writing import MANIFEST, Part, lines_by_reason, put_in_place,
 
 if TYPE_CHECKING:
     from grit_jax.data.sources import Source
-
-FEATURES = {"embedding": ["query", "pos", "neg"], "generative": ["text"]}
 
 
 @dataclasses.dataclass
@@ -133,7 +132,7 @@ class Job:
             self.source.plan.kind,
             own.parts,
             own.rejected,
-            features=FEATURES[self.source.plan.kind],
+            features=list(FEATURE_RANKS[self.source.plan.kind]),
             options=dataclasses.asdict(self._options),
             tokenizer={
                 "name": self._tokenizer.name,

@@ -15,7 +15,7 @@ import seqio
 import tensorflow as tf
 
 from grit_jax.data.examples import RejectedExample
-from grit_jax.data.formats import Preprocess, in_form, tulu2
+from grit_jax.data.formats import FEATURE_RANKS, Preprocess, in_form, tulu2
 from grit_jax.data.jsonl import (
     MEGABYTE,
     SUFFIXES,
@@ -29,11 +29,6 @@ from grit_jax.data.jsonl import (
 from grit_jax.data.sample import SAMPLE_FOLDER
 
 SPLITS = ("train", "held_out")
-
-FEATURE_RANKS = {
-    "embedding": {"query": 1, "pos": 2, "neg": 2},
-    "generative": {"text": 1},
-}
 
 # Collections that are known by name, and the function that each line of theirs goes through.
 COLLECTIONS: dict[str, Preprocess | None] = {"medi2": None, "e5": None, "tulu2": tulu2}

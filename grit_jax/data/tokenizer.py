@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.util
 from pathlib import Path
+import re
 
 from jaxtyping import Int
 import numpy as np
@@ -13,6 +14,9 @@ import sentencepiece
 MISTRAL = "mistral"
 # How SentencePiece writes a space.
 SPACE = "\u2581"
+# Spaces, and the word that they stand before.
+WORDS = re.compile(" *[^ ]+| +")
+# Texts in which a tokenizer shows whether it takes words one by one.
 SPACED = ("a b", " a", "a ", "a  b", "\na\n b \n\n", "a\tb\r\nc", "", " ", "\n", "日本 🙂\nü")
 
 
@@ -111,17 +115,23 @@ class Tokenizer:
 
     def _first_line(self, line: str) -> bytes:
         """Returns the ids of a text's first line, before which SentencePiece puts a space."""
-        if "  " in line or SPACE in line or line.startswith(" "):
+        if SPACE in line:
             return _to_bytes(self.encode(line))
-        return b"".join(map(self._word_ids.__getitem__, line.split(" ")))
+        return self._words(f" {line}")
 
     def _line(self, line: str) -> bytes:
         """Returns the ids of a line that is not the first."""
-        if "  " in line or SPACE in line:
+        indent = len(line) - len(line.lstrip(" "))
+        end = line.find(" ", indent)
+        if end < 0 or SPACE in line:
             return self._first_word_ids[line]
-        first, space, others = line.partition(" ")
-        ids = self._first_word_ids[first] if first else b""
-        return ids + b"".join(map(self._word_ids.__getitem__, others.split(" "))) if space else ids
+        return self._first_word_ids[line[:end]] + self._words(line[end:])
+
+    def _words(self, words: str) -> bytes:
+        """Returns the ids of words, each with one or more spaces before it."""
+        if "  " in words:
+            return b"".join(self._word_ids[word[1:]] for word in WORDS.findall(words))
+        return b"".join(map(self._word_ids.__getitem__, words[1:].split(" ")))
 
     @functools.cached_property
     def _word_ids(self) -> "_Cache":
