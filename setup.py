@@ -27,6 +27,8 @@ CORE = [
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [
+    "cloudpickle>=3.1",
+    "importlib-resources>=7.1",  # tensorflow-datasets imports it without saying so.
     "mistral-common>=1.13",
     "seqio>=0.0.20",
     "tensorflow>=2.21",

@@ -35,9 +35,6 @@ from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.writing import is_remote, write_atomically
 
-# Pieces under way for each process: one being made, and the next at hand.
-UNITS_A_PROCESS = 2
-
 
 def prepare_mixtures(
     names: Sequence[str],
@@ -211,6 +208,8 @@ def _run(
     processes: int,
 ) -> None:
     """Makes all Tasks, one after the other, but without waiting for one to end."""
+    from grit_jax.data.sources import UNITS_A_PROCESS
+
     under_way: deque[tuple[Job, Unit, int, Future] | Job] = deque()
     with _Bars() as bars:
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -14,9 +15,13 @@ from grit_jax.data.tasks import JsonlSource, kind_of
 from grit_jax.data.tokenise import ExamplesUnit, LinesUnit, TaskPlan, Unit
 
 EXAMPLES_A_UNIT = 4096
+# Pieces under way for each process: one being made, and the next at hand.
+UNITS_A_PROCESS = 2
 # A shard comes from one block: small enough to keep all processes busy, large enough to be few.
 SMALLEST_BLOCK, LARGEST_BLOCK = MEGABYTE // 4, 32 * MEGABYTE
 BLOCKS_A_PROCESS = 4
+# Bytes of all blocks that wait or are worked on, whatever the number of processes.
+BYTES_AT_ONCE = 512 * MEGABYTE
 # What gzip makes of text, about.
 COMPRESSION = 4
 
@@ -83,19 +88,19 @@ class Source:
     def _units_of_examples(self) -> Iterator[tuple[Unit, int]]:
         number = before = 0
         for split in self.task.splits:
-            first, examples = 1, []
-            for raw in self.task.get_dataset(split=split, shuffle=False).as_numpy_iterator():
-                examples.append({name: _to_python(value) for name, value in raw.items()})
-                if len(examples) == EXAMPLES_A_UNIT:
-                    before += len(examples)
-                    yield (
-                        ExamplesUnit(self.task.name, split, number, split, first, examples),
-                        before,
-                    )
-                    number, first, examples = number + 1, first + len(examples), []
-            before += len(examples)
-            yield ExamplesUnit(self.task.name, split, number, split, first, examples), before
-            number += 1
+            first = 1
+            for examples in self._examples(split):
+                before += len(examples)
+                yield ExamplesUnit(self.task.name, split, number, split, first, examples), before
+                number, first = number + 1, first + len(examples)
+
+    def _examples(self, split: str) -> Iterator[list[dict[str, Any]]]:
+        try:
+            dataset = self.task.get_dataset(split=split, shuffle=False).as_numpy_iterator()
+            while batch := list(itertools.islice(dataset, EXAMPLES_A_UNIT)):
+                yield [{name: _to_python(value) for name, value in raw.items()} for raw in batch]
+        except OSError as error:  # A download that fails, a disk that is full.
+            raise SourceError(f"the Task {self.task.name!r} cannot be read: {error}") from None
 
 
 def source_of(task: seqio.Task) -> Source:
@@ -121,7 +126,8 @@ def source_of(task: seqio.Task) -> Source:
 def _block_bytes(file: epath.Path, num_processes: int) -> int:
     size = file.stat().length * (COMPRESSION if file.name.endswith(".gz") else 1)
     wanted = size // (BLOCKS_A_PROCESS * num_processes)
-    return min(max(wanted, SMALLEST_BLOCK), LARGEST_BLOCK)
+    largest = min(LARGEST_BLOCK, BYTES_AT_ONCE // (UNITS_A_PROCESS * num_processes))
+    return max(min(wanted, largest), SMALLEST_BLOCK)
 
 
 def _to_python(value: Any) -> Any:

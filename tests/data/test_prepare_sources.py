@@ -477,6 +477,8 @@ with tfds.testing.mock_data(num_examples=3):
     for example in squad.preprocessors[0](raw).as_numpy_iterator():
         shapes = {name: example[name].shape for name in ("query", "pos", "neg")}
         found.setdefault("squad", []).append(shapes)
+# What TFDS needs to download it, the checksums, is read without a network.
+found["files"] = sorted(url.rpartition("/")[2] for url in tfds.builder("squad").url_infos)
 try:
     tasks.add_task("both", "embedding", tasks.jsonl_source("embedding", "pairs.jsonl"), [print])
     source_of(seqio.TaskRegistry.get("both"))
@@ -497,4 +499,5 @@ def test_seqio_reads_the_tasks_as_preparing_does(tmp_path):
     for split in ("train", "held_out"):
         assert queries(PreparedDataset(tmp_path / "out", "lines", split)) == found[split]
     assert found["squad"] == [{"query": [2], "pos": [1, 2], "neg": [0, 2]}] * 3
+    assert {"train-v1.1.json", "dev-v1.1.json"} <= set(found["files"])
     assert "jsonl_source(..., preprocess=function)" in found["error"]
