@@ -9,6 +9,7 @@ import time
 
 from command_line import COMMAND, assert_fails_in_one_line, environment, grit_jax, run_python
 import pytest
+import sentencepiece
 
 from grit_jax.data.manifest import PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
@@ -98,6 +99,7 @@ def test_plain_strings_are_texts_without_instruction(folder):
     assert [learned(text) for text in example.negatives] == ["no"]
 
 
+@pytest.mark.slow
 def test_folders_train_and_held_out_are_the_splits(tmp_path):
     write_lines(tmp_path / "mine" / "train" / "a.jsonl", [pair(n) for n in range(5)])
     write_lines(tmp_path / "mine" / "held_out" / "a.jsonl", [pair(7), pair(8)])
@@ -115,6 +117,7 @@ def test_folders_train_and_held_out_are_the_splits(tmp_path):
 # ---- Collections ----
 
 
+@pytest.mark.slow
 def test_collections_are_reformatted_as_they_need(tmp_path):
     medi2 = {
         "query": ["Represent the title:", "a title"],
@@ -216,6 +219,7 @@ def test_more_damage_than_allowed_fails_in_one_line_and_leaves_nothing(tmp_path)
     assert not (tmp_path / "out" / ".incomplete").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_archive_and_a_file_of_something_else_are_named(tmp_path):
     write_lines(tmp_path / "cut" / "a.jsonl.gz", [pair(n) for n in range(2000)])
     content = (tmp_path / "cut" / "a.jsonl.gz").read_bytes()
@@ -228,6 +232,7 @@ def test_a_damaged_archive_and_a_file_of_something_else_are_named(tmp_path):
     assert_fails_in_one_line(finished, "other.jsonl", "not one line is an example")
 
 
+@pytest.mark.slow
 def test_collections_without_a_folder_and_names_already_taken_are_explained(tmp_path):
     finished = grit_jax("prepare", "medi2", "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "medi2=FOLDER")
@@ -244,25 +249,52 @@ def test_collections_without_a_folder_and_names_already_taken_are_explained(tmp_
 # ---- Again ----
 
 AGAIN = """
-import sys
+import json, sys
+import seqio
 from grit_jax.data.prepare import prepare_mixtures
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.tokenizer import Tokenizer
-options = TextOptions(query_length=int(sys.argv[2]))
-prepare_mixtures(["a.jsonl", "b.jsonl"], [], "out", Tokenizer(sys.argv[1]), options,
-                 redo=len(sys.argv) > 3)
+
+for line in sys.stdin:
+    tokenizer, length, redo = json.loads(line)
+    options = TextOptions(query_length=length)
+    prepare_mixtures(["a.jsonl", "b.jsonl"], [], "out", Tokenizer(tokenizer), options, redo=redo)
+    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+        for name in "ab":
+            registry.remove(name)
+    print("end", flush=True)
 """
 
 
+@pytest.fixture
+def again(tmp_path):
+    """A function that prepares two files with a tokenizer and a length, and returns the report."""
+    command = [*COMMAND[:2], AGAIN]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as running:
+
+        def run(tokenizer, length, redo=False):
+            print(json.dumps([tokenizer, length, redo]), file=running.stdin, flush=True)
+            report = ""
+            for line in running.stdout:
+                if line == "end\n":
+                    return report
+                report += line
+            raise AssertionError(f"it ended with an error: {report}")
+
+        yield run
+        running.stdin.close()
+
+
 @pytest.mark.slow
-def test_only_what_has_changed_is_made_again(tmp_path):
-    import sentencepiece
-
-    def again(*arguments):
-        finished = run_python(AGAIN, *arguments, cwd=tmp_path)
-        assert finished.returncode == 0, finished.stderr
-        return finished.stdout
-
+def test_only_what_has_changed_is_made_again(tmp_path, again):
     def shards():
         return {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*.arrayrecord")}
 
@@ -278,6 +310,7 @@ def test_only_what_has_changed_is_made_again(tmp_path):
     report = again("mistral", 64)
     assert "out/a: there already" in report and "out/b: made again (changed source)" in report
     assert len(PreparedDataset(tmp_path / "out", "b", "train")) == 11
+    assert json.loads((tmp_path / "out" / "b.json").read_text())["rates"] == {"b": 11}
     assert "out/a: made again (changed options)" in again("mistral", 65)
 
     sentencepiece.SentencePieceTrainer.train(
@@ -292,7 +325,7 @@ def test_only_what_has_changed_is_made_again(tmp_path):
     (tmp_path / "out" / "a" / "train" / "lengths.npz").unlink()
     report = again("other.model", 65)
     assert "out/a: made again (incomplete)" in report and "out/b: there already" in report
-    assert "there already" not in again("other.model", 65, "redo")
+    assert "there already" not in again("other.model", 65, redo=True)
 
 
 KILLING = """
@@ -370,9 +403,11 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
 
 
 def wait_for(condition):
-    while not (value := condition()):
+    for _ in range(2000):
+        if value := condition():
+            return value
         time.sleep(0.05)
-    return value
+    raise AssertionError("it has not come to pass")
 
 
 def is_running(pid):
@@ -383,6 +418,7 @@ def is_running(pid):
     return state != "Z"
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_on_a_line_costs_that_line(killing):
     prepare("raises", "--module", "killing", "--output", "out", cwd=killing)
     dataset = PreparedDataset(killing / "out", "raises", "train")
@@ -488,6 +524,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_seqio_reads_the_tasks_as_preparing_does(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [pair(n) for n in range(50)])
     with (tmp_path / "pairs.jsonl").open("a") as file:
