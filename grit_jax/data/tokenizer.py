@@ -121,8 +121,7 @@ class Tokenizer:
 
     def _line(self, line: str) -> bytes:
         """Returns the ids of a line that is not the first."""
-        indent = len(line) - len(line.lstrip(" "))
-        end = line.find(" ", indent)
+        end = line.find(" ")
         if end < 0 or SPACE in line:
             return self._first_word_ids[line]
         return self._first_word_ids[line[:end]] + self._words(line[end:])
