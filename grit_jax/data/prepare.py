@@ -196,6 +196,12 @@ def _pool(
             "datasets stay: run the command again to go on, with fewer --processes if memory is "
             "short"
         ) from None
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    except OSError as error:  # A disk that is full, a folder that may not be written to.
+        raise PreparedDataError(f"cannot be written: {error}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

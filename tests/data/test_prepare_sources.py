@@ -402,6 +402,21 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
     ]
 
 
+@pytest.mark.slow
+def test_an_interrupted_run_ends_at_once_in_one_line(killing):
+    command = [*COMMAND, "prepare", "pairs.jsonl", "wait", "--module", "killing", "--output", "out"]
+    with subprocess.Popen(
+        command, cwd=killing, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as running:
+        wait_for(lambda: list(killing.glob("worker-*")))
+        running.send_signal(signal.SIGINT)
+        message = running.stderr.read()
+    assert running.returncode == 2
+    assert message.splitlines()[-1].startswith("interrupted; finished datasets stay")
+    assert not (killing / "out" / "wait").exists()
+    assert not (killing / "out" / ".incomplete").exists()
+
+
 def wait_for(condition):
     for _ in range(2000):
         if value := condition():
