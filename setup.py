@@ -16,6 +16,7 @@ CORE = [
     "matplotlib>=3.11",
     "ml-collections>=1.1",
     "ml-dtypes>=0.6",
+    "msgpack>=1.2",
     "numpy>=2.3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
@@ -26,6 +27,8 @@ CORE = [
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [
+    "cloudpickle>=3.1",
+    "importlib-resources>=7.1",  # tensorflow-datasets imports it without saying so.
     "mistral-common>=1.13",
     "seqio>=0.0.20",
     "tensorflow>=2.21",

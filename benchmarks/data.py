@@ -16,13 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from grit_jax.data import prepare
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.data.draws import HomogeneousStream, MixedStream
 from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
-from grit_jax.data.manifest import Manifest, PreparedDataset
+from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.plan import Plan
 from grit_jax.data.shapes import RowLimits
+from grit_jax.data.writing import write_dataset, write_part
 
 STREAMS = {"query": "queries", "passage": "passages", "chat": "chats"}
 # Median and spread (of the logarithm) of tokens in queries and in passages, and rates.
@@ -111,16 +111,8 @@ def make_corpus(folder: Path, count: int) -> None:
 
 def write(folder: Path, examples: list, kind: str) -> None:
     """Writes examples as `grit-jax prepare` does."""
-    manifest = Manifest(
-        kind=kind,
-        count=len(examples),
-        longest=prepare._longest(kind, examples),
-        options={},
-        tokenizer={"name": "none", "sha256": "", "vocab_size": 32_000},
-        rejected={},
-        shards=["examples-00000.arrayrecord"],
-    )
-    prepare._write_dataset(folder, manifest, examples)
+    tokenizer = {"name": "none", "sha256": "", "vocab_size": 32_000}
+    write_dataset(folder, kind, [write_part(folder, 0, examples)], options={}, tokenizer=tokenizer)
 
 
 def packing_table(cases: list[Case], steps: int) -> Table:

@@ -44,60 +44,132 @@ def train(argv: Sequence[str] | None = None) -> None:
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.run import run
     from grit_jax.sharding import MeshError
+    from grit_jax.training.checkpoints import CheckpointError
+    from grit_jax.training.loop import NotFiniteError
+    from grit_jax.training.preemption import EXIT_CODE, Preempted
 
     try:
         config, workdir = parse_flags(argv)
         run(config, epath.Path(workdir).resolve())
-    except (ConfigError, MeshError, PreparedDataError) as error:
+    except (ConfigError, MeshError, PreparedDataError, CheckpointError, NotFiniteError) as error:
         fail(f"{type(error).__name__}: {error}")
+    except Preempted as reason:
+        print(f"{reason}; the same command continues", file=sys.stderr)
+        raise SystemExit(EXIT_CODE) from None
 
 
 def prepare(argv: Sequence[str]) -> None:
     """Makes token ids of datasets, once, so that training reads them at random."""
-    from grit_jax.data.examples import CHAT_LABELS, TextOptions
-    from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+    from grit_jax.data.examples import TextOptions
+    from grit_jax.data.jsonl import SourceError
+    from grit_jax.data.manifest import PreparedDataError
+    from grit_jax.data.prepare import prepare_mixtures
+    from grit_jax.data.tokenizer import Tokenizer
 
-    parser = argparse.ArgumentParser(prog="grit-jax prepare", description=prepare.__doc__)
-    parser.add_argument("mixtures", nargs="+", metavar="MIXTURE", help="name of a seqio Mixture")
-    parser.add_argument("--output", type=Path, required=True, help="folder to prepare it in")
+    arguments = _prepare_parser().parse_args(argv)
+    sys.path.insert(0, "")  # A user's module lies in the current folder.
+    try:
+        mixtures = prepare_mixtures(
+            arguments.sources,
+            arguments.module,
+            arguments.output,
+            Tokenizer(arguments.tokenizer),
+            TextOptions(
+                query_length=arguments.query_length,
+                passage_length=arguments.passage_length,
+                chat_length=arguments.chat_length,
+                chat_labels=arguments.chat_labels,
+            ),
+            processes=arguments.processes,
+            held_out=arguments.held_out,
+            seed=arguments.seed,
+            max_rejected=arguments.max_rejected,
+            redo=arguments.redo,
+        )
+    except (PreparedDataError, SourceError, FileNotFoundError) as error:
+        fail(f"{type(error).__name__}: {error}")
+    except ModuleNotFoundError as error:
+        if error.name in arguments.module:
+            fail(f"--module {error.name}: there is no such module in this folder or installed")
+        fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
+    except KeyboardInterrupt:
+        fail("interrupted; finished datasets stay: run the command again to go on")
+    else:
+        print(f"{arguments.output}: prepared {', '.join(mixtures)}")
+
+
+def _prepare_parser() -> argparse.ArgumentParser:
+    from grit_jax.data.examples import CHAT_LABELS, TextOptions
+    from grit_jax.data.tokenizer import MISTRAL
+
+    parser = argparse.ArgumentParser(
+        prog="grit-jax prepare",
+        description=prepare.__doc__,
+        epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]} or {'text': [user, assistant, "
+        "...]}, and a file one dataset. What is there already, made from the same files in the "
+        "same way, is not made again.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a folder or file of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
+        "and tulu2=PATH are reformatted as those need); or the name of a seqio Mixture "
+        "(sample_embedding, sample_chat, squad_embedding, or one of yours)",
+    )
+    parser.add_argument("--output", required=True, help="folder to prepare it in")
     parser.add_argument(
         "--tokenizer", default=MISTRAL, help="'mistral' or the path of a SentencePiece model"
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares your Mixtures"
     )
+    parser.add_argument(
+        "--held-out",
+        type=_fraction,
+        default=0.0,
+        metavar="FRACTION",
+        help="fraction of each dataset of a PATH to keep for evaluation (0), unless the folder has "
+        "subfolders 'train' and 'held_out'",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out lines (0)")
     defaults = TextOptions()
     for stream in ("query", "passage", "chat"):
         length = getattr(defaults, f"{stream}_length")
         help_text = f"longest {stream} in tokens ({length})"
-        parser.add_argument(f"--{stream}-length", type=int, default=length, help=help_text)
+        parser.add_argument(f"--{stream}-length", type=_positive, default=length, help=help_text)
     parser.add_argument(
         "--chat-labels",
         choices=CHAT_LABELS,
         default=defaults.chat_labels,
         help="'original': as the original trains chats of several turns, two tokens off a turn",
     )
-    arguments = parser.parse_args(argv)
-    sys.path.insert(0, "")  # A user's module lies in the current folder.
+    parser.add_argument(
+        "--max-rejected",
+        type=_fraction,
+        default=0.1,
+        metavar="FRACTION",
+        help="fraction of a dataset's lines that may be unfit, before it fails (0.1)",
+    )
+    parser.add_argument("--processes", type=_positive, help="that tokenise (one a core)")
+    parser.add_argument(
+        "--redo", action="store_true", help="make again what is there and has not changed"
+    )
+    return parser
 
-    from grit_jax.data.manifest import PreparedDataError
-    from grit_jax.data.prepare import prepare_mixtures
 
-    try:
-        tokenizer = Tokenizer(arguments.tokenizer)
-        options = TextOptions(
-            query_length=arguments.query_length,
-            passage_length=arguments.passage_length,
-            chat_length=arguments.chat_length,
-            chat_labels=arguments.chat_labels,
-        )
-        prepare_mixtures(arguments.mixtures, arguments.module, arguments.output, tokenizer, options)
-    except (PreparedDataError, FileNotFoundError) as error:
-        fail(f"{type(error).__name__}: {error}")
-    except ModuleNotFoundError as error:
-        if error.name in arguments.module:
-            fail(f"--module {error.name}: there is no such module in this folder or installed")
-        fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
 
 
 def convert(argv: Sequence[str]) -> None:

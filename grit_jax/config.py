@@ -71,6 +71,8 @@ def default_config() -> Config:
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # of the gradient of all parameters together
+    # A step whose gradient is not finite is skipped; after so many in a row the run stops.
+    config.optimizer.most_skipped_in_a_row = 10
     config.optimizer.moment_dtype = "float32"  # of the first moment; or "bfloat16"
     config.optimizer.token_embedding_factor = 1.0  # of their learning rate to that of the rest
 
@@ -103,10 +105,14 @@ def default_config() -> Config:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 250
-    config.checkpoint.keep = 2
+    config.checkpoint.keep = 2  # of the newest
+    config.checkpoint.keep_every_steps = 0  # and those of steps that are multiples; 0: none
+    config.checkpoint.best_metric = ""  # and the best, such as "perplexity" or "faq/ndcg_at_10"
+    config.checkpoint.best_mode = "max"  # or "min"
 
     config.evaluation = ConfigDict()
     config.evaluation.enabled = False  # on the held-out split, before and after training
+    config.evaluation.every_steps = 0  # and in between; 0: not
     config.evaluation.batch_size = 256  # texts
     return config
 
@@ -140,15 +146,33 @@ def check_fields(config: Mapping[str, Any]) -> None:
             "row_length_multiple",
             "reading_threads",
         ),
+        "optimizer": ("most_skipped_in_a_row",),
         "checkpoint": ("every_steps", "keep"),
         "evaluation": ("batch_size",),
     }
+    _check_best(config)
     for section, names in positive.items():
         for name in names:
             value = config[section][name] if section else config[name]
             if value < 1:
                 where = f"config.{section}.{name}" if section else f"config.{name}"
                 raise ConfigError(f"{where}={value} must be at least 1")
+
+
+def _check_best(config: Mapping[str, Any]) -> None:
+    checkpoint, evaluation = config["checkpoint"], config["evaluation"]
+    if checkpoint["best_mode"] not in ("max", "min"):
+        raise ConfigError(
+            f"config.checkpoint.best_mode={checkpoint['best_mode']!r} must be one of max, min"
+        )
+    every, saved = evaluation["every_steps"], checkpoint["every_steps"]
+    is_measured = evaluation["enabled"] and every > 0 and saved % every == 0
+    if checkpoint["best_metric"] and not is_measured:
+        raise ConfigError(
+            f"config.checkpoint.best_metric={checkpoint['best_metric']!r} needs every checkpoint "
+            "measured: config.evaluation.enabled, and config.checkpoint.every_steps a multiple of "
+            "config.evaluation.every_steps"
+        )
 
 
 def _check_section(section: Mapping[str, Any], expected: Mapping[str, Any], name: str) -> None:

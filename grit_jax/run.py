@@ -1,6 +1,6 @@
 """From a configuration to a finished run: mesh, data, state, loop, and the table at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 from pathlib import Path
@@ -22,11 +22,12 @@ from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
 from grit_jax.sharding import batch_shards, held_shards, make_mesh
-from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.checkpoints import Checkpoints, Retention
 from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.loop import StepReport, Stopwatch, train
+from grit_jax.training.loop import SkippedSteps, StepReport, Stopwatch, train
 from grit_jax.training.metrics import MetricsFile, draw_curves, read_metrics
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.preemption import Preempted, Preemption
 from grit_jax.training.progress import ProgressReport
 from grit_jax.training.train_step import Trainer, TrainState
 
@@ -43,7 +44,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     `checkpoints/`.
 
     Raises:
-      ConfigError, MeshError, PreparedDataError: the message names what is wrong.
+      ConfigError, MeshError, PreparedDataError, CheckpointError: the message names what is wrong.
+      NotFiniteError: too many steps in a row had a gradient that is not finite.
+      Preempted: the machine is to go, and the state is saved.
     """
     console = Console()
     check_fields(config.to_dict())
@@ -55,25 +58,42 @@ def run(config: Config, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     _keep_config(config, trainer.model_config, workdir / "config.json")
 
-    checkpoint = config.checkpoint
-    with Checkpoints(
-        workdir / "checkpoints", trainer.model_config, checkpoint.every_steps, checkpoint.keep
-    ) as saved:
+    with make_checkpoints(config, trainer, batches, workdir / "checkpoints") as saved:
         state = _first_state(config, trainer, pretrained, saved, console)
         start = int(state.step)
         metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)
         if held_out is not None and not metrics_file.has_held_out:
-            _measure(held_out, state, metrics_file, console)
+            _measure(held_out, state, metrics_file, console.print)
         if start < config.steps:
-            state = _train(config, trainer, state, batches, saved, metrics_file, console)
-            if held_out is not None:
-                _measure(held_out, state, metrics_file, console)
+            _train(config, trainer, state, batches, saved, metrics_file, held_out, console)
     lines = read_metrics(metrics_file.path)
     draw_curves(lines, workdir / "curves.png")
     if held_out is not None:
         console.print(_result_table(held_out, lines))
     for name in ("checkpoints", "metrics.jsonl", "curves.png"):
         console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)
+
+
+def make_checkpoints(
+    config: Config, trainer: Trainer, batches: Batches, folder: epath.Path
+) -> Checkpoints:
+    """Returns the checkpoints of a run, which only a run on the same data continues.
+
+    Raises:
+      CheckpointError: the folder cannot be written to.
+    """
+    settings = config.checkpoint.to_dict()
+    every_steps = settings.pop("every_steps")
+    trained = {
+        "param_dtype": config.model.param_dtype,
+        "moment_dtype": config.optimizer.moment_dtype,
+        "learn_temperature": config.loss.learn_temperature,
+    }
+    data = {"seed": config.seed, **batches.description}
+    description = {"data": data, "trained": trained}
+    return Checkpoints(
+        folder, trainer.model_config, description, every_steps, Retention(**settings)
+    )
 
 
 def open_pretrained(config: Config) -> Model | None:
@@ -107,8 +127,8 @@ def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
       ConfigError, MeshError: the message names the field.
     """
     settings = config.optimizer.to_dict()
-    for of_schedule in ("learning_rate", "warmup_fraction", "schedule"):
-        settings.pop(of_schedule)
+    for of_the_run in ("learning_rate", "warmup_fraction", "schedule", "most_skipped_in_a_row"):
+        settings.pop(of_the_run)
     return Trainer(
         model_config(config, pretrained),
         loss_config(config),
@@ -282,15 +302,16 @@ def _first_state(
     saved: Checkpoints,
     console: Console,
 ) -> TrainState:
-    if saved.latest_step is None and pretrained is not None:
+    restored = saved.restore(trainer.abstract_state())
+    if restored is not None:
+        console.print(f"continuing from step {restored.step} of {saved.folder}", highlight=False)
+        return restored
+    if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
         return trainer.state_from(pretrained.load, config.seed)
-    if saved.latest_step is None:
-        count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
-        console.print(f"{count:,} parameters, at random", highlight=False)
-        return trainer.initial_state(config.seed)
-    console.print(f"continuing from step {saved.latest_step} of {saved.folder}", highlight=False)
-    return saved.restore(trainer.abstract_state())
+    count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
+    console.print(f"{count:,} parameters, at random", highlight=False)
+    return trainer.initial_state(config.seed)
 
 
 def _train(
@@ -300,26 +321,45 @@ def _train(
     batches: Batches,
     saved: Checkpoints,
     metrics_file: MetricsFile,
+    held_out: HeldOut | None,
     console: Console,
-) -> TrainState:
-    def save(report: StepReport) -> None:
-        saved.save(report.step, report.state, is_last=report.step == config.steps)
-
+) -> None:
     start = int(state.step)
-    with ProgressReport(start, config.steps, console) as progress:
+    with ProgressReport(start, config.steps, console) as progress, Preemption() as preemption:
+
+        def measure_and_save(report: StepReport) -> None:
+            is_last, measures = report.step == config.steps, None
+            every = config.evaluation.every_steps
+            if held_out is not None and (is_last or (every and report.step % every == 0)):
+                measures = _measure(held_out, report.state, metrics_file, progress.say)
+            is_preempted = preemption.is_due(report.step)
+            if is_last or is_preempted or saved.is_due(report.step):
+                seconds = saved.save(report.step, report.state, measures)
+                metrics_file.write(report.step, {"checkpoint_seconds": seconds})
+            if is_preempted and not is_last:
+                raise Preempted(f"the machine is to go: saved after step {report.step}")
+
         receivers = [metrics_file.write, progress.show]
-        stopwatch = Stopwatch(config.log_every_steps, config.steps, _schedule(config), receivers)
+        hooks = [
+            Stopwatch(config.log_every_steps, config.steps, _schedule(config), receivers),
+            SkippedSteps(config.optimizer.most_skipped_in_a_row),
+            measure_and_save,
+        ]
         coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
-        return train(trainer, state, coming, [stopwatch, save], progress.say)
+        train(trainer, state, coming, hooks, progress.say)
 
 
 def _measure(
-    held_out: HeldOut, state: TrainState, metrics_file: MetricsFile, console: Console
-) -> None:
-    console.print("measuring on held-out data ...")
+    held_out: HeldOut,
+    state: TrainState,
+    metrics_file: MetricsFile,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    say("measuring on held-out data ...")
     measures = held_out.measure(state.parameters)
     prefixed = {f"held_out/{name}": value for name, value in measures.items()}
     metrics_file.write(int(state.step), prefixed)
+    return measures
 
 
 def _result_table(held_out: HeldOut, lines: list[dict[str, Any]]) -> Table:

@@ -1,10 +1,14 @@
-"""Small prepared datasets for tests, of texts as short as is handy."""
+"""Small prepared datasets for tests, of texts as short as is handy, written without preparing."""
 
+from pathlib import Path
+import tempfile
+
+from etils import epath
 import numpy as np
 
-from grit_jax.data import prepare
 from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
-from grit_jax.data.manifest import Manifest, PreparedDataset
+from grit_jax.data.manifest import PreparedDataset
+from grit_jax.data.writing import put_in_place, write_dataset, write_part
 
 
 def text(random, longest):
@@ -28,19 +32,18 @@ def chat_examples(random, count, longest):
     return [ChatExample(text(random, longest)) for _ in range(count)]
 
 
-def write_dataset(folder, name, examples):
-    """Writes examples as `grit-jax prepare` does, which needs no TensorFlow for it."""
+def write_prepared(folder, name, examples, examples_a_shard=10_000):
+    """Writes the split "train" of a dataset, in shards of so many examples."""
     kind = "generative" if isinstance(examples[0], ChatExample) else "embedding"
-    manifest = Manifest(
-        kind=kind,
-        count=len(examples),
-        longest=prepare._longest(kind, examples),
-        options={},
-        tokenizer={"name": "none", "sha256": "", "vocab_size": 4},
-        rejected={},
-        shards=["examples.arrayrecord"],
-    )
-    prepare._write_dataset(folder / name / "train", manifest, examples)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        incomplete = Path(temporary) / name
+        parts = [
+            write_part(incomplete / "train", number, examples[first : first + examples_a_shard])
+            for number, first in enumerate(range(0, len(examples), examples_a_shard))
+        ]
+        tokenizer = {"name": "none", "sha256": "", "vocab_size": 4}
+        write_dataset(incomplete / "train", kind, parts, options={}, tokenizer=tokenizer)
+        put_in_place(incomplete, epath.Path(folder) / name)
 
 
 def open_datasets(folder, rates):

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 import grain
 import numpy as np
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.data.draws import Draws, Stream
+from grit_jax.data.draws import Draws, Stream, describe
 from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
 from grit_jax.data.plan import Plan, Planner, StreamPlan, number_contents
@@ -43,6 +44,11 @@ class Batches:
         self._streams, self._limits = streams, limits
         self._held = range(limits.count_multiple) if held_shards is None else held_shards
         self._copies_are_negatives = copies_are_negatives
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the batches depend on, but for the seed and the form of rows."""
+        return {kind: describe(stream) for kind, stream in self._streams.items()}
 
     @property
     def shapes(self) -> list[Shape]:

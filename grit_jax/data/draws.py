@@ -269,3 +269,17 @@ def hash_of(*parts: Int[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
     return state
+
+
+def describe(stream: Stream) -> dict[str, Any]:
+    """Returns what the batches of a stream depend on, but for the seed."""
+    counts = stream._turns.counts.tolist()
+    return {
+        "batches": "mixed" if isinstance(stream, MixedStream) else "homogeneous",
+        "batch_size": stream.batch_size,
+        "group_size": stream.group_size,
+        "datasets": {
+            dataset.name: {"turns": turns, "contents": dataset.lengths.fingerprint}
+            for dataset, turns in zip(stream.datasets, counts, strict=True)
+        },
+    }

@@ -7,9 +7,10 @@ as bytes.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
-from flax import serialization
+import msgpack
 import numpy as np
 
 from grit_jax.data.templates import chat_prompt, embedding_prefix
@@ -87,12 +88,20 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     """
     if not text.strip():
         raise RejectedExample("empty text")
-    prefix = embedding_prefix(instruction)
-    prefix_length = 1 + len(tokenizer.encode(prefix))
-    if prefix_length >= max_length:
+    prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
+    if len(prefix_ids) >= max_length:
         raise RejectedExample("instruction alone is over the length")
-    tokens = np.array([tokenizer.bos_id, *tokenizer.encode(prefix + text)][:max_length], np.int32)
-    return Text(tokens, np.arange(len(tokens)) >= prefix_length)
+    tokens = tokenizer.ids_after(prefix, prefix_ids, text)[:max_length]
+    mask = np.empty(len(tokens), bool)
+    mask[: len(prefix_ids)], mask[len(prefix_ids) :] = False, True
+    return Text(tokens, mask)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prefix_and_ids(tokenizer: Tokenizer, instruction: str) -> tuple[str, np.ndarray]:
+    """Returns what stands before a text, and `<s>` with its ids; instructions are few."""
+    prefix = embedding_prefix(instruction)
+    return prefix, np.concatenate([[tokenizer.bos_id], tokenizer.ids(prefix)], dtype=np.int32)
 
 
 def chat_text(
@@ -112,22 +121,25 @@ def chat_text(
         raise RejectedExample("a chat without an answer")
     if not all(turn.strip() for turn in turns):
         raise RejectedExample("empty turn")
-    ids, prompts, place = [tokenizer.bos_id], [slice(0, 1)], 1
+    bos, eos = (np.array([token], np.int32) for token in (tokenizer.bos_id, tokenizer.eos_id))
+    ids, prompts, place = [bos], [slice(0, 1)], 1
     for first in range(0, len(turns) - 1, 2):
         prompt = chat_prompt(turns[first], is_first=first == 0)
-        turn_ids = tokenizer.encode(prompt + turns[first + 1].strip())
-        prompt_length = counted = len(tokenizer.encode(prompt))
+        prompt_ids = tokenizer.ids(prompt)
+        turn_ids = tokenizer.ids_after(prompt, prompt_ids, turns[first + 1].strip())
+        prompt_length = counted = len(prompt_ids)
         if labels == "original":
-            counted = len(tokenizer.encode(chat_prompt(turns[first], is_first=True)))
-        ids += [*turn_ids, tokenizer.eos_id]
+            counted = len(tokenizer.ids(chat_prompt(turns[first], is_first=True)))
+        ids += [turn_ids, eos]
         prompts.append(slice(place, place + counted))
         place += counted + len(turn_ids) - prompt_length + 1
-    mask = np.ones(len(ids), bool)
+    tokens = np.concatenate(ids)
+    mask = np.ones(len(tokens), bool)
     for span in prompts:
         mask[span] = False
     if not any(mask[:max_length]):
         raise RejectedExample("prompt alone is over the length")
-    return Text(np.array(ids[:max_length], np.int32), mask[:max_length])
+    return Text(tokens[:max_length], mask[:max_length])
 
 
 def embedding_example(
@@ -168,25 +180,28 @@ EXAMPLE_MAKERS = {"embedding": embedding_example, "generative": chat_example}
 
 
 def to_bytes(example: EmbeddingExample | ChatExample) -> bytes:
-    """Returns the example as a record: msgpack of arrays, two bytes a token where they suffice."""
+    """Returns the example as a record: msgpack, two bytes a token where they suffice."""
     texts = example.texts
     tokens = np.concatenate([text.tokens for text in texts])
+    width = 2 if tokens.max() < 2**16 else 4
     record = {
-        "tokens": tokens.astype(np.uint16 if tokens.max() < 2**16 else np.uint32),
-        "mask": np.packbits(np.concatenate([text.mask for text in texts])),
-        "lengths": np.array([len(text) for text in texts], np.uint32),
+        "tokens": tokens.astype(f"<u{width}").tobytes(),
+        "mask": np.packbits(np.concatenate([text.mask for text in texts])).tobytes(),
+        "lengths": [len(text) for text in texts],
     }
     if isinstance(example, EmbeddingExample):
         record["num_positives"] = len(example.positives)
-    return serialization.msgpack_serialize(record)
+    return msgpack.Packer().pack(record)
 
 
 def from_bytes(record_bytes: bytes) -> EmbeddingExample | ChatExample:
     """Returns the example of a record made by `to_bytes`."""
-    record = serialization.msgpack_restore(record_bytes)
-    tokens = record["tokens"].astype(np.int32)
-    mask = np.unpackbits(record["mask"], count=len(tokens)).astype(bool)
-    ends = np.cumsum(record["lengths"])[:-1]
+    record = msgpack.unpackb(record_bytes)
+    lengths = record["lengths"]
+    width = len(record["tokens"]) // sum(lengths)
+    tokens = np.frombuffer(record["tokens"], f"<u{width}").astype(np.int32)
+    mask = np.unpackbits(np.frombuffer(record["mask"], np.uint8), count=len(tokens)).astype(bool)
+    ends = np.cumsum(lengths)[:-1]
     pieces = zip(np.split(tokens, ends), np.split(mask, ends), strict=True)
     texts = [Text(*piece) for piece in pieces]
     if "num_positives" not in record:

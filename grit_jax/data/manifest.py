@@ -1,8 +1,9 @@
 """A prepared dataset on disk: its folder, its manifest, its lengths, its records.
 
-    FOLDER/MIXTURE.json                      names and rates of the datasets mixed
+    FOLDER/MIXTURE.json                      names, rates and splits of the datasets mixed
     FOLDER/DATASET/SPLIT/manifest.json       what is in it and what it was made from
     FOLDER/DATASET/SPLIT/lengths.npz         tokens of every text of every example
+    FOLDER/DATASET/SPLIT/rejected.jsonl      each line left out, with the reason
     FOLDER/DATASET/SPLIT/*.arrayrecord       the examples
 
 The lengths stand apart, so that a whole global batch can be planned without reading an example.
@@ -37,8 +38,18 @@ class Manifest:
       longest: tokens of its longest "query" and "passage", or "chat".
       options: how texts were made into token ids (`TextOptions`).
       tokenizer: name, SHA-256 and number of pieces of the tokenizer.
-      rejected: number of examples left out, by reason.
+      rejected: number of lines that could not be used, by reason.
       shards: names of the record files.
+      features: what a line has: "query", "pos" and "neg", or "text".
+      token_lengths: by "query" and "passage", or "chat": the number of texts, and of their tokens
+        the mean and the sum.
+      instruction_lengths: alike, with the longest: tokens that are read but neither pooled nor
+        learned (`<s>`, instructions, users' turns).
+      rejected_lines: by reason the first few lines rejected; rejected.jsonl has all of them.
+      left_out: number of lines that the dataset's `preprocess` left out.
+      source: what it was read from.
+      seed: of the choice of held-out lines.
+      fingerprints: SHA-256 of all that the content depends on, by name.
       format_version: version of this format.
     """
 
@@ -49,7 +60,27 @@ class Manifest:
     tokenizer: dict[str, Any]
     rejected: dict[str, int]
     shards: list[str]
+    features: list[str] = dataclasses.field(default_factory=list)
+    token_lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    instruction_lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    rejected_lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    left_out: int = 0
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+def read_manifest(path: epath.Path) -> Manifest:
+    """Returns the manifest in a file.
+
+    Raises:
+      PreparedDataError: there is none, or it is of another version.
+    """
+    stored = json.loads(read_file(path))
+    if stored.get("format_version") != FORMAT_VERSION:
+        raise PreparedDataError(f"{path} is of another version: prepare it again")
+    return Manifest(**stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +116,24 @@ class Lengths:
             np.array(fingerprints, np.uint64),
         )
 
+    @classmethod
+    def concatenate(cls, pieces: Sequence["Lengths"]) -> "Lengths":
+        """Returns the lengths of the examples of all pieces, one piece after the other."""
+        counts = [np.diff(piece.first) for piece in pieces]
+        return cls(
+            np.concatenate([piece.tokens for piece in pieces]),
+            np.cumsum(np.concatenate([[0], *counts])),
+            np.concatenate([piece.num_positives for piece in pieces]),
+            np.concatenate([piece.fingerprints for piece in pieces]),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the texts of one dataset, and their order, from those of another."""
+        digest = hashlib.sha256(self.fingerprints.tobytes())
+        digest.update(self.first.tobytes())
+        return digest.hexdigest()[:16]
+
     def __getitem__(self, example: int) -> np.ndarray:
         """Returns the lengths of one example's texts, in the order of its `texts`."""
         return self.tokens[self.first[example] : self.first[example + 1]]
@@ -106,11 +155,7 @@ class PreparedDataset:
     def __init__(self, folder: epath.PathLike, name: str, split: str):
         self.name = name
         self.folder = epath.Path(folder) / name / split
-        manifest_path = self.folder / "manifest.json"
-        stored = json.loads(read_file(manifest_path))
-        if stored.get("format_version") != FORMAT_VERSION:
-            raise PreparedDataError(f"{manifest_path} is of another version: prepare it again")
-        self.manifest = Manifest(**stored)
+        self.manifest = read_manifest(self.folder / "manifest.json")
         self.lengths = self._read_lengths()
         shards = [self.folder / shard for shard in self.manifest.shards]
         self._records = Records(shards, self.manifest.count)
@@ -157,16 +202,24 @@ def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, fi
       field: name of the configuration's field that asks for it, for messages.
 
     Raises:
-      PreparedDataError: it is missing, or of the other kind.
+      PreparedDataError: it is missing, of the other kind, or none of its datasets has the split.
     """
     path = epath.Path(folder) / f"{mixture}.json"
     try:
-        rates = json.loads(read_file(path))["rates"]
+        stored = json.loads(read_file(path))
     except PreparedDataError as error:
         raise PreparedDataError(
             f"config.data.{field}={mixture!r}: {error}; prepare it with: "
             f"grit-jax prepare {mixture} --output {folder}"
         ) from error
+    splits = stored.get("splits", {})
+    # A dataset may be without held-out examples; that it has some is not to be guessed from files.
+    rates = {n: rate for n, rate in stored["rates"].items() if split in splits.get(n, [split])}
+    if not rates:
+        raise PreparedDataError(
+            f"config.data.{field}={mixture!r}: no dataset of {path} has a split {split!r}: "
+            "prepare it with --held-out FRACTION, or train with --config.evaluation.enabled=False"
+        )
     datasets = {PreparedDataset(folder, name, split): rate for name, rate in rates.items()}
     for dataset in datasets:
         if dataset.manifest.kind != kind:

@@ -11,7 +11,6 @@ import time
 from typing import Any, TypeVar
 
 from etils import epath
-import grain
 import tensorstore
 
 Result = TypeVar("Result")
@@ -136,6 +135,8 @@ class Records:
     def _open(self, number: int) -> Any:
         with self._lock:
             if self._files[number] is None:
+                import grain  # Preparing does without it, in every one of its processes.
+
                 path = self._paths[number]
                 self._files[number] = with_retries(
                     lambda: grain.sources.ArrayRecordDataSource(path), path

@@ -138,3 +138,39 @@ class Stopwatch:
         for receive in self._receivers:
             receive(report.step, metrics)
         self._since, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+
+
+IN_A_ROW = "steps_skipped_in_a_row"
+
+
+class NotFiniteError(Exception):
+    """The gradient was not finite too many steps in a row."""
+
+
+class SkippedSteps:
+    """A hook that stops a run whose steps are skipped, because their gradient is not finite.
+
+    It looks at the step before, which is over: waiting for the last would leave the devices idle.
+
+    Args:
+      most: how many in a row are borne.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._before: tuple[int, Any] | None = None
+
+    def __call__(self, report: StepReport) -> None:
+        """Takes note of a step.
+
+        Raises:
+          NotFiniteError: there were more than `most` in a row.
+        """
+        before, self._before = self._before, (report.step, report.metrics[IN_A_ROW])
+        if before is None or int(before[1]) <= self._most:
+            return
+        raise NotFiniteError(
+            f"the gradients of the last {self._most + 1} steps up to step {before[0]} are not "
+            "finite, and were skipped: lower config.optimizer.learning_rate, or look at the data "
+            "of these steps. The parameters are those from before"
+        )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import numpy as np
-from prepared_data import chat_examples, embedding_examples, open_datasets, write_dataset
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
 from grit_jax.data.batches import Batches, read_ahead
@@ -26,12 +26,12 @@ SHARDS = 8
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     random = np.random.default_rng(0)
-    write_dataset(folder, "short", embedding_examples(random, 40, 4))
-    write_dataset(folder, "long", embedding_examples(random, 30, 16))
-    write_dataset(folder, "chats", chat_examples(random, 25, 32))
-    write_dataset(folder, "short_chats", chat_examples(random, 25, 8))
+    write_prepared(folder, "short", embedding_examples(random, 40, 4))
+    write_prepared(folder, "long", embedding_examples(random, 30, 16))
+    write_prepared(folder, "chats", chat_examples(random, 25, 32))
+    write_prepared(folder, "short_chats", chat_examples(random, 25, 8))
     full = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in (16, 24)]
-    write_dataset(folder, "full", [EmbeddingExample(full[0], [full[1]], [full[1]])] * 20)
+    write_prepared(folder, "full", [EmbeddingExample(full[0], [full[1]], [full[1]])] * 20)
     return folder
 
 

@@ -10,7 +10,7 @@ import threading
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from prepared_data import chat_examples, write_dataset
+from prepared_data import chat_examples, write_prepared
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def bucket(tmp_path):
-    write_dataset(tmp_path, "chats", chat_examples(np.random.default_rng(0), 3000, 60))
+    write_prepared(tmp_path, "chats", chat_examples(np.random.default_rng(0), 3000, 60))
     Bucket.folder, Bucket.failures = tmp_path, 0
     with Server(("localhost", 0), Bucket) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -117,7 +117,7 @@ def test_a_bucket_is_read_as_a_folder_is_and_tried_again(bucket, tmp_path, failu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["manifest.json", "examples.arrayrecord"])
+@pytest.mark.parametrize("file", ["manifest.json", "examples-00000.arrayrecord"])
 def test_what_is_missing_in_a_bucket_is_named(bucket, tmp_path, file):
     (tmp_path / "chats" / "train" / file).unlink()
     message = read_from(bucket, MISSING)

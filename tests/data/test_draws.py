@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
-from prepared_data import chat_examples, embedding_examples, open_datasets, write_dataset
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
 from grit_jax.data import draws as draws_module
@@ -19,9 +19,9 @@ SIZES = {"a": 60, "b": 40, "chats": 50}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     random = np.random.default_rng(0)
-    write_dataset(folder, "a", embedding_examples(random, SIZES["a"], 16))
-    write_dataset(folder, "b", embedding_examples(random, SIZES["b"], 4))
-    write_dataset(folder, "chats", chat_examples(random, SIZES["chats"], 30))
+    write_prepared(folder, "a", embedding_examples(random, SIZES["a"], 16))
+    write_prepared(folder, "b", embedding_examples(random, SIZES["b"], 4))
+    write_prepared(folder, "chats", chat_examples(random, SIZES["chats"], 30))
     return folder
 
 

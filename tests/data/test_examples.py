@@ -1,11 +1,13 @@
 """Text to token ids as the original makes them, and the examples that cannot be used."""
 
+import functools
 import json
 from pathlib import Path
 
 from hypothesis import given, settings, strategies
 import numpy as np
 import pytest
+import sentencepiece
 
 from grit_jax.data.examples import (
     ChatExample,
@@ -210,3 +212,64 @@ def test_records_give_back_their_example(query, positives, negatives):
 def test_a_tokenizer_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.model"):
         tokenizer_path(str(tmp_path / "missing.model"))
+
+
+spaced = strategies.text("ab<|.é日🙂 \n\t\u2581", max_size=40)
+
+
+@settings(deadline=None)
+@given(spaced, spaced)
+def test_ids_word_by_word_are_those_of_the_whole_text(first, second):
+    tokenizer = tokenizer_with_words()
+    assert tokenizer.ids(first).tolist() == tokenizer.encode(first)
+    prefix = f"{first}\n"
+    ids = tokenizer.ids_after(prefix, tokenizer.ids(prefix), second)
+    assert ids.tolist() == tokenizer.encode(prefix + second)
+
+
+@functools.cache
+def tokenizer_with_words():
+    tokenizer = Tokenizer()
+    assert tokenizer._words_stand_apart
+    return tokenizer
+
+
+def test_the_ids_of_long_text_are_the_same_however_often_it_is_read(tokenizer):
+    text = (Path(__file__).parents[2] / "docs" / "decisions.md").read_text()
+    for _ in range(2):
+        assert tokenizer.ids(text).tolist() == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split_by_whitespace": False},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True, "normalization_rule_name": "nmt_nfkc"},
+        {"model_type": "unigram"},
+        {"user_defined_symbols": ["<|a b|>"]},
+    ],
+)
+def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
+    """Where pieces go beyond a word, or spaces are changed, words are not taken one by one."""
+    lines = [f"the quick brown fox {number} of the same  kind" for number in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=350,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=3,
+        **{
+            "model_type": "bpe",
+            "remove_extra_whitespaces": False,
+            "normalization_rule_name": "identity",
+            **options,
+        },
+    )
+    other = Tokenizer(str(tmp_path / "other.model"))
+    prefix = "<|user|>\nof the same\n<|embed|>\n"
+    for text in ("the quick", " the  same ", "of the same kind\n\n of", "<|a b|> fox", "\n", ""):
+        assert other.ids(text).tolist() == other.encode(text)
+        ids = other.ids_after(prefix, other.ids(prefix), text)
+        assert ids.tolist() == other.encode(prefix + text)

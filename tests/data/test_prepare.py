@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
-import subprocess
-import sys
 
+from command_line import ROOT, assert_fails_in_one_line, grit_jax, run_python
+from etils import epath
 import numpy as np
+from prepared_data import write_prepared
 import pytest
 
-from grit_jax.data import prepare
+from grit_jax.data import writing
 from grit_jax.data.examples import ChatExample, Text
-from grit_jax.data.manifest import Manifest, PreparedDataError, PreparedDataset, load_mixture
+from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 MODULE = """
 from pathlib import Path
@@ -34,7 +32,6 @@ def task(name, kind):
 PAIRS, MORE = task("pairs", "embedding"), task("more", "embedding")
 seqio.MixtureRegistry.add("mine", [(PAIRS, 0.75), (MORE, 0.25)])
 seqio.MixtureRegistry.add("my_chats", [(task("chats", "generative"), 1.0)])
-seqio.MixtureRegistry.add("broken", [(task("broken_pairs", "embedding"), 1.0)])
 seqio.MixtureRegistry.add("useless", [(task("useless_pairs", "embedding"), 1.0)])
 """
 
@@ -76,34 +73,7 @@ def project(tmp_path_factory):
     for name, lines in FILES.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    broken = [json.dumps(pair("fine")), json.dumps(pair("fine too")), '{"query": ["", "half']
-    (folder / "broken_pairs.jsonl").write_text("\n".join(broken), encoding="utf-8")
     return folder
-
-
-def run_python(script, *arguments, cwd):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def grit_jax(*arguments, cwd):
-    return run_python("from grit_jax.cli import main; main()", *arguments, cwd=cwd)
-
-
-def assert_fails_in_one_line(finished, *named):
-    """What a user sees last is one line that names the cause; TensorFlow's own come before it."""
-    assert finished.returncode == 2, finished.stderr
-    assert "Traceback" not in finished.stderr
-    message = finished.stderr.splitlines()[-1]
-    for name in named:
-        assert name in message
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +81,7 @@ def prepared(project):
     output = project / "prepared"
     names = ("mine", "my_chats", "--module", "my_datasets", "--output", output)
     lengths = ("--query-length", 40, "--passage-length", 16, "--chat-length", 48)
-    finished = grit_jax("prepare", *names, *lengths, cwd=project)
+    finished = grit_jax("prepare", *names, *lengths, "--max-rejected", 1, cwd=project)
     assert finished.returncode == 0, finished.stderr
     return output
 
@@ -201,16 +171,6 @@ def test_a_module_that_is_not_there_is_named(project, tmp_path):
     assert "pip install" not in finished.stderr, "no package of that name is to be had"
 
 
-def test_a_broken_file_leaves_nothing_that_looks_prepared(project, tmp_path):
-    names = ("broken", "--module", "my_datasets", "--output", tmp_path / "out")
-    finished = grit_jax("prepare", *names, cwd=project)
-    assert finished.returncode != 0
-    assert "broken_pairs.jsonl, line 3" in finished.stderr
-    assert not list(tmp_path.rglob("*.json"))
-    with pytest.raises(PreparedDataError, match=r"broken\.json does not exist"):
-        load_mixture(tmp_path / "out", "broken", "train", "embedding", "embedding")
-
-
 def test_a_dataset_of_which_nothing_can_be_used_is_named(project, tmp_path):
     names = ("useless", "--module", "my_datasets", "--output", tmp_path / "out")
     finished = grit_jax("prepare", *names, cwd=project)
@@ -218,23 +178,13 @@ def test_a_dataset_of_which_nothing_can_be_used_is_named(project, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def chat(length):
-    return ChatExample(Text(np.arange(1, length + 1, dtype=np.int32), np.ones(length, bool)))
-
-
-def write(folder, count, shards=("examples-00000.arrayrecord",)):
+def write(folder, count, examples_a_shard=100):
     """Writes a dataset of chats of growing length as `grit-jax prepare` does."""
-    manifest = Manifest(
-        kind="generative",
-        count=count,
-        longest={"chat": count},
-        options={},
-        tokenizer={},
-        rejected={},
-        shards=list(shards),
-    )
-    examples = [chat(length) for length in range(1, count + 1)]
-    prepare._write_dataset(folder / "chats" / "train", manifest, examples)
+    texts = [
+        Text(np.arange(1, length + 1, dtype=np.int32), np.ones(length, bool))
+        for length in range(1, count + 1)
+    ]
+    write_prepared(folder, "chats", [ChatExample(text) for text in texts], examples_a_shard)
 
 
 class Interrupted(Exception):
@@ -246,7 +196,7 @@ def test_an_interrupted_write_leaves_what_was_there_before_and_no_more(tmp_path,
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.np, "savez", interrupt)
+        patch.setattr(writing.np, "savez", interrupt)
         with pytest.raises(Interrupted):
             write(tmp_path, 3)
     with pytest.raises(PreparedDataError, match="does not exist"):
@@ -255,20 +205,41 @@ def test_an_interrupted_write_leaves_what_was_there_before_and_no_more(tmp_path,
 
     write(tmp_path, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.np, "savez", interrupt)
+        patch.setattr(writing.np, "savez", interrupt)
         with pytest.raises(Interrupted):
             write(tmp_path, 5)
     assert len(PreparedDataset(tmp_path, "chats", "train")) == 3
     write(tmp_path, 5)
     assert len(PreparedDataset(tmp_path, "chats", "train")) == 5
-    assert [path.name for path in (tmp_path / "chats").iterdir()] == ["train"]
+    assert [path.name for path in tmp_path.iterdir()] == ["chats"]
 
 
-def test_examples_are_found_in_whichever_shard_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "EXAMPLES_A_SHARD", 2)
-    write(tmp_path, 5, shards=("a.arrayrecord", "b.arrayrecord", "c.arrayrecord"))
+def test_on_a_bucket_a_dataset_is_copied_with_its_manifest_last(tmp_path, monkeypatch):
+    """A local folder stands for the bucket: what is copied, and in which order, is the same."""
+    write(tmp_path, 3)
+    monkeypatch.setattr(writing, "is_remote", lambda path: True)
+    copied = []
+    where = type(epath.Path(tmp_path))
+    copy = where.copy
+
+    def note(path, target, *arguments):
+        copied.append(Path(target).name)
+        assert not (tmp_path / "chats" / "train" / "manifest.json").exists()
+        return copy(path, target, *arguments)
+
+    monkeypatch.setattr(where, "copy", note)
+    write(tmp_path, 5, examples_a_shard=2)
+    assert len(copied) == 6 and copied[-1] == "manifest.json"
     dataset = PreparedDataset(tmp_path, "chats", "train")
+    assert [len(example.chat) for example in dataset.read(range(5))] == [1, 2, 3, 4, 5]
+
+
+def test_examples_are_found_in_whichever_shard_they_are(tmp_path):
+    write(tmp_path, 5, examples_a_shard=2)
+    dataset = PreparedDataset(tmp_path, "chats", "train")
+    assert len(dataset.manifest.shards) == 3
     assert [len(example.chat) for example in dataset.read([4, 0, 2, 3, 1])] == [5, 1, 3, 4, 2]
+    assert [dataset.lengths[number].tolist() for number in (4, 0, 2)] == [[5], [1], [3]]
 
 
 @pytest.mark.parametrize("file", ["examples-00000.arrayrecord", "lengths.npz", "manifest.json"])
@@ -294,6 +265,26 @@ def test_a_mixture_of_the_other_kind_names_the_field(tmp_path):
     (tmp_path / "talk.json").write_text(json.dumps({"rates": {"chats": 1.0}}))
     with pytest.raises(PreparedDataError, match=r"config\.data\.embedding='talk'.*generative"):
         load_mixture(tmp_path, "talk", "train", "embedding", "embedding")
+
+
+def test_a_dataset_without_held_out_examples_is_left_out_there(tmp_path):
+    write(tmp_path, 3)
+    stored = {"rates": {"chats": 1.0, "more": 1.0}, "splits": {"chats": ["train"], "more": []}}
+    (tmp_path / "talk.json").write_text(json.dumps(stored))
+    datasets = load_mixture(tmp_path, "talk", "train", "generative", "generative")
+    assert [dataset.name for dataset in datasets] == ["chats"]
+    with pytest.raises(
+        PreparedDataError, match=r"no dataset of .*talk\.json has a split 'held_out'"
+    ):
+        load_mixture(tmp_path, "talk", "held_out", "generative", "generative")
+
+
+def test_a_process_that_tokenises_loads_neither_tensorflow_nor_jax():
+    script = "import sys, grit_jax.data.tokenise; print(*sys.modules)"
+    finished = run_python(script, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    loaded = {name.partition(".")[0] for name in finished.stdout.split()}
+    assert not loaded & {"tensorflow", "seqio", "jax", "flax", "grain"}
 
 
 def test_training_never_loads_tensorflow(tmp_path):

@@ -1,7 +1,7 @@
 """Storage: what fails for a moment is tried again, and what is broken is named."""
 
 import numpy as np
-from prepared_data import chat_examples, write_dataset
+from prepared_data import chat_examples, write_prepared
 import pytest
 
 from grit_jax.data import storage
@@ -77,7 +77,7 @@ def test_an_address_of_no_known_kind_is_named(waited):
 
 @pytest.fixture
 def folder(tmp_path):
-    write_dataset(tmp_path, "chats", chat_examples(np.random.default_rng(0), 4000, 60))
+    write_prepared(tmp_path, "chats", chat_examples(np.random.default_rng(0), 4000, 60))
     return tmp_path / "chats" / "train"
 
 
@@ -93,7 +93,7 @@ def overwrite(path, start, count):
 
 @pytest.mark.usefixtures("waited")
 def test_a_damaged_shard_is_named_when_what_is_damaged_is_read(folder):
-    shard = folder / "examples.arrayrecord"
+    shard = folder / "examples-00000.arrayrecord"
     whole = [text.chat.tokens.tolist() for text in open_chats(folder).read(range(4000))]
     overwrite(shard, shard.stat().st_size // 2, 20)
     chats = open_chats(folder)
@@ -106,7 +106,7 @@ def test_a_damaged_shard_is_named_when_what_is_damaged_is_read(folder):
 @pytest.mark.usefixtures("waited")
 @pytest.mark.parametrize("left", [0, 70_000])
 def test_a_shard_that_was_cut_off_is_named(folder, left):
-    shard = folder / "examples.arrayrecord"
+    shard = folder / "examples-00000.arrayrecord"
     assert shard.stat().st_size > left
     shard.write_bytes(shard.read_bytes()[:left])
     with pytest.raises(PreparedDataError, match=str(shard)):
@@ -117,20 +117,20 @@ def test_a_shard_that_was_cut_off_is_named(folder, left):
 def test_a_shard_that_went_missing_is_named(folder):
     chats = open_chats(folder)
     chats.read([0])
-    shard = folder / "examples.arrayrecord"
+    shard = folder / "examples-00000.arrayrecord"
     shard.unlink()
     with pytest.raises(PreparedDataError, match=f"{shard} does not exist"):
         open_chats(folder)
 
 
 def test_a_shard_too_few_is_an_error(folder):
-    path = folder / "examples.arrayrecord"
+    path = folder / "examples-00000.arrayrecord"
     with pytest.raises(PreparedDataError, match=r"4000 examples are left of 4001"):
         Records([path], 4001)
 
 
 def test_records_are_numbered_through_all_shards(folder):
-    path = folder / "examples.arrayrecord"
+    path = folder / "examples-00000.arrayrecord"
     records = Records([path, path], 8000)
     assert records.read([4000, 3999, 7, 4007]) == records.read([0, 7999, 7, 7])
 
@@ -144,9 +144,9 @@ def test_a_missing_file_is_named(folder, file):
 
 
 def test_files_of_two_preparations_are_told_apart(folder):
-    kept = (folder / "examples.arrayrecord").read_bytes()
-    write_dataset(folder.parents[1], "chats", chat_examples(np.random.default_rng(1), 4000, 60))
-    (folder / "examples.arrayrecord").write_bytes(kept)
+    kept = (folder / "examples-00000.arrayrecord").read_bytes()
+    write_prepared(folder.parents[1], "chats", chat_examples(np.random.default_rng(1), 4000, 60))
+    (folder / "examples-00000.arrayrecord").write_bytes(kept)
     with pytest.raises(PreparedDataError, match=f"{folder}: example .* not as long as lengths.npz"):
         open_chats(folder).read(range(100))
 

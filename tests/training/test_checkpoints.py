@@ -1,4 +1,4 @@
-"""Checkpoints: kept, passed over when damaged, refused when of another run, and never half there."""
+"""Checkpoints: kept, passed over when damaged, refused when of another run, never half there."""
 
 import json
 from pathlib import Path
@@ -162,9 +162,11 @@ def test_one_of_another_run_is_refused_and_stays(
     trainer, states, tmp_path, description, config, named
 ):
     save_all(tmp_path, {1: states[1]})
-    with open_folder(tmp_path, description, config) as checkpoints:
-        with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(trainer.abstract_state())
+    with (
+        open_folder(tmp_path, description, config) as checkpoints,
+        pytest.raises(CheckpointError) as error,
+    ):
+        checkpoints.restore(trainer.abstract_state())
     for words in [*named, "--workdir"]:
         assert words in str(error.value)
     assert (tmp_path / "1").is_dir()

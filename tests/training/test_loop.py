@@ -10,7 +10,7 @@ import sys
 import time
 
 import numpy as np
-from prepared_data import chat_examples, embedding_examples, open_datasets, write_dataset
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
 from grit_jax.data.batches import Batches
@@ -19,7 +19,7 @@ from grit_jax.data.shapes import RowLimits
 from grit_jax.models import MistralConfig
 from grit_jax.sharding import held_shards, make_mesh
 from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.loop import Stopwatch, train
+from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, Stopwatch, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -40,6 +40,7 @@ OPTIMIZER = {
     "weight_decay": 0.0,
     "clip_norm": 1.0,
     "token_embedding_factor": 1.0,
+    "moment_dtype": "float32",
 }
 
 
@@ -47,8 +48,8 @@ OPTIMIZER = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     random = np.random.default_rng(0)
-    write_dataset(folder, "pairs", embedding_examples(random, 40, 12))
-    write_dataset(folder, "chats", chat_examples(random, 40, 24))
+    write_prepared(folder, "pairs", embedding_examples(random, 40, 12))
+    write_prepared(folder, "chats", chat_examples(random, 40, 24))
     return folder
 
 
@@ -212,3 +213,12 @@ def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
         output, errors = host.communicate(timeout=300)
         assert host.returncode == 0, errors
         assert json.loads(output.splitlines()[-1]) == list(shards)
+
+
+def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
+    hook = SkippedSteps(most=2)
+    # Skipped in a row after each step; a step is looked at when the next has been made.
+    for step, count in enumerate([0, 1, 2, 0, 1, 2, 3], 1):
+        hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))
+    with pytest.raises(NotFiniteError, match="last 3 steps up to step 7"):
+        hook(StepReport(8, None, {"steps_skipped_in_a_row": 4}))

@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from grit_jax.conversion import open_model
+from grit_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 # A model so small that a run is over in seconds.
@@ -27,14 +29,32 @@ SMALL = [
 
 
 def start_training(*arguments, devices=1):
+    process = start_in_background(*arguments, devices=devices)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start_in_background(*arguments, devices=1):
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "train.py", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def wait_for_step(process, workdir, step):
+    """Waits until a run has written down a step."""
+    metrics = workdir / "metrics.jsonl"
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 def read_lines(workdir):
@@ -77,6 +97,41 @@ def test_a_run_stopped_and_continued_has_the_losses_of_an_undisturbed_one(
     assert finished.returncode == 0, finished.stderr
     assert "nDCG@10" in finished.stdout and "step 6" in finished.stdout
     assert "compiling" not in finished.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_preempted_and_killed_comes_to_the_same_end(prepared_sample, tmp_path):
+    common = [*SMALL, f"--config.data.folder={prepared_sample}", "--config.steps=60"]
+    common += ["--config.checkpoint.every_steps=5", "--config.checkpoint.keep=3"]
+    common += ["--config.evaluation.enabled=False", "--config.checkpoint.keep_every_steps=20"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finished = start_training(*common, f"--workdir={whole}")
+    assert finished.returncode == 0, finished.stderr
+
+    process = start_in_background(*common, f"--workdir={broken}")
+    wait_for_step(process, broken, 7)
+    process.terminate()  # SIGTERM: saved at once, wherever it is.
+    _, stderr = process.communicate()
+    assert process.returncode == EXIT_CODE, stderr
+    assert "saved after step" in stderr and "the same command continues" in stderr
+    saved = max(int(path.name) for path in (broken / "checkpoints").iterdir())
+    assert saved == read_lines(broken)[-1]["step"] >= 7
+    for step in (saved + 6, saved + 20):
+        process = start_in_background(*common, f"--workdir={broken}")
+        wait_for_step(process, broken, step)
+        process.kill()  # SIGKILL: what is not saved is lost, and made again.
+        process.communicate()
+    finished = start_training(*common, f"--workdir={broken}")
+    assert finished.returncode == 0, finished.stderr
+    assert losses(broken) == losses(whole)
+    kept = {int(path.name) for path in (broken / "checkpoints").iterdir()}
+    assert kept >= {20, 40, 50, 55, 60}
+
+    # Another run does not go on from these.
+    other = start_training(*common, f"--workdir={broken}", "--config.data.group_size=3")
+    assert other.returncode == 2
+    assert "data.embedding.group_size was 2 and is 3" in other.stderr
+    assert len(other.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -1,0 +1,96 @@
+"""The forms of a line: what is accepted as what, and what is refused and why."""
+
+import pytest
+
+from grit_jax.data.examples import RejectedExample
+from grit_jax.data.formats import in_form, kind_of_line, tulu2
+
+PAIR = {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["i", "n"]]}
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def test_pairs_stay_as_they_are():
+    assert in_form("embedding", PAIR) == PAIR
+
+
+def test_plain_strings_are_texts_without_instruction():
+    line = {"query": "q", "pos": ["p", ["i", "p2"]], "neg": ["n"]}
+    assert in_form("embedding", line) == {
+        "query": ["", "q"],
+        "pos": [["", "p"], ["i", "p2"]],
+        "neg": [["", "n"]],
+    }
+
+
+@pytest.mark.parametrize("negatives", [{}, {"neg": None}, {"neg": []}])
+def test_negatives_may_be_missing(negatives):
+    assert in_form("embedding", {"query": "q", "pos": ["p"], **negatives})["neg"] == []
+
+
+def test_other_fields_are_of_no_account():
+    assert in_form("embedding", {**PAIR, "id": 3, "text": None}) == PAIR
+    assert in_form("generative", {"text": ["u", "a"], "query": 1}) == {"text": ["u", "a"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "reason"),
+    [
+        ("embedding", {"text": ["u", "a"]}, "a chat among those of the other kind"),
+        ("embedding", {"messages": []}, "a chat among those of the other kind"),
+        ("generative", PAIR, "an embedding example among those of the other kind"),
+        ("embedding", {"question": "q"}, "no 'query'"),
+        ("generative", {}, "no 'text' or 'messages'"),
+        ("embedding", {**PAIR, "query": 3}, "'query' is neither"),
+        ("embedding", {**PAIR, "query": ["i", "q", "x"]}, "'query' is neither"),
+        ("embedding", {**PAIR, "query": ["i", None]}, "'query' is neither"),
+        ("embedding", {**PAIR, "query": {"i": "q"}}, "'query' is neither"),
+        ("embedding", {**PAIR, "pos": "p"}, "'pos' is not a list"),
+        ("embedding", {**PAIR, "pos": {"a": "b"}}, "'pos' is not a list"),
+        ("embedding", {**PAIR, "pos": [["", "p"], 1]}, "'pos' is neither"),
+        ("embedding", {**PAIR, "neg": [[["", "n"]]]}, "'neg' is neither"),
+        ("embedding", {**PAIR, "neg": [["", "n\0"]]}, "NUL"),
+        ("embedding", {**PAIR, "query": "half \ud83d"}, "surrogate"),
+        ("generative", {"text": "u"}, "'text' is not a list"),
+        ("generative", {"text": ["u", 1]}, "'text' is not a list"),
+        ("generative", {"text": ["u", "a\0"]}, "NUL"),
+        ("generative", {"messages": "u"}, "'messages' is not a list"),
+        ("generative", {"messages": ["u"]}, "without role"),
+        ("generative", {"messages": [{"role": "user"}]}, "without role or content"),
+        ("generative", {"messages": [message("user", None)]}, "without role or content"),
+        ("generative", {"messages": [message("assistant", "a")]}, "do not take turns"),
+        ("generative", {"messages": [message("user", "u")] * 2}, "do not take turns"),
+        ("generative", {"messages": [message("tool", "u")]}, "do not take turns"),
+    ],
+)
+def test_another_form_is_rejected_with_the_reason(kind, line, reason):
+    with pytest.raises(RejectedExample, match=reason):
+        in_form(kind, line)
+
+
+def test_a_systems_text_goes_before_the_users_that_follows():
+    messages = [
+        message("system", "be kind"),
+        message("user", "hello"),
+        message("assistant", "hi"),
+        message("system", "be brief"),
+        message("user", "again"),
+        message("assistant", "yes"),
+    ]
+    assert in_form("generative", {"messages": messages}) == {
+        "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"]
+    }
+
+
+def test_tulus_lines_on_itself_are_left_out():
+    assert tulu2({"dataset": "hard_coded", "messages": []}) is None
+    line = {"dataset": "flan_v2", "messages": []}
+    assert tulu2(line) is line
+
+
+def test_the_kind_of_a_line():
+    assert kind_of_line(PAIR) == "embedding"
+    assert kind_of_line({"text": []}) == kind_of_line({"messages": []}) == "generative"
+    assert kind_of_line({"title": ""}) is None
