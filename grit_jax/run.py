@@ -23,6 +23,7 @@ from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
 from grit_jax.sharding import batch_shards, held_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints, Retention
+from grit_jax.training.flops import peak_flops
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.loop import SkippedSteps, StepReport, Stopwatch, train
 from grit_jax.training.metrics import MetricsFile, draw_curves, read_metrics
@@ -341,7 +342,13 @@ def _train(
 
         receivers = [metrics_file.write, progress.show]
         hooks = [
-            Stopwatch(config.log_every_steps, config.steps, _schedule(config), receivers),
+            Stopwatch(
+                config.log_every_steps,
+                config.steps,
+                _schedule(config),
+                receivers,
+                peak_flops(list(trainer.mesh.devices.flat)),
+            ),
             SkippedSteps(config.optimizer.most_skipped_in_a_row),
             measure_and_save,
         ]

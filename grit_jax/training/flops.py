@@ -43,7 +43,8 @@ def useful_flops(config: MistralConfig, batch: Batch, *, is_causal: bool) -> flo
 
     Args:
       config: of the model.
-      batch: the step's texts, on the host.
+      batch: the step's texts, on the host. Of several hosts each has its own rows, and takes
+        those of the others to be alike.
       is_causal: whether texts to be embedded are read causally; chats always are.
     """
     streams: list[tuple[PackedTexts, bool]] = []
@@ -52,15 +53,21 @@ def useful_flops(config: MistralConfig, batch: Batch, *, is_causal: bool) -> flo
         streams += [(batch.embedding.queries, is_causal), (batch.embedding.passages, is_causal)]
     if batch.chats is not None:
         streams.append((batch.chats, True))
-        num_targets = int(np.count_nonzero(batch.chats.mask))
+        num_targets = int(np.count_nonzero(batch.chats.mask) * _hosts(batch.chats))
     forward = 2.0 * num_targets * config.hidden_size * config.vocab_size
     for texts, causal in streams:
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
         visible = np.sum(lengths**2) / (2 if causal else 1)
+        hosts = _hosts(texts)
         width = config.num_attention_heads * config.head_dim
-        forward += 2.0 * np.sum(lengths) * _weights_a_token(config)
-        forward += 2.0 * 2.0 * visible * width * config.num_hidden_layers
+        forward += hosts * 2.0 * np.sum(lengths) * _weights_a_token(config)
+        forward += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
     return 3.0 * float(forward)
+
+
+def _hosts(texts: PackedTexts) -> float:
+    """Returns how many times this host's rows all rows are."""
+    return (texts.num_rows or len(texts.tokens)) / len(texts.tokens)
 
 
 def _weights_a_token(config: MistralConfig) -> int:

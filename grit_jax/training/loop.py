@@ -9,7 +9,11 @@ import jax
 import numpy as np
 
 from grit_jax.data.batch import Batch
+from grit_jax.training.flops import useful_flops
 from grit_jax.training.train_step import Trainer, TrainState
+
+# What is summed over the steps between two reports.
+SUMMED = ("tokens", "useful_flops", "data_wait_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +23,9 @@ class StepReport:
     Attributes:
       step: number of steps made.
       state: the state after it.
-      metrics: values of the step on the device, `tokens`, the real tokens it read, and
-        `data_wait_seconds`, for which the devices waited for the next batch.
+      metrics: values of the step on the device, `tokens`, the real tokens it read,
+        `useful_flops`, the operations that they need (see `flops`), and `data_wait_seconds`, for
+        which the devices waited for the next batch.
     """
 
     step: int
@@ -48,6 +53,7 @@ def train(
       say: told of each shape that has to be compiled.
     """
     step = int(state.step)
+    is_causal = trainer.loss_config.attention[1] == "c"
     compiled = set()
     with jax.set_mesh(trainer.mesh):
         coming = next(batches, None)
@@ -69,7 +75,11 @@ def train(
             coming = next(batches, None)
             waited = time.perf_counter() - started if metrics["loss"].is_ready() else 0.0
             placed = trainer.to_devices(coming)
-            counts = {"tokens": count_tokens(batch), "data_wait_seconds": waited}
+            counts = {
+                "tokens": count_tokens(batch),
+                "useful_flops": useful_flops(trainer.model_config, batch, is_causal=is_causal),
+                "data_wait_seconds": waited,
+            }
             report = StepReport(step, state, {**metrics, **counts})
             for hook in hooks:
                 hook(report)
@@ -107,6 +117,8 @@ class Stopwatch:
       stop: the last step, which is reported in any case.
       learning_rate: learning rate of a step.
       receivers: called with the step and its metrics as numbers.
+      peak_flops: operations a second of all devices, for the model's FLOPs utilization ("mfu");
+        None to leave it out.
     """
 
     def __init__(
@@ -115,29 +127,39 @@ class Stopwatch:
         stop: int,
         learning_rate: Callable[[int], Any],
         receivers: Sequence[Callable[[int, dict[str, float]], None]],
+        peak_flops: float | None = None,
     ):
         self._every_steps, self._stop = every_steps, stop
         self._learning_rate, self._receivers = learning_rate, receivers
-        self._since, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+        self._peak_flops = peak_flops
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since, self._steps = time.perf_counter(), 0
+        self._sums = dict.fromkeys(SUMMED, 0.0)
 
     def __call__(self, report: StepReport) -> None:
         """Takes note of a step."""
         self._steps += 1
-        self._tokens += report.metrics["tokens"]
-        self._waited += report.metrics["data_wait_seconds"]
+        for name in SUMMED:
+            self._sums[name] += report.metrics[name]
         if report.step % self._every_steps and report.step != self._stop:
             return
         # Fetching the loss waits for the step: the time covers the work, not its dispatch.
         metrics = {name: float(value) for name, value in report.metrics.items()}
-        del metrics["data_wait_seconds"]
+        for name in ("data_wait_seconds", "useful_flops"):
+            del metrics[name]
         seconds = time.perf_counter() - self._since
         metrics["learning_rate"] = float(self._learning_rate(report.step - 1))
         metrics["step_seconds"] = seconds / self._steps
-        metrics["tokens_per_second"] = self._tokens / seconds
-        metrics["data_wait_fraction"] = self._waited / seconds
+        metrics["tokens_per_second"] = self._sums["tokens"] / seconds
+        metrics["data_wait_fraction"] = self._sums["data_wait_seconds"] / seconds
+        metrics["useful_tflops_per_second"] = self._sums["useful_flops"] / seconds / 1e12
+        if self._peak_flops is not None:
+            metrics["mfu"] = self._sums["useful_flops"] / seconds / self._peak_flops
         for receive in self._receivers:
             receive(report.step, metrics)
-        self._since, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+        self._begin()
 
 
 IN_A_ROW = "steps_skipped_in_a_row"

@@ -18,6 +18,7 @@ from grit_jax.data.draws import MixedStream
 from grit_jax.data.shapes import RowLimits
 from grit_jax.models import MistralConfig
 from grit_jax.sharding import held_shards, make_mesh
+from grit_jax.training.flops import useful_flops
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, Stopwatch, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -81,7 +82,7 @@ def run(batches, steps):
     lines = []
     trainer = make_trainer()
     receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
-    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers)
+    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers, peak_flops=1e9)
     state = train(trainer, trainer.initial_state(0), batches, [stopwatch], lambda _: None)
     assert int(state.step) == steps
     return lines
@@ -115,6 +116,16 @@ def test_tokens_are_those_of_the_batch_that_the_step_read(folder):
     batches = make_batches(folder)
     lines = run((batches[step] for step in range(3)), 3)
     assert [line["tokens"] for line in lines] == [int(batches[s].num_tokens) for s in range(3)]
+
+
+def test_useful_work_is_that_of_the_batch_over_the_seconds_of_its_step(folder):
+    batches = [make_batches(folder)[step] for step in range(3)]
+    for line, batch in zip(run(iter(batches), 3), batches, strict=True):
+        needed = useful_flops(MODEL, batch, is_causal=False)
+        speed = needed / line["step_seconds"]
+        np.testing.assert_allclose(line["useful_tflops_per_second"], speed / 1e12)
+        np.testing.assert_allclose(line["mfu"], speed / 1e9)
+        assert "useful_flops" not in line
 
 
 def test_waiting_for_slow_batches_is_noticed_and_for_ready_ones_is_not(folder):
