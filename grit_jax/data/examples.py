@@ -104,6 +104,23 @@ def _prefix_and_ids(tokenizer: Tokenizer, instruction: str) -> tuple[str, np.nda
     return prefix, np.concatenate([[tokenizer.bos_id], tokenizer.ids(prefix)], dtype=np.int32)
 
 
+# In the place of a user's words: the text that follows answers nobody.
+NO_PROMPT = ""
+
+
+def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
+    """Returns `<s>`, the text and `</s>`, cut to `max_length` tokens; all but `<s>` is learned.
+
+    Raises:
+      RejectedExample: the text is empty.
+    """
+    if not text.strip():
+        raise RejectedExample("empty text")
+    parts = [[tokenizer.bos_id], tokenizer.ids(text), [tokenizer.eos_id]]
+    tokens = np.concatenate(parts, dtype=np.int32)[:max_length]
+    return Text(tokens, np.arange(len(tokens)) > 0)
+
+
 def chat_text(
     tokenizer: Tokenizer, turns: Sequence[str], max_length: int, labels: str = "corrected"
 ) -> Text:
@@ -170,9 +187,13 @@ def embedding_example(
 def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions) -> ChatExample:
     """Returns the example of `{"text": [user, assistant, ...]}`.
 
+    With `NO_PROMPT` in the place of the user's words it is plain text.
+
     Raises:
-      RejectedExample: see `chat_text`.
+      RejectedExample: see `chat_text` and `plain_text`.
     """
+    if len(raw["text"]) == 2 and raw["text"][0] == NO_PROMPT:
+        return ChatExample(plain_text(tokenizer, raw["text"][1], options.chat_length))
     return ChatExample(chat_text(tokenizer, raw["text"], options.chat_length, options.chat_labels))
 
 

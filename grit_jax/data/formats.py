@@ -3,13 +3,14 @@
 embedding    {"query": [instruction, text], "pos": [[instruction, text], ...], "neg": [...]}
              with a plain string in the place of any pair, which has no instruction
 generative   {"text": [user, assistant, ...]}
+             {"text": "any text"}, which is learned from its first word on
              {"messages": [{"role": "user", "content": ...}, ...]}
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from grit_jax.data.examples import RejectedExample
+from grit_jax.data.examples import NO_PROMPT, RejectedExample
 
 # What an example has, and how deeply its texts are nested.
 FEATURE_RANKS = {"embedding": {"query": 1, "pos": 2, "neg": 2}, "generative": {"text": 1}}
@@ -45,7 +46,7 @@ def in_form(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
         }
     if "text" in raw:
         return {"text": _turns(raw["text"])}
-    return {"text": turns_of_messages(raw["messages"])}
+    return {"text": _chat(turns_of_messages(raw["messages"]))}
 
 
 def _pairs(raw: dict[str, Any], name: str) -> list[list[str]]:
@@ -67,9 +68,17 @@ def _pair(value: Any, name: str) -> list[str]:
 
 
 def _turns(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [NO_PROMPT, _readable(value)]
     if not isinstance(value, list) or not all(isinstance(turn, str) for turn in value):
-        raise RejectedExample("'text' is not a list of turns")
-    return [_readable(turn) for turn in value]
+        raise RejectedExample("'text' is neither a text nor a list of turns")
+    return _chat([_readable(turn) for turn in value])
+
+
+def _chat(turns: list[str]) -> list[str]:
+    if turns[:1] == [NO_PROMPT]:
+        raise RejectedExample("empty turn")
+    return turns
 
 
 def _readable(text: str) -> str:

@@ -22,6 +22,7 @@ from grit_jax.data.examples import (
     from_bytes,
     to_bytes,
 )
+from grit_jax.data.formats import in_form
 from grit_jax.data.tokenizer import Tokenizer, tokenizer_path
 
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
@@ -87,6 +88,20 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
     learned = ours.tokens[ours.mask].tolist()
     answers = [tokenizer.encode(f"\n{turn.strip()}")[2:] for turn in turns[1::2]]
     assert learned == [token for ids in answers for token in [*ids, tokenizer.eos_id]]
+
+
+def test_a_plain_text_has_the_ids_of_the_original_between_begin_and_end(tokenizer):
+    case = COLLATION["cases"]["plain"]
+    for row, sample in enumerate(case["samples"]):
+        own = unpadded(case["batch"]["generative"], row)
+        raw = in_form("generative", {"text": sample[2]})
+        ours = chat_example(tokenizer, raw, TextOptions(chat_length=64)).chat
+        assert ours.tokens.tolist() == [tokenizer.bos_id, *own, tokenizer.eos_id]
+        assert ours.mask.tolist() == [False] + [True] * (len(own) + 1)
+    cut = chat_example(tokenizer, raw, TextOptions(chat_length=2)).chat
+    assert cut.tokens.tolist() == [tokenizer.bos_id, own[0]]
+    with pytest.raises(RejectedExample, match="empty text"):
+        chat_example(tokenizer, in_form("generative", {"text": " "}), TextOptions())
 
 
 def test_the_originals_labels_can_be_asked_for(tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grit_jax.data.examples import RejectedExample
+from grit_jax.data.examples import NO_PROMPT, RejectedExample
 from grit_jax.data.formats import in_form, kind_of_line, tulu2
 
 PAIR = {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["i", "n"]]}
@@ -23,6 +23,10 @@ def test_plain_strings_are_texts_without_instruction():
         "pos": [["", "p"], ["i", "p2"]],
         "neg": [["", "n"]],
     }
+
+
+def test_a_plain_text_has_no_prompt():
+    assert in_form("generative", {"text": "any text"}) == {"text": [NO_PROMPT, "any text"]}
 
 
 @pytest.mark.parametrize("negatives", [{}, {"neg": None}, {"neg": []}])
@@ -53,8 +57,11 @@ def test_other_fields_are_of_no_account():
         ("embedding", {**PAIR, "neg": [[["", "n"]]]}, "'neg' is neither"),
         ("embedding", {**PAIR, "neg": [["", "n\0"]]}, "NUL"),
         ("embedding", {**PAIR, "query": "half \ud83d"}, "surrogate"),
-        ("generative", {"text": "u"}, "'text' is not a list"),
-        ("generative", {"text": ["u", 1]}, "'text' is not a list"),
+        ("generative", {"text": 3}, "'text' is neither a text nor a list"),
+        ("generative", {"text": ["u", 1]}, "'text' is neither a text nor a list"),
+        ("generative", {"text": ["", "a"]}, "empty turn"),
+        ("generative", {"messages": [message("user", ""), message("assistant", "a")]}, "empty"),
+        ("generative", {"text": "u\0"}, "NUL"),
         ("generative", {"text": ["u", "a\0"]}, "NUL"),
         ("generative", {"messages": "u"}, "'messages' is not a list"),
         ("generative", {"messages": ["u"]}, "without role"),
