@@ -10,7 +10,7 @@ import reference_values
 
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
-from grit_jax.run import make_trainer, model_config, open_pretrained
+from grit_jax.from_config import make_trainer, model_config, open_pretrained
 from grit_jax.training.optimizer import learning_rate_schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -16,7 +16,7 @@ import pytest
 
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.run import make_trainer
+from grit_jax.from_config import make_trainer
 
 FOLDER = Path(__file__).parent / "golden"
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,0 +1,248 @@
+"""What a configuration asks for: model, trainer, batches, held-out data, checkpoints.
+
+Nothing here computes. What is wrong with a configuration or its data shows here, in one line.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+import jax
+import optax
+
+from grit_jax.config import Config, ConfigError
+from grit_jax.conversion import ConversionError, Model, open_model
+from grit_jax.data.batches import Batches
+from grit_jax.data.draws import HomogeneousStream, MixedStream, Stream
+from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
+from grit_jax.data.schedule import stable_seed
+from grit_jax.data.shapes import RowLimits
+from grit_jax.evaluation.held_out import HeldOut
+from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
+from grit_jax.sharding import batch_shards, held_shards, make_mesh
+from grit_jax.training.checkpoints import Checkpoints, Retention
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.train_step import Trainer
+
+Datasets = dict[PreparedDataset, float]
+
+
+def make_checkpoints(
+    config: Config, trainer: Trainer, batches: Batches, folder: epath.Path
+) -> Checkpoints:
+    """Returns the checkpoints of a run, which only a run on the same data continues.
+
+    Raises:
+      CheckpointError: the folder cannot be written to.
+    """
+    settings = config.checkpoint.to_dict()
+    every_steps = settings.pop("every_steps")
+    trained = {
+        "param_dtype": config.model.param_dtype,
+        "moment_dtype": config.optimizer.moment_dtype,
+        "learn_temperature": config.loss.learn_temperature,
+    }
+    data = {"seed": config.seed, **batches.description}
+    description = {"data": data, "trained": trained}
+    return Checkpoints(
+        folder, trainer.model_config, description, every_steps, Retention(**settings)
+    )
+
+
+def open_pretrained(config: Config) -> Model | None:
+    """Opens the weights that a configuration starts from, None if it starts at random.
+
+    Raises:
+      ConfigError: there is no model, or one of another architecture; the message names it.
+    """
+    if not config.model.weights:
+        return None
+    try:
+        pretrained = open_model(Path(config.model.weights))
+    except ConversionError as error:
+        raise ConfigError(f"config.model.weights: {error}") from None
+    if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
+        raise ConfigError(
+            f"config.model.architecture={config.model.architecture!r}, but "
+            f"{config.model.weights} holds a {type(pretrained.config).__name__}"
+        )
+    return pretrained
+
+
+def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
+    """Returns the trainer of a configuration, over all devices.
+
+    Args:
+      config: the configuration.
+      pretrained: the model that it starts from, whose sizes count.
+
+    Raises:
+      ConfigError, MeshError: the message names the field.
+    """
+    settings = config.optimizer.to_dict()
+    for of_the_run in ("learning_rate", "warmup_fraction", "schedule", "most_skipped_in_a_row"):
+        settings.pop(of_the_run)
+    return Trainer(
+        model_config(config, pretrained),
+        loss_config(config),
+        make_optimizer(make_schedule(config), **settings),
+        make_mesh(**config.mesh.to_dict()),
+        config.grad_cache_chunks,
+    )
+
+
+def model_config(config: Config, pretrained: Model | None = None) -> MistralConfig:
+    """Returns the model's configuration, with the sizes of the model it starts from.
+
+    Raises:
+      ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
+        the field.
+    """
+    names = ("dtype", "param_dtype", "logits_dtype", "remat", "attention_implementation")
+    settings = {name: config.model[name] for name in names}
+    sizes = config.model.sizes.to_dict()
+    projection = config.model.embedding_projection_size
+    if projection:
+        settings["embedding_projection_size"] = projection
+    try:
+        if pretrained is None:
+            return make_config(config.model.architecture, **sizes, **settings)
+        _check_sizes(sizes, pretrained)
+        stored = pretrained.config.embedding_projection_size
+        if projection and stored not in (None, projection):
+            raise ConfigError(
+                f"config.model.embedding_projection_size={projection}, but {pretrained.folder} "
+                f"has a projection to {stored}; leave it at 0 to keep that"
+            )
+        return dataclasses.replace(pretrained.config, **settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _check_sizes(sizes: dict[str, Any], pretrained: Model) -> None:
+    """Checks that no size was asked for that the pretrained model does not have.
+
+    A size at its default was not asked for: the command line fills them in.
+    """
+    defaults = type(pretrained.config)()
+    for name, size in sizes.items():
+        theirs = getattr(pretrained.config, name, None)
+        if size not in (theirs, getattr(defaults, name, None)):
+            raise ConfigError(
+                f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {theirs!r}; with "
+                "config.model.weights, leave sizes out"
+            )
+
+
+def loss_config(config: Config) -> LossConfig:
+    """Returns the joint loss's configuration.
+
+    Raises:
+      ConfigError: a name is unknown or a number impossible; the message names the field.
+    """
+    try:
+        return LossConfig(
+            **config.loss.to_dict(),
+            attention=config.model.attention,
+            pooling=config.model.pooling,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def make_batches(config: Config, trainer: Trainer) -> Batches:
+    """Returns the batches of a configuration.
+
+    Raises:
+      PreparedDataError: data is missing or does not fit; the message names it.
+    """
+    data = config.data
+
+    def stream(kind: str, group_size: int) -> Stream:
+        datasets = load_mixture(data.folder, data[kind], "train", kind, kind)
+        _check_vocabulary(datasets, trainer.model_config)
+        make = HomogeneousStream if data[f"{kind}_batches"] == "homogeneous" else MixedStream
+        seed = stable_seed(config.seed, kind)
+        return make(datasets, data[f"{kind}_batch_size"], group_size, seed)
+
+    group_sizes = {"embedding": data.group_size, "generative": 0}
+    # Each chunk of a step has an even share of the rows of every data shard.
+    chunks = config.grad_cache_chunks
+    held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
+    return Batches(
+        {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
+        RowLimits(
+            longest=_row_lengths(config),
+            length_multiple=data.row_length_multiple,
+            count_multiple=batch_shards(trainer.mesh) * chunks,
+        ),
+        held,
+        data.copies_are_negatives,
+    )
+
+
+def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
+    """Returns the held-out data of a configuration, None if it evaluates nothing.
+
+    Raises:
+      PreparedDataError: data is missing or does not fit; the message names it.
+    """
+    if not config.evaluation.enabled:
+        return None
+
+    def datasets(kind: str, mixture: str) -> list[PreparedDataset]:
+        if config.mode not in ("unified", kind):
+            return []
+        return list(load_mixture(config.data.folder, mixture, "held_out", kind, kind))
+
+    return HeldOut(
+        trainer,
+        datasets("embedding", config.data.embedding),
+        datasets("generative", config.data.generative),
+        _row_lengths(config),
+        config.evaluation.batch_size,
+    )
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Returns the learning rate by step.
+
+    Raises:
+      ConfigError: the schedule is unknown.
+    """
+    optimizer = config.optimizer
+    try:
+        return learning_rate_schedule(
+            optimizer.learning_rate, optimizer.warmup_fraction, config.steps, optimizer.schedule
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _row_lengths(config: Config) -> dict[str, int]:
+    streams = ("query", "passage", "chat")
+    return {stream: config.data[f"{stream}_row_length"] for stream in streams}
+
+
+def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
+    for dataset in datasets:
+        pieces = dataset.manifest.tokenizer["vocab_size"]
+        if pieces > model.vocab_size:
+            raise PreparedDataError(
+                f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
+                f"but config.model.sizes.vocab_size={model.vocab_size}"
+            )
+
+
+def check_attention(trainer: Trainer, batches: Batches) -> None:
+    """Checks that the implementation of attention serves the rows of a step, which it traces."""
+    if trainer.model_config.attention_implementation == "auto":
+        return  # It serves all, and tracing takes seconds.
+    try:
+        with jax.set_mesh(trainer.mesh):
+            for shape in batches.shapes:
+                jax.eval_shape(trainer.step, trainer.abstract_state(), batches.empty(shape))
+    except AttentionError as error:
+        raise ConfigError(str(error)) from None
