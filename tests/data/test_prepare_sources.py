@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import signal
 import subprocess
+import sys
 import time
 
 from command_line import COMMAND, assert_fails_in_one_line, environment, grit_jax, run_python
@@ -404,7 +405,11 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_at_once_in_one_line(killing):
-    command = [*COMMAND, "prepare", "pairs.jsonl", "wait", "--module", "killing", "--output", "out"]
+    # As in a terminal: what a shell starts in the background ignores the signal.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "from grit_jax.cli import main; main()"
+    command = [sys.executable, "-c", script, "prepare", "pairs.jsonl", "wait"]
+    command += ["--module", "killing", "--output", "out"]
     with subprocess.Popen(
         command, cwd=killing, env=environment(), stderr=subprocess.PIPE, text=True
     ) as running:
