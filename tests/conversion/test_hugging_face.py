@@ -21,7 +21,7 @@ from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
-from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.checkpoints import Checkpoints, Retention
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.train_step import Trainer
 
@@ -154,7 +154,8 @@ def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_mod
     trainer = Trainer(config, LossConfig(), optax.sgd(0.1), mesh)
     state = trainer.state_from(stored.load, seed=0)
     state.parameters["embedding_projection"]["bias"][...] = jnp.arange(12.0)
-    with Checkpoints(epath.Path(tmp_path / "checkpoints"), config, 1, 1) as checkpoints:
+    folder = epath.Path(tmp_path / "checkpoints")
+    with Checkpoints(folder, config, {}, 1, Retention(keep=1)) as checkpoints:
         checkpoints.save(1, state)
     for dtype in ("float32", "bfloat16"):
         write_hugging_face(open_model(tmp_path), tmp_path / dtype, dtype=dtype)
