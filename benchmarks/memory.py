@@ -11,21 +11,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from grit_jax.config import default_config
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import MistralConfig
-from grit_jax.sharding import make_mesh
-from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from grit_jax.training.train_step import Trainer
+from grit_jax.from_config import make_trainer
 
-SIZES = MistralConfig(
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    head_dim=64,
-)
+SIZES = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 ROW_LENGTH, TEXTS_A_ROW, QUERIES_A_CHUNK = 256, 4, 256
 
 
@@ -48,20 +45,12 @@ def main() -> None:
 
 def temporary_bytes(batch_size: int, chunks: int) -> int:
     """Returns the bytes that the compiled step takes beside its arguments and results."""
-    schedule = learning_rate_schedule(2e-5, 0.03, 1000)
-    optimizer = make_optimizer(
-        schedule,
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
-        weight_decay=0.0,
-        clip_norm=1.0,
-        token_embedding_factor=1.0,
-        moment_dtype="float32",
-    )
-    mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = Trainer(SIZES, LossConfig(), optimizer, mesh, chunks)
-    with jax.set_mesh(mesh):
+    config = default_config()
+    config.model.sizes = SIZES
+    config.model.dtype = "float32"
+    config.grad_cache_chunks = chunks
+    trainer = make_trainer(config)
+    with jax.set_mesh(trainer.mesh):
         compiled = trainer.step.lower(trainer.abstract_state(), make_batch(batch_size)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "fsdp", "tensor", "expert")
@@ -147,6 +148,17 @@ def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(*logical_axes))
+
+
+def in_parts(rows: jax.Array, num_parts: int) -> jax.Array:
+    """Returns rows [B, ...] as [parts, B / parts, ...].
+
+    Part p takes the rows p, p + parts, ...: an equal share of those of every device, so that no
+    row travels. B is a multiple of the number of parts times that of the data shards.
+    """
+    assert rows.shape[0] % num_parts == 0, "rows are a multiple of the number of parts"
+    parts = jnp.moveaxis(rows.reshape(-1, num_parts, *rows.shape[1:]), 1, 0)
+    return constrain(parts, None, "batch", *(None,) * (rows.ndim - 1))
 
 
 def variable_shardings(state: Any, mesh: Mesh) -> Any:

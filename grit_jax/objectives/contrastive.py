@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grit_jax.sharding import constrain, current_shards
+from grit_jax.sharding import constrain, current_shards, in_parts
 
 # Rows of scores that exist on a device at a time.
 BLOCK_ROWS = 512
@@ -86,10 +86,7 @@ def _info_nce(
 
 
 def _blocks(rows: tuple[jax.Array, ...], num_rows: int) -> tuple[jax.Array, ...]:
-    """Returns the rows as [blocks, rows of a block, ...], filled up with zeros.
-
-    A block takes an equal share of every device's rows, so that none travels.
-    """
+    """Returns the rows as [blocks, rows of a block, ...], filled up with zeros."""
     shards = current_shards("batch")
     num_blocks = math.ceil(num_rows / (BLOCK_ROWS * shards))
     padding = -num_rows % (num_blocks * shards)
@@ -97,7 +94,6 @@ def _blocks(rows: tuple[jax.Array, ...], num_rows: int) -> tuple[jax.Array, ...]
     def divide(array: jax.Array) -> jax.Array:
         padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
         padded = constrain(padded, "batch", *(None,) * (array.ndim - 1))
-        interleaved = padded.reshape(-1, num_blocks, *array.shape[1:])
-        return jnp.moveaxis(interleaved, 1, 0)
+        return in_parts(padded, num_blocks)
 
     return jax.tree.map(divide, rows)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from grit_jax.data.batch import Batch
 from grit_jax.models import Mistral, MixtralConfig
 from grit_jax.objectives.router import load_balancing_loss
-from grit_jax.sharding import constrain
+from grit_jax.sharding import in_parts
 from grit_jax.training.joint_loss import (
     LossConfig,
     batch_streams,
@@ -126,15 +126,10 @@ def _read(model: Mistral, batch: Batch, config: LossConfig, has_router: bool) ->
 
 
 def _divide(batch: Batch, config: LossConfig, num_chunks: int) -> _Chunk:
-    """Returns the batch as chunks: each array of rows [B, S] as [chunks, B / chunks, S].
-
-    Chunk c takes the rows c, c + chunks, ...: an equal share of those of every device.
-    """
+    """Returns the batch as chunks: each array of rows [B, S] as [chunks, B / chunks, S]."""
 
     def divide(array: jax.Array) -> jax.Array:
-        assert array.shape[0] % num_chunks == 0, "rows are a multiple of the number of chunks"
-        interleaved = array.reshape(-1, num_chunks, *array.shape[1:])
-        return constrain(jnp.moveaxis(interleaved, 1, 0), None, "batch", None)
+        return in_parts(array, num_chunks)
 
     def whole(array: jax.Array) -> jax.Array:
         return jnp.broadcast_to(array, (num_chunks, *array.shape))

@@ -219,13 +219,13 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
     Raises:
       MeshError: it cannot; the message names the model's field and the mesh's.
     """
-    device = mesh.devices.flat[0]
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if config.remat == "offload" and HOST_MEMORY not in kinds:
-        raise MeshError(
-            f"config.model.remat='offload' needs devices with the memory {HOST_MEMORY}, which a "
-            f"{device.platform} has not; 'save_matmuls' saves the same on the device"
-        )
+    if config.remat == "offload":
+        device = mesh.devices.flat[0]
+        if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+            raise MeshError(
+                f"config.model.remat='offload' needs devices with the memory {HOST_MEMORY}, which "
+                f"a {device.platform} has not; 'save_matmuls' saves the same on the device"
+            )
     split_by = {
         "hidden_size": "fsdp",
         "num_attention_heads": "tensor",
