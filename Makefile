@@ -1,18 +1,22 @@
 # make demo: prepare the embedded sample and train a small model on it.
 # make test: run every test.
-# Both make .venv first, with the versions in constraints.txt.
+# make torture: the runs that are killed at random moments, killed twenty times.
+# All make .venv first, with the versions in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/gritlm_tiny
 
-.PHONY: demo test lint constraints clean
+.PHONY: demo test torture lint constraints clean
 
 demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest
+
+torture: .venv/.installed-test
+	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ CORE = [
     "rich>=15",
     "safetensors>=0.8",
     "sentencepiece>=0.2.3",
+    "tensorboardX>=2.6.5",
     "tensorstore>=0.1.86",
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.

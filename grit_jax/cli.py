@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 import sys
+import traceback
 
 USAGE_ERROR = 2
 
@@ -42,20 +43,35 @@ def train(argv: Sequence[str] | None = None) -> None:
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
+    from grit_jax.processes import ProcessError, abandon, connect, is_writer
     from grit_jax.run import run
     from grit_jax.sharding import MeshError
     from grit_jax.training.checkpoints import CheckpointError
     from grit_jax.training.loop import NotFiniteError
     from grit_jax.training.preemption import EXIT_CODE, Preempted
 
+    known = (
+        ConfigError,
+        MeshError,
+        PreparedDataError,
+        CheckpointError,
+        NotFiniteError,
+        ProcessError,
+    )
     try:
         config, workdir = parse_flags(argv)
+        connect()
         run(config, epath.Path(workdir).resolve())
-    except (ConfigError, MeshError, PreparedDataError, CheckpointError, NotFiniteError) as error:
-        fail(f"{type(error).__name__}: {error}")
+    except known as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        abandon(USAGE_ERROR)
     except Preempted as reason:
-        print(f"{reason}; the same command continues", file=sys.stderr)
+        if is_writer():
+            print(f"{reason}; the same command continues", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
+    except BaseException:
+        traceback.print_exc()
+        abandon(1)
 
 
 def prepare(argv: Sequence[str]) -> None:

@@ -114,6 +114,10 @@ def default_config() -> Config:
     config.evaluation.enabled = False  # on the held-out split, before and after training
     config.evaluation.every_steps = 0  # and in between; 0: not
     config.evaluation.batch_size = 256  # texts
+
+    config.profile = ConfigDict()  # a trace of some steps, in the working directory's "profile"
+    config.profile.first_step = 10
+    config.profile.num_steps = 0  # 0: none
     return config
 
 
@@ -151,6 +155,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
         "evaluation": ("batch_size",),
     }
     _check_best(config)
+    if config["profile"]["first_step"] < 2:
+        raise ConfigError(
+            f"config.profile.first_step={config['profile']['first_step']} must be at least 2: the "
+            "first step compiles"
+        )
     for section, names in positive.items():
         for name in names:
             value = config[section][name] if section else config[name]

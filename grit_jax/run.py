@@ -1,7 +1,9 @@
 """From a configuration to a finished run: state, loop, and the table at the end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import json
+import os
 
 from etils import epath
 import jax
@@ -22,12 +24,15 @@ from grit_jax.from_config import (
     open_pretrained,
 )
 from grit_jax.models import MistralConfig
+from grit_jax.processes import as_writer_says, is_writer
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.flops import peak_flops
-from grit_jax.training.loop import SkippedSteps, StepReport, Stopwatch, train
-from grit_jax.training.metrics import MetricsFile, draw_curves, read_metrics
+from grit_jax.training.loop import SkippedSteps, StepReport, train
+from grit_jax.training.metrics import METRICS, RunRecord, draw_curves, read_metrics
 from grit_jax.training.preemption import Preempted, Preemption
+from grit_jax.training.profile import Profile
 from grit_jax.training.progress import ProgressReport
+from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer, TrainState
 
 
@@ -35,15 +40,15 @@ def run(config: Config, workdir: epath.Path) -> None:
     """Trains as the configuration says, from the newest checkpoint in `workdir` if there is one.
 
     All that can be wrong with the configuration or the data shows before anything is compiled.
-    The working directory ends up with `config.json`, `metrics.jsonl`, `curves.png` and
-    `checkpoints/`.
+    The working directory, which all processes share, ends up with `config.json`, `metrics.jsonl`,
+    `tensorboard/`, `curves.png`, `checkpoints/` and `compiled/`, programs for the next start.
 
     Raises:
       ConfigError, MeshError, PreparedDataError, CheckpointError: the message names what is wrong.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
-    console = Console()
+    console = Console(quiet=not is_writer())
     check_fields(config.to_dict())
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
@@ -51,22 +56,22 @@ def run(config: Config, workdir: epath.Path) -> None:
     check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
     workdir.mkdir(parents=True, exist_ok=True)
-    _keep_config(config, trainer.model_config, workdir / "config.json")
+    if is_writer():
+        _keep_config(config, trainer.model_config, workdir / "config.json")
 
-    with make_checkpoints(config, trainer, batches, workdir / "checkpoints") as saved:
+    with (
+        _compiled_programs(workdir / "compiled"),
+        make_checkpoints(config, trainer, batches, workdir / "checkpoints") as saved,
+    ):
         state = _first_state(config, trainer, pretrained, saved, console)
-        start = int(state.step)
-        metrics_file = MetricsFile(workdir / "metrics.jsonl", from_step=start)
-        if held_out is not None and not metrics_file.has_held_out:
-            _measure(held_out, state, metrics_file, console.print)
-        if start < config.steps:
-            _train(config, trainer, state, batches, saved, metrics_file, held_out, console)
-    lines = read_metrics(metrics_file.path)
-    draw_curves(lines, workdir / "curves.png")
-    if held_out is not None:
-        console.print(result_table(held_out, lines))
-    for name in ("checkpoints", "metrics.jsonl", "curves.png"):
-        console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)
+        with RunRecord(workdir, int(state.step), is_writer()) as record:
+            is_measured = any(name.startswith("held_out/") for line in record.kept for name in line)
+            if held_out is not None and not as_writer_says(is_measured):
+                _measure(held_out, state, record, console.print)
+            if int(state.step) < config.steps:
+                _train(config, trainer, state, batches, saved, record, held_out, console)
+    if is_writer():
+        _show_results(workdir, held_out, console)
 
 
 def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:
@@ -74,6 +79,19 @@ def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None
     sizes = resolved["model"]["sizes"]
     resolved["model"]["sizes"] = {name: getattr(model, name) for name in sizes}
     path.write_text(json.dumps(resolved, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _compiled_programs(folder: epath.Path) -> Iterator[None]:
+    """A context in which programs are kept for the next start, unless JAX is told where itself."""
+    option = "jax_compilation_cache_dir"
+    before = getattr(jax.config, option)
+    if before is None:
+        jax.config.update(option, os.fspath(folder))
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def _first_state(
@@ -101,49 +119,62 @@ def _train(
     state: TrainState,
     batches: Batches,
     saved: Checkpoints,
-    metrics_file: MetricsFile,
+    record: RunRecord,
     held_out: HeldOut | None,
     console: Console,
 ) -> None:
     start = int(state.step)
-    with ProgressReport(start, config.steps, console) as progress, Preemption() as preemption:
+    with (
+        ProgressReport(start, config.steps, console) as progress,
+        Preemption() as preemption,
+        Profile(record.workdir / "profile", **config.profile.to_dict()) as profile,
+    ):
+        stopwatch = Stopwatch(
+            config.log_every_steps,
+            config.steps,
+            make_schedule(config),
+            [record.write, progress.show],
+            Goodput(record.kept),
+            peak_flops(list(trainer.mesh.devices.flat)),
+        )
 
         def measure_and_save(report: StepReport) -> None:
             is_last, measures = report.step == config.steps, None
             every = config.evaluation.every_steps
             if held_out is not None and (is_last or (every and report.step % every == 0)):
-                measures = _measure(held_out, report.state, metrics_file, progress.say)
+                with stopwatch.pause(report):
+                    measures = _measure(held_out, report.state, record, progress.say)
             is_preempted = preemption.is_due(report.step)
             if is_last or is_preempted or saved.is_due(report.step):
-                seconds = saved.save(report.step, report.state, measures)
-                metrics_file.write(report.step, {"checkpoint_seconds": seconds})
+                with stopwatch.pause(report):
+                    seconds = saved.save(report.step, report.state, measures)
+                record.write(report.step, {"checkpoint_seconds": seconds})
             if is_preempted and not is_last:
                 raise Preempted(f"the machine is to go: saved after step {report.step}")
 
-        receivers = [metrics_file.write, progress.show]
-        hooks = [
-            Stopwatch(
-                config.log_every_steps,
-                config.steps,
-                make_schedule(config),
-                receivers,
-                peak_flops(list(trainer.mesh.devices.flat)),
-            ),
-            SkippedSteps(config.optimizer.most_skipped_in_a_row),
-            measure_and_save,
-        ]
+        most_skipped = SkippedSteps(config.optimizer.most_skipped_in_a_row)
         coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
+        hooks = [stopwatch, most_skipped, measure_and_save, profile]
         train(trainer, state, coming, hooks, progress.say)
 
 
 def _measure(
     held_out: HeldOut,
     state: TrainState,
-    metrics_file: MetricsFile,
+    record: RunRecord,
     say: Callable[[str], None],
 ) -> dict[str, float]:
     say("measuring on held-out data ...")
     measures = held_out.measure(state.parameters)
     prefixed = {f"held_out/{name}": value for name, value in measures.items()}
-    metrics_file.write(int(state.step), prefixed)
+    record.write(int(state.step), prefixed)
     return measures
+
+
+def _show_results(workdir: epath.Path, held_out: HeldOut | None, console: Console) -> None:
+    lines = read_metrics(workdir / METRICS)
+    draw_curves(lines, workdir / "curves.png")
+    if held_out is not None:
+        console.print(result_table(held_out, lines))
+    for name in ("checkpoints", METRICS, "curves.png"):
+        console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)

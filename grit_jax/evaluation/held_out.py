@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
@@ -78,8 +79,10 @@ class HeldOut:
             example.chat for dataset in chats for example in dataset.read(range(len(dataset)))
         ]
         self._tokenizer_name = retrieval[0].manifest.tokenizer["name"] if retrieval else ""
-        self._embed = jax.jit(self._embed_batch)
-        self._cross_entropy = jax.jit(self._cross_entropy_batch)
+        # Every process reads all that comes out.
+        whole = NamedSharding(trainer.mesh, PartitionSpec())
+        self._embed = jax.jit(self._embed_batch, out_shardings=whole)
+        self._cross_entropy = jax.jit(self._cross_entropy_batch, out_shardings=whole)
 
     def measure(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""

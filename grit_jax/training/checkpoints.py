@@ -1,6 +1,7 @@
 """Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import time
 from types import TracebackType
@@ -202,7 +203,7 @@ class Checkpoints:
 
     def _set_aside(self, step: int, failure: Exception) -> None:
         source, destination = self.folder / str(step), self.folder / DAMAGED / str(step)
-        if jax.process_index() == 0 and source.exists():
+        with contextlib.suppress(FileNotFoundError):  # Another process has moved it.
             destination.parent.mkdir(exist_ok=True)
             source.rename(destination)
         reason = " ".join(str(failure).split())[:300]

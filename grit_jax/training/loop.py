@@ -12,9 +12,6 @@ from grit_jax.data.batch import Batch
 from grit_jax.training.flops import useful_flops
 from grit_jax.training.train_step import Trainer, TrainState
 
-# What is summed over the steps between two reports.
-SUMMED = ("tokens", "useful_flops", "data_wait_seconds")
-
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
@@ -24,8 +21,8 @@ class StepReport:
       step: number of steps made.
       state: the state after it.
       metrics: values of the step on the device, `tokens`, the real tokens it read,
-        `useful_flops`, the operations that they need (see `flops`), and `data_wait_seconds`, for
-        which the devices waited for the next batch.
+        `useful_flops`, the operations that they need (see `flops`), `data_wait_seconds`, for
+        which the devices waited for the next batch, and `compile_seconds`.
     """
 
     step: int
@@ -67,8 +64,9 @@ def train(
                 compiled.add(tuple(rows.items()))
             started = time.perf_counter()
             state, metrics = trainer.step(state, placed)
+            compile_seconds = time.perf_counter() - started if is_new else 0.0
             if is_new:
-                say(f"compiled in {time.perf_counter() - started:.1f} s")
+                say(f"compiled in {compile_seconds:.1f} s")
             step += 1
             # The next batch is read and goes to the devices while they make this step.
             started = time.perf_counter()
@@ -79,6 +77,7 @@ def train(
                 "tokens": count_tokens(batch),
                 "useful_flops": useful_flops(trainer.model_config, batch, is_causal=is_causal),
                 "data_wait_seconds": waited,
+                "compile_seconds": compile_seconds,
             }
             report = StepReport(step, state, {**metrics, **counts})
             for hook in hooks:
@@ -107,59 +106,6 @@ def _streams(batch: Batch):
         yield "passages", batch.embedding.passages
     if batch.chats is not None:
         yield "chats", batch.chats
-
-
-class Stopwatch:
-    """A hook that turns every n-th step's metrics into numbers, with speed, and hands them on.
-
-    Args:
-      every_steps: n.
-      stop: the last step, which is reported in any case.
-      learning_rate: learning rate of a step.
-      receivers: called with the step and its metrics as numbers.
-      peak_flops: operations a second of all devices, for the model's FLOPs utilization ("mfu");
-        None to leave it out.
-    """
-
-    def __init__(
-        self,
-        every_steps: int,
-        stop: int,
-        learning_rate: Callable[[int], Any],
-        receivers: Sequence[Callable[[int, dict[str, float]], None]],
-        peak_flops: float | None = None,
-    ):
-        self._every_steps, self._stop = every_steps, stop
-        self._learning_rate, self._receivers = learning_rate, receivers
-        self._peak_flops = peak_flops
-        self._begin()
-
-    def _begin(self) -> None:
-        self._since, self._steps = time.perf_counter(), 0
-        self._sums = dict.fromkeys(SUMMED, 0.0)
-
-    def __call__(self, report: StepReport) -> None:
-        """Takes note of a step."""
-        self._steps += 1
-        for name in SUMMED:
-            self._sums[name] += report.metrics[name]
-        if report.step % self._every_steps and report.step != self._stop:
-            return
-        # Fetching the loss waits for the step: the time covers the work, not its dispatch.
-        metrics = {name: float(value) for name, value in report.metrics.items()}
-        for name in ("data_wait_seconds", "useful_flops"):
-            del metrics[name]
-        seconds = time.perf_counter() - self._since
-        metrics["learning_rate"] = float(self._learning_rate(report.step - 1))
-        metrics["step_seconds"] = seconds / self._steps
-        metrics["tokens_per_second"] = self._sums["tokens"] / seconds
-        metrics["data_wait_fraction"] = self._sums["data_wait_seconds"] / seconds
-        metrics["useful_tflops_per_second"] = self._sums["useful_flops"] / seconds / 1e12
-        if self._peak_flops is not None:
-            metrics["mfu"] = self._sums["useful_flops"] / seconds / self._peak_flops
-        for receive in self._receivers:
-            receive(report.step, metrics)
-        self._begin()
 
 
 IN_A_ROW = "steps_skipped_in_a_row"

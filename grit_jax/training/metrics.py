@@ -1,35 +1,69 @@
-"""What a run writes down: a JSON object a line, and a picture of them."""
+"""What a run writes down: a JSON object a line, the same for TensorBoard, and a picture."""
 
 from collections.abc import Mapping
 import json
+from types import TracebackType
 from typing import Any
 
 from etils import epath
 from matplotlib.figure import Figure
 
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
-class MetricsFile:
-    """The file `metrics.jsonl` of a run; steps only grow in it.
 
-    `has_held_out` tells whether it began with measures on held-out data from before.
+class RunRecord:
+    """The files `metrics.jsonl` and `tensorboard` of a run; steps only grow in them.
+
+    A context, at whose end all is on disk. TensorBoard's events are written on local disks alone.
+
+    Attributes:
+      workdir: the run's folder.
+      kept: the lines that were there before, as far as they are kept.
 
     Args:
-      path: of the file.
+      workdir: the run's folder.
       from_step: lines of later steps are dropped: a run that was stopped makes them again.
+      is_written: whether this process writes it; if not, nothing is.
     """
 
-    def __init__(self, path: epath.Path, from_step: int):
-        self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= from_step]
-        self.has_held_out = any(name.startswith("held_out/") for line in kept for name in line)
-        incomplete = path.with_name(f".incomplete-{path.name}")
-        incomplete.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        incomplete.replace(path)
+    def __init__(self, workdir: epath.Path, from_step: int, is_written: bool = True):
+        self.workdir = workdir
+        self._path = workdir / METRICS
+        self._is_written = is_written
+        self.kept = [line for line in read_metrics(self._path) if line["step"] <= from_step]
+        self._events = None
+        if not is_written:
+            return
+        incomplete = self._path.with_name(f".incomplete-{METRICS}")
+        incomplete.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
+        incomplete.replace(self._path)
+        if "://" not in str(workdir):
+            from tensorboardX import SummaryWriter  # Where torch is installed it takes seconds.
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a line with `step` and the values."""
-        with self.path.open("a") as file:
+            folder, later = str(workdir / TENSORBOARD), from_step + 1 if self.kept else None
+            self._events = SummaryWriter(folder, purge_step=later)
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a line with `step` and the values, and the events."""
+        if not self._is_written:
+            return
+        with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -20,8 +20,9 @@ from grit_jax.models import MistralConfig
 from grit_jax.sharding import held_shards, make_mesh
 from grit_jax.training.flops import useful_flops
 from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, Stopwatch, train
+from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def run(batches, steps):
     lines = []
     trainer = make_trainer()
     receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
-    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers, peak_flops=1e9)
+    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers, Goodput([]), peak_flops=1e9)
     state = train(trainer, trainer.initial_state(0), batches, [stopwatch], lambda _: None)
     assert int(state.step) == steps
     return lines
