@@ -48,6 +48,7 @@ TEST = [
     "ruff>=0.17.6",
     # What exported models are loaded with.
     "sentence-transformers>=6.2",
+    "tensorboard>=2.20",  # reads back what runs write for it
     "torch~=2.13.0",
     "transformers>=5.24",
 ]

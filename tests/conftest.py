@@ -5,7 +5,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-# Before jax is imported: a CPU stands for eight devices, and programs are compiled in half the time.
+# Before jax is imported: a CPU stands for eight devices, and compiling takes half the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 

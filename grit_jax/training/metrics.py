@@ -40,8 +40,11 @@ class RunRecord:
         if "://" not in str(workdir):
             from tensorboardX import SummaryWriter  # Where torch is installed it takes seconds.
 
-            folder, later = str(workdir / TENSORBOARD), from_step + 1 if self.kept else None
-            self._events = SummaryWriter(folder, purge_step=later)
+            self._events = SummaryWriter(
+                str(workdir / TENSORBOARD),
+                purge_step=from_step + 1 if self.kept else None,
+                filename_suffix=f".from-{from_step}",  # Else a file of the same second is lost.
+            )
 
     def __enter__(self) -> "RunRecord":
         return self

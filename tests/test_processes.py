@@ -1,0 +1,44 @@
+"""Processes that cannot find each other say what is missing, before anything else is done."""
+
+from command_line import assert_fails_in_one_line, grit_jax
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_COORDINATOR_ADDRESS=localhost is not of the form HOST:PORT",
+        ),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1234",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+            },
+            "JAX_PROCESS_ID=2, but with JAX_NUM_PROCESSES=2 they go from 0",
+        ),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1234",
+                "JAX_NUM_PROCESSES": "two",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_NUM_PROCESSES=two is no number",
+        ),
+    ],
+)
+def test_a_mistake_in_the_environment_is_named(tmp_path, monkeypatch, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "config.py"
+    config.write_text("from grit_jax.config import default_config as get_config\n")
+    finished = grit_jax("train", f"--config={config}", cwd=tmp_path)
+    assert_fails_in_one_line(finished, "ProcessError", named)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]

@@ -1,0 +1,45 @@
+"""What a run writes down: lines and TensorBoard's events, continued without gaps or doubles."""
+
+import json
+
+from etils import epath
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grit_jax.training.metrics import METRICS, TENSORBOARD, RunRecord, read_metrics
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return epath.Path(tmp_path)
+
+
+def test_a_continued_record_has_each_step_once(workdir):
+    with RunRecord(workdir, from_step=0) as record:
+        assert record.kept == []
+        for step in (1, 2, 3):
+            record.write(step, {"loss": step / 10})
+    with (workdir / METRICS).open("a") as file:
+        file.write('{"step": 4, "lo')  # Killed in the middle of a line.
+    with RunRecord(workdir, from_step=2) as record:
+        assert record.kept == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]
+        for step in (3, 4):
+            record.write(step, {"loss": step / 100})
+    assert read_metrics(workdir / METRICS) == [
+        {"step": step, "loss": loss} for step, loss in ((1, 0.1), (2, 0.2), (3, 0.03), (4, 0.04))
+    ]
+    events = EventAccumulator(str(workdir / TENSORBOARD))
+    events.Reload()
+    shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
+    assert shown == [(1, 0.1), (2, 0.2), (3, 0.03), (4, 0.04)]
+
+
+def test_a_process_that_does_not_write_changes_nothing(workdir):
+    with RunRecord(workdir, from_step=0) as record:
+        record.write(1, {"loss": 1.0})
+        before = (workdir / METRICS).read_text()
+        with RunRecord(workdir, from_step=0, is_written=False) as other:
+            other.write(1, {"loss": 2.0})
+        assert (workdir / METRICS).read_text() == before
+    assert len(list((workdir / TENSORBOARD).iterdir())) == 1
+    assert json.loads(before) == {"step": 1, "loss": 1.0}
