@@ -4,13 +4,14 @@ Legend of dimensions: B rows, S positions, D hidden, V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.objectives.pooling import sum_by_text
-from grit_jax.sharding import constrain
+from grit_jax.sharding import constrain, mesh_axes, partition_spec
 
 REDUCTIONS = ("mixed", "token", "mean")
 
@@ -93,25 +94,70 @@ def next_token_loss(
         ordered = jnp.take_along_axis(array, index, axis=1)
         padded = jnp.pad(ordered, ((0, 0), (0, -S % chunk_size)) + ((0, 0),) * (array.ndim - 2))
         split = padded.reshape(padded.shape[0], -1, chunk_size, *array.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
+        return constrain(jnp.moveaxis(split, 1, 0), None, "batch", *(None,) * (array.ndim - 1))
+
+    inputs = (chunks(hidden), chunks(targets), chunks(weights))
+    counts = jnp.any(inputs[2] != 0, axis=(1, 2))
+    projection = projection.astype(hidden.dtype)
+    if jax.sharding.get_abstract_mesh().empty:
+        return _sum_over_chunks(projection, inputs, counts, logits_dtype)
+    sum_on_mesh = jax.shard_map(
+        functools.partial(_sum_on_mesh, logits_dtype=logits_dtype),
+        in_specs=(
+            partition_spec("embed", None),
+            tuple(partition_spec(None, "batch", *(None,) * (x.ndim - 2)) for x in inputs),
+            partition_spec(None),
+        ),
+        out_specs=partition_spec(),
+        axis_names=set(mesh_axes("batch")),
+    )
+    return sum_on_mesh(projection, inputs, counts)
+
+
+def _sum_on_mesh(
+    projection: jax.Array,
+    inputs: tuple[jax.Array, ...],
+    counts: jax.Array,
+    *,
+    logits_dtype: str,
+) -> Float[Array, ""]:
+    """Returns the sum over all devices, each of which takes its own rows.
+
+    So the projection is gathered once, and its gradient reduced once, and not for every chunk.
+    """
+    gathered = jax.lax.all_gather(projection, mesh_axes("embed"), axis=0, tiled=True)
+    same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
+    gathered = jax.lax.pcast(gathered, same_along, to="varying")
+    total = _sum_over_chunks(gathered, inputs, counts, logits_dtype)
+    return jax.lax.psum(total, mesh_axes("batch"))
+
+
+def _sum_over_chunks(
+    projection: Float[Array, "D V"],
+    inputs: tuple[jax.Array, ...],
+    counts: Bool[Array, "chunks"],
+    logits_dtype: str,
+) -> Float[Array, ""]:
+    """Returns the weighted sum over chunks of hidden states, targets and weights.
+
+    Those that do not count cost nothing.
+    """
 
     def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = jnp.einsum(
-            "BSD,DV->BSV",
-            hidden,
-            projection.astype(hidden.dtype),
-            preferred_element_type=logits_dtype,
+            "BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype
         )
-        logits = constrain(logits, "batch", None, "vocab").astype(jnp.float32)
+        logits = constrain(logits, None, None, "vocab").astype(jnp.float32)
         own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def add_chunk(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        counts = jnp.any(chunk[2] != 0)
-        added = jax.lax.cond(counts, weighted_sum, lambda *_: jnp.zeros(()), *chunk)
-        return total + added, None
+    def nothing(*chunk: jax.Array) -> jax.Array:
+        return jnp.zeros_like(chunk[-1], shape=())
 
-    inputs = (chunks(hidden), chunks(targets), chunks(weights))
-    total, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), inputs)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def add_chunk(total: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
+        chunk, counts = scanned
+        return total + jax.lax.cond(counts, weighted_sum, nothing, *chunk), None
+
+    total, _ = jax.lax.scan(add_chunk, nothing(inputs[-1]), (inputs, counts))
     return total
