@@ -33,7 +33,7 @@ class GritLM:
 
         Args:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken).
+            checkpoint is taken). Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           mesh: the devices, by default all of them.
 
