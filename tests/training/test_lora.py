@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from pathlib import Path
+import re
+import shutil
 
 from etils import epath
 from flax import nnx
@@ -12,12 +15,18 @@ import optax
 import pytest
 from small_batches import SIZES, make_batch
 
+from grit_jax.config_flags import parse_flags
+from grit_jax.conversion import AdaptedModel, open_model
+from grit_jax.from_config import make_trainer
 from grit_jax.models import LoraConfig, MistralConfig, MixtralConfig
+from grit_jax.run import run
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.checkpoints import Checkpoints, Retention
+from grit_jax.training.checkpoints import CheckpointError, Checkpoints, Retention
 from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.metrics import read_metrics
 from grit_jax.training.train_step import Trainer
 
+ROOT = Path(__file__).parents[2]
 LORA = LoraConfig(rank=3, alpha=6.0, targets="*")
 LOSS = LossConfig(temperature=0.1, learn_temperature=True)
 
@@ -120,6 +129,22 @@ def test_a_checkpoint_of_the_updates_alone_continues_to_the_bit(trainer, continu
             np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
+def test_no_gradient_of_a_weight_is_computed():
+    sizes = SIZES | {"hidden_size": 40, "intermediate_size": 56}  # That nothing else has.
+    batch = make_batch(seed=0)[0]
+    products = {}
+    for lora in (None, LORA):
+        config = MixtralConfig(**sizes, num_local_experts=4, lora=lora)
+        trainer = Trainer(config, LOSS, optax.sgd(1.0), make_mesh(devices=jax.devices()[:1]))
+        with jax.set_mesh(trainer.mesh):
+            lowered = trainer.step.lower(trainer.abstract_state(), batch)
+        # Shapes of the layers' weights, of an expert's, and of the head, transposed or not.
+        shapes = "40x4x8|4x8x40|40x56|56x40|40x64|64x40"
+        products[lora] = re.findall(rf"dot_general.*-> tensor<({shapes})x", lowered.as_text())
+    assert len(products[None]) > 10
+    assert not products[LORA]
+
+
 def gradient_of(config, mesh, num_chunks):
     """Returns the gradient of a step, from updates that are not 0: what descent by 1 takes."""
     trainer = Trainer(config, LOSS, optax.sgd(1.0), mesh, num_chunks)
@@ -163,3 +188,63 @@ def test_eight_devices_in_chunks_have_the_gradient_of_one_device():
             array = layers[module][f"{name}_lora"][matrix][...]
             on_device = math.prod(array.sharding.shard_shape(array.shape))
             assert on_device == array.size // shards, (layer, matrix)
+
+
+@pytest.mark.slow
+def test_a_run_of_updates_is_continued_on_its_own_base_alone(prepared_sample, tmp_path):
+    base, other = save_bases(tmp_path / "bases")
+    run_on(base, prepared_sample, tmp_path / "whole")
+    expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    measured = {line["step"] for line in expected if "held_out/perplexity" in line}
+    assert measured == {0, 2}
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")
+    base.rename(tmp_path / "moved")  # It is what is in it that counts.
+    run_on(tmp_path / "moved", prepared_sample, tmp_path / "stopped")
+    losses = [
+        [line["loss"] for line in lines if "loss" in line]
+        for lines in (expected, read_metrics(tmp_path / "stopped" / "metrics.jsonl"))
+    ]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+    saved = open_model(tmp_path / "stopped")
+    assert saved.folder.name == "2" and isinstance(saved, AdaptedModel)
+
+    for base, settings, named in (
+        (other, {}, "lora.base was"),
+        (tmp_path / "moved", {"rank": 3}, "lora.rank was 2 and is 3"),
+        (tmp_path / "moved", {"targets": "*.down"}, r"lora.targets was 'attention.\*,"),
+        (tmp_path / "moved", {"rank": 0}, "lora.rank was 2 and is None"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            run_on(base, prepared_sample, tmp_path / "stopped", **settings)
+
+
+def small_config(prepared_sample):
+    config, _ = parse_flags([f"--config={ROOT / 'configs' / 'gritlm_tiny.py'}"])
+    config.model.sizes.update(hidden_size=32, intermediate_size=32, head_dim=8)
+    config.mode = "generative"  # One stream is compiled in half of the time.
+    config.data.folder = str(prepared_sample)
+    config.optimizer.warmup_fraction = 0.0
+    config.steps, config.log_every_steps, config.checkpoint.every_steps = 2, 1, 1
+    return config
+
+
+def save_bases(folder):
+    """Saves a model and another as checkpoints; returns their folders."""
+    trainer = make_trainer(small_config(""))
+    with jax.default_prng_impl("rbg"):
+        state = trainer.initial_state(0)
+    config, keep = trainer.model_config, Retention(keep=2)
+    with Checkpoints(epath.Path(folder), config, {}, 1, keep) as saved:
+        saved.save(1, state)
+        saved.save(2, jax.tree.map(lambda array: array * 2, state))
+    return folder / "1", folder / "2"
+
+
+def run_on(base, prepared_sample, workdir, **settings):
+    config = small_config(prepared_sample)
+    config.model.weights = str(base)
+    config.lora.rank = 2
+    config.lora.update(settings)
+    run(config, epath.Path(workdir))
