@@ -1,5 +1,6 @@
 """Weights to and from Hugging Face's safetensors, tensor by tensor and slice by slice."""
 
+import os
 from pathlib import Path
 
 from grit_jax.conversion.adapted_model import BASE_MODEL, AdaptedModel
@@ -19,7 +20,9 @@ __all__ = [
 Model = HuggingFaceModel | OrbaxModel | AdaptedModel
 
 
-def open_model(path: Path, head: str | Path | None = None, base: str | Path | None = None) -> Model:
+def open_model(
+    path: Path, head: str | Path | None = None, base: str | os.PathLike | None = None
+) -> Model:
     """Opens the model at `path`: a Hugging Face folder, a checkpoint, or a run's folder.
 
     Of a run's folder (the `--workdir` of training) the newest checkpoint is opened. One of low-rank
@@ -54,7 +57,7 @@ def open_model(path: Path, head: str | Path | None = None, base: str | Path | No
     )
 
 
-def _open_base(path: Path, moved_to: str | Path | None) -> Model:
+def _open_base(path: Path, moved_to: str | os.PathLike | None) -> Model:
     """Opens the model that a checkpoint of low-rank updates was trained on."""
     folder = Path(moved_to or read_item(path, BASE_MODEL)["folder"])
     try:

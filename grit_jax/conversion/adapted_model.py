@@ -53,7 +53,7 @@ class AdaptedModel:
         part = self._holder(parameter).read(parameter, index)
         if parameter.path not in self._adapted:
             return part
-        return part.astype(np.float32) + self._update(parameter, index).reshape(part.shape)
+        return part + self._update(parameter, index).reshape(part.shape)  # A and B are float32.
 
     def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters as global arrays, see `HuggingFaceModel.load`."""
