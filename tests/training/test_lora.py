@@ -84,7 +84,12 @@ def continued(trainer, tmp_path_factory):
 
 def one_step(trainer, state, step):
     with jax.set_mesh(trainer.mesh):
-        return trainer.step(state, trainer.to_devices(make_batch(seed=step)[0]))[0]
+        return trainer.step(state, trainer.to_devices(embedding_batch(step)))[0]
+
+
+def embedding_batch(seed, shards=1):
+    """Returns a batch without chats, whose step is compiled in half of the time."""
+    return dataclasses.replace(make_batch(seed, shards)[0], chats=None)
 
 
 def open_checkpoints(folder, trainer):
@@ -159,7 +164,7 @@ def gradient_of(config, mesh, num_chunks):
         jax.device_put(unflatten_dict(parameters), nnx.to_pure_dict(trainer.shardings.parameters)),
     )
     before = leaves(state.trained)
-    batch = dataclasses.replace(make_batch(seed=0, shards=16)[0], chats=None)
+    batch = embedding_batch(0, shards=16)
     with jax.set_mesh(mesh):
         state, metrics = trainer.step(state, trainer.to_devices(batch))
     after = leaves(state.trained)
