@@ -17,7 +17,7 @@ def fingerprint(name: str, files: Iterable[Path]) -> str:
     total = hashlib.sha256(name.encode())
     for digest in sorted(_of_file(path) for path in files):
         total.update(digest)
-    return total.hexdigest()
+    return total.hexdigest()[:16]
 
 
 def _of_file(path: Path) -> bytes:
