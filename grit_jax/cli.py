@@ -203,6 +203,9 @@ def convert(argv: Sequence[str]) -> None:
         "of a base model to take its head",
     )
     to_hf.add_argument(
+        "--base", help="where the model that LoRA's updates were trained on lies now, if it moved"
+    )
+    to_hf.add_argument(
         "--tokenizer",
         help="'mistral' or the path of a SentencePiece model; by default the one that lies with "
         "the model, else 'mistral'",
@@ -234,7 +237,7 @@ def convert(argv: Sequence[str]) -> None:
             write_orbax(model, arguments.destination)
         else:
             write_hugging_face(
-                open_model(arguments.source),
+                open_model(arguments.source, base=arguments.base),
                 arguments.destination,
                 tokenizer=arguments.tokenizer,
                 dtype=arguments.dtype,

@@ -53,6 +53,16 @@ def default_config() -> Config:
     config.model.embedding_projection_size = 0
     config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
 
+    # Low-rank updates of linear layers (LoRA): the updates are trained in the place of the model,
+    # which stays as `config.model.weights` has it. They need a higher rate of learning, such as
+    # 2e-4.
+    config.lora = ConfigDict()
+    config.lora.rank = 0  # of the updates; 0: all parameters are trained
+    config.lora.alpha = 16.0  # the updates are multiplied by alpha / rank
+    # Names of the layers, with the wildcards of a shell; each must match some. These are all but
+    # "feed_forward.router" of a Mixtral, which is smaller than its update would be.
+    config.lora.targets = "attention.*,feed_forward.gate,feed_forward.up,feed_forward.down"
+
     config.loss = ConfigDict()
     config.loss.embedding_weight = 1.0
     config.loss.generative_weight = 1.0

@@ -76,7 +76,7 @@ def _complete_sizes(config: Config) -> None:
     config_class, _ = ARCHITECTURES[config.model.architecture]
     with config.unlocked():
         for field in dataclasses.fields(config_class):
-            if field.name in config.model or field.name in config.model.sizes:
+            if any(field.name in section for section in (config, config.model, config.model.sizes)):
                 continue
             unset = field.default is None  # Only the sliding window may be.
             config.model.sizes[field.name] = placeholder(int) if unset else field.default

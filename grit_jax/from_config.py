@@ -19,7 +19,13 @@ from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixt
 from grit_jax.data.schedule import stable_seed
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.models import ARCHITECTURES, AttentionError, MistralConfig, make_config
+from grit_jax.models import (
+    ARCHITECTURES,
+    AttentionError,
+    LoraConfig,
+    MistralConfig,
+    make_config,
+)
 from grit_jax.sharding import batch_shards, held_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints, Retention
 from grit_jax.training.joint_loss import LossConfig
@@ -30,9 +36,16 @@ Datasets = dict[PreparedDataset, float]
 
 
 def make_checkpoints(
-    config: Config, trainer: Trainer, batches: Batches, folder: epath.Path
+    config: Config,
+    trainer: Trainer,
+    batches: Batches,
+    folder: epath.Path,
+    pretrained: Model | None = None,
 ) -> Checkpoints:
     """Returns the checkpoints of a run, which only a run on the same data continues.
+
+    Low-rank updates are continued only on top of the weights that they were trained on, wherever
+    those lie by then.
 
     Raises:
       CheckpointError: the folder cannot be written to.
@@ -46,8 +59,13 @@ def make_checkpoints(
     }
     data = {"seed": config.seed, **batches.description}
     description = {"data": data, "trained": trained}
+    base_folder = None
+    if trainer.model_config.lora is not None and pretrained is not None:
+        updates = dataclasses.asdict(trainer.model_config.lora)
+        description["lora"] = {**updates, "base": pretrained.fingerprint()}
+        base_folder = str(pretrained.folder.resolve())
     return Checkpoints(
-        folder, trainer.model_config, description, every_steps, Retention(**settings)
+        folder, trainer.model_config, description, every_steps, Retention(**settings), base_folder
     )
 
 
@@ -107,6 +125,7 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
     if projection:
         settings["embedding_projection_size"] = projection
     try:
+        settings["lora"] = _lora_config(config, pretrained)
         if pretrained is None:
             return make_config(config.model.architecture, **sizes, **settings)
         _check_sizes(sizes, pretrained)
@@ -119,6 +138,20 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
         return dataclasses.replace(pretrained.config, **settings)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
+    """Returns the configuration of the low-rank updates, None if all parameters are trained."""
+    if not config.lora.rank:
+        return None
+    if pretrained is None:
+        # Random weights would have to be saved with each checkpoint, and there is nothing in them
+        # that is worth keeping.
+        raise ConfigError(
+            f"config.lora.rank={config.lora.rank} needs config.model.weights: what the updates "
+            "are added to is not trained, nor saved with them"
+        )
+    return LoraConfig(**config.lora.to_dict())
 
 
 def _check_sizes(sizes: dict[str, Any], pretrained: Model) -> None:

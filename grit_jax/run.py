@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import json
 import os
 
@@ -61,7 +62,7 @@ def run(config: Config, workdir: epath.Path) -> None:
 
     with (
         _compiled_programs(workdir / "compiled"),
-        make_checkpoints(config, trainer, batches, workdir / "checkpoints") as saved,
+        make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
     ):
         state = _first_state(config, trainer, pretrained, saved, console)
         with RunRecord(workdir, int(state.step), is_writer()) as record:
@@ -102,15 +103,31 @@ def _first_state(
     console: Console,
 ) -> TrainState:
     restored = saved.restore(trainer.abstract_state())
+    if trainer.model_config.lora is not None:
+        console.print(_say_what_is_trained(trainer), highlight=False, soft_wrap=True)
     if restored is not None:
         console.print(f"continuing from step {restored.step} of {saved.folder}", highlight=False)
-        return restored
+        if trainer.model_config.lora is None or pretrained is None:
+            return restored
+        start = trainer.state_from(pretrained.load, config.seed)
+        return dataclasses.replace(restored, frozen=start.frozen)
     if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
         return trainer.state_from(pretrained.load, config.seed)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
     console.print(f"{count:,} parameters, at random", highlight=False)
     return trainer.initial_state(config.seed)
+
+
+def _say_what_is_trained(trainer: Trainer) -> str:
+    model, state = trainer.model_config, trainer.abstract_state()
+    assert model.lora is not None
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(parameters))
+        for parameters in (state.parameters, state.frozen)
+    )
+    layers = ", ".join(model.lora.targeted(model.linear_layers))
+    return f"training {trained:,} parameters beside {frozen:,} that stay: updates of {layers}"
 
 
 def _train(
@@ -165,7 +182,7 @@ def _measure(
     say: Callable[[str], None],
 ) -> dict[str, float]:
     say("measuring on held-out data ...")
-    measures = held_out.measure(state.parameters)
+    measures = held_out.measure(state.model_parameters)
     prefixed = {f"held_out/{name}": value for name, value in measures.items()}
     record.write(int(state.step), prefixed)
     return measures

@@ -34,6 +34,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "embedding": None,
     "layers": None,
     "router": None,
+    "lora": None,
     None: None,
 }
 

@@ -8,6 +8,7 @@ from flax import nnx
 from grit_jax.models.attention import AttentionError
 from grit_jax.models.cache import Cache
 from grit_jax.models.hugging_face import config_from_hugging_face, config_to_hugging_face
+from grit_jax.models.linear import LoraConfig
 from grit_jax.models.mistral import Mistral, MistralConfig, Stream
 from grit_jax.models.mixtral import Mixtral, MixtralConfig, RouterStatistics
 
@@ -15,6 +16,7 @@ __all__ = [
     "ARCHITECTURES",
     "AttentionError",
     "Cache",
+    "LoraConfig",
     "Mistral",
     "MistralConfig",
     "Mixtral",
@@ -48,8 +50,11 @@ def make_config(architecture: str, **fields: Any) -> MistralConfig:
 
 
 def make_model(config: MistralConfig, seed: int) -> Mistral:
-    """Returns the model of this configuration with random parameters."""
+    """Returns the model of this configuration with random parameters.
+
+    Those of low-rank updates are of a stream of their own: the others are the same without them.
+    """
     for config_class, model_class in ARCHITECTURES.values():
         if type(config) is config_class:
-            return model_class(config, rngs=nnx.Rngs(seed))
+            return model_class(config, rngs=nnx.Rngs(params=seed, lora=seed + 1))
     raise TypeError(f"no model has a configuration of type {type(config).__name__}")

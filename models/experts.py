@@ -2,7 +2,8 @@
 
 Legend of dimensions: M tokens, D hidden, F feed-forward, E experts, C experts chosen for a token,
 R rows (copies of tokens, one for each choice), K inputs and N outputs of a weight, P devices along
-the mesh axis of the experts.
+the mesh axis of the experts. The weights of an adapted layer (`linear.Weight`) have a pair of
+matrices, A and B, for each expert.
 
 On a mesh each device holds M/P tokens and E/P experts:
 
@@ -21,12 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grit_jax.models.linear import Weight
 from grit_jax.sharding import mesh_axes, partition_spec, vary_over_mesh
 
 # Rows that one product of the loop takes: enough to be worth reading an expert's weight for.
 BLOCK_ROWS = 128
 
-# Names of the axes of the experts' weights.
+# Names of the axes of the experts' weights: experts, inputs, outputs.
 INTO_EXPERTS = ("experts", "embed", "mlp")
 OUT_OF_EXPERTS = ("experts", "mlp", "embed")
 
@@ -38,46 +40,60 @@ def apply_experts(
     tokens: Float[Array, "M D"],
     weights: Float[Array, "M C"],
     experts: Int[Array, "M C"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Weight,
+    up: Weight,
+    down: Weight,
 ) -> Float[Array, "M D"]:
     """Sends each token through its C experts and returns the weighted sum of their outputs.
 
-    The choice E stands for none: it costs no product and adds 0. With a mesh in use, the tokens lie
-    on it as "batch" does, and each device computes what was sent to the experts it holds.
+    The W of `gate` and `up` are [E, D, F], that of `down` [E, F, D]. The choice E stands for none:
+    it costs no product and adds 0. With a mesh in use, the tokens lie on it as "batch" does, and
+    each device computes what was sent to the experts it holds.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return _apply(tokens, weights, experts, gate, up, down, axis=None)
     batch = partition_spec("batch", None)
-    into, out_of = partition_spec(*INTO_EXPERTS), partition_spec(*OUT_OF_EXPERTS)
-    return jax.shard_map(
-        _apply_on_mesh, in_specs=(batch, batch, batch, into, into, out_of), out_specs=batch
-    )(tokens, weights, experts, gate, up, down)
+    matrices = ((gate, INTO_EXPERTS), (up, INTO_EXPERTS), (down, OUT_OF_EXPERTS))
+    specs = [tuple(partition_spec(*a) for a in _axes(weight, axes)) for weight, axes in matrices]
+    return jax.shard_map(_apply_on_mesh, in_specs=(batch, batch, batch, *specs), out_specs=batch)(
+        tokens, weights, experts, gate, up, down
+    )
+
+
+def _axes(weight: Weight, axes: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+    """Returns the names of the axes of W, and of A and B where there are any."""
+    experts, inputs, outputs = axes
+    of_each = [axes, (experts, inputs, "lora"), (experts, "lora", outputs)]
+    return of_each[: len(weight)]
 
 
 def _apply_on_mesh(
     tokens: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
 ) -> jax.Array:
     """What each device does with its tokens and its shards of the weights."""
 
-    def whole(weight: jax.Array, *axes: str) -> jax.Array:
-        dimension = axes.index("embed")
-        gathered = jax.lax.all_gather(weight, mesh_axes("embed"), axis=dimension, tiled=True)
-        return vary_over_mesh(gathered, *axes)
+    def gathered(matrix: jax.Array, *axes: str) -> jax.Array:
+        if "embed" in axes:
+            dimension = axes.index("embed")
+            matrix = jax.lax.all_gather(matrix, mesh_axes("embed"), axis=dimension, tiled=True)
+        return vary_over_mesh(matrix, *axes)
+
+    def whole(weight: Weight, axes: tuple[str, str, str]) -> Weight:
+        pairs = zip(weight, _axes(weight, axes), strict=True)
+        return tuple(gathered(matrix, *names) for matrix, names in pairs)
 
     mixed = _apply(
         vary_over_mesh(tokens, "batch", None),
         weights,
         experts,
-        whole(gate, *INTO_EXPERTS),
-        whole(up, *INTO_EXPERTS),
-        whole(down, *OUT_OF_EXPERTS),
+        whole(gate, INTO_EXPERTS),
+        whole(up, INTO_EXPERTS),
+        whole(down, OUT_OF_EXPERTS),
         axis=mesh_axes("experts")[0],
     )
     return jax.lax.psum(mixed, mesh_axes("mlp"))
@@ -87,15 +103,16 @@ def _apply(
     tokens: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     *,
     axis: str | None,
 ) -> jax.Array:
     M, C = experts.shape
     num_devices = 1 if axis is None else jax.lax.axis_size(axis)
-    E = num_devices * gate.shape[0]
+    num_own = len(gate[0])
+    E = num_devices * num_own
     order = jnp.argsort(experts.reshape(-1), stable=True)  # Copy m * C + c is token m's choice c.
     copies = tokens[order // C]
     group_sizes = jnp.sum(experts.reshape(-1, 1) == jnp.arange(E), axis=0, dtype=jnp.int32)
@@ -103,7 +120,7 @@ def _apply(
         outputs = _feed_forward(copies, gate, up, down, group_sizes)
     else:
         there, back, group_sizes = plan_routes(group_sizes, axis)
-        most = num_devices * M * min(C, gate.shape[0])
+        most = num_devices * M * min(C, num_own)
         received = exchange(axis, most, copies, there, back)
         outputs = _feed_forward(received, gate, up, down, group_sizes)
         outputs = exchange(axis, M * C, outputs, back, there)
@@ -114,15 +131,23 @@ def _apply(
 
 def _feed_forward(
     rows: Float[Array, "R D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "R D"]:
+    def product(rows: jax.Array, weight: Weight) -> jax.Array:
+        matrix, *update = weight
+        products = grouped_matmul(rows, matrix, group_sizes)
+        if not update:
+            return products
+        a, b = update
+        return products + grouped_matmul(grouped_matmul(rows, a, group_sizes), b, group_sizes)
+
     rows = checkpoint_name(rows, "expert_inputs")
-    gated = checkpoint_name(grouped_matmul(rows, gate, group_sizes), "expert_gate")
-    raised = checkpoint_name(grouped_matmul(rows, up, group_sizes), "expert_up")
-    return grouped_matmul(jax.nn.silu(gated) * raised, down, group_sizes)
+    gated = checkpoint_name(product(rows, gate), "expert_gate")
+    raised = checkpoint_name(product(rows, up), "expert_up")
+    return product(jax.nn.silu(gated) * raised, down)
 
 
 class Routes(NamedTuple):

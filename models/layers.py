@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.attention import Visibility, attention
+from grit_jax.models.linear import LinearLayers, linear
 from grit_jax.sharding import constrain
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class RMSNorm(nnx.Module):
         return rms_norm(hidden, self.scale[...], self.config.rms_norm_eps)
 
 
-class Attention(nnx.Module):
+class Attention(LinearLayers):
     """Grouped-query attention with rotary positions; what may be seen is the caller's choice."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
@@ -103,6 +104,7 @@ class Attention(nnx.Module):
         self.output = weight(
             (N, H, D), ("heads", "head_dim", "embed"), out_of_branch(N * H, config)
         )
+        self.adapt("attention", rngs=rngs)
 
     def __call__(
         self,
@@ -116,12 +118,11 @@ class Attention(nnx.Module):
         Without a cache the keys are those of the positions themselves; with one, those in all its
         slots, after this layer's new ones have been put into the slots taken last.
         """
-        dtype, theta = self.config.dtype, self.config.rope_theta
-        positions = visibility.positions
+        theta, positions = self.config.rope_theta, visibility.positions
         B, S = positions.shape
-        query = jnp.einsum("MD,DNH->MNH", hidden, self.query[...].astype(dtype))
-        key = jnp.einsum("MD,DKH->MKH", hidden, self.key[...].astype(dtype))
-        value = jnp.einsum("MD,DKH->MKH", hidden, self.value[...].astype(dtype))
+        query = linear("MD,DNH->MNH", hidden, self.weight("query"))
+        key = linear("MD,DKH->MKH", hidden, self.weight("key"))
+        value = linear("MD,DKH->MKH", hidden, self.weight("value"))
         # [M, heads, H] -> [B, S, heads, H]
         query = constrain(query.reshape(B, S, *query.shape[1:]), "batch", None, "heads", None)
         key = constrain(key.reshape(B, S, *key.shape[1:]), "batch", None, "kv_heads", None)
@@ -133,10 +134,10 @@ class Attention(nnx.Module):
             key, value = cache.of_layer(layer)
         mixed = attention(query, key, value, visibility, self.config.attention_implementation)
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
-        return jnp.einsum("MNH,NHD->MD", mixed, self.output[...].astype(dtype)), cache
+        return linear("MNH,NHD->MD", mixed, self.weight("output")), cache
 
 
-class MLP(nnx.Module):
+class MLP(LinearLayers):
     """The gated feed-forward network of Llama and Mistral (SwiGLU, arXiv 2002.05202)."""
 
     def __init__(self, config: MistralConfig, *, rngs: nnx.Rngs):
@@ -146,17 +147,17 @@ class MLP(nnx.Module):
         self.gate = weight((D, F), ("embed", "mlp"), into_branch(D))
         self.up = weight((D, F), ("embed", "mlp"), into_branch(D))
         self.down = weight((F, D), ("mlp", "embed"), out_of_branch(F, config))
+        self.adapt("feed_forward", rngs=rngs)
 
     def __call__(
         self, hidden: Float[Array, "M D"], is_token: Bool[Array, M]
     ) -> tuple[Float[Array, "M D"], None]:
         """Returns the transformed states, and None in the place of a router's statistics."""
         del is_token  # Padding costs nothing here that could be left out.
-        dtype = self.config.dtype
-        gate = jnp.einsum("MD,DF->MF", hidden, self.gate[...].astype(dtype))
-        up = jnp.einsum("MD,DF->MF", hidden, self.up[...].astype(dtype))
+        gate = linear("MD,DF->MF", hidden, self.weight("gate"))
+        up = linear("MD,DF->MF", hidden, self.weight("up"))
         activated = constrain(jax.nn.silu(gate) * up, "batch", "mlp")
-        return jnp.einsum("MF,FD->MD", activated, self.down[...].astype(dtype)), None
+        return linear("MF,FD->MD", activated, self.weight("down")), None
 
 
 class EmbeddingProjection(nnx.Module):

@@ -6,7 +6,7 @@ T texts, P embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar, cast, overload
 
@@ -25,6 +25,7 @@ from grit_jax.models.layers import (
     into_branch,
     parameter,
 )
+from grit_jax.models.linear import LoraConfig
 from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.sharding import constrain
 
@@ -39,7 +40,10 @@ class MistralConfig:
     a linear layer makes them of pooled hidden states. `dtype` is the type of the computation,
     `param_dtype` that of the parameters and `logits_dtype` that of the logits. `remat` names what a
     layer's backward pass finds saved (`remat.REMAT_POLICIES`), and `attention_implementation` is
-    one of `attention.IMPLEMENTATIONS`.
+    one of `attention.IMPLEMENTATIONS`. `lora` says which linear layers are adapted, None for none.
+
+    `linear_layers` has the names of a decoder layer's linear layers, and how many axes of the
+    weight of each are inputs.
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -64,6 +68,17 @@ class MistralConfig:
     logits_dtype: str = "float32"
     remat: str = "full"
     attention_implementation: str = "auto"
+    lora: LoraConfig | None = None
+
+    linear_layers: ClassVar[Mapping[str, int]] = {
+        "attention.query": 1,
+        "attention.key": 1,
+        "attention.value": 1,
+        "attention.output": 2,
+        "feed_forward.gate": 1,
+        "feed_forward.up": 1,
+        "feed_forward.down": 1,
+    }
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -91,6 +106,8 @@ class MistralConfig:
                 f"config.model.attention_implementation={self.attention_implementation!r} must be "
                 f"one of {', '.join(IMPLEMENTATIONS)}"
             )
+        if self.lora is not None:
+            self.lora.targeted(self.linear_layers)
 
 
 @jax.tree_util.register_dataclass

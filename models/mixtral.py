@@ -4,8 +4,10 @@ Legend of dimensions: M tokens, D hidden, F feed-forward, E experts,
 C experts chosen for a token.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
+from typing import ClassVar
 
 from flax import nnx
 import jax
@@ -14,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.experts import INTO_EXPERTS, OUT_OF_EXPERTS, apply_experts
 from grit_jax.models.layers import into_branch, out_of_branch, parameter
+from grit_jax.models.linear import LinearLayers, linear
 from grit_jax.models.mistral import Mistral, MistralConfig
 
 
@@ -29,6 +32,11 @@ class MixtralConfig(MistralConfig):
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.02
+
+    linear_layers: ClassVar[Mapping[str, int]] = {
+        **MistralConfig.linear_layers,
+        "feed_forward.router": 1,
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,7 +63,7 @@ class RouterStatistics:
     tokens: Float[Array, "*L"]
 
 
-class Experts(nnx.Module):
+class Experts(LinearLayers):
     """Dropless mixture of gated feed-forward networks: every token reaches all its experts."""
 
     def __init__(self, config: MixtralConfig, *, rngs: nnx.Rngs):
@@ -66,6 +74,7 @@ class Experts(nnx.Module):
         self.gate = weight((E, D, F), INTO_EXPERTS, into_branch(D))
         self.up = weight((E, D, F), INTO_EXPERTS, into_branch(D))
         self.down = weight((E, F, D), OUT_OF_EXPERTS, out_of_branch(F, config))
+        self.adapt("feed_forward", rngs=rngs)
 
     def __call__(
         self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
@@ -74,24 +83,23 @@ class Experts(nnx.Module):
 
         Padding goes to no expert: its transformed state is 0.
         """
-        dtype = self.config.dtype
         probabilities = self._probabilities(hidden)
         weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         none = self.config.num_local_experts
         output = apply_experts(
             hidden,
-            weights.astype(dtype),
+            weights.astype(self.config.dtype),
             jnp.where(is_token[:, None], experts, none),
-            self.gate[...].astype(dtype),
-            self.up[...].astype(dtype),
-            self.down[...].astype(dtype),
+            self.weight("gate"),
+            self.weight("up"),
+            self.weight("down"),
         )
         return output, router_statistics(probabilities, experts, is_token)
 
     def _probabilities(self, hidden: Float[Array, "M D"]) -> Float[Array, "M E"]:
-        router = self.router[...].astype(jnp.float32)
-        return jax.nn.softmax(jnp.einsum("MD,DE->ME", hidden.astype(jnp.float32), router))
+        wide, router = hidden.astype(jnp.float32), self.weight("router", "float32")
+        return jax.nn.softmax(linear("MD,DE->ME", wide, router))
 
 
 def router_statistics(

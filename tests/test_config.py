@@ -11,6 +11,7 @@ import reference_values
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.from_config import make_trainer, model_config, open_pretrained
+from grit_jax.models import config_to_hugging_face
 from grit_jax.training.optimizer import learning_rate_schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -309,6 +310,19 @@ def test_an_unknown_schedule_is_named():
             ],
             ["config.model.sizes.hidden_size=64", "tiny-mistral has 32"],
         ),
+        (["--config.lora.rank=8"], ["config.lora.rank=8 needs config.model.weights"]),
+        (
+            [
+                f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}",
+                "--config.lora.rank=8",
+                "--config.lora.targets=attention.*,mlp.*",
+            ],
+            ["'mlp.*' matches no linear layer", "feed_forward.gate, feed_forward.up"],
+        ),
+        (
+            [f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}", "--config.lora.rank=-1"],
+            ["config.lora.rank=-1 must be positive"],
+        ),
     ],
 )
 def test_weights_that_cannot_be_started_from(flags, named):
@@ -333,6 +347,20 @@ def test_training_starts_from_given_weights():
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(at_random), strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+
+
+def test_low_rank_updates_are_of_all_layers_but_the_router_and_not_in_config_json():
+    for name, config in (("mistral", "gritlm_7b"), ("mixtral", "gritlm_8x7b")):
+        weights = f"--config.model.weights={TINY_MODELS / f'tiny-{name}'}"
+        config = parse(config_flag(config), weights, "--config.mesh.expert=1")
+        plain = model_config(config, open_pretrained(config))
+        assert plain.lora is None
+        config.lora.rank = 4
+        adapted = model_config(config, open_pretrained(config))
+        layers = adapted.lora.targeted(adapted.linear_layers)
+        assert set(adapted.linear_layers) - set(layers) <= {"feed_forward.router"}
+        assert config_to_hugging_face(adapted) == config_to_hugging_face(plain)
+        assert "lora" not in config.model.sizes
 
 
 def test_a_projection_of_another_size_than_the_weights_have():

@@ -1,27 +1,40 @@
 """Weights to and from Hugging Face's safetensors, tensor by tensor and slice by slice."""
 
+import os
 from pathlib import Path
 
+from grit_jax.conversion.adapted_model import BASE_MODEL, AdaptedModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
-from grit_jax.conversion.orbax_model import MODEL_CONFIG, PARAMETERS, OrbaxModel
+from grit_jax.conversion.orbax_model import MODEL_CONFIG, PARAMETERS, OrbaxModel, read_item
 from grit_jax.conversion.safetensors_folder import ConversionError
 
-__all__ = ["ConversionError", "HuggingFaceModel", "Model", "OrbaxModel", "open_model"]
+__all__ = [
+    "AdaptedModel",
+    "ConversionError",
+    "HuggingFaceModel",
+    "Model",
+    "OrbaxModel",
+    "open_model",
+]
 
-Model = HuggingFaceModel | OrbaxModel
+Model = HuggingFaceModel | OrbaxModel | AdaptedModel
 
 
-def open_model(path: Path, head: str | Path | None = None) -> Model:
+def open_model(
+    path: Path, head: str | Path | None = None, base: str | os.PathLike | None = None
+) -> Model:
     """Opens the model at `path`: a Hugging Face folder, a checkpoint, or a run's folder.
 
-    Of a run's folder (the `--workdir` of training) the newest checkpoint is opened.
+    Of a run's folder (the `--workdir` of training) the newest checkpoint is opened. One of low-rank
+    updates is opened together with the model that they were trained on.
 
     Args:
       path: the folder.
       head: see `HuggingFaceModel`.
+      base: where the model of low-rank updates lies now, if not where it was.
 
     Raises:
-      ConversionError: there is no model at `path`.
+      ConversionError: there is no model at `path`, or not the one that updates are of.
     """
     if not path.is_dir():
         raise ConversionError(f"{path} is not there, or not a folder")
@@ -32,9 +45,24 @@ def open_model(path: Path, head: str | Path | None = None) -> Model:
     if (path / PARAMETERS).is_dir():
         if not (path / MODEL_CONFIG).is_dir():
             raise ConversionError(f"{path} has no {MODEL_CONFIG}: it cannot be known what it is of")
+        if (path / BASE_MODEL).is_dir():
+            return AdaptedModel(path, _open_base(path, base))
+        if base is not None:
+            raise ConversionError(f"{path} is whole: there is no base to it")
         return OrbaxModel(path)
     if (path / "config.json").exists():
         return HuggingFaceModel(path, head)
     raise ConversionError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a checkpoint"
     )
+
+
+def _open_base(path: Path, moved_to: str | os.PathLike | None) -> Model:
+    """Opens the model that a checkpoint of low-rank updates was trained on."""
+    folder = Path(moved_to or read_item(path, BASE_MODEL)["folder"])
+    try:
+        return open_model(folder)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{path} holds low-rank updates of {folder}: {error}. Say --base FOLDER if it has moved"
+        ) from None

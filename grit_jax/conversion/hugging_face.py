@@ -9,6 +9,7 @@ from jaxtyping import Shaped
 import ml_dtypes
 import numpy as np
 
+from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.layout import Index, Parameter, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError, SafetensorsFolder, read_json
 from grit_jax.models import MistralConfig, config_from_hugging_face
@@ -66,15 +67,12 @@ class HuggingFaceModel:
             parameter, as `nnx.to_pure_dict` gives of an abstract state. Those of parameters that
             this model does not have are left out.
         """
-        by_path = flatten_dict(shapes)
-        return unflatten_dict({p.path: self._load(p, by_path[p.path]) for p in self.parameters})
+        return load_by_parts(self, shapes)
 
-    def _load(self, parameter: Parameter, shape: Any) -> jax.Array:
-        def part(index: Index | None) -> np.ndarray:
-            assert index is not None
-            return self.read(parameter, index).astype(shape.dtype)
-
-        return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+    def fingerprint(self) -> str:
+        """Returns what tells these weights from others, see `fingerprint`."""
+        names = {name for parameter in self.parameters for _, name in parameter.tensors()}
+        return fingerprint("safetensors", {self._source(name).path(name) for name in names})
 
     def _source(self, name: str) -> SafetensorsFolder:
         return self._base if self._base is not None and name == HEAD else self._weights
@@ -123,3 +121,22 @@ class HuggingFaceModel:
                     f"{source.path(name)}: {name} is of type {source.dtype(name)}; a model's "
                     f"tensors must be of one of {', '.join(TYPES)}, the same in all layers"
                 )
+
+
+def load_by_parts(model: Any, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Returns a model's parameters as global arrays, of which each device's part is read.
+
+    Args:
+      model: with `parameters` and `read`.
+      shapes: see `HuggingFaceModel.load`.
+    """
+
+    def load(parameter: Parameter, shape: Any) -> jax.Array:
+        def part(index: Index | None) -> np.ndarray:
+            assert index is not None
+            return model.read(parameter, index).astype(shape.dtype)
+
+        return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+
+    by_path = flatten_dict(shapes)
+    return unflatten_dict({p.path: load(p, by_path[p.path]) for p in model.parameters})

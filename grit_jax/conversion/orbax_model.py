@@ -21,6 +21,7 @@ import tensorstore
 
 from grit_jax.conversion.companion_files import copy_tokenizer
 from grit_jax.conversion.destination import check_space, whole_folder
+from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.layout import Index, Parameter, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError
@@ -44,13 +45,7 @@ class OrbaxModel:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tokenizer_folder = folder / TOKENIZER
-        try:
-            restored = _checkpointer().restore(
-                folder.absolute(), ocp.args.Composite(model_config=ocp.args.JsonRestore())
-            )
-        except (FileNotFoundError, ValueError, KeyError) as error:
-            raise ConversionError(f"{folder} is no checkpoint of a model: {error}") from None
-        self.fields: dict[str, Any] = restored[MODEL_CONFIG]
+        self.fields: dict[str, Any] = read_item(folder, MODEL_CONFIG)
         self.config: MistralConfig = config_from_hugging_face(self.fields)
         self.parameters = parameters(self.config)
 
@@ -78,6 +73,16 @@ class OrbaxModel:
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))
         return _checkpointer().restore(self.folder.absolute(), arguments)[PARAMETERS]
 
+    def fingerprint(self) -> str:
+        """Returns what tells these weights from others, see `fingerprint`."""
+        files = (path for path in (self.folder / PARAMETERS).rglob("*") if path.is_file())
+        return fingerprint("orbax", files)
+
+    @functools.cache  # noqa: B019  one model is open at a time
+    def whole(self, path: tuple[str, ...]) -> Shaped[np.ndarray, "..."]:
+        """Returns an array of the checkpoint, and keeps it: for those that are small."""
+        return self._store(path).read().result()
+
     @functools.cache  # noqa: B019  one model is open at a time
     def _store(self, path: tuple[str, ...]) -> tensorstore.TensorStore:
         base = f"file://{self.folder.absolute()}/{PARAMETERS}/"
@@ -88,6 +93,19 @@ class OrbaxModel:
             raise ConversionError(
                 f"{self.folder} has no parameter {'.'.join(path)}: {error}"
             ) from None
+
+
+def read_item(folder: Path, name: str) -> dict[str, Any]:
+    """Returns an item of a checkpoint that is in JSON.
+
+    Raises:
+      ConversionError: there is none.
+    """
+    try:
+        arguments = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
+        return _checkpointer().restore(folder.absolute(), arguments)[name]
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ConversionError(f"{folder} is no checkpoint of a model: {error}") from None
 
 
 def write_orbax(model: HuggingFaceModel, folder: Path) -> None:

@@ -27,22 +27,28 @@ class GritLM:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None
+        cls,
+        path: str | os.PathLike,
+        *,
+        dtype: str = "bfloat16",
+        mesh: Mesh | None = None,
+        base: str | os.PathLike | None = None,
     ) -> "GritLM":
         """Returns the model at `path`, its parameters read straight to where they belong.
 
         Args:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken).
+            checkpoint is taken). Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           mesh: the devices, by default all of them.
+          base: where the model of low-rank updates lies now, if it has moved.
 
         Raises:
           ConversionError: there is no model at `path`, or it is damaged.
           ValueError: the type is unknown.
         """
         mesh = make_mesh() if mesh is None else mesh
-        return cls(load_module(open_model(Path(path)), dtype, mesh), mesh)
+        return cls(load_module(open_model(Path(path), base=base), dtype, mesh), mesh)
 
 
 def load_module(stored: Model, dtype: str, mesh: Mesh) -> Mistral:

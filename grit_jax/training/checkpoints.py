@@ -66,9 +66,10 @@ class Retention:
 class Checkpoints:
     """The checkpoints below a folder; a context, at whose end the last one is on disk.
 
-    Each holds `parameters` (the model's, as a plain tree of arrays), `model_config` (its sizes, as
-    Hugging Face's config.json holds them), `optimizer_state`, all that the model can be read
-    without, and `description`, what a run must share to go on from it.
+    Each holds `parameters` (those that are trained, as a plain tree of arrays), `model_config` (the
+    model's sizes, as Hugging Face's config.json holds them), `optimizer_state`, all that the model
+    can be read without, and `description`, what a run must share to go on from it. One of low-rank
+    updates holds `base_model` besides, which says where the other parameters lie.
 
     Args:
       folder: where they lie.
@@ -76,6 +77,7 @@ class Checkpoints:
       description: what else makes a run another one: its data and what is trained.
       every_steps: steps between two.
       retention: which are kept.
+      base_folder: where the model of low-rank updates lies.
 
     Raises:
       CheckpointError: the folder cannot be written to.
@@ -88,11 +90,13 @@ class Checkpoints:
         description: Mapping[str, Any],
         every_steps: int,
         retention: Retention,
+        base_folder: str | None = None,
     ):
         self.folder = folder
         self._model_config = config_to_hugging_face(model_config)
         self._description = dict(description)
         self._every_steps = every_steps
+        self._base_model = {"folder": base_folder} if base_folder else None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=retention.policy(), enable_async_checkpointing=True
         )
@@ -149,6 +153,7 @@ class Checkpoints:
             model_config=ocp.args.JsonSave(self._model_config),
             optimizer_state=ocp.args.StandardSave(_besides_model(state)),
             description=ocp.args.JsonSave(self._description),
+            **({"base_model": ocp.args.JsonSave(self._base_model)} if self._base_model else {}),
         )
         try:
             self._manager.save(step, args=items, metrics=measures and dict(measures), force=True)
@@ -158,6 +163,8 @@ class Checkpoints:
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """Returns the newest checkpoint's state, laid out as `abstract` says, or None.
+
+        What is frozen is not in a checkpoint, and stays as it is in `abstract`.
 
         A checkpoint that cannot be read is moved to `damaged`, with a warning, and the one before
         is taken.
@@ -185,7 +192,9 @@ class Checkpoints:
         nnx.replace_by_pure_dict(parameters, restored["parameters"])
         step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
         besides = restored["optimizer_state"]
-        return TrainState(step_array, parameters, besides["loss"], besides["optimizer"])
+        return TrainState(
+            step_array, parameters, besides["loss"], besides["optimizer"], abstract.frozen
+        )
 
     def _check_description(self, step: int) -> None:
         items = ocp.args.Composite(

@@ -4,6 +4,8 @@ The rule, so that numbers can be compared: a product of [m, k] and [k, n] is 2mk
 backward pass is twice the forward pass; padding does not count, nor does what is computed a second
 time (rematerialisation, GradCache); a token attends to its own text only, causal attention to half
 of it; logits count where a token is to be learned; an expert counts for the tokens that chose it.
+Weights that are not trained have no gradient, so that their backward pass is one forward pass; the
+products of low-rank updates, a hundredth of the others, are left out.
 """
 
 from collections.abc import Sequence
@@ -54,15 +56,17 @@ def useful_flops(config: MistralConfig, batch: Batch, *, is_causal: bool) -> flo
     if batch.chats is not None:
         streams.append((batch.chats, True))
         num_targets = int(np.count_nonzero(batch.chats.mask) * _hosts(batch.chats))
-    forward = 2.0 * num_targets * config.hidden_size * config.vocab_size
+    of_weights = 2.0 * num_targets * config.hidden_size * config.vocab_size
+    of_attention = 0.0
     for texts, causal in streams:
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
         visible = np.sum(lengths**2) / (2 if causal else 1)
         hosts = _hosts(texts)
         width = config.num_attention_heads * config.head_dim
-        forward += hosts * 2.0 * np.sum(lengths) * _weights_a_token(config)
-        forward += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
-    return 3.0 * float(forward)
+        of_weights += hosts * 2.0 * np.sum(lengths) * _weights_a_token(config)
+        of_attention += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
+    passes = 3.0 if config.lora is None else 2.0
+    return float(passes * of_weights + 3.0 * of_attention)
 
 
 def _hosts(texts: PackedTexts) -> float:

@@ -32,20 +32,27 @@ class TrainState:
 
     Attributes:
       step: number of steps made.
-      parameters: NNX state of the model.
+      parameters: NNX state of what is trained of the model.
       loss_parameters: what the loss itself learns, by name; empty if nothing.
       optimizer_state: optax's state.
+      frozen: NNX state of the rest of the model; empty if all of it is trained.
     """
 
     step: Any
     parameters: Any
     loss_parameters: Any
     optimizer_state: Any
+    frozen: Any
 
     @property
     def trained(self) -> dict[str, Any]:
         """All that the optimizer moves: "model" and "loss"."""
         return {"model": self.parameters, "loss": self.loss_parameters}
+
+    @property
+    def model_parameters(self) -> nnx.State:
+        """All parameters of the model, trained and frozen."""
+        return nnx.merge_state(self.parameters, self.frozen)
 
 
 class Trainer:
@@ -76,6 +83,7 @@ class Trainer:
         self.optimizer = optimizer
         self.mesh = mesh
         self.grad_cache_chunks = grad_cache_chunks
+        self._is_trained = trained_parameters(model_config)
         self.model_graph, _ = nnx.split(nnx.eval_shape(lambda: make_model(model_config, 0)))
         self.shardings = self._state_shardings()
         self.step: Callable[[TrainState, Batch], tuple[TrainState, dict]] = jax.jit(
@@ -108,13 +116,13 @@ class Trainer:
             `jax.ShapeDtypeStruct` with a sharding for each; those that it leaves out are random.
           seed: of the random ones.
         """
-        parameters = self.abstract_state().parameters
+        parameters = self.abstract_state().model_parameters
         given = flatten_dict(load(nnx.to_pure_dict(parameters)))
-        shardings = flatten_dict(nnx.to_pure_dict(self.shardings.parameters))
+        shardings = flatten_dict(nnx.to_pure_dict(self.shardings.model_parameters))
         missing = {path: sharding for path, sharding in shardings.items() if path not in given}
 
         def initial() -> dict[Any, Any]:
-            random = flatten_dict(nnx.to_pure_dict(self._initial_state(seed).parameters))
+            random = flatten_dict(nnx.to_pure_dict(self._initial_state(seed).model_parameters))
             return {path: random[path] for path in missing}
 
         with jax.set_mesh(self.mesh):
@@ -125,7 +133,7 @@ class Trainer:
             return start(parameters)
 
     def model(self, parameters: nnx.State) -> Mistral:
-        """Returns the model with these parameters."""
+        """Returns the model with these parameters, which are all that it has."""
         return nnx.merge(self.model_graph, parameters)
 
     def to_devices(self, batch: Any) -> Any:
@@ -154,8 +162,9 @@ class Trainer:
         return self._state_of(parameters)
 
     def _state_of(self, parameters: nnx.State) -> TrainState:
+        trained, frozen = nnx.split_state(parameters, self._is_trained, ...)
         loss_parameters = initial_loss_parameters(self.loss_config)
-        state = TrainState(jnp.zeros((), jnp.int32), parameters, loss_parameters, None)
+        state = TrainState(jnp.zeros((), jnp.int32), trained, loss_parameters, None, frozen)
         return dataclasses.replace(state, optimizer_state=self.optimizer.init(state.trained))
 
     def _state_shardings(self) -> TrainState:
@@ -167,6 +176,7 @@ class Trainer:
             parameters=variable_shardings(shapes.parameters, self.mesh),
             loss_parameters=jax.tree.map(lambda _: replicated, shapes.loss_parameters),
             optimizer_state=None,
+            frozen=variable_shardings(shapes.frozen, self.mesh),
         )
         of_optimizer = optax.tree.map_params(
             self.optimizer,
@@ -179,7 +189,7 @@ class Trainer:
         return dataclasses.replace(state, optimizer_state=of_optimizer)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        parts, gradient = self._loss_and_gradient(state.trained, batch)
+        parts, gradient = self._loss_and_gradient(state.trained, state.frozen, batch)
         updates, optimizer_state = self.optimizer.update(
             gradient, state.optimizer_state, state.trained
         )
@@ -188,14 +198,16 @@ class Trainer:
         for name, field in COUNTS_OF_SKIPPED_STEPS.items():
             if (count := optax.tree.get(optimizer_state, field)) is not None:
                 metrics[name] = count
-        next_state = TrainState(state.step + 1, trained["model"], trained["loss"], optimizer_state)
+        next_state = TrainState(
+            state.step + 1, trained["model"], trained["loss"], optimizer_state, state.frozen
+        )
         return next_state, metrics
 
     def _loss_and_gradient(
-        self, trained: dict[str, Any], batch: Batch
+        self, trained: dict[str, Any], frozen: nnx.State, batch: Batch
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         def model_of(trained: dict[str, Any]) -> Mistral:
-            return self.model(trained["model"])
+            return self.model(nnx.merge_state(trained["model"], frozen))
 
         def loss(trained: dict[str, Any]):
             return joint_loss(model_of(trained), trained["loss"], batch, self.loss_config)
@@ -211,6 +223,17 @@ class Trainer:
             self.grad_cache_chunks,
             lambda gradient: jax.lax.with_sharding_constraint(gradient, self.shardings.trained),
         )
+
+
+def trained_parameters(config: MistralConfig) -> Any:
+    """Returns NNX's filter of the parameters that are trained.
+
+    These are all, or of a model with low-rank updates those alone, and the layer that makes
+    embeddings, which a base model has not learned.
+    """
+    if config.lora is None:
+        return nnx.Param
+    return nnx.Any(nnx.LoRAParam, nnx.PathContains("embedding_projection"))
 
 
 def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:

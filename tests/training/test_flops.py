@@ -10,7 +10,7 @@ import pytest
 from grit_jax.data.batch import Batch, EmbeddingBatch
 from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.models import LoraConfig, MistralConfig, MixtralConfig
 from grit_jax.training.flops import peak_flops, useful_flops
 
 D, F, V, L, N, K, H, E, C = 16, 24, 64, 3, 4, 2, 8, 4, 2
@@ -77,6 +77,15 @@ def test_it_counts_the_products_of_real_tokens(config, is_causal):
     # More padding is no more work.
     padded = dataclasses.replace(batch, chats=packed(chats, num_rows=20))
     np.testing.assert_allclose(useful_flops(config, padded, is_causal=is_causal), expected)
+
+
+def test_weights_that_are_not_trained_have_no_gradient():
+    batch = Batch(None, packed([6, 11, 2]))
+    adapted = dataclasses.replace(MISTRAL, lora=LoraConfig(rank=2, alpha=1.0, targets="*"))
+    attention = sum(L * N * 2 * product(n, n, H) / 2 for n in [6, 11, 2])
+    of_weights = useful_flops(MISTRAL, batch, is_causal=True) - 3 * attention
+    expected = of_weights * 2 / 3 + 3 * attention
+    np.testing.assert_allclose(useful_flops(adapted, batch, is_causal=True), expected)
 
 
 @pytest.mark.parametrize(

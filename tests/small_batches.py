@@ -1,0 +1,51 @@
+"""Batches of a few short texts for steps of very small models."""
+
+import numpy as np
+
+from grit_jax.data.batch import Batch, EmbeddingBatch
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack, plan_rows
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 1.0,
+}
+ROW_LENGTH = 24
+
+
+def random_texts(generator, count, unpooled):
+    texts = []
+    for _ in range(count):
+        length = int(generator.choice([4, 7, 11]))  # Few: by hand, each is compiled by itself.
+        tokens = generator.integers(3, SIZES["vocab_size"], length).astype(np.int32)
+        texts.append(Text(tokens, np.arange(length) >= unpooled))
+    return texts
+
+
+def make_batch(seed, shards=1):
+    """Returns a packed batch of 8 queries with 2 passages each and 8 chats, and its texts."""
+    generator = np.random.default_rng(seed)
+    texts = {
+        "queries": random_texts(generator, 8, 2),
+        "passages": random_texts(generator, 16, 1),
+        "chats": random_texts(generator, 8, 3),
+    }
+
+    def packed(name):
+        rows = plan_rows([len(text) for text in texts[name]], ROW_LENGTH)
+        num_rows = -(-len(rows) // shards) * shards
+        return pack(texts[name], rows, num_rows, ROW_LENGTH)
+
+    embedding = EmbeddingBatch(
+        packed("queries"),
+        packed("passages"),
+        positives=np.arange(0, 16, 2, dtype=np.int32),
+        passage_contents=np.arange(16, dtype=np.int32),
+    )
+    return Batch(embedding, packed("chats")), texts
