@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import sys
 import traceback
+from typing import Any
 
 USAGE_ERROR = 2
 
@@ -12,7 +13,7 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with these arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "prepare": prepare, "convert": convert}
+    commands = {"train": train, "prepare": prepare, "convert": convert, "plan": plan}
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
         return
@@ -247,3 +248,59 @@ def convert(argv: Sequence[str]) -> None:
     except (ConversionError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Compiles a training step for TPUs without having any, and says whether and how it fits"""
+    parser = argparse.ArgumentParser(
+        prog="grit-jax plan",
+        description=plan.__doc__,
+        epilog="--config FILE and --config.FIELD=VALUE are those of grit-jax train.",
+    )
+    parser.add_argument(
+        "--topology", required=True, help="chips of a slice, such as v5e:4x4, v6e:16x16, v5p:4x4x4"
+    )
+    parser.add_argument("--slices", type=_positive, default=1, help="number of such slices (1)")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and GradCache chunks, and recommend the fastest that fits",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for stream, tokens in (("query", 64), ("passage", 256), ("chat", 1024)):
+        help_text = f"tokens of a {stream} on average ({tokens})"
+        parser.add_argument(f"--{stream}-tokens", type=_positive, default=tokens, help=help_text)
+    arguments, rest = parser.parse_known_args(argv)
+
+    from grit_jax.config import ConfigError
+    from grit_jax.config_flags import parse_flags
+    from grit_jax.planning.chips import TopologyError, describe_topology, quiet
+    from grit_jax.planning.plan import fastest, make_plan, search
+    from grit_jax.planning.report import as_json, show_plan, show_tried
+    from grit_jax.sharding import MeshError
+
+    tokens = {name: getattr(arguments, f"{name}_tokens") for name in ("query", "passage", "chat")}
+    found: Any = None
+    try:
+        config, _ = parse_flags(rest)
+        if arguments.slices > 1:
+            config.mesh.slice = arguments.slices
+        with quiet():
+            topology = describe_topology(arguments.topology, arguments.slices)
+        if not arguments.search:
+            found = make_plan(config, topology, tokens)
+        else:
+            tried = []
+            for one in search(config, topology, tokens):
+                tried.append(one)
+                if not arguments.json:
+                    show_tried(one)
+            found = fastest(tried)
+    except (ConfigError, MeshError, TopologyError) as error:
+        fail(f"{type(error).__name__}: {error}")
+    if found is None:
+        fail("none of them fits: take more chips, or a smaller batch")
+    elif arguments.json:
+        print(as_json(found))
+    else:
+        show_plan(found)

@@ -3,6 +3,7 @@
 Nothing here computes. What is wrong with a configuration or its data shows here, in one line.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,17 @@ def open_pretrained(config: Config) -> Model | None:
     return pretrained
 
 
-def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
-    """Returns the trainer of a configuration, over all devices.
+def make_trainer(
+    config: Config,
+    pretrained: Model | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Trainer:
+    """Returns the trainer of a configuration.
 
     Args:
       config: the configuration.
       pretrained: the model that it starts from, whose sizes count.
+      devices: those of the mesh, by default all there are.
 
     Raises:
       ConfigError, MeshError: the message names the field.
@@ -106,7 +112,7 @@ def make_trainer(config: Config, pretrained: Model | None = None) -> Trainer:
         model_config(config, pretrained),
         loss_config(config),
         make_optimizer(make_schedule(config), **settings),
-        make_mesh(**config.mesh.to_dict()),
+        make_mesh(**config.mesh.to_dict(), devices=devices),
         config.grad_cache_chunks,
     )
 
@@ -207,7 +213,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     return Batches(
         {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         RowLimits(
-            longest=_row_lengths(config),
+            longest=row_lengths(config),
             length_multiple=data.row_length_multiple,
             count_multiple=batch_shards(trainer.mesh) * chunks,
         ),
@@ -234,7 +240,7 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
         trainer,
         datasets("embedding", config.data.embedding),
         datasets("generative", config.data.generative),
-        _row_lengths(config),
+        row_lengths(config),
         config.evaluation.batch_size,
     )
 
@@ -254,7 +260,8 @@ def make_schedule(config: Config) -> optax.Schedule:
         raise ConfigError(str(error)) from None
 
 
-def _row_lengths(config: Config) -> dict[str, int]:
+def row_lengths(config: Config) -> dict[str, int]:
+    """Returns the longest that rows of "query", "passage" and "chat" may be, in tokens."""
     streams = ("query", "passage", "chat")
     return {stream: config.data[f"{stream}_row_length"] for stream in streams}
 

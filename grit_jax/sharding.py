@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -59,15 +60,26 @@ def make_mesh(
       expert: ways in which the experts of a Mixtral are split.
       devices: the devices to use, by default all of them.
 
-    One size may be -1: what the others leave.
+    One size may be -1: what the others leave. Where the devices lie in several slices of TPUs,
+    the axis "slice" is those.
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices.
+      MeshError: the sizes do not multiply to the number of devices, or cut through a slice.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = _complete({"slice": slice, "fsdp": fsdp, "tensor": tensor, "expert": expert}, devices)
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % num_slices:
+        raise MeshError(
+            f"config.mesh.slice={sizes[0]}, but the devices lie in {num_slices} slices: only data "
+            "parallelism crosses the slow network between them"
+        )
+    within, between = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
+    placed = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(placed, MESH_AXES, axis_types=axis_types)
 
 
 def _complete(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from grit_jax.models.layers import (
 )
 from grit_jax.models.linear import LoraConfig
 from grit_jax.models.remat import REMAT_POLICIES
-from grit_jax.sharding import constrain
+from grit_jax.sharding import constrain, mesh_axes, partition_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,7 +294,7 @@ class Mistral(nnx.Module):
 
         policy = REMAT_POLICIES[self.config.remat]
         read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
-        embedded = [self.embed(stream.tokens.reshape(-1)) for stream in streams]
+        embedded = self.embed([stream.tokens.reshape(-1) for stream in streams])
         numbers = jnp.arange(self.config.num_hidden_layers)
         (hidden, caches), statistics = jax.lax.scan(
             read_layer, (embedded, list(caches)), (numbers, layers)
@@ -305,12 +305,18 @@ class Mistral(nnx.Module):
         ]
         return rows, caches, statistics
 
-    def embed(self, tokens: Int[Array, M]) -> Float[Array, "M D"]:
-        """Returns the embedding of each token, in the type of the computation."""
-        # Gathered along D first, or the compiler gathers the embedded texts, which are larger.
-        table = constrain(self.embedding[...].astype(self.config.dtype), "vocab", None)
-        embedded = table[tokens]
-        return constrain(embedded, "batch", None)
+    def embed(self, tokens: Sequence[Int[Array, M]]) -> list[Float[Array, "M D"]]:
+        """Returns the embedding of each token of some streams, in the type of the computation."""
+        table = self.embedding[...].astype(self.config.dtype)
+        if jax.sharding.get_abstract_mesh().empty:
+            return look_up(table, list(tokens))
+        rows = [partition_spec("batch") for _ in tokens]
+        return jax.shard_map(
+            look_up_on_mesh,
+            in_specs=(partition_spec(None, "embed"), rows),
+            out_specs=[partition_spec("batch", None) for _ in tokens],
+            axis_names=set(mesh_axes("batch")),
+        )(table, list(tokens))
 
     def output_projection(self) -> Float[Array, "D V"]:
         """Returns the matrix that turns hidden states into logits."""
@@ -332,3 +338,20 @@ class Mistral(nnx.Module):
         if self.config.embedding_projection_size is None:
             return pooled
         return self.embedding_projection(pooled)
+
+
+def look_up(table: Float[Array, "V D"], tokens: list[Int[Array, M]]) -> list[Float[Array, "M D"]]:
+    """Returns the rows of these numbers; the gradients of a row are added up in float32."""
+    wide = table.astype(jnp.float32)
+    return [wide[numbers].astype(table.dtype) for numbers in tokens]
+
+
+def look_up_on_mesh(table: jax.Array, tokens: list[jax.Array]) -> list[jax.Array]:
+    """What each device looks up for its rows, of all streams.
+
+    The table is gathered once for all of them, and its gradient reduced once. Left to itself, the
+    compiler gathers the texts, which are larger, or reduces a whole gradient for each stream.
+    """
+    gathered = jax.lax.all_gather(table, mesh_axes("embed"), axis=1, tiled=True)
+    same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
+    return look_up(jax.lax.pcast(gathered, same_along, to="varying"), tokens)

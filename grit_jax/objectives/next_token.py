@@ -144,9 +144,7 @@ def _sum_over_chunks(
     """
 
     def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        logits = jnp.einsum(
-            "BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype
-        )
+        logits = jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype)
         logits = constrain(logits, None, None, "vocab").astype(jnp.float32)
         own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)

@@ -27,6 +27,7 @@ FREE = {
     "get-tuple-element",
     "bitcast",
     "after-all",
+    "recv",
     "partition-id",
     "replica-id",
     "opt-barrier",
@@ -39,6 +40,7 @@ COLLECTIVES = (
     "all-to-all",
     "ragged-all-to-all",
     "collective-permute",
+    "send",  # Between slices, of which each has a program of its own.
 )
 # Products of [queries, keys] x size of a head in each of splash attention's kernels.
 SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
@@ -52,7 +54,7 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       num_bytes: of the whole that each takes part in: what it gathers, reduces or sends.
-      group: numbers of the devices of one of the groups, or a sender and its receiver.
+      group: numbers of the devices of one of the groups, in a slice, or a sender and its receiver.
       channel: the compiler's number of it. One that runs beside other work stands in several
         places of a program, under one number.
     """
@@ -180,7 +182,7 @@ class _Program:
         return work
 
     def _trips(self, condition: str, loop: Instruction) -> int:
-        """Returns how often a loop runs: the bound that its counter, from 0 on, is compared with."""
+        """Returns how often a loop runs: what its counter, from 0 on, is compared with."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
         constants = [
@@ -198,13 +200,13 @@ class _Program:
         branches = [self._of_computation(name) for name in names]
         return max(branches, key=lambda work: (work.flops, work.hbm_bytes), default=Work())
 
-    def _collective(
-        self, kind: str, i: Instruction, by_name: dict[str, Instruction]
-    ) -> Collective:
+    def _collective(self, kind: str, i: Instruction, by_name: dict[str, Instruction]) -> Collective:
         given = sum(s.num_bytes for name in i.operands for s in by_name[name].shapes)
         made = sum(shape.num_bytes for shape in i.shapes)
         if i.opcode.endswith("-start"):  # Its result names what is given too.
             made = max(shape.num_bytes for shape in i.shapes)
+        if kind == "send":
+            made = i.shapes[0].num_bytes
         num_bytes = given if kind in ("reduce-scatter", "collective-permute") else made
         channel = re.search(r"channel_id=(\d+)", i.attributes)
         group = _group(i.attributes, self._num_devices)
@@ -317,10 +319,11 @@ def _kernel_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:
     products = next((n for part, n in SPLASH_PRODUCTS.items() if part in i.name), 0)
     if not i.name.startswith("splash") or not products:
         return 0.0
-    # [rows, heads, S, H]: queries and keys come first.
-    arrays = [s for name in i.operands for s in by_name[name].shapes if len(s.sizes) == 4]
-    (B, N, S, H), T = arrays[0].sizes, arrays[1].sizes[2]
-    return 2.0 * products * B * N * S * T * H
+    # [rows, heads, S, H], rows left out where there is one: queries and keys come first.
+    operands = (shape for name in i.operands for shape in by_name[name].shapes)
+    floating = [s.sizes for s in operands if s.dtype in ("bf16", "f32") and len(s.sizes) > 2]
+    queries, keys = floating[:2]
+    return 2.0 * products * math.prod(queries) * keys[-2]
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
@@ -333,17 +336,19 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
         r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
         groups, size, sizes, order = iota.groups()
-        numbers = np.arange(num_devices).reshape([int(n) for n in sizes.split(",")])
+        sizes = [int(size) for size in sizes.split(",")]
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
         if order:
             numbers = numbers.transpose([int(axis) for axis in order.split(",")])
         return tuple(numbers.reshape(int(groups), int(size))[0].tolist())
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
-        numbers = np.arange(num_devices).reshape([int(size) for size in axes.values()])
+        sizes = [int(size) for size in axes.values()]
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
         inside = re.findall(r"'(\w+)'", mesh.group(2))
         index = tuple(slice(None) if axis in inside else 0 for axis in axes)
         return tuple(np.atleast_1d(numbers[index]).reshape(-1).tolist())
-    return tuple(range(num_devices))
+    return () if "megascale" in attributes else tuple(range(num_devices))
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -71,6 +71,7 @@ def hand_attention(p, layer, x, sees):
     return jnp.einsum("snh,nhd->sd", jnp.stack(heads, 1), p["attention"]["output"][layer])
 
 
+@jax.jit
 def hand_decoder(parameters, tokens, sees):
     x, layers = parameters["embedding"][tokens], parameters["layers"]
     for layer in range(SIZES["num_hidden_layers"]):

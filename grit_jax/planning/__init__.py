@@ -1,0 +1,1 @@
+"""What a run needs on TPUs, found with their compiler before there are any."""

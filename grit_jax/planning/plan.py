@@ -1,0 +1,287 @@
+"""What a training step needs on a TPU topology, asked of the TPU's own compiler.
+
+The step is the one that training makes: the same program, shardings and kernels. How fast it can
+be at most follows from what it does (`program`) and what the chips can do (`chips`): the slowest of
+matrix products, main memory, links and network, as if each ran beside the others all the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from grit_jax.config import Config, ConfigError
+from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack
+from grit_jax.from_config import make_trainer, row_lengths
+from grit_jax.planning.chips import Topology, dimensions_spanned
+from grit_jax.planning.program import Collective, Work, work_of
+from grit_jax.sharding import MeshError, batch_shards
+from grit_jax.training.flops import useful_flops
+from grit_jax.training.train_step import Trainer
+
+GIB = 2**30
+# The part of the places in rows that hold a token (benchmarks/data.py).
+FILLED = 0.97
+# What the compiler says of a program that does not fit.
+TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A step on a topology; bytes and operations are those of one chip, but for `flops_per_step`.
+
+    Attributes:
+      topology: its name.
+      num_chips: in all slices.
+      mesh: sizes of its axes.
+      remat: `config.model.remat`.
+      grad_cache_chunks: `config.grad_cache_chunks`.
+      rows: number and length of each stream's rows.
+      tokens_per_step: real tokens.
+      fits: whether the compiler finds room for it.
+      hbm_bytes_per_chip: main memory that it takes.
+      hbm_limit_bytes_per_chip: main memory that there is.
+      parameter_bytes_per_chip: of that, parameters.
+      optimizer_bytes_per_chip: of that, the optimizer's state.
+      compile_seconds: what compiling took here.
+      flops_per_step: operations of all chips; 0 where the step does not fit, as what follows.
+      hbm_traffic_bytes_per_chip: bytes read from and written to main memory.
+      ici_seconds: what each chip's links are in use for.
+      dcn_seconds: what the network between slices is in use for.
+      compute_seconds: what the matrix products take at the chip's peak.
+      hbm_seconds: what the traffic takes.
+      step_seconds_bound: the largest of the four.
+      mfu_bound: useful operations a second, by the rule of `flops`, in parts of the peak.
+      collectives: kind, bytes, devices and how often, the costliest first.
+    """
+
+    topology: str
+    num_chips: int
+    mesh: dict[str, int]
+    remat: str
+    grad_cache_chunks: int
+    rows: dict[str, str]
+    tokens_per_step: int
+    fits: bool
+    hbm_bytes_per_chip: float
+    hbm_limit_bytes_per_chip: float
+    parameter_bytes_per_chip: float
+    optimizer_bytes_per_chip: float
+    compile_seconds: float
+    flops_per_step: float = 0.0
+    hbm_traffic_bytes_per_chip: float = 0.0
+    compute_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+    ici_seconds: float = 0.0
+    dcn_seconds: float = 0.0
+    step_seconds_bound: float = 0.0
+    mfu_bound: float = 0.0
+    collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Plan:
+    """Compiles the step of a configuration for a topology and returns what it takes.
+
+    Args:
+      config: the configuration.
+      topology: the chips.
+      tokens: of a text on average, by stream ("query", "passage", "chat").
+
+    Raises:
+      ConfigError, MeshError: the configuration does not fit the chips; the message names the field.
+    """
+    trainer = make_trainer(config, devices=topology.devices)
+    batch = typical_batch(config, trainer, tokens)
+    started = time.perf_counter()
+    compiled, used = _compile(trainer, batch)
+    state = trainer.abstract_state()
+    common: dict[str, Any] = {
+        "topology": f"{topology.num_slices} x {topology.name}",
+        "num_chips": len(topology.devices),
+        "mesh": dict(trainer.mesh.shape),
+        "remat": config.model.remat,
+        "grad_cache_chunks": config.grad_cache_chunks,
+        "rows": {name: f"{rows.shape[0]}x{rows.shape[1]}" for name, rows in _rows(batch)},
+        "tokens_per_step": int(sum(np.count_nonzero(rows) for _, rows in _rows(batch))),
+        "hbm_limit_bytes_per_chip": topology.chip.hbm_bytes,
+        "parameter_bytes_per_chip": _bytes_per_chip((state.parameters, state.frozen)),
+        "optimizer_bytes_per_chip": _bytes_per_chip(state.optimizer_state),
+        "compile_seconds": time.perf_counter() - started,
+        "hbm_bytes_per_chip": used,
+    }
+    if compiled is None:
+        return Plan(fits=False, **common)
+    work = work_of(compiled.as_text(), len(topology.devices))
+    useful = useful_flops(
+        trainer.model_config, batch, is_causal=trainer.loss_config.attention[1] == "c"
+    )
+    fits = used <= topology.chip.hbm_bytes
+    return Plan(fits=fits, **common, **_speed(work, useful, topology, trainer))
+
+
+def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterator[Plan]:
+    """Yields the plans of other meshes, remat policies and numbers of GradCache's chunks.
+
+    For each mesh and policy, the fewest chunks that fit are sought, among powers of two.
+    """
+    for tensor in (1, 2, 4):
+        for remat in ("save_matmuls", "full"):
+            chunks = 1
+            while chunks <= 64:
+                tried = config.copy_and_resolve_references()
+                tried.mesh.tensor, tried.mesh.fsdp = tensor, -1
+                tried.model.remat, tried.grad_cache_chunks = remat, chunks
+                try:
+                    plan = make_plan(tried, topology, tokens)
+                except (ConfigError, MeshError):  # A mesh that does not divide the model.
+                    break
+                yield plan
+                if plan.fits or _state_alone_is_too_large(plan):
+                    break
+                chunks *= 2
+
+
+def fastest(plans: list[Plan]) -> Plan | None:
+    """Returns the plan that fits and is bound to be the fastest, None if none fits."""
+    fitting = [plan for plan in plans if plan.fits]
+    return min(fitting, key=lambda plan: plan.step_seconds_bound, default=None)
+
+
+def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> Batch:
+    """Returns a batch of texts of average length, packed as those of a run are filled.
+
+    Raises:
+      ConfigError: a text of that length does not fit a row.
+    """
+    data = config.data
+    counts = {
+        "query": data.embedding_batch_size,
+        "passage": data.embedding_batch_size * data.group_size,
+        "chat": data.generative_batch_size,
+    }
+    multiple = batch_shards(trainer.mesh) * config.grad_cache_chunks
+
+    def texts(stream: str) -> PackedTexts:
+        length, longest = tokens[stream], row_lengths(config)[stream]
+        if length > longest:
+            raise ConfigError(
+                f"config.data.{stream}_row_length={longest} is below the {length} tokens of a text"
+            )
+        num_rows = -(-counts[stream] * length // int(longest * FILLED))
+        num_rows = -(-num_rows // multiple) * multiple
+        a_row = longest // length
+        rows = [list(range(n, counts[stream], num_rows)) for n in range(num_rows)]
+        if max(len(row) for row in rows) > a_row:
+            num_rows = -(-counts[stream] // (a_row * multiple)) * multiple
+            rows = [list(range(n, counts[stream], num_rows)) for n in range(num_rows)]
+        text = Text(np.ones(length, np.int32), np.ones(length, bool))
+        return pack([text] * counts[stream], rows, num_rows, longest)
+
+    embedding = chats = None
+    if config.mode in ("unified", "embedding"):
+        positives = np.arange(0, counts["passage"], data.group_size, dtype=np.int32)
+        contents = np.arange(counts["passage"], dtype=np.int32)
+        embedding = EmbeddingBatch(texts("query"), texts("passage"), positives, contents)
+    if config.mode in ("unified", "generative"):
+        chats = texts("chat")
+    return Batch(embedding, chats)
+
+
+def _rows(batch: Batch) -> Iterator[tuple[str, Any]]:
+    if batch.embedding is not None:
+        yield "queries", batch.embedding.queries.segment_ids
+        yield "passages", batch.embedding.passages.segment_ids
+    if batch.chats is not None:
+        yield "chats", batch.chats.segment_ids
+
+
+def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:
+    """Returns the compiled step, None if it does not fit, and the main memory that it takes."""
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
+    with jax.set_mesh(trainer.mesh):
+        lowered = trainer.step.lower(trainer.abstract_state(), shapes)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (said := TOO_LARGE.search(str(error))):
+                raise
+            return None, float(said.group(1)) * UNITS[said.group(2)]
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return compiled, used + memory.generated_code_size_in_bytes
+
+
+def _bytes_per_chip(state: Any) -> float:
+    return float(
+        sum(
+            np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(state)
+        )
+    )
+
+
+def _state_alone_is_too_large(plan: Plan) -> bool:
+    """Returns whether no number of chunks makes it fit."""
+    state = plan.parameter_bytes_per_chip + plan.optimizer_bytes_per_chip
+    return state > plan.hbm_limit_bytes_per_chip
+
+
+def _speed(work: Work, useful: float, topology: Topology, trainer: Trainer) -> dict[str, Any]:
+    chip, num_chips = topology.chip, len(topology.devices)
+    devices = list(trainer.mesh.devices.flat)
+    times: list[tuple[float, float, Collective, int]] = []
+    for collective, count in work.collectives.items():
+        links, network = _seconds(collective, devices, topology)
+        times.append((count * links, count * network, collective, count))
+    seconds = {
+        "compute_seconds": work.flops / chip.flops,
+        "hbm_seconds": work.hbm_bytes / chip.hbm_bandwidth,
+        "ici_seconds": sum(links for links, *_ in times),
+        "dcn_seconds": sum(network for _, network, *_ in times),
+    }
+    bound = max(seconds.values())
+    times.sort(key=lambda each: -each[0] - each[1])
+    return {
+        **seconds,
+        "flops_per_step": work.flops * num_chips,
+        "hbm_traffic_bytes_per_chip": work.hbm_bytes,
+        "step_seconds_bound": bound,
+        "mfu_bound": useful / (bound * chip.flops * num_chips),
+        "collectives": [
+            {
+                "kind": collective.kind,
+                "bytes": collective.num_bytes,
+                "devices": len(collective.group) or topology.num_slices,
+                "times": count,
+                "ici_seconds": links,
+                "dcn_seconds": network,
+            }
+            for links, network, collective, count in times
+        ],
+    }
+
+
+def _seconds(collective: Collective, devices: list[Any], topology: Topology) -> tuple[float, float]:
+    """Returns for how long a collective keeps each chip's links, and the network, at least.
+
+    Chips of a slice send along all dimensions that their group spans, both ways.
+    """
+    chip = topology.chip
+    if collective.kind == "send":
+        return 0.0, collective.num_bytes / chip.network_bandwidth
+    if collective.kind == "collective-permute":
+        return collective.num_bytes / chip.link_bandwidth, 0.0
+    group = [devices[number] for number in collective.group]
+    there_and_back = 2 if collective.kind == "all-reduce" else 1
+    moved = there_and_back * collective.num_bytes * (1 - 1 / len(group))
+    return moved / (2 * chip.link_bandwidth * max(dimensions_spanned(group), 1)), 0.0
