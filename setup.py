@@ -41,6 +41,8 @@ TEST = [
     *EVAL,
     "build>=1.4",
     "hypothesis>=6.170",
+    # The compiler for TPUs, which needs none.
+    "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "pre-commit>=4.7",
     "pyright>=1.1.414",
     "pytest>=9.2",

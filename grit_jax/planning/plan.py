@@ -21,6 +21,7 @@ from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
 from grit_jax.from_config import make_trainer, row_lengths
+from grit_jax.models import MixtralConfig
 from grit_jax.planning.chips import Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, Work, work_of
 from grit_jax.sharding import MeshError, batch_shards
@@ -120,7 +121,7 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
     }
     if compiled is None:
         return Plan(fits=False, **common)
-    work = work_of(compiled.as_text(), len(topology.devices))
+    work = work_of(compiled.as_text(), len(topology.devices), _rows_used(trainer))
     useful = useful_flops(
         trainer.model_config, batch, is_causal=trainer.loss_config.attention[1] == "c"
     )
@@ -228,6 +229,18 @@ def _bytes_per_chip(state: Any) -> float:
             for leaf in jax.tree.leaves(state)
         )
     )
+
+
+def _rows_used(trainer: Trainer) -> float:
+    """Returns the part of the room for rows at the experts that is used where all are chosen alike.
+
+    There is room for all choices of all devices along the axis of the experts.
+    """
+    model, ways = trainer.model_config, trainer.mesh.shape["expert"]
+    if not isinstance(model, MixtralConfig) or ways == 1:
+        return 1.0
+    chosen = model.num_experts_per_tok
+    return chosen / (ways * min(chosen, model.num_local_experts // ways))
 
 
 def _state_alone_is_too_large(plan: Plan) -> bool:

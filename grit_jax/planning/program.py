@@ -3,7 +3,8 @@
 It is read from the text of the program (HLO) as the compiler leaves it. The body of a loop counts
 as often as it runs; the compiler's own analysis takes it once. Memory traffic is that of the
 arrays that an operation reads and writes in the device's main memory, a slice for what is sliced.
-Attention kernels count all pairs of tokens, those that a causal mask spares too.
+Attention kernels count all pairs of tokens, those that a causal mask spares too; of the experts'
+kernels only the rows that hold something count.
 """
 
 from __future__ import annotations
@@ -122,14 +123,20 @@ class Instruction:
         return [match.group(1) for match in found if match]
 
 
-def work_of(text: str, num_devices: int) -> Work:
-    """Returns what each device does in a program, given as HLO text for so many devices."""
-    return _Program(text, num_devices).work
+def work_of(text: str, num_devices: int, rows_used: float = 1.0) -> Work:
+    """Returns what each device does in a program.
+
+    Args:
+      text: the program, as HLO.
+      num_devices: number of devices that it is for.
+      rows_used: part of the rows of experts' products that hold something.
+    """
+    return _Program(text, num_devices, rows_used).work
 
 
 class _Program:
-    def __init__(self, text: str, num_devices: int):
-        self._num_devices = num_devices
+    def __init__(self, text: str, num_devices: int, rows_used: float):
+        self._num_devices, self._rows_used = num_devices, rows_used
         self._computations, entry = _parse(text)
         self.work = self._of_computation(entry)
 
@@ -172,7 +179,8 @@ class _Program:
         elif i.opcode == "dot":
             work.flops = _dot_flops(i, by_name)
         elif "tpu_custom_call" in i.attributes:
-            work.flops = _kernel_flops(i, by_name)
+            work.flops = _attention_flops(i, by_name)
+            work.flops += self._rows_used * _experts_flops(i, by_name)
         return work
 
     def _of_loop(self, i: Instruction) -> Work:
@@ -314,7 +322,16 @@ def _window(attributes: str, key: str, place: int, default: int) -> int:
     return int(found.group(1).split("x")[place].split("_")[0])
 
 
-def _kernel_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:
+def _experts_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:
+    """Returns the operations of a kernel for rows grouped by expert, 0 for another."""
+    if not i.name.startswith("ragged-dot-none"):
+        return 0.0
+    operands = (shape for name in i.operands for shape in by_name[name].shapes)
+    rows = next(shape.sizes for shape in operands if shape.dtype in ("bf16", "f32"))
+    return 2.0 * math.prod(rows) * i.shapes[0].sizes[-1]
+
+
+def _attention_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:
     """Returns the operations of a kernel of splash attention, 0 for another."""
     products = next((n for part, n in SPLASH_PRODUCTS.items() if part in i.name), 0)
     if not i.name.startswith("splash") or not products:

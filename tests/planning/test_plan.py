@@ -1,0 +1,208 @@
+"""The step compiled for TPUs by their own compiler, where libtpu has a wheel."""
+
+import json
+
+from command_line import assert_fails_in_one_line, grit_jax
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+import pytest
+
+from grit_jax.config import default_config
+from grit_jax.planning import plan as plan_module
+from grit_jax.planning.chips import CHIPS, describe_topology, dimensions_spanned
+from grit_jax.planning.plan import fastest, make_plan, search
+from grit_jax.planning.program import work_of
+from grit_jax.sharding import MeshError, make_mesh
+
+pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform")
+
+TOKENS = {"query": 64, "passage": 64, "chat": 256}
+SIZES = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+
+
+def small_config(**mesh):
+    config = default_config()
+    config.model.sizes = SIZES
+    config.data.embedding_batch_size, config.data.generative_batch_size = 64, 16
+    for stream in ("query", "passage", "chat"):
+        config.data[f"{stream}_row_length"] = 512
+    for axis, size in mesh.items():
+        config.mesh[axis] = size
+    return config
+
+
+def compile_for(topology, function, *shapes):
+    return jax.jit(function).lower(*shapes).compile().as_text()
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    topology = describe_topology("v5e:2x2")
+    mesh = Mesh(np.array(topology.devices), ("x",))
+
+    def array(*shape, spec=()):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+    def layers(rows, weights):
+        def layer(rows, weight):
+            return jnp.tanh(rows @ weight), None
+
+        return jax.lax.scan(layer, rows, weights)[0]
+
+    # Rows are split over the chips, and each weight along its inputs: gathered once a layer.
+    rows, weights = array(2048, 512, spec=("x",)), array(6, 512, 512, spec=(None, "x"))
+    work = work_of(compile_for(topology, layers, rows, weights), 4)
+    assert work.flops == 6 * 2 * (2048 // 4) * 512 * 512
+    gathers = {c: n for c, n in work.collectives.items() if c.kind == "all-gather"}
+    assert sum(n * c.num_bytes for c, n in gathers.items()) == 6 * 512 * 512 * 2
+    assert {c.group for c in gathers} == {(0, 1, 2, 3)}
+    # Each layer reads its quarter of a weight and its rows at least, and no more than a few times.
+    least = 6 * 512 * 512 * 2 / 4
+    assert least <= work.hbm_bytes < 6 * (4 * 512 * 512 * 2 + 4 * 512 * 512 * 2)
+
+
+def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
+    topology = describe_topology("v5e:2x2", num_slices=2)
+    mesh = make_mesh(slice=2, devices=topology.devices)
+    slices = [{device.slice_index for device in half.flat} for half in mesh.devices]
+    assert slices == [{0}, {1}]
+    with pytest.raises(MeshError, match="the devices lie in 2 slices"):
+        make_mesh(fsdp=8, devices=topology.devices)
+    line = [topology.devices[0], topology.devices[1]]
+    assert dimensions_spanned(line) == 1
+    assert dimensions_spanned(list(mesh.devices[0].flat)) == 2
+
+    def total(rows):
+        return jnp.sum(rows, axis=0)
+
+    sharding = NamedSharding(mesh, PartitionSpec(("slice", "fsdp")))
+    rows = jax.ShapeDtypeStruct((8, 1 << 20), jnp.float32, sharding=sharding)
+    whole = NamedSharding(mesh, PartitionSpec())
+    text = jax.jit(total, out_shardings=whole).lower(rows).compile().as_text()
+    work = work_of(text, 8)
+    sent = sum(n * c.num_bytes for c, n in work.collectives.items() if c.kind == "send")
+    # Reduced within the slice first: each chip sends its share of the sum.
+    assert sent == 4 * (1 << 20) / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "architecture", "mesh", "recorded"),
+    [
+        ("v5e:2x2", "mistral", {}, 53.5e6),
+        ("v5p:2x2x1", "mistral", {"tensor": 2}, 76.9e6),
+        ("v6e:2x2", "mixtral", {"expert": 2}, 251e6),
+    ],
+)
+def test_the_step_compiles_for_each_chip(monkeypatch, name, architecture, mesh, recorded):
+    config = small_config(**mesh)
+    config.model.architecture = architecture
+    programs = []
+    monkeypatch.setattr(plan_module, "work_of", lambda *a: programs.append(a[0]) or work_of(*a))
+    plan = make_plan(config, describe_topology(name), TOKENS)
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in programs[0]
+    assert plan.fits and plan.num_chips == 4
+    assert plan.tokens_per_step == 64 * 64 + 2 * 64 * 64 + 16 * 256
+    assert plan.hbm_limit_bytes_per_chip == CHIPS[name.split(":")[0]].hbm_bytes
+    state = plan.parameter_bytes_per_chip + plan.optimizer_bytes_per_chip
+    assert state < plan.hbm_bytes_per_chip < 1.1 * recorded  # A step that needs more shows.
+    assert 0 < plan.mfu_bound < 0.75  # Layers are computed twice, and rows are not full.
+    assert plan.step_seconds_bound >= max(plan.compute_seconds, plan.hbm_seconds) > 0
+    if architecture == "mistral":
+        # Parameters, and moments of twice their size, lie in quarters.
+        D, F, V, L = 256, 512, 1024, 2
+        count = L * (4 * D * D + 3 * D * F + 2 * D) + 2 * V * D + D
+        assert plan.parameter_bytes_per_chip >= 4 * count / 4
+        assert plan.parameter_bytes_per_chip < 4 * count / 4 * 1.01
+        assert abs(plan.optimizer_bytes_per_chip / plan.parameter_bytes_per_chip - 2) < 0.01
+    if not mesh:
+        # Every matrix is gathered once forward and once backward, in bfloat16; nothing larger.
+        gathered = [c for c in plan.collectives if c["kind"] == "all-gather" and c["bytes"] > 1e5]
+        assert sum(c["bytes"] * c["times"] for c in gathered) < 2.2 * 2 * count
+
+
+def test_the_search_finds_what_fits(monkeypatch):
+    def pretend(config, topology, tokens):
+        """In the place of minutes of compiling: memory halves with chunks, and grows by remat."""
+        chunks, saves = config.grad_cache_chunks, config.model.remat == "save_matmuls"
+        used = (40 if saves else 20) * plan_module.GIB / chunks / config.mesh.tensor
+        seconds = (1.0 if saves else 1.2) * (1 + 0.1 * chunks) * (1 + 0.2 * config.mesh.tensor)
+        return plan_of(config, used, seconds)
+
+    def plan_of(config, used, seconds):
+        return plan_module.Plan(
+            topology="1 x v5e:2x2",
+            num_chips=4,
+            mesh={"tensor": config.mesh.tensor},
+            remat=config.model.remat,
+            grad_cache_chunks=config.grad_cache_chunks,
+            rows={},
+            tokens_per_step=1,
+            fits=used < 16 * plan_module.GIB,
+            hbm_bytes_per_chip=used,
+            hbm_limit_bytes_per_chip=16 * plan_module.GIB,
+            parameter_bytes_per_chip=1.0,
+            optimizer_bytes_per_chip=2.0,
+            compile_seconds=1.0,
+            step_seconds_bound=seconds,
+        )
+
+    monkeypatch.setattr(plan_module, "make_plan", pretend)
+    plans = list(search(small_config(), describe_topology("v5e:2x2"), TOKENS))
+    tried = [(plan.mesh["tensor"], plan.remat, plan.grad_cache_chunks) for plan in plans]
+    assert tried[:5] == [
+        (1, "save_matmuls", 1),
+        (1, "save_matmuls", 2),
+        (1, "save_matmuls", 4),
+        (1, "full", 1),
+        (1, "full", 2),
+    ]
+    best = fastest(plans)
+    assert (best.mesh["tensor"], best.remat, best.grad_cache_chunks) == (1, "save_matmuls", 4)
+    assert fastest([plan for plan in plans if not plan.fits]) is None
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_object(tmp_path):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from grit_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    config.model.sizes = {SIZES}\n"
+        "    config.mode = 'generative'\n"
+        "    config.data.generative_batch_size = 16\n"
+        "    return config\n"
+    )
+    options = ["--topology=v5e:2x2", "--json", "--chat-tokens=256"]
+    finished = grit_jax("plan", f"--config={config}", *options, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    plan = json.loads(finished.stdout)
+    for name in (
+        "fits",
+        "hbm_bytes_per_chip",
+        "hbm_limit_bytes_per_chip",
+        "flops_per_step",
+        "step_seconds_bound",
+        "mfu_bound",
+    ):
+        assert plan[name], name
+    assert plan["rows"] == {"chats": "4x2560"} and plan["tokens_per_step"] == 16 * 256
+
+    wrong = grit_jax("plan", f"--config={config}", "--topology=v9:2x2", cwd=tmp_path)
+    assert_fails_in_one_line(wrong, "--topology=v9:2x2", "v5e, v5p, v6e")
+    wrong = grit_jax(
+        "plan", f"--config={config}", "--topology=v5e:2x2", "--config.mesh.tensor=3", cwd=tmp_path
+    )
+    assert_fails_in_one_line(wrong, "tensor=3")
