@@ -272,6 +272,8 @@ def plan(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{stream}-tokens", type=_positive, default=tokens, help=help_text)
     arguments, rest = parser.parse_known_args(argv)
 
+    import jax
+
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.planning.chips import TopologyError, describe_topology, quiet
@@ -281,6 +283,7 @@ def plan(argv: Sequence[str]) -> None:
 
     tokens = {name: getattr(arguments, f"{name}_tokens") for name in ("query", "passage", "chat")}
     found: Any = None
+    jax.config.update("jax_platforms", "cpu")  # Nothing is run: no device is to be looked for.
     try:
         config, _ = parse_flags(rest)
         if arguments.slices > 1:

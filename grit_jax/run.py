@@ -87,7 +87,7 @@ def _compiled_programs(folder: epath.Path) -> Iterator[None]:
     """A context in which programs are kept for the next start, unless JAX is told where itself."""
     option = "jax_compilation_cache_dir"
     before = getattr(jax.config, option)
-    if before is None:
+    if not before:
         jax.config.update(option, os.fspath(folder))
     try:
         yield

@@ -36,6 +36,7 @@ def start_training(*arguments, devices=1):
 
 def start_in_background(*arguments, devices=1):
     environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": "",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
