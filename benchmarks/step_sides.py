@@ -1,15 +1,14 @@
-"""The two sides of `train_step.py`, each in a process of its own, and what they need for steps."""
+"""The two sides of `train_step.py`, each in processes of its own, and what they need for steps."""
 
 from collections.abc import Sequence
 import dataclasses
 import multiprocessing
 import os
 import statistics
-import time
 from typing import Any
 
 import numpy as np
-from step_work import SETTINGS, Setting, StepTexts, full_steps, num_tokens, sample_steps
+from step_work import SETTINGS, full_steps, num_tokens, sample_steps
 
 CASES = {"full": full_steps, "sample": sample_steps}
 # 7B needs more of a GPU's memory than JAX takes by itself.
@@ -35,9 +34,10 @@ SIDES = {"torch": torch_side, "grit-jax": jax_side}
 
 
 class Remote:
-    """A side in a process of its own, with all of the cores whenever it is asked for something."""
+    """A side in a process of its own, which ends with `close`."""
 
     def __init__(self, side: str, preset: str, cases: Sequence[str]):
+        self.side = side
         context = multiprocessing.get_context("spawn")
         self._connection, far_end = context.Pipe()
         arguments = (far_end, side, preset, cases)
@@ -51,6 +51,7 @@ class Remote:
         try:
             return self._connection.recv()
         except EOFError:
+            self._process.join()  # It is still writing the error.
             raise SystemExit("the other process has ended; its error stands above") from None
 
     def close(self) -> None:
@@ -62,19 +63,10 @@ class Remote:
 def serve(connection: Any, side: str, preset: str, cases: Sequence[str]) -> None:
     """Makes a side, and answers what it is asked until there is no more."""
     setting = SETTINGS[preset]
-    made = SIDES[side]()(setting, make_cases(setting, cases))
+    made = SIDES[side]()(setting, {case: CASES[case](setting) for case in cases})
     while (request := connection.recv()) is not None:
         method, arguments = request
-        began = time.process_time()
-        answer = getattr(made, method)(*arguments)
-        if method == "step":
-            answer["cpu_seconds"] = time.process_time() - began
-        connection.send(answer)
-
-
-def make_cases(setting: Setting, cases: Sequence[str]) -> dict[str, list[StepTexts]]:
-    """Returns the steps of each case."""
-    return {case: CASES[case](setting) for case in cases}
+        connection.send(getattr(made, method)(*arguments))
 
 
 @dataclasses.dataclass
@@ -83,18 +75,26 @@ class Measured:
 
     Attributes:
       seconds: of each step.
-      cpu_seconds: of all threads of the process, which others on the machine disturb less.
       tokens: of real text, of each step.
       useful_flops: of each step, and of the device in a second where that is known.
       peak_memory: bytes on the device, where it says.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
-    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
     useful_flops: list[float] = dataclasses.field(default_factory=list)
     peak_flops: float | None = None
     peak_memory: float | None = None
+
+    def add(self, remote: Remote, case: str, number: int, tokens: int) -> None:
+        """Has a step made, and adds what it needed."""
+        step = remote.ask("step", case, number)
+        self.seconds.append(step["seconds"])
+        self.tokens.append(tokens)
+        self.peak_memory = remote.ask("peak_memory")
+        if remote.side == "grit-jax":
+            self.useful_flops.append(remote.ask("useful_flops", case, number))
+            self.peak_flops = remote.ask("peak_flops")
 
     @property
     def rate(self) -> float:
@@ -108,55 +108,33 @@ class Measured:
 
 
 def measure(
-    preset: str, cases: Sequence[str], sides: Sequence[str], rounds: int
+    preset: str, cases: Sequence[str], sides: Sequence[str], rounds: int, repeats: int
 ) -> dict[tuple[str, str], Measured]:
     """Returns what was measured by case and side.
 
-    Sides take turns, but where only one model has room on the device one follows the other.
+    Args:
+      preset: names the model.
+      cases: what to measure.
+      sides: take turns.
+      rounds: steps of a case that a side makes one after the other.
+      repeats: turns of each side, each in a new process.
     """
-    together = [sides] if preset != "7b" else [[side] for side in sides]
     measured: dict[tuple[str, str], Measured] = {}
-    steps = make_cases(SETTINGS[preset], cases)
-    for group in together:
-        remotes = {side: Remote(side, preset, cases) for side in group}
+    steps = {case: CASES[case](SETTINGS[preset]) for case in cases}
+    for side in list(sides) * repeats:
+        remote = Remote(side, preset, cases)
         for case in cases:
             numbers = [number % len(steps[case]) for number in range(rounds)]
-            for remote in remotes.values():
-                for number in sorted(set(numbers)):  # Compiles, and takes the memory.
-                    remote.ask("step", case, number)
+            for number in sorted(set(numbers)):  # Compiles, and takes the memory.
+                remote.ask("step", case, number)
+            own = measured.setdefault((case, side), Measured())
             for number in numbers:
-                for side, remote in remotes.items():
-                    own = measured.setdefault((case, side), Measured())
-                    step = remote.ask("step", case, number)
-                    own.seconds.append(step["seconds"])
-                    own.cpu_seconds.append(step["cpu_seconds"])
-                    own.tokens.append(num_tokens(steps[case][number]))
-                    own.peak_memory = remote.ask("peak_memory")
-        add_useful_flops(measured, remotes, rounds, steps)
-        for remote in remotes.values():
-            remote.close()
-    for (case, _), own in measured.items():
+                own.add(remote, case, number, num_tokens(steps[case][number]))
+        remote.close()
+    for (case, _), own in measured.items():  # The work is the same on both sides.
         ours = measured.get((case, "grit-jax"), own)
         own.useful_flops, own.peak_flops = ours.useful_flops, ours.peak_flops
-    return measured
-
-
-def add_useful_flops(
-    measured: dict[tuple[str, str], Measured],
-    remotes: dict[str, Remote],
-    rounds: int,
-    steps: dict[str, list[StepTexts]],
-) -> None:
-    """Notes the useful operations of each step, which are the same for both sides."""
-    if "grit-jax" not in remotes:
-        return
-    for case in steps:
-        own = measured[case, "grit-jax"]
-        own.peak_flops = remotes["grit-jax"].ask("peak_flops")
-        own.useful_flops = [
-            remotes["grit-jax"].ask("useful_flops", case, number % len(steps[case]))
-            for number in range(rounds)
-        ]
+    return dict(sorted(measured.items(), key=lambda item: list(cases).index(item[0][0])))
 
 
 def has_gpu() -> bool:

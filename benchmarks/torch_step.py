@@ -19,8 +19,6 @@ IGNORED = -100
 class TorchSide:
     """Makes steps with torch, on a GPU where there is one."""
 
-    name = "transformers, torch"
-
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._cases = cases
