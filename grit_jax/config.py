@@ -41,7 +41,7 @@ def default_config() -> Config:
     config.model.dtype = "bfloat16"  # of the computation
     config.model.param_dtype = "float32"
     config.model.logits_dtype = "float32"  # "bfloat16" halves the memory of logits, at some loss
-    # What a layer's backward pass finds saved: "none" computes nothing again, "save_matmuls" and
+    # What a layer's backward pass finds saved: "none" computes no product again, "save_matmuls" and
     # "offload" (the same, in the host's memory) all but the products with weights, "full" all.
     config.model.remat = "full"
     # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve

@@ -293,7 +293,8 @@ class Mistral(nnx.Module):
             return (hidden, caches), statistics
 
         policy = REMAT_POLICIES[self.config.remat]
-        read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
+        if policy is not None:
+            read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
         embedded = self.embed([stream.tokens.reshape(-1) for stream in streams])
         numbers = jnp.arange(self.config.num_hidden_layers)
         (hidden, caches), statistics = jax.lax.scan(

@@ -39,8 +39,9 @@ def _offload_matmuls(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
 
 
 REMAT_POLICIES = {
-    # Everything is saved, nothing computed again.
-    "none": jax.checkpoint_policies.everything_saveable,
+    # Nothing is computed again but what `layers` never saves: norms and gates. No policy, since one
+    # that saves everything would save these too.
+    "none": None,
     # The products with weights.
     "save_matmuls": _save_matmuls,
     # The same, in the memory of the host.

@@ -1,0 +1,191 @@
+"""The project's side of `train_step.py`: its joint step on packed rows, and what it is made of."""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from step_work import TEMPERATURE, Setting, StepTexts, pack_steps
+
+from grit_jax.models import MistralConfig
+from grit_jax.sharding import make_mesh
+from grit_jax.training.flops import peak_flops, useful_flops
+from grit_jax.training.joint_loss import LossConfig, joint_loss
+from grit_jax.training.optimizer import make_optimizer
+from grit_jax.training.train_step import Trainer
+
+# The least memory that holds a 7B model in bfloat16 (parameters, gradient, first moment: 2 bytes a
+# parameter, second moment: 4; 72 GB) and what a step needs besides.
+ROOM_FOR_FLOAT32_MOMENT = 110e9
+MATMUL_SIZE = 3072
+
+
+class JaxSide:
+    """Makes steps with the project, by cuDNN's attention on a GPU."""
+
+    def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
+        device = jax.devices()[0]
+        on_gpu = device.platform == "gpu"
+        config = MistralConfig(
+            **setting.sizes,
+            dtype=setting.dtype,
+            param_dtype=setting.dtype,
+            remat=setting.remat,
+            attention_implementation="cudnn" if on_gpu else "auto",
+        )
+        optimizer = _optimizer(setting, device)
+        mesh = make_mesh(devices=[device])
+        self.trainer = Trainer(config, LossConfig(temperature=TEMPERATURE), optimizer, mesh)
+        self.state = self.trainer.initial_state(0)
+        self._packed = {case: pack_steps(steps) for case, steps in cases.items()}
+
+    def step(self, case: str, number: int) -> dict[str, float]:
+        """Makes a step on the texts of that number; returns its seconds and losses."""
+        batch = self._place(case, number)
+        with jax.set_mesh(self.trainer.mesh):
+            start = time.perf_counter()
+            self.state, metrics = jax.block_until_ready(self.trainer.step(self.state, batch))
+            seconds = time.perf_counter() - start
+        losses = {name: float(metrics[name]) for name in ("embedding_loss", "generative_loss")}
+        return {"seconds": seconds, **losses}
+
+    def peak_memory(self) -> float | None:
+        """Returns the most bytes that the device has held, None where it does not say."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def useful_flops(self, case: str, number: int) -> float:
+        """Returns the operations that a step needs (see `grit_jax.training.flops`)."""
+        batch = self._packed[case][number]
+        return useful_flops(self.trainer.model_config, batch, is_causal=False)
+
+    def peak_flops(self) -> float | None:
+        """Returns the operations a second that the maker states, None if that is not known."""
+        return peak_flops(jax.devices()[:1])
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Returns the parameters as Hugging Face's tensors by name."""
+        from grit_jax.conversion.layout import parameters
+
+        ours = nnx.to_pure_dict(self.state.parameters)
+        tensors = {}
+        for parameter in parameters(self.trainer.model_config):
+            stacked: Any = ours
+            for key in parameter.path:
+                stacked = stacked[key]
+            for place, name in parameter.tensors():
+                tensors[name] = parameter.to_tensor(np.asarray(stacked[place]))
+        return tensors
+
+    def profile(self, case: str) -> dict[str, float]:
+        """Returns what a step needs and takes: operations, bytes, and seconds of its parts."""
+        batch = self._place(case, 0)
+        trainer = self.trainer
+
+        def loss(state: Any, batch: Any) -> Any:
+            model = trainer.model(state.parameters)
+            return joint_loss(model, state.loss_parameters, batch, trainer.loss_config)
+
+        def gradient(state: Any, batch: Any) -> Any:
+            return trainer._loss_and_gradient(state.trained, batch)
+
+        def update(state: Any, gradient: Any) -> Any:
+            return trainer.optimizer.update(gradient, state.optimizer_state, state.trained)
+
+        with jax.set_mesh(trainer.mesh):
+            step = trainer.step.lower(self.state, batch).compile()
+            cost: Any = step.cost_analysis()
+            found = {
+                "useful FLOPs": self.useful_flops(case, 0),
+                "FLOPs of products": product_flops(
+                    jax.make_jaxpr(trainer._step)(self.state, batch)
+                ),
+                "XLA's FLOPs": cost["flops"],
+                "XLA's bytes": cost["bytes accessed"],
+                "temporary bytes": step.memory_analysis().temp_size_in_bytes,
+                "matmul FLOPs a second": matmul_rate(),
+                "forward seconds": _median_seconds(jax.jit(loss), self.state, batch),
+            }
+            both = jax.jit(gradient)
+            found["gradient seconds"] = _median_seconds(both, self.state, batch)
+            of_update = (self.state, both(self.state, batch)[1])
+            found["optimizer seconds"] = _median_seconds(jax.jit(update), *of_update)
+            del of_update
+        found["step seconds"] = float(
+            np.median([self.step(case, 0)["seconds"] for _ in range(4)][1:])
+        )
+        return found
+
+    def _place(self, case: str, number: int) -> Any:
+        return self.trainer.to_devices(self._packed[case][number])
+
+
+def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransformation:
+    """Returns AdamW as training has it, or all in bfloat16 where its second moment has no room."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if setting.sizes["hidden_size"] >= 4096 and limit and limit < ROOM_FOR_FLOAT32_MOMENT:
+        adamw = optax.adamw(setting.learning_rate, weight_decay=0.0)
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    return make_optimizer(
+        optax.constant_schedule(setting.learning_rate),
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        token_embedding_factor=1.0,
+        moment_dtype=setting.dtype,
+    )
+
+
+def matmul_rate() -> float:
+    """Returns the operations a second of a large float32 product, the best of five."""
+    matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
+    square = jax.jit(lambda matrix: matrix @ matrix)
+    seconds = [_seconds(square, matrix) for _ in range(6)]
+    return 2 * MATMUL_SIZE**3 / min(seconds[1:])
+
+
+def _median_seconds(function: Callable, *arguments: Any) -> float:
+    return float(np.median([_seconds(function, *arguments) for _ in range(4)][1:]))
+
+
+def _seconds(function: Callable, *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def product_flops(program: Any) -> float:
+    """Returns the operations of all products in a jaxpr, loops counted as often as they run.
+
+    Of the branches of a condition the largest counts.
+    """
+    total = 0.0
+    for equation in program.eqns:
+        inner = [product_flops(each) for each in _programs_in(equation.params)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2.0 * equation.outvars[0].aval.size * np.prod([left[i] for i in contracted])
+        elif equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
+    return float(total)
+
+
+def _programs_in(parameters: dict[str, Any]) -> list[Any]:
+    values = [
+        value
+        for given in parameters.values()
+        for value in (given if isinstance(given, tuple | list) else [given])
+    ]
+    return [getattr(value, "jaxpr", value) for value in values if _is_program(value)]
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")

@@ -1,0 +1,234 @@
+"""The work that `train_step.py` gives to both sides: sizes of a model, and the texts of its steps.
+
+Tokens are random; the lengths of the case "sample" are those of batches of the embedded sample, in
+`sample_lengths.npz`, so that this needs neither the data nor what reads it.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import fit_rows, pack
+from grit_jax.data.shapes import KindOfStep, RowLimits, Shape, choose_shapes
+
+LENGTHS_FILE = Path(__file__).with_name("sample_lengths.npz")
+STREAMS = ("query", "passage", "chat")
+GROUP_SIZE = 2
+TEMPERATURE = 0.02
+# Batches of the sample: queries and chats a step, and steps whose lengths are stored.
+SAMPLE_QUERIES, SAMPLE_CHATS, SAMPLE_STEPS = 64, 16, 24
+# Rows as config.py has them, for texts of at most 256, 2,048 and 2,048 tokens.
+LIMITS = RowLimits(
+    longest={"query": 512, "passage": 2560, "chat": 2560}, length_multiple=128, count_multiple=1
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A model and how it is trained, on both sides.
+
+    Attributes:
+      sizes: of the model, by the names of Hugging Face's config.json.
+      full_rows: number and length of the queries, passages and chats of the case "full".
+      dtype: of the parameters and of the computation.
+      remat: of the project's side; "none" or "full", which is gradient checkpointing on torch's.
+      learning_rate: of AdamW.
+    """
+
+    sizes: dict[str, int]
+    full_rows: dict[str, tuple[int, int]]
+    dtype: str = "float32"
+    remat: str = "none"
+    learning_rate: float = 2e-5
+
+
+SMALL = Setting(
+    sizes={
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32_000,
+    },
+    full_rows={"query": (8, 256), "passage": (16, 256), "chat": (8, 256)},
+)
+LARGE = Setting(
+    sizes={
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32_000,
+    },
+    full_rows={"query": (8, 256), "passage": (16, 512), "chat": (4, 2048)},
+    dtype="bfloat16",
+    remat="full",
+)
+TINY_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+}
+TINY_ROWS = {"query": (4, 16), "passage": (8, 32), "chat": (4, 64)}
+TINY = dataclasses.replace(LARGE, sizes=TINY_SIZES, full_rows=TINY_ROWS)
+SETTINGS = {"124m": SMALL, "7b": LARGE, "tiny": TINY}
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts by number; a number may be left unused, where a query has no negative."""
+
+    by_number: dict[int, Text]
+    num_texts: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text, 0 where there is none."""
+        return [len(self.by_number.get(number, ())) for number in range(self.num_texts)]
+
+
+# The texts of a step: "query", "passage" and "chat".
+StepTexts = dict[str, Texts]
+
+
+def num_tokens(texts: StepTexts) -> int:
+    """Returns the tokens of all texts of a step."""
+    return sum(sum(stream.lengths) for stream in texts.values())
+
+
+def full_steps(setting: Setting) -> list[StepTexts]:
+    """Returns the one step of the case "full": all texts of a stream have the same length.
+
+    A sixteenth of a query and a passage is instruction; a chat is learned from its second token on.
+    """
+    random = np.random.default_rng(0)
+    step = {}
+    for name, (count, length) in setting.full_rows.items():
+        uncounted = 1 if name == "chat" else length // 16
+        shape = [length] * count, [uncounted] * count
+        step[name] = _random_texts(random, *shape, setting.sizes["vocab_size"])
+    return [step]
+
+
+def sample_steps(setting: Setting) -> list[StepTexts]:
+    """Returns steps whose texts are as long as those of the embedded sample."""
+    random = np.random.default_rng(0)
+    with np.load(LENGTHS_FILE) as stored:
+        lengths = {name: (stored[name], stored[f"{name}_uncounted"]) for name in STREAMS}
+    return [
+        {
+            name: _random_texts(random, tokens[step], uncounted[step], setting.sizes["vocab_size"])
+            for name, (tokens, uncounted) in lengths.items()
+        }
+        for step in range(SAMPLE_STEPS)
+    ]
+
+
+def _random_texts(
+    random: np.random.Generator,
+    lengths: Sequence[int] | np.ndarray,
+    uncounted: Sequence[int] | np.ndarray,
+    vocab_size: int,
+) -> Texts:
+    texts = {
+        number: Text(
+            random.integers(3, vocab_size, length).astype(np.int32), np.arange(length) >= left_out
+        )
+        for number, (length, left_out) in enumerate(zip(lengths, uncounted, strict=True))
+        if length
+    }
+    return Texts(texts, len(lengths))
+
+
+def measure_lengths(prepared: Path) -> None:
+    """Stores the lengths of batches of the prepared sample, as training would draw them."""
+    # What reads prepared data is not needed otherwise.
+    from grit_jax.data.batches import Batches
+    from grit_jax.data.draws import HomogeneousStream, MixedStream
+    from grit_jax.data.manifest import load_mixture
+
+    pairs = load_mixture(prepared, "sample_embedding", "train", "embedding", "embedding")
+    chats = load_mixture(prepared, "sample_chat", "train", "generative", "generative")
+    streams = {
+        "embedding": HomogeneousStream(pairs, SAMPLE_QUERIES, GROUP_SIZE, seed=0),
+        "generative": MixedStream(chats, SAMPLE_CHATS, 0, seed=1),
+    }
+    batches = Batches(streams, LIMITS)
+    stored: dict[str, list[np.ndarray]] = {}
+    for step in range(SAMPLE_STEPS):
+        batch = batches[step]
+        assert batch.embedding is not None
+        assert batch.chats is not None
+        packed = (batch.embedding.queries, batch.embedding.passages, batch.chats)
+        for name, texts in zip(STREAMS, packed, strict=True):
+            lengths = _tokens_by_text(texts, texts.segment_ids)
+            counted = _tokens_by_text(texts, texts.segment_ids[texts.mask])
+            stored.setdefault(name, []).append(lengths)
+            stored.setdefault(f"{name}_uncounted", []).append(lengths - counted)
+    arrays = {name: np.stack(lengths).astype(np.int16) for name, lengths in stored.items()}
+    np.savez_compressed(LENGTHS_FILE, allow_pickle=False, **arrays)
+
+
+def _tokens_by_text(texts: PackedTexts, segment_ids: np.ndarray) -> np.ndarray:
+    return np.bincount(segment_ids.ravel(), minlength=texts.num_texts + 1)[1:]
+
+
+def pack_steps(steps: Sequence[StepTexts]) -> list[Batch]:
+    """Returns the batches of steps, in the shapes that training would choose for them."""
+    shapes = _shapes(steps)
+    batches = []
+    for texts in steps:
+        packed = _pack(texts, shapes)
+        passages = texts["passage"]
+        numbers = np.arange(passages.num_texts, dtype=np.int32)
+        contents = np.where(np.array(passages.lengths) > 0, numbers, -1).astype(np.int32)
+        positives = numbers[::GROUP_SIZE]
+        pairs = EmbeddingBatch(packed["query"], packed["passage"], positives, contents)
+        batches.append(Batch(pairs, packed["chat"]))
+    return batches
+
+
+def _shapes(steps: Sequence[StepTexts]) -> list[Shape]:
+    """Returns the shapes for steps, each of which is a kind of its own."""
+    lengths = [{name: texts.lengths for name, texts in step.items()} for step in steps]
+    kinds = [
+        KindOfStep(1 / len(steps), {name: [tokens] for name, tokens in step.items()})
+        for step in lengths
+    ]
+    longest = {name: max(max(step[name]) for step in lengths) for name in STREAMS}
+    most = {name: len(lengths[0][name]) for name in STREAMS}
+    return choose_shapes(kinds, longest, most, LIMITS)
+
+
+def _pack(texts: StepTexts, shapes: Sequence[Shape]) -> dict[str, PackedTexts]:
+    """Returns the rows of a step in the first shape that its texts fit."""
+    for shape in shapes:
+        rows = {
+            name: fit_rows(texts[name].lengths, shape[name].count, shape[name].length)
+            for name in STREAMS
+        }
+        fitting = {name: own for name, own in rows.items() if own is not None}
+        if len(fitting) == len(rows):
+            return {
+                name: pack(
+                    texts[name].by_number,
+                    fitting[name],
+                    shape[name].count,
+                    shape[name].length,
+                    texts[name].num_texts,
+                )
+                for name in STREAMS
+            }
+    raise AssertionError("the last shape has a row for each text")
