@@ -1,10 +1,10 @@
 """How fast a joint step is: python benchmarks/train_step.py [--preset 124m|7b|tiny] [--profile]
 
-Makes the same steps with grit-jax and with `transformers` and torch. The sides take turns, each turn
-in a new process that has the machine for itself and makes some steps in a row, as training does; the
-first step of each shape is not counted. Case "full": all texts of a stream are of one length, and
-fill their rows. Case "sample": lengths of the embedded sample, packed here, padded to the longest of
-each stream there.
+Makes the same steps with grit-jax and with `transformers` and torch. The sides take turns, each
+turn in a new process that has the machine for itself and makes some steps in a row, as training
+does; the first step of each shape is not counted. Case "full": all texts of a stream are of one
+length, and fill their rows. Case "sample": lengths of the embedded sample, packed here, padded to
+the longest of each stream there.
 
     --check             both sides make the same steps of a tiny model: losses and parameters agree
     --profile           what the project's step needs, what it takes, and how fast products are
