@@ -85,12 +85,9 @@ class JaxSide:
         batch = self._place(case, 0)
         trainer = self.trainer
 
-        def loss(state: Any, batch: Any) -> Any:
-            model = trainer.model(state.parameters)
-            return joint_loss(model, state.loss_parameters, batch, trainer.loss_config)
-
-        def gradient(state: Any, batch: Any) -> Any:
-            return trainer._loss_and_gradient(state.trained, batch)
+        def loss(trained: Any, batch: Any) -> Any:
+            model = trainer.model(trained["model"])
+            return joint_loss(model, trained["loss"], batch, trainer.loss_config)
 
         def update(state: Any, gradient: Any) -> Any:
             return trainer.optimizer.update(gradient, state.optimizer_state, state.trained)
@@ -100,22 +97,20 @@ class JaxSide:
             cost: Any = step.cost_analysis()
             found = {
                 "useful FLOPs": self.useful_flops(case, 0),
-                "FLOPs of products": product_flops(
-                    jax.make_jaxpr(trainer._step)(self.state, batch)
-                ),
+                "FLOPs of products": product_flops(jax.make_jaxpr(trainer.step)(self.state, batch)),
                 "XLA's FLOPs": cost["flops"],
                 "XLA's bytes": cost["bytes accessed"],
                 "temporary bytes": step.memory_analysis().temp_size_in_bytes,
                 "matmul FLOPs a second": matmul_rate(),
-                "forward seconds": _median_seconds(jax.jit(loss), self.state, batch),
+                "forward seconds": _median_seconds(jax.jit(loss), self.state.trained, batch),
             }
-            both = jax.jit(gradient)
-            found["gradient seconds"] = _median_seconds(both, self.state, batch)
-            of_update = (self.state, both(self.state, batch)[1])
+            both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+            found["gradient seconds"] = _median_seconds(both, self.state.trained, batch)
+            of_update = (self.state, both(self.state.trained, batch)[1])
             found["optimizer seconds"] = _median_seconds(jax.jit(update), *of_update)
             del of_update
         found["step seconds"] = float(
-            np.median([self.step(case, 0)["seconds"] for _ in range(4)][1:])
+            np.median([self.step(case, 0)["seconds"] for _ in range(3)][1:])
         )
         return found
 
@@ -150,7 +145,7 @@ def matmul_rate() -> float:
 
 
 def _median_seconds(function: Callable, *arguments: Any) -> float:
-    return float(np.median([_seconds(function, *arguments) for _ in range(4)][1:]))
+    return float(np.median([_seconds(function, *arguments) for _ in range(3)][1:]))
 
 
 def _seconds(function: Callable, *arguments: Any) -> float:
