@@ -130,6 +130,21 @@ def vary_over_mesh(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.pcast(array, same, to="varying")
 
 
+def gather_for_rows(weight: jax.Array, axis: int) -> jax.Array:
+    """Returns a weight whole along "embed", inside a `shard_map` over the axes of "batch".
+
+    Each device may then do something else with it. Its gradient is summed and split up once, where
+    this is called.
+
+    Args:
+      weight: the device's part.
+      axis: the number of its axis "embed".
+    """
+    gathered = jax.lax.all_gather(weight, mesh_axes("embed"), axis=axis, tiled=True)
+    same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
+    return jax.lax.pcast(gathered, same_along, to="varying")
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of ways in which rows of texts are split over `mesh`."""
     return shards(mesh, "batch")

@@ -27,7 +27,7 @@ from grit_jax.models.layers import (
 )
 from grit_jax.models.linear import LoraConfig
 from grit_jax.models.remat import REMAT_POLICIES
-from grit_jax.sharding import constrain, mesh_axes, partition_spec
+from grit_jax.sharding import constrain, gather_for_rows, mesh_axes, partition_spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -353,6 +353,4 @@ def look_up_on_mesh(table: jax.Array, tokens: list[jax.Array]) -> list[jax.Array
     The table is gathered once for all of them, and its gradient reduced once. Left to itself, the
     compiler gathers the texts, which are larger, or reduces a whole gradient for each stream.
     """
-    gathered = jax.lax.all_gather(table, mesh_axes("embed"), axis=1, tiled=True)
-    same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
-    return look_up(jax.lax.pcast(gathered, same_along, to="varying"), tokens)
+    return look_up(gather_for_rows(table, axis=1), tokens)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.objectives.pooling import sum_by_text
-from grit_jax.sharding import constrain, mesh_axes, partition_spec
+from grit_jax.sharding import constrain, gather_for_rows, mesh_axes, partition_spec
 
 REDUCTIONS = ("mixed", "token", "mean")
 
@@ -125,10 +125,8 @@ def _sum_on_mesh(
 
     So the projection is gathered once, and its gradient reduced once, and not for every chunk.
     """
-    gathered = jax.lax.all_gather(projection, mesh_axes("embed"), axis=0, tiled=True)
-    same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
-    gathered = jax.lax.pcast(gathered, same_along, to="varying")
-    total = _sum_over_chunks(gathered, inputs, counts, logits_dtype)
+    whole = gather_for_rows(projection, axis=0)
+    total = _sum_over_chunks(whole, inputs, counts, logits_dtype)
     return jax.lax.psum(total, mesh_axes("batch"))
 
 

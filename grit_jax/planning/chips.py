@@ -14,17 +14,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What a chip has, from Google's pages on each TPU.
+    """What a chip has, from Google's pages on each TPU; its peak is in `training.flops`.
 
     Attributes:
-      flops: dense bfloat16 operations a second.
       hbm_bytes: main memory that a program can use.
       hbm_bandwidth: bytes a second of it.
       link_bandwidth: bytes a second each way over a link to a neighbour.
       network_bandwidth: bytes a second of a chip's share of its host's network, between slices.
     """
 
-    flops: float
     hbm_bytes: float
     hbm_bandwidth: float
     link_bandwidth: float
@@ -33,21 +31,18 @@ class Chip:
 
 CHIPS = {
     "v5e": Chip(
-        flops=197e12,
         hbm_bytes=15.75 * GIB,
         hbm_bandwidth=819e9,
         link_bandwidth=50e9,
         network_bandwidth=3.125e9,
     ),
     "v5p": Chip(
-        flops=459e12,
         hbm_bytes=95.74 * GIB,
         hbm_bandwidth=2765e9,
         link_bandwidth=100e9,
         network_bandwidth=6.25e9,
     ),
     "v6e": Chip(
-        flops=918e12,
         hbm_bytes=31.25 * GIB,
         hbm_bandwidth=1640e9,
         link_bandwidth=100e9,

@@ -22,18 +22,18 @@ from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
 from grit_jax.from_config import make_trainer, row_lengths
 from grit_jax.models import MixtralConfig
-from grit_jax.planning.chips import Topology, dimensions_spanned
+from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, Work, work_of
 from grit_jax.sharding import MeshError, batch_shards
-from grit_jax.training.flops import useful_flops
+from grit_jax.training.flops import peak_flops, useful_flops
+from grit_jax.training.loop import batch_rows, count_tokens
 from grit_jax.training.train_step import Trainer
 
-GIB = 2**30
 # The part of the places in rows that hold a token (benchmarks/data.py).
 FILLED = 0.97
 # What the compiler says of a program that does not fit.
 TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,8 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
         "mesh": dict(trainer.mesh.shape),
         "remat": config.model.remat,
         "grad_cache_chunks": config.grad_cache_chunks,
-        "rows": {name: f"{rows.shape[0]}x{rows.shape[1]}" for name, rows in _rows(batch)},
-        "tokens_per_step": int(sum(np.count_nonzero(rows) for _, rows in _rows(batch))),
+        "rows": batch_rows(batch),
+        "tokens_per_step": count_tokens(batch),
         "hbm_limit_bytes_per_chip": topology.chip.hbm_bytes,
         "parameter_bytes_per_chip": _bytes_per_chip((state.parameters, state.frozen)),
         "optimizer_bytes_per_chip": _bytes_per_chip(state.optimizer_state),
@@ -197,14 +197,6 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
     return Batch(embedding, chats)
 
 
-def _rows(batch: Batch) -> Iterator[tuple[str, Any]]:
-    if batch.embedding is not None:
-        yield "queries", batch.embedding.queries.segment_ids
-        yield "passages", batch.embedding.passages.segment_ids
-    if batch.chats is not None:
-        yield "chats", batch.chats.segment_ids
-
-
 def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:
     """Returns the compiled step, None if it does not fit, and the main memory that it takes."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
@@ -251,13 +243,15 @@ def _state_alone_is_too_large(plan: Plan) -> bool:
 
 def _speed(work: Work, useful: float, topology: Topology, trainer: Trainer) -> dict[str, Any]:
     chip, num_chips = topology.chip, len(topology.devices)
+    peak = peak_flops(topology.devices)
+    assert peak is not None, "the peak of every chip that can be planned for is known"
     devices = list(trainer.mesh.devices.flat)
     times: list[tuple[float, float, Collective, int]] = []
     for collective, count in work.collectives.items():
         links, network = _seconds(collective, devices, topology)
         times.append((count * links, count * network, collective, count))
     seconds = {
-        "compute_seconds": work.flops / chip.flops,
+        "compute_seconds": work.flops * num_chips / peak,
         "hbm_seconds": work.hbm_bytes / chip.hbm_bandwidth,
         "ici_seconds": sum(links for links, *_ in times),
         "dcn_seconds": sum(network for _, network, *_ in times),
@@ -269,7 +263,7 @@ def _speed(work: Work, useful: float, topology: Topology, trainer: Trainer) -> d
         "flops_per_step": work.flops * num_chips,
         "hbm_traffic_bytes_per_chip": work.hbm_bytes,
         "step_seconds_bound": bound,
-        "mfu_bound": useful / (bound * chip.flops * num_chips),
+        "mfu_bound": useful / (bound * peak),
         "collectives": [
             {
                 "kind": collective.kind,

@@ -10,22 +10,12 @@ import time
 import numpy as np
 from PIL import Image
 import pytest
+from small_run import SMALL
 
 from grit_jax.conversion import open_model
 from grit_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
-# A model so small that a run is over in seconds.
-SMALL = [
-    "--config=configs/gritlm_tiny.py",
-    "--config.model.sizes.hidden_size=32",
-    "--config.model.sizes.intermediate_size=32",
-    "--config.model.sizes.head_dim=8",
-    "--config.data.embedding_batch_size=16",
-    "--config.data.generative_batch_size=8",
-    "--config.log_every_steps=1",
-    "--config.optimizer.warmup_fraction=0.0",
-]
 
 
 def start_training(*arguments, devices=1):

@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+from small_run import SMALL
 
 from grit_jax.training.checkpoints import DAMAGED
 from grit_jax.training.preemption import EXIT_CODE
@@ -23,15 +24,8 @@ ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "3"))
 CHECKPOINT_EVERY = 2
 STEPS = 4 * KILLS + 20
-SMALL = [
-    "--config=configs/gritlm_tiny.py",
-    "--config.model.sizes.hidden_size=32",
-    "--config.model.sizes.intermediate_size=32",
-    "--config.model.sizes.head_dim=8",
-    "--config.data.embedding_batch_size=16",
-    "--config.data.generative_batch_size=8",
-    "--config.log_every_steps=1",
-    "--config.optimizer.warmup_fraction=0.0",
+FIELDS = [
+    *SMALL,
     f"--config.checkpoint.every_steps={CHECKPOINT_EVERY}",
     "--config.evaluation.enabled=False",
     f"--config.steps={STEPS}",
@@ -135,7 +129,7 @@ def compiled(tmp_path_factory):
 def start(prepared_sample, compiled):
     def start(workdir, count=2, devices=2, *arguments):
         folders = [f"--config.data.folder={prepared_sample}", f"--workdir={workdir}"]
-        return Processes(count, devices, [*SMALL, *folders, *arguments], compiled)
+        return Processes(count, devices, [*FIELDS, *folders, *arguments], compiled)
 
     return start
 

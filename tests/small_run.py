@@ -1,0 +1,12 @@
+"""The fields of a run whose model is so small that it is over in seconds."""
+
+SMALL = [
+    "--config=configs/gritlm_tiny.py",
+    "--config.model.sizes.hidden_size=32",
+    "--config.model.sizes.intermediate_size=32",
+    "--config.model.sizes.head_dim=8",
+    "--config.data.embedding_batch_size=16",
+    "--config.data.generative_batch_size=8",
+    "--config.log_every_steps=1",
+    "--config.optimizer.warmup_fraction=0.0",
+]
