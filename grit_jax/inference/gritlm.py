@@ -1,29 +1,75 @@
 """`GritLM`: one model that embeds and generates, as a user holds it."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import Progress
 
 from grit_jax.conversion import Model, open_model
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.encode import Embedding, Encoder
+from grit_jax.inference.inputs import (
+    TextLike,
+    TokenIds,
+    as_texts,
+    find_tokenizer,
+    fit,
+    join_documents,
+)
+from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.models import Mistral, make_model
-from grit_jax.sharding import make_mesh, variable_shardings
+from grit_jax.objectives.pooling import POOLINGS
+from grit_jax.processes import is_writer
+from grit_jax.sharding import batch_shards, make_mesh, variable_shardings
+from grit_jax.training.joint_loss import PATTERNS
+
+# Texts from which on their progress is shown.
+SHOWN_FROM = 256
 
 
 class GritLM:
-    """A model on the devices.
+    """A model on the devices, that embeds texts and continues prompts.
+
+    Args:
+      model: the Flax module.
+      mesh: the devices that its parameters lie on.
+      tokenizer: what strings are read with; None for a model that reads token ids alone.
+      attention: the pattern it was trained in: "bbcc", "cbcc" or "cccc".
+      pooling: "mean", "weightedmean", "lasttoken" or "cls".
+      normalized: whether embeddings are scaled to length 1.
 
     Attributes:
       model: the Flax module: token ids to hidden states, hidden states to logits.
       mesh: the devices that its parameters lie on.
+
+    Raises:
+      ValueError: the pattern or the pooling is unknown.
     """
 
-    def __init__(self, model: Mistral, mesh: Mesh):
+    def __init__(
+        self,
+        model: Mistral,
+        mesh: Mesh,
+        tokenizer: Tokenizer | None = None,
+        *,
+        attention: str = "bbcc",
+        pooling: str = "mean",
+        normalized: bool = True,
+    ):
+        _check_choices(attention, pooling)
         self.model = model
         self.mesh = mesh
+        self._token_ids = TokenIds(tokenizer, model.config.vocab_size)
+        self._embedding = Embedding(attention, pooling, normalized)
 
     @classmethod
     def from_pretrained(
@@ -31,6 +77,10 @@ class GritLM:
         path: str | os.PathLike,
         *,
         dtype: str = "bfloat16",
+        attention: str = "bbcc",
+        pooling: str = "mean",
+        normalized: bool = True,
+        tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
         base: str | os.PathLike | None = None,
     ) -> "GritLM":
@@ -40,15 +90,120 @@ class GritLM:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
             checkpoint is taken). Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
+          attention: the pattern it was trained in, `config.model.attention` of its run.
+          pooling: of its embeddings, `config.model.pooling` of its run.
+          normalized: whether embeddings are scaled to length 1.
+          tokenizer: path of a SentencePiece model, or "mistral"; by default the one that lies with
+            the model, else Mistral's for a model of as many pieces.
           mesh: the devices, by default all of them.
           base: where the model of low-rank updates lies now, if it has moved.
 
         Raises:
           ConversionError: there is no model at `path`, or it is damaged.
-          ValueError: the type is unknown.
+          FileNotFoundError: there is no such tokenizer.
+          ValueError: the type, the pattern or the pooling is unknown.
         """
+        _check_choices(attention, pooling)
         mesh = make_mesh() if mesh is None else mesh
-        return cls(load_module(open_model(Path(path), base=base), dtype, mesh), mesh)
+        stored = open_model(Path(path), base=base)
+        found = find_tokenizer(stored, tokenizer)
+        module = load_module(stored, dtype, mesh)
+        return cls(module, mesh, found, attention=attention, pooling=pooling, normalized=normalized)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What strings are read with.
+
+        Raises:
+          InputError: the model has none.
+        """
+        return self._token_ids.tokenizer
+
+    def encode(
+        self,
+        texts: TextLike | Sequence[TextLike],
+        batch_size: int = 256,
+        max_length: int = 512,
+        instruction: TextLike = "",
+        embed_instruction: bool = False,
+        get_cache: bool = False,
+        convert_to_tensor: bool = False,
+        recast: bool = False,
+        add_special_tokens: bool = True,
+        *,
+        truncate: bool = False,
+    ) -> Any:
+        """Returns the embedding of each text: float32 [texts, size], or [size] of one alone.
+
+        Texts are sorted by length and packed into rows. An embedding is the same whatever is read
+        beside it.
+
+        Args:
+          texts: strings, or token ids, which are read as they are, without `<s>`.
+          batch_size: bounds memory: a call of the devices has no more tokens, padding included,
+            than so many texts of `max_length`, and no more than keep a device busy
+            (`rows.PLACES_OF_A_DEVICE`). It may have more texts, where they are short.
+          max_length: tokens that a text may have, `<s>` and instruction included.
+          instruction: what stands before each text, ready-made as in
+            "<|user|>\\nGiven a question, find its answer\\n<|embed|>\\n" (see
+            `data.templates.embedding_prefix`). Its tokens and `<s>` are read, and not pooled by
+            "mean" and "weightedmean". Without an instruction all tokens are pooled.
+          embed_instruction: whether instructions are pooled all the same.
+          get_cache: whether to return also, for each text, a `Cache` of one row with its keys and
+            values, to generate on top of. They take memory for each token of all texts.
+          convert_to_tensor: return JAX arrays on the devices in the place of NumPy's.
+          recast: round embeddings to the type of the model; JAX arrays are also of this type.
+          add_special_tokens: whether `<s>` goes before strings.
+          truncate: cut what is longer than `max_length`, and warn how many texts were.
+
+        Raises:
+          InputError: a text is empty, no string nor token ids, or too long; the message names it.
+        """
+        listed, is_one = as_texts(texts)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
+        read = [
+            self._token_ids.after(instruction, text, begin=add_special_tokens, name=f"text {i}")
+            for i, text in enumerate(listed)
+        ]
+        read = fit(read, max_length, self.model.config.max_position_embeddings, truncate=truncate)
+        embedding = dataclasses.replace(self._embedding, pools_instruction=embed_instruction)
+        places = min(PLACES_OF_A_DEVICE, -(-batch_size * max_length // batch_shards(self.mesh)))
+        embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
+        with _progress(len(read)) as done:
+            found = embed(read, embedding, places, done)
+        embeddings, caches = found if isinstance(found, tuple) else (found, None)
+        if recast:
+            embeddings = embeddings.astype(self.model.config.dtype)
+        if convert_to_tensor:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            embeddings, caches = jax.device_put((embeddings, caches), whole)
+        elif recast:
+            embeddings = embeddings.astype("float32")
+        if is_one:
+            embeddings = embeddings[0]
+        return (embeddings, caches) if get_cache else embeddings
+
+    def encode_queries(self, queries: TextLike | Sequence[TextLike], **options: Any) -> Any:
+        """Returns the embeddings of queries; the arguments are those of `encode`."""
+        return self.encode(queries, **options)
+
+    def encode_corpus(
+        self,
+        corpus: TextLike | Mapping[str, str] | Sequence[TextLike] | Sequence[Mapping[str, str]],
+        **options: Any,
+    ) -> Any:
+        """Returns the embeddings of documents; the other arguments are those of `encode`.
+
+        Args:
+          corpus: texts, or dictionaries with "text" and maybe "title", which goes before it.
+          **options: see `encode`.
+        """
+        return self.encode(join_documents(corpus), **options)
+
+    @functools.cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.model, self.mesh)
 
 
 def load_module(stored: Model, dtype: str, mesh: Mesh) -> Mistral:
@@ -63,3 +218,22 @@ def load_module(stored: Model, dtype: str, mesh: Mesh) -> Mistral:
     )
     nnx.replace_by_pure_dict(state, stored.load(nnx.to_pure_dict(shapes)))
     return nnx.merge(graph, state)
+
+
+def _check_choices(attention: str, pooling: str) -> None:
+    if attention not in PATTERNS:
+        raise ValueError(
+            f"attention={attention!r} must be one of {', '.join(PATTERNS)}: for the instruction "
+            "and the text of embeddings, then of generation, b (bidirectional) or c (causal)"
+        )
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling={pooling!r} must be one of {', '.join(POOLINGS)}")
+
+
+@contextlib.contextmanager
+def _progress(num_texts: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is told how many texts are done, and shows it where they are many."""
+    is_hidden = num_texts < SHOWN_FROM or not is_writer()
+    with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
+        task = progress.add_task("Embedding", total=num_texts)
+        yield functools.partial(progress.advance, task)
