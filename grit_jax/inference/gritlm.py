@@ -16,17 +16,23 @@ from rich.progress import Progress
 
 from grit_jax.conversion import Model, open_model
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
 from grit_jax.inference.encode import Embedding, Encoder
+from grit_jax.inference.generate import Generator, Request
 from grit_jax.inference.inputs import (
+    InputError,
     TextLike,
     TokenIds,
+    as_stop_strings,
     as_texts,
+    find_end_tokens,
     find_tokenizer,
     fit,
     join_documents,
 )
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
-from grit_jax.models import Mistral, make_model
+from grit_jax.inference.sampling import Sampling
+from grit_jax.models import Cache, Mistral, make_model
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
 from grit_jax.sharding import batch_shards, make_mesh, variable_shardings
@@ -34,6 +40,8 @@ from grit_jax.training.joint_loss import PATTERNS
 
 # Texts from which on their progress is shown.
 SHOWN_FROM = 256
+# Tokens that are made before their text is shown.
+TOKENS_STREAMED = 4
 
 
 class GritLM:
@@ -43,6 +51,7 @@ class GritLM:
       model: the Flax module.
       mesh: the devices that its parameters lie on.
       tokenizer: what strings are read with; None for a model that reads token ids alone.
+      end_tokens: tokens that end an answer; by default the tokenizer's `</s>`.
       attention: the pattern it was trained in: "bbcc", "cbcc" or "cccc".
       pooling: "mean", "weightedmean", "lasttoken" or "cls".
       normalized: whether embeddings are scaled to length 1.
@@ -61,6 +70,7 @@ class GritLM:
         mesh: Mesh,
         tokenizer: Tokenizer | None = None,
         *,
+        end_tokens: Sequence[int] | None = None,
         attention: str = "bbcc",
         pooling: str = "mean",
         normalized: bool = True,
@@ -69,6 +79,9 @@ class GritLM:
         self.model = model
         self.mesh = mesh
         self._token_ids = TokenIds(tokenizer, model.config.vocab_size)
+        if end_tokens is None:
+            end_tokens = [] if tokenizer is None else [tokenizer.eos_id]
+        self._end_tokens = tuple(end_tokens)
         self._embedding = Embedding(attention, pooling, normalized)
 
     @classmethod
@@ -108,7 +121,15 @@ class GritLM:
         stored = open_model(Path(path), base=base)
         found = find_tokenizer(stored, tokenizer)
         module = load_module(stored, dtype, mesh)
-        return cls(module, mesh, found, attention=attention, pooling=pooling, normalized=normalized)
+        return cls(
+            module,
+            mesh,
+            found,
+            end_tokens=find_end_tokens(stored),
+            attention=attention,
+            pooling=pooling,
+            normalized=normalized,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -200,6 +221,124 @@ class GritLM:
           **options: see `encode`.
         """
         return self.encode(join_documents(corpus), **options)
+
+    def generate(
+        self,
+        prompts: TextLike | Sequence[TextLike],
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        cache: Cache | Sequence[Cache] | None = None,
+        add_special_tokens: bool = True,
+        batch_size: int = 32,
+    ) -> Any:
+        """Returns the continuation of each prompt: a string of a string, token ids of token ids.
+
+        The prompt itself, the token that ends a text and what comes after it are left out. Of one
+        prompt alone there is one answer, else a list.
+
+        Args:
+          prompts: strings, ready-made as in "<|user|>\\nWho are you?\\n<|assistant|>\\n" (see
+            `data.templates.chat_prompt`), or token ids, which are read as they are.
+          max_new_tokens: of an answer. Prompt and answer must fit the model's context together.
+          temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+          top_k: draw from so many of the likeliest tokens.
+          top_p: draw from the likeliest tokens that have this probability together.
+          min_p: draw from tokens that are at least this times as likely as the likeliest.
+          repetition_penalty: above 1 makes tokens of prompt and answer less likely.
+          stop: strings before which an answer ends. Token ids end behind the token that completes
+            one.
+          seed: of what is drawn. The same seed, number of the prompt and options give the same
+            answer, whatever the other prompts are.
+          cache: what is read before each prompt, one for each, as `encode(..., get_cache=True)`
+            returns them. No `<s>` goes before the prompts then.
+          add_special_tokens: whether `<s>` goes before strings.
+          batch_size: prompts that are continued together.
+
+        Raises:
+          InputError: a prompt is empty, no string nor token ids, or too long; the message names it.
+          ValueError: an option is impossible.
+        """
+        listed, is_one = as_texts(prompts)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be positive")
+        stop = as_stop_strings(stop)
+        sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
+        caches = [cache] if isinstance(cache, Cache) else cache
+        begin = add_special_tokens and caches is None
+        request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
+        answers = [self._answer(isinstance(text, str), stop) for text in listed]
+        for numbers in in_batches(request.prompts, batch_size):
+            part = request.part(numbers, min(batch_size, len(listed)))
+            complete(self._generator, part, [answers[number] for number in numbers])
+        found = [
+            answer.text if isinstance(text, str) else answer.ids
+            for text, answer in zip(listed, answers, strict=True)
+        ]
+        return found[0] if is_one else found
+
+    def stream(
+        self,
+        prompt: TextLike,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        cache: Cache | None = None,
+        add_special_tokens: bool = True,
+    ) -> Iterator[str]:
+        """Returns an iterator over the text that `generate` would return, piece after piece.
+
+        A piece ends with a whole character, and before what may become a stop string. The
+        arguments and the errors, which are raised at once, are those of `generate`.
+        """
+        (listed, _), stop = as_texts(prompt), as_stop_strings(stop)
+        if len(listed) != 1:
+            raise InputError(f"one prompt is streamed at a time, not {len(listed)}")
+        sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
+        caches = None if cache is None else [cache]
+        begin = add_special_tokens and caches is None
+        request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
+        return pieces(self._generator, request, self._answer(True, stop), TOKENS_STREAMED)
+
+    def _request(
+        self,
+        prompts: Sequence[TextLike],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        caches: Sequence[Cache] | None,
+        *,
+        begin: bool,
+    ) -> Request:
+        ids = [
+            self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
+            for number, prompt in enumerate(prompts)
+        ]
+        check_room(ids, caches, max_new_tokens, self.model.config.max_position_embeddings)
+        numbers = range(len(ids))
+        return Request(
+            ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
+        )
+
+    def _answer(self, is_text: bool, stop: Sequence[str]) -> Answer:
+        needs_text = is_text or stop
+        return Answer(self._end_tokens, self.tokenizer if needs_text else None, stop)
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.model, self.mesh)
 
     @functools.cached_property
     def _encoder(self) -> Encoder:

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 
 from grit_jax.conversion import ConversionError, Model
+from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer
 
@@ -48,6 +49,17 @@ def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer |
             f"{stored.config.vocab_size}: say tokenizer=PATH of its own"
         )
     return tokenizer
+
+
+def find_end_tokens(stored: Model) -> list[int] | None:
+    """Returns the tokens that end an answer of the model, None where that is not said.
+
+    A Hugging Face folder says it in `generation_config.json`, or else in `config.json`.
+    """
+    path = stored.folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    end = generation.get("eos_token_id", stored.fields.get("eos_token_id"))
+    return [end] if isinstance(end, int) else end
 
 
 class TokenIds:
@@ -160,6 +172,19 @@ def as_texts(texts: Any) -> tuple[list[TextLike], bool]:
     if isinstance(texts[0], int | np.integer):
         return [texts], True
     return list(texts), False
+
+
+def as_stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """Returns a list of the strings before which an answer ends.
+
+    Raises:
+      InputError: one is empty or no string.
+    """
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
+    return strings
 
 
 def join_documents(corpus: Any) -> Any:
