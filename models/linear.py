@@ -70,16 +70,19 @@ class LoraConfig:
         return [layer for layer in layers if layer in found]
 
 
-def linear(subscripts: str, inputs: Float[Array, "M ..."], weight: Weight) -> Float[Array, "M ..."]:
+def linear(inputs: Float[Array, "M ..."], weight: Weight) -> Float[Array, "M ..."]:
     """Returns x W, or x W + (alpha / rank) (x A) B where the layer is adapted.
 
+    All axes of x but the first are summed over with the first axes of W.
+
     Args:
-      subscripts: of the product x W, as `jnp.einsum` takes them.
       inputs: x.
       weight: what `LinearLayers.weight` returns.
     """
     matrix, *update = weight
-    outputs = jnp.einsum(subscripts, inputs, matrix)
+    # Not an einsum: it sums over heads and head dimension in the order of the alphabet, for which
+    # XLA transposes W in every call.
+    outputs = jnp.tensordot(inputs, matrix, inputs.ndim - 1)
     if not update:
         return outputs
     a, b = update

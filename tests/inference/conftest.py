@@ -1,5 +1,6 @@
 """Small models to embed and generate with."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -19,15 +20,16 @@ def one_device():
 
 @pytest.fixture(scope="session")
 def reference_model():
-    """Makes the original's tiny model, which reads token ids; options go to `GritLM`."""
+    """Makes the original's tiny model, which reads token ids; options go to `GritLM`.
 
-    def make(architecture="mistral", mesh=None, **options):
-        return GritLM.from_pretrained(
-            REFERENCE / f"tiny-{architecture}",
-            dtype="float32",
-            mesh=mesh or one_device(),
-            **options,
-        )
+    What has been made, and compiled, is returned again.
+    """
+
+    @functools.cache
+    def make(architecture="mistral", on_eight_devices=False, **options):
+        mesh = make_mesh(fsdp=4, tensor=2) if on_eight_devices else one_device()
+        folder = REFERENCE / f"tiny-{architecture}"
+        return GritLM.from_pretrained(folder, dtype="float32", mesh=mesh, **options)
 
     return make
 

@@ -26,7 +26,7 @@ PROMPTS = [
     "Mid size of a prompt, with ünïcödé",
 ]
 # More than one call of the program that makes tokens.
-NEW = 40
+NEW = 36
 
 
 @functools.partial(nnx.jit, static_argnames="count")
@@ -43,7 +43,7 @@ def continued(module, tokens, length, count):
 
 
 def expected_ids(model, ids, count):
-    tokens = np.zeros((1, 640), np.int32)
+    tokens = np.zeros((1, 96 if len(ids) < 60 else 576), np.int32)
     tokens[0, : len(ids)] = ids
     return np.asarray(continued(model.model, tokens, len(ids), count))
 
@@ -90,27 +90,27 @@ def test_text_is_that_of_transformers(tmp_path, name):
         assert whole.startswith(before)
         return whole[len(before) :]
 
-    assert ours.generate(PROMPTS, NEW) == [text_of(prompt) for prompt in PROMPTS]
-    penalized = [text_of(prompt, repetition_penalty=1.3) for prompt in PROMPTS[:2]]
-    assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized
-    assert penalized != ours.generate(PROMPTS[:2], NEW)
+    plain = ours.generate(PROMPTS, NEW)
+    assert plain == [text_of(prompt) for prompt in PROMPTS]
+    if name == "mistral":
+        penalized = [text_of(prompt, repetition_penalty=1.3) for prompt in PROMPTS[:2]]
+        assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
 
 
 def test_a_prompt_is_continued_as_alone(model):
-    long_prompt = list(np.random.default_rng(0).integers(3, 32000, 600))
+    long_prompt = list(np.random.default_rng(0).integers(3, 32000, 530))
     prompts = [prompt_ids(model, PROMPTS[0]), long_prompt, [5]]
     expected = [expected_ids(model, prompt, NEW) for prompt in prompts]
-    for batch_size in (32, 2):
-        found = model.generate(prompts, NEW, batch_size=batch_size)
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+    found = model.generate(prompts, NEW, batch_size=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(model.generate(np.array(prompts[0]), NEW), expected[0])
 
 
 def test_eight_devices_generate_as_one_does(reference_model):
     prompts = [[5, 6, 7], list(range(3, 40)), [9]]
-    expected = reference_model().generate(prompts, NEW)
-    found = reference_model(mesh=make_mesh(fsdp=4, tensor=2)).generate(prompts, NEW)
+    expected = reference_model().generate(prompts, 6)
+    found = reference_model(on_eight_devices=True).generate(prompts, 6)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -124,15 +124,20 @@ def test_each_row_ends_with_its_own_end_of_text(model):
         np.testing.assert_array_equal(found, row[: places[0]] if len(places) else row)
 
 
-def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(model):
-    options = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 10}
-    found = model.generate(PROMPTS, seed=1, **options)
-    assert model.generate(PROMPTS, seed=1, **options) == found
-    assert model.generate(PROMPTS, seed=1, batch_size=2, **options) == found
-    assert model.generate(PROMPTS[:1], seed=1, **options) == found[:1]
-    assert model.generate(PROMPTS, seed=2, **options) != found
-    same = model.generate([PROMPTS[0]] * 3, seed=1, **options)
-    assert len(set(same)) == 3
+def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(reference_model):
+    model = reference_model()
+    prompts = [[5, 6, 7], list(range(3, 30)), [9], [5, 6, 7]]
+
+    def draw(prompts, **options):
+        found = model.generate(prompts, 10, temperature=1.0, top_p=0.9, **options)
+        return [ids.tolist() for ids in found]
+
+    found = draw(prompts, seed=1)
+    assert draw(prompts, seed=1) == found
+    assert draw(prompts, seed=1, batch_size=2) == found
+    assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
+    assert draw(prompts, seed=2) != found
+    assert found[0] != found[3]
 
 
 def test_stop_strings_and_streams(model):
@@ -150,6 +155,12 @@ def test_stop_strings_and_streams(model):
     assert stop not in model.tokenizer.decode(ids[:-1].tolist())
 
 
+@nnx.jit
+def likeliest(module, tokens, cache):
+    hidden, cache = module(tokens, cache=cache)
+    return jnp.argmax(module.logits(hidden[:, -1:]), axis=-1), cache
+
+
 def test_prompts_on_top_of_documents(reference_model):
     values = reference_values.load_values("mistral")
     model = reference_model()
@@ -163,8 +174,7 @@ def test_prompts_on_top_of_documents(reference_model):
         _, cache = model.model(jnp.asarray(text)[None], is_causal=False, cache=cache)
         tokens, expected = jnp.asarray(prompt)[None], []
         for _ in range(12):
-            hidden, cache = model.model(tokens, cache=cache)
-            tokens = jnp.argmax(model.model.logits(hidden[:, -1:]), axis=-1)
+            tokens, cache = likeliest(model.model, tokens, cache)
             expected.append(int(tokens[0, 0]))
         np.testing.assert_array_equal(found[row], expected)
     on_devices = model.encode(documents, get_cache=True, convert_to_tensor=True)[1]
