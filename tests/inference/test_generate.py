@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -62,25 +63,37 @@ def test_greedy_tokens_are_those_of_the_original(reference_model, architecture):
     np.testing.assert_array_equal(found, whole[:, length:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mistral", "mixtral"])
-def test_text_is_that_of_transformers(tmp_path, name):
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Folders of a Mistral with a short window and of a Mixtral, as transformers loads them."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MixtralConfig
+    from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
 
     torch.manual_seed(0)
-    config_class = {"mistral": MistralConfig, "mixtral": MixtralConfig}[name]
-    config = config_class(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
-        sliding_window=24 if name == "mistral" else None,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "saved")
-    write_hugging_face(HuggingFaceModel(tmp_path / "saved"), tmp_path / "exported")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    folders = {}
+    for name, config_class in {"mistral": MistralConfig, "mixtral": MixtralConfig}.items():
+        config = config_class(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+            sliding_window=24 if name == "mistral" else None,
+        )  # fmt: skip
+        root = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / "saved")
+        folders[name] = root / "exported"
+        write_hugging_face(HuggingFaceModel(root / "saved"), folders[name])
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
+def test_text_is_that_of_transformers(exported, name):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(exported[name], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(exported[name])
     mesh = make_mesh(devices=jax.devices()[:1])
-    ours = GritLM.from_pretrained(tmp_path / "exported", dtype="float32", mesh=mesh)
+    ours = GritLM.from_pretrained(exported[name], dtype="float32", mesh=mesh)
 
     def text_of(prompt, **options):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -95,6 +108,20 @@ def test_text_is_that_of_transformers(tmp_path, name):
     if name == "mistral":
         penalized = [text_of(prompt, repetition_penalty=1.3) for prompt in PROMPTS[:2]]
         assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows(exported, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Embedding and generating")[1]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "gritlm_tiny").symlink_to(exported["mistral"])
+    monkeypatch.chdir(tmp_path)
+    shown = {}
+    exec(section.split("```python")[1].split("```")[0], shown)
+    assert shown["scores"].shape == (2, 2)
+    assert capsys.readouterr().out == shown["answer"].split("\n\n")[0]
+    assert len(set(shown["drawn"])) == 2
 
 
 def test_a_prompt_is_continued_as_alone(model):
