@@ -41,6 +41,8 @@ class MistralConfig:
     `param_dtype` that of the parameters and `logits_dtype` that of the logits. `remat` names what a
     layer's backward pass finds saved (`remat.REMAT_POLICIES`), and `attention_implementation` is
     one of `attention.IMPLEMENTATIONS`. `lora` says which linear layers are adapted, None for none.
+    `linear_dtype` "int8" is for weights that were trained: those of linear layers are int8, with a
+    scale for each output (`linear.round_to_int8`); None leaves them in `param_dtype`.
 
     `linear_layers` has the names of a decoder layer's linear layers, and how many axes of the
     weight of each are inputs.
@@ -69,6 +71,7 @@ class MistralConfig:
     remat: str = "full"
     attention_implementation: str = "auto"
     lora: LoraConfig | None = None
+    linear_dtype: str | None = None
 
     linear_layers: ClassVar[Mapping[str, int]] = {
         "attention.query": 1,
@@ -105,6 +108,11 @@ class MistralConfig:
             raise ValueError(
                 f"config.model.attention_implementation={self.attention_implementation!r} must be "
                 f"one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        if self.linear_dtype not in (None, "int8"):
+            raise ValueError(
+                f"config.model.linear_dtype={self.linear_dtype!r} must be 'int8', or None for "
+                "that of the other parameters"
             )
         if self.lora is not None:
             self.lora.targeted(self.linear_layers)

@@ -8,13 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 
-from grit_jax.conversion import Model, open_model
+from grit_jax.conversion import open_model
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
 from grit_jax.inference.encode import Embedding, Encoder
@@ -30,12 +29,13 @@ from grit_jax.inference.inputs import (
     fit,
     join_documents,
 )
+from grit_jax.inference.loading import load_module
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.inference.sampling import Sampling
-from grit_jax.models import Cache, Mistral, make_model
+from grit_jax.models import Cache, Mistral
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
-from grit_jax.sharding import batch_shards, make_mesh, variable_shardings
+from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.joint_loss import PATTERNS
 
 # Texts from which on their progress is shown.
@@ -90,6 +90,7 @@ class GritLM:
         path: str | os.PathLike,
         *,
         dtype: str = "bfloat16",
+        linear_dtype: str | None = None,
         attention: str = "bbcc",
         pooling: str = "mean",
         normalized: bool = True,
@@ -103,6 +104,8 @@ class GritLM:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
             checkpoint is taken). Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
+          linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
+            the memory of bfloat16; None leaves them in `dtype`.
           attention: the pattern it was trained in, `config.model.attention` of its run.
           pooling: of its embeddings, `config.model.pooling` of its run.
           normalized: whether embeddings are scaled to length 1.
@@ -120,7 +123,7 @@ class GritLM:
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(Path(path), base=base)
         found = find_tokenizer(stored, tokenizer)
-        module = load_module(stored, dtype, mesh)
+        module = load_module(stored, dtype, mesh, linear_dtype)
         return cls(
             module,
             mesh,
@@ -343,20 +346,6 @@ class GritLM:
     @functools.cached_property
     def _encoder(self) -> Encoder:
         return Encoder(self.model, self.mesh)
-
-
-def load_module(stored: Model, dtype: str, mesh: Mesh) -> Mistral:
-    """Returns the Flax module of a stored model, laid out on a mesh by the table of shardings."""
-    config = dataclasses.replace(stored.config, dtype=dtype, param_dtype=dtype)
-    abstract = nnx.eval_shape(lambda: make_model(config, 0))
-    graph, state = nnx.split(abstract)
-    shapes = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        variable_shardings(state, mesh),
-    )
-    nnx.replace_by_pure_dict(state, stored.load(nnx.to_pure_dict(shapes)))
-    return nnx.merge(graph, state)
 
 
 def _check_choices(attention: str, pooling: str) -> None:
