@@ -61,14 +61,18 @@ class Encoder:
     Args:
       model: its parameters lie on the mesh.
       mesh: rows are split over it.
+
+    Attributes:
+      parameters: what the program is given first.
+      program: embeds packed texts; `Embedding` is its last argument.
     """
 
     def __init__(self, model: Mistral, mesh: Mesh):
-        self._graph, self._state = nnx.split(model)
+        self._graph, self.parameters = nnx.split(model)
         self._mesh = mesh
         self._embedding_size = model.config.embedding_projection_size or model.config.hidden_size
         whole = NamedSharding(mesh, PartitionSpec())
-        self._embed = jax.jit(self._embed_packed, static_argnums=2, out_shardings=whole)
+        self.program = jax.jit(self._embed_packed, static_argnums=2, out_shardings=whole)
         self._embed_and_keep = jax.jit(self._embed_with_cache, static_argnums=(2, 3))
 
     def embed(
@@ -109,7 +113,7 @@ class Encoder:
             packed = pack(group, [[i] for i in range(len(group))], num_rows, row_length, num_rows)
             with jax.set_mesh(self._mesh):
                 rows, cache = self._embed_and_keep(
-                    self._state, self._place(packed), embedding, instruction_length
+                    self.parameters, self._place(packed), embedding, instruction_length
                 )
             embeddings.append(np.asarray(rows)[: len(group)])
             cache = jax.tree.map(np.asarray, cache)
@@ -126,7 +130,7 @@ class Encoder:
         for call in plan_calls(lengths, batch_shards(self._mesh), places):
             numbers, packed = _pack_call(texts, call)
             with jax.set_mesh(self._mesh):
-                rows = self._embed(self._state, self._place(packed), embedding)
+                rows = self.program(self.parameters, self._place(packed), embedding)
             waiting.append((numbers, rows))
             if len(waiting) > CALLS_AHEAD:
                 yield waiting.pop(0)

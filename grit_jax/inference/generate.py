@@ -92,13 +92,18 @@ class Generator:
     Args:
       model: its parameters lie on the mesh.
       mesh: rows are split over it.
+
+    Attributes:
+      parameters: what both programs are given first.
+      prefill: the program that reads a part of the prompts.
+      decode: the program that makes tokens.
     """
 
     def __init__(self, model: Mistral, mesh: Mesh):
-        self._graph, self._state = nnx.split(layers_apart(model, mesh))
+        self._graph, self.parameters = nnx.split(layers_apart(model, mesh))
         self._mesh = mesh
-        self._prefill = jax.jit(self._read_part, donate_argnums=1, static_argnums=6)
-        self._decode = jax.jit(self._make_tokens, donate_argnums=1)
+        self.prefill = jax.jit(self._read_part, donate_argnums=1, static_argnums=6)
+        self.decode = jax.jit(self._make_tokens, donate_argnums=1)
         self._empty_cache = jax.jit(model.make_cache, static_argnums=(0, 1))
 
     def tokens(
@@ -126,8 +131,8 @@ class Generator:
                 state = dataclasses.replace(state, is_done=self._rows(is_done))
             steps = min(at_once, TOKENS_AT_ONCE, request.max_new_tokens - made)
             with jax.set_mesh(self._mesh):
-                tokens, state = self._decode(
-                    self._state, state, np.int32(steps), end_tokens, request.sampling
+                tokens, state = self.decode(
+                    self.parameters, state, np.int32(steps), end_tokens, request.sampling
                 )
             tokens, made = np.asarray(tokens)[:, :steps], made + steps
 
@@ -146,8 +151,8 @@ class Generator:
         )
         for start in range(0, width, PART_LENGTHS[-1]):
             part = slice(start, start + PART_LENGTHS[-1])
-            state = self._prefill(
-                self._state,
+            state = self.prefill(
+                self.parameters,
                 state,
                 self._rows(tokens[:, part]),
                 self._rows(is_token[:, part].astype(np.int32)),
@@ -173,7 +178,7 @@ class Generator:
     ) -> jax.Array | None:
         if sampling.repetition_penalty is None:
             return None
-        vocab_size = nnx.merge(self._graph, self._state).config.vocab_size
+        vocab_size = nnx.merge(self._graph, self.parameters).config.vocab_size
         seen = np.zeros((len(tokens), vocab_size), bool)
         seen[np.nonzero(is_token)[0], tokens[is_token]] = True
         return self._rows(seen)

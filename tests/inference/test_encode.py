@@ -135,7 +135,7 @@ def test_few_shapes_are_compiled(model):
     random = np.random.default_rng(0)
     for count in random.integers(1, 200, 6):
         fresh.encode([random.integers(3, 32000, n) for n in random.integers(1, 250, count)])
-    assert fresh._encoder._embed._cache_size() <= 5
+    assert fresh._encoder.program._cache_size() <= 5
 
 
 def test_documents_are_their_title_and_text(model):
