@@ -46,6 +46,8 @@ def default_config() -> Config:
     config.model.remat = "full"
     # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve
     config.model.attention_implementation = "auto"
+    # Positions in a block of the kernel for TPUs, at most; a row's own block divides the row.
+    config.model.splash_block_size = 1024
     # Embedding instruction, embedding text, generation instruction, generation text: each
     # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"

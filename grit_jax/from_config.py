@@ -35,6 +35,16 @@ from grit_jax.training.train_step import Trainer
 
 Datasets = dict[PreparedDataset, float]
 
+# Fields of `config.model` that are the model's own, whatever weights it starts from.
+MODEL_SETTINGS = (
+    "dtype",
+    "param_dtype",
+    "logits_dtype",
+    "remat",
+    "attention_implementation",
+    "splash_block_size",
+)
+
 
 def make_checkpoints(
     config: Config,
@@ -124,8 +134,7 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
       ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
         the field.
     """
-    names = ("dtype", "param_dtype", "logits_dtype", "remat", "attention_implementation")
-    settings = {name: config.model[name] for name in names}
+    settings = {name: config.model[name] for name in MODEL_SETTINGS}
     sizes = config.model.sizes.to_dict()
     projection = config.model.embedding_projection_size
     if projection:
