@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 import jax
+from jax.sharding import Mesh
 import optax
 
 from grit_jax.config import Config, ConfigError
@@ -221,11 +222,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
     return Batches(
         {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
-        RowLimits(
-            longest=row_lengths(config),
-            length_multiple=data.row_length_multiple,
-            count_multiple=batch_shards(trainer.mesh) * chunks,
-        ),
+        row_limits(config, trainer.mesh),
         held,
         data.copies_are_negatives,
     )
@@ -273,6 +270,15 @@ def row_lengths(config: Config) -> dict[str, int]:
     """Returns the longest that rows of "query", "passage" and "chat" may be, in tokens."""
     streams = ("query", "passage", "chat")
     return {stream: config.data[f"{stream}_row_length"] for stream in streams}
+
+
+def row_limits(config: Config, mesh: Mesh) -> RowLimits:
+    """Returns what the rows of a run may be: every chunk of a step has as many on every shard."""
+    return RowLimits(
+        longest=row_lengths(config),
+        length_multiple=config.data.row_length_multiple,
+        count_multiple=batch_shards(mesh) * config.grad_cache_chunks,
+    )
 
 
 def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:

@@ -78,7 +78,7 @@ def _mask(S: int, is_causal: bool, sliding_window: int | None) -> splash.Mask:
 
 
 def largest_block(S: int, block_size: int) -> int:
-    """Returns the most positions, `block_size` at most, in which a row of S falls without a rest."""
+    """Returns the largest block of `block_size` positions at most that divides a row of S."""
     sizes = range(LANES, min(S, block_size) + 1, LANES)
     return max(size for size in sizes if S % size == 0)
 
