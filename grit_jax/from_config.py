@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 from jax.sharding import Mesh
 import optax
@@ -279,6 +280,17 @@ def row_limits(config: Config, mesh: Mesh) -> RowLimits:
         length_multiple=config.data.row_length_multiple,
         count_multiple=batch_shards(mesh) * config.grad_cache_chunks,
     )
+
+
+def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -> dict[str, Any]:
+    """Returns what must be alike in all processes of a run, by names fit for a message."""
+    fields = flatten_dict(
+        config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
+    )
+    # A host may have its copies of data and weights in another place.
+    fields["data.folder"] = batches.description
+    fields["model.weights"] = None if pretrained is None else pretrained.fingerprint()
+    return {f"config.{name}": value for name, value in fields.items()}
 
 
 def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:

@@ -10,6 +10,7 @@ from etils import epath
 import jax
 from rich.console import Console
 
+from grit_jax.agreement import check_agreement
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
 from grit_jax.data.batches import Batches, read_ahead
@@ -23,6 +24,7 @@ from grit_jax.from_config import (
     make_schedule,
     make_trainer,
     open_pretrained,
+    what_all_share,
 )
 from grit_jax.models import MistralConfig
 from grit_jax.processes import as_writer_says, is_writer
@@ -35,6 +37,7 @@ from grit_jax.training.profile import Profile
 from grit_jax.training.progress import ProgressReport
 from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer, TrainState
+from grit_jax.training.watchdog import Watchdog
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -46,6 +49,7 @@ def run(config: Config, workdir: epath.Path) -> None:
 
     Raises:
       ConfigError, MeshError, PreparedDataError, CheckpointError: the message names what is wrong.
+      ProcessError: the processes of the run were not started alike.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
@@ -56,6 +60,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     batches = make_batches(config, trainer)
     check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
+    check_agreement(what_all_share(config, batches, pretrained))
     workdir.mkdir(parents=True, exist_ok=True)
     if is_writer():
         _keep_config(config, trainer.model_config, workdir / "config.json")
@@ -145,6 +150,7 @@ def _train(
         ProgressReport(start, config.steps, console) as progress,
         Preemption() as preemption,
         Profile(record.workdir / "profile", **config.profile.to_dict()) as profile,
+        Watchdog(config.hang_seconds) as watchdog,
     ):
         stopwatch = Stopwatch(
             config.log_every_steps,
@@ -171,7 +177,7 @@ def _train(
 
         most_skipped = SkippedSteps(config.optimizer.most_skipped_in_a_row)
         coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
-        hooks = [stopwatch, most_skipped, measure_and_save, profile]
+        hooks = [watchdog, stopwatch, most_skipped, measure_and_save, profile]
         train(trainer, state, coming, hooks, progress.say)
 
 

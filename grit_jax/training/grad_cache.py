@@ -152,7 +152,7 @@ def _sum_over(chunks: _Chunk, function: Callable[[_Chunk], Any]) -> Any:
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def add(total: Any, chunk: _Chunk) -> tuple[Any, None]:
-        # The compiler for TPUs fails where it would move a reduction out of the loop, behind the sum.
+        # The compiler for TPUs fails where it moves a reduction out of the loop, behind the sum.
         values = jax.lax.optimization_barrier(function(chunk))
         return jax.tree.map(jnp.add, total, values), None
 
