@@ -11,6 +11,9 @@ from pathlib import Path
 import subprocess
 import sys
 
+SAVE_MATMULS = "--config.model.remat=save_matmuls"
+EXPERTS = "--config.mesh.expert=8"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -45,19 +48,19 @@ class Row:
 
 
 ROWS = [
-    Row("gritlm_7b", "v5litepod-64", "v5e:8x8", chunks=4),
+    Row("gritlm_7b", "v5litepod-64", "v5e:8x8", chunks=2),
     Row("gritlm_7b", "v5litepod-256", "v5e:16x16"),
     Row("gritlm_7b", "2 x v5litepod-256", "v5e:16x16", slices=2),
     Row("gritlm_7b", "v6e-64", "v6e:8x8", chunks=2),
-    Row("gritlm_7b", "v6e-256", "v6e:16x16"),
+    Row("gritlm_7b", "v6e-256", "v6e:16x16", fields=(SAVE_MATMULS,)),
     Row("gritlm_7b", "v5p-16", "v5p:2x2x2", chunks=4),
     Row("gritlm_7b", "v5p-32", "v5p:2x2x4"),
     Row("gritlm_7b", "v5p-64", "v5p:2x4x4"),
     Row("gritlm_7b", "v5p-128", "v5p:4x4x4"),
-    Row("gritlm_7b", "v5p-256", "v5p:4x4x8"),
-    Row("gritlm_8x7b", "v5p-128", "v5p:4x4x4", fields=("--config.mesh.expert=8",)),
-    Row("gritlm_8x7b", "v5p-256", "v5p:4x4x8", fields=("--config.mesh.expert=8",)),
-    Row("gritlm_8x7b", "v6e-256", "v6e:16x16", fields=("--config.mesh.expert=8",)),
+    Row("gritlm_7b", "v5p-256", "v5p:4x4x8", fields=(SAVE_MATMULS,)),
+    Row("gritlm_8x7b", "v5p-128", "v5p:4x4x4", fields=(EXPERTS,)),
+    Row("gritlm_8x7b", "v5p-256", "v5p:4x4x8", fields=(EXPERTS,)),
+    Row("gritlm_8x7b", "v6e-256", "v6e:16x16", fields=(EXPERTS,)),
 ]
 
 
@@ -110,12 +113,13 @@ def cells(row: Row, plan: dict) -> list[str]:
     gib = 2**30
     axes = [f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1]
     chunks = [f"{row.chunks} chunks"] if row.chunks > 1 else []
+    remat = [] if plan["remat"] == "full" else [plan["remat"]]
     used, limit = plan["hbm_bytes_per_chip"] / gib, plan["hbm_limit_bytes_per_chip"] / gib
     start = [
         row.model.removeprefix("gritlm_").upper().replace("X", "x"),
         row.accelerator,
         str(plan["num_chips"]),
-        ", ".join(axes + chunks),
+        ", ".join(axes + remat + chunks),
         f"{used:.1f} of {limit:.1f}",
     ]
     if not plan["fits"]:
