@@ -17,7 +17,7 @@ OVERRIDES=(
   --config.data.folder="gs://$BUCKET/data/mine"
   --config.data.embedding=mine_embedding
   --config.data.generative=mine_chat
-  --config.mesh.fsdp=-1
+  --config.checkpoint.every_steps=100
 )
 
 # What may stay as it is.

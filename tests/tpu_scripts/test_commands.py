@@ -35,8 +35,8 @@ def test_dry_run_prints_the_commands(pod):
         "git archive --format=tar.gz --output=/tmp/grit-jax-ID.tar.gz ID",
         "gcloud storage cp --quiet /tmp/grit-jax-ID.tar.gz gs://bucket/run/code/ID.tar.gz",
         "rm /tmp/grit-jax-ID.tar.gz",
-        f"{ssh} '--command=mkdir -p grit-jax/ID && gcloud storage cat gs://bucket/run/code/ID.tar.gz"
-        " | tar -xzf - -C grit-jax/ID && bash grit-jax/ID/tpu_scripts/worker.sh setup ID"
+        f"{ssh} '--command=mkdir -p grit-jax/ID &&"
+        " gcloud storage cat gs://bucket/run/code/ID.tar.gz | tar -xzf - -C grit-jax/ID && bash grit-jax/ID/tpu_scripts/worker.sh setup ID"
         f" gs://bucket/weights' {where}",
         f"{ssh} '--command={worker} check 16' {where}",
     ]
@@ -127,3 +127,33 @@ def test_devices_are_counted_as_training_finds_them():
     )
     assert finished.returncode == 1
     assert "there are 0 TPU devices, and not 4" in finished.stderr
+
+
+def test_image_holds_what_it_installs():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    instructions = dict(line.split(" ", 1) for line in lines if line[:1].isupper())
+    copied = [
+        name
+        for line in lines
+        if line.startswith("COPY")
+        for name in line.removeprefix("COPY ").split()[:-1]
+    ]
+    assert all((ROOT / name).exists() for name in copied)
+    needed = {"setup.py", "constraints.txt", "grit_jax", "models", "configs", "README.md"}
+    assert needed <= set(copied)
+    options = '--constraint constraints.txt --editable ".[tpu]"'
+    assert instructions["RUN"] == f"pip install --no-cache-dir {options}"
+    assert f"pip install {options}" in (ROOT / "README.md").read_text()
+    assert f"pip install --quiet {options}" in (ROOT / "tpu_scripts" / "worker.sh").read_text()
+    assert instructions["ENTRYPOINT"] == '["grit-jax"]'
+
+
+def test_documents_name_what_there_is(pod):
+    help_text = pod("--help")
+    settings = (ROOT / "tpu_scripts" / "settings.example.sh").read_text()
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/pods.md")]
+    for text in texts:
+        for verb in re.findall(r"pod\.sh ([a-z]+)", text):
+            assert f"\n  {verb} " in help_text
+    for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)*)=", texts[1]):
+        assert f"\n{name}=" in settings
