@@ -22,7 +22,10 @@ watch_run() {
     [[ $OUTCOME != running ]] || follow
     say "$(date '+%H:%M:%S') $NAME: $OUTCOME$WHY"
     case $OUTCOME in
-      failed) show_log && give_up "the run failed$WHY" ;;
+      failed)
+        show_log || true
+        give_up "the run failed$WHY"
+        ;;
       stopped)
         say "the nodes of $NAME may still be there and cost money: launch, watch or delete"
         return
@@ -141,17 +144,19 @@ judge() {
   fi
 }
 
-# Reads what the workers of the launch have left in the bucket: sets WORKERS, ENDED, OLDEST_LOG,
-# IS_STOPPED and CODES.
+# Reads what the workers of the launch have left in the bucket: sets WORKERS, OLDEST_LOG, IS_STOPPED,
+# CODES, and ENDED, which is how many have ended with a code that could be read.
 read_launch() {
   local listing
   listing=$(run gcloud storage ls --long "$LAUNCH/" 2>/dev/null) || listing=""
   WORKERS=$(grep -c '\.log$' <<<"$listing") || true
-  ENDED=$(grep -c '\.exit_code$' <<<"$listing") || true
   IS_STOPPED=$(grep -c '/stopped$' <<<"$listing") || true
   OLDEST_LOG=$(awk '/\.log$/ { print $2 }' <<<"$listing" | sort | head -n 1)
   CODES=""
-  ((ENDED == 0)) || CODES=$(gcloud storage cat "$LAUNCH/*.exit_code" 2>/dev/null) || true
+  if grep -q '\.exit_code$' <<<"$listing"; then
+    CODES=$(gcloud storage cat "$LAUNCH/*.exit_code" 2>/dev/null) || true
+  fi
+  ENDED=$(wc -w <<<"$CODES")
 }
 
 # What the exit codes mean together: one error is an error, and one loss a loss.

@@ -17,6 +17,7 @@ BASE="$HOME/grit-jax"
 CODE="$BASE/code"
 RUN="$BASE/run"
 HOST=$(hostname)
+export PYTHONUNBUFFERED=1 # The log is read while the run goes on.
 # A machine whose TPU does not answer must not train on its CPU.
 export JAX_PLATFORMS=tpu,cpu
 
@@ -102,10 +103,12 @@ run() {
 
 # Until SIGTERM; a copy that has begun is brought to its end.
 keep_copying_log() {
-  trap exit TERM
+  local pause=""
+  trap 'kill $pause; exit' TERM
   while :; do
     sleep "$LOG_SECONDS" &
-    wait $!
+    pause=$!
+    wait "$pause"
     copy_log || true
   done
 }

@@ -47,6 +47,7 @@ class Pod:
             quota=True,
             fails_to_come=False,
             ssh_failures=0,
+            cat_failures=0,
             queued_resources={},
             nodes={},
         )
@@ -100,7 +101,7 @@ class Pod:
     def __call__(self, *arguments, code=0, **environment):
         """Types `pod.sh ...`, and returns what it prints."""
         process = self.start(*arguments, **environment)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=180)
         assert process.returncode == code, output
         return output
 
@@ -123,6 +124,9 @@ class Pod:
     def assert_nothing_is_left(self):
         assert self.state()["queued_resources"] == {}
         assert self.state()["nodes"] == {}
+        self.assert_nothing_runs()
+
+    def assert_nothing_runs(self):
         deadline = time.monotonic() + 5
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)

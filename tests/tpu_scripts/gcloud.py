@@ -168,8 +168,11 @@ def ssh(arguments: argparse.Namespace) -> None:
     codes = []
     for process in started:
         # As ssh does, waits until nobody holds the output any more: a session must let it go.
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=60)
         sys.stdout.write(output)
+        # What stays in the shell's session ends with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         codes.append(process.returncode)
     if is_lost:
         fail(command, f"[{names[-1]}] Connection timed out", 255)
@@ -188,6 +191,7 @@ def start(worker: str, command: str) -> subprocess.Popen:
         ["bash", "-c", command],
         cwd=home,
         env=environment,
+        start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -225,6 +229,11 @@ def copy(arguments: argparse.Namespace) -> None:
 
 
 def cat(arguments: argparse.Namespace) -> None:
+    with cloud() as state:
+        is_lost = state["cat_failures"] > 0 and arguments.url.endswith(".exit_code")
+        state["cat_failures"] -= is_lost
+    if is_lost:
+        fail("storage.cat", "HTTPError 503: We encountered an internal error. Please try again.")
     for path in matches(arguments.url):
         sys.stdout.buffer.write(path.read_bytes())
 

@@ -36,7 +36,8 @@ def test_dry_run_prints_the_commands(pod):
         "gcloud storage cp --quiet /tmp/grit-jax-ID.tar.gz gs://bucket/run/code/ID.tar.gz",
         "rm /tmp/grit-jax-ID.tar.gz",
         f"{ssh} '--command=mkdir -p grit-jax/ID &&"
-        " gcloud storage cat gs://bucket/run/code/ID.tar.gz | tar -xzf - -C grit-jax/ID && bash grit-jax/ID/tpu_scripts/worker.sh setup ID"
+        " gcloud storage cat gs://bucket/run/code/ID.tar.gz | tar -xzf - -C grit-jax/ID &&"
+        " bash grit-jax/ID/tpu_scripts/worker.sh setup ID"
         f" gs://bucket/weights' {where}",
         f"{ssh} '--command={worker} check 16' {where}",
     ]
