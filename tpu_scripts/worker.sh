@@ -69,12 +69,15 @@ start() {
     [[ $(<"$RUN/launch") == "$launch" ]] || fail "a run is going on: tpu_scripts/pod.sh stop"
   else
     mkdir -p "$RUN"
-    rm -f "$RUN/exit_code"
+    rm -f "$RUN/exit_code" "$RUN/pid"
     printf '%s\n' "$launch" >"$RUN/launch"
     date -u '+%Y-%m-%dT%H:%M:%SZ started' >"$RUN/log"
     copy_log || fail "$launch cannot be written to: see docs/pods.md, 'The bucket'"
     setsid nohup bash "$0" run "${@:2}" >"$RUN/worker.log" 2>&1 </dev/null &
-    printf '%s\n' "$!" >"$RUN/pid"
+    until [[ -f $RUN/pid ]]; do
+      kill -0 $! 2>/dev/null || fail "the session ended at once: $(<"$RUN/worker.log")"
+      sleep 0.1
+    done
   fi
   say "started"
 }
@@ -87,6 +90,7 @@ run() {
   .venv/bin/grit-jax train "$@" >>"$RUN/log" 2>&1 &
   training=$!
   trap 'kill -TERM "$training" 2>/dev/null || true' TERM
+  printf '%s\n' "$$" >"$RUN/pid" # From here on, it can be stopped.
   keep_copying_log &
   copier=$!
   # A signal ends a wait, but not the training.
