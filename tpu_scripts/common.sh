@@ -105,8 +105,8 @@ ask() {
       return
     fi
     case $(<"$SCRATCH/errors") in
+      *PERMISSION_DENIED* | *SERVICE_DISABLED*) break ;;
       *NOT_FOUND* | *"not found"*) answer NONE && return ;;
-      *PERMISSION_DENIED* | *"not have permission"* | *SERVICE_DISABLED*) break ;;
     esac
     ((attempt == ASK_ATTEMPTS)) || sleep "$POLL_SECONDS"
   done

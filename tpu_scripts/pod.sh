@@ -71,11 +71,11 @@ at_exit() {
 }
 
 remind_of_nodes() {
-  REMINDER="the nodes of $NAME are still there and cost money; tpu_scripts/pod.sh delete ends that"
+  REMINDER="nodes of $NAME that are there stay, and cost money, until tpu_scripts/pod.sh delete"
 }
 
 do_create() {
-  REMINDER="see with tpu_scripts/pod.sh status whether there are nodes of $NAME: they would cost money"
+  remind_of_nodes
   create_pod
   say "next: tpu_scripts/pod.sh setup (from now on the nodes cost money)"
 }

@@ -96,12 +96,13 @@ stop_run() {
     fail "the run on $NAME could not be stopped; tpu_scripts/pod.sh delete ends it in any case"
 }
 
-# So that a watch, wherever it is, does not start the run again.
+# So that a watch, wherever it is, does not start the run again. No bucket keeps nodes from being
+# deleted.
 mark_as_stopped() {
   local launch
   launch=$(newest_launch)
   [[ -n $DRY_RUN ]] && launch="$FOLDER/launches/NEWEST"
-  [[ -z $launch ]] || put_text stopped "$launch/stopped"
+  [[ -z $launch ]] || (put_text stopped "$launch/stopped") || say "a watch elsewhere is not told"
 }
 
 # Writes one line to an object.

@@ -161,7 +161,10 @@ def test_ssh_that_is_lost(pod):
     pod("create")
     pod.change_cloud(ssh_failures=1000)
     output = pod("setup", code=75)
-    assert "ssh does not reach all workers" in output and "still there and cost money" in output
+    assert (
+        "ssh does not reach all workers" in output
+        and "nodes of run that are there stay, and cost money" in output
+    )
     output = pod("watch", code=1)
     assert "2 starts in a row brought no new checkpoint: it could not be started" in output
     assert pod.count("create") == 2
@@ -186,6 +189,14 @@ def test_bucket_that_is_not_there(pod):
     pod.set(BUCKET="elsewhere")
     assert "the bucket gs://elsewhere cannot be written to" in pod("watch", code=2)
     assert pod.count("create") == 0
+
+
+def test_bucket_that_cannot_be_written_to_keeps_no_node(pod):
+    pod("create")
+    (pod.bucket / "run" / "launches" / "20260101T000000Z").mkdir(parents=True)
+    (pod.bucket / "run" / "launches" / "20260101T000000Z" / "stopped").mkdir()
+    assert "a watch elsewhere is not told" in pod("delete")
+    pod.assert_nothing_is_left()
 
 
 @pytest.mark.parametrize(
