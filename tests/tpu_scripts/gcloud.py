@@ -47,15 +47,15 @@ def cloud() -> Iterator[dict]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = json.loads((CLOUD / "cloud.json").read_text())
         if (CLOUD / "preempt").exists():
+            preempt(state, (CLOUD / "preempt").read_text())
             (CLOUD / "preempt").unlink()
-            preempt(state)
         yield state
         (CLOUD / "cloud.json").write_text(json.dumps(state, indent=1))
 
 
-def preempt(state: dict) -> None:
+def preempt(state: dict, resource_state: str) -> None:
     for resource in state["queued_resources"].values():
-        resource["state"] = "SUSPENDED"
+        resource["state"] = resource_state
     for name, node in state["nodes"].items():
         node["state"] = "PREEMPTED"
         remove_machines(name)

@@ -76,20 +76,26 @@ def is_writer() -> bool:
     return WORKER.endswith(("run-w-0", "run-0-w-0"))
 
 
+def write_whole(path: Path, text: str) -> None:
+    aside = path.with_suffix(".aside")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 def finish() -> None:
     sys.exit(0)
 
 
 def preempted() -> None:
-    (CLOUD / "preempt").touch()
+    write_whole(CLOUD / "preempt", "SUSPENDED")
     time.sleep(60)
 
 
 def preempted_with_a_crash() -> None:
-    """The workers that are left fail, before the nodes are seen to be gone."""
+    """The workers that are left fail, and only the nodes themselves say that they are gone."""
     if is_writer():
         time.sleep(1)
-        (CLOUD / "preempt").touch()
+        write_whole(CLOUD / "preempt", "ACTIVE")
         time.sleep(60)
     raise RuntimeError("a peer is gone")
 
@@ -104,7 +110,9 @@ def lose_a_worker() -> None:
 
 
 def vanish() -> None:
-    """Nothing of the run is left on a machine, as after its restart."""
+    """Nothing of the run is left on a machine, as after its restart, and the others wait."""
+    if is_writer():
+        wait_for_sigterm()
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
