@@ -1,4 +1,4 @@
-"""A clone with tpu_scripts, and a Google Cloud that is a folder (gcloud.py, worker_tools.py)."""
+"""A clone with tpu_scripts, and a Google Cloud that is a folder: gcloud.py, worker_tools.py."""
 
 import json
 import os

@@ -1,24 +1,19 @@
-"""Stands in for gcloud: nodes are folders with processes in them, and a bucket is a folder.
+"""Stands in for gcloud: nodes are folders with processes in them (cloud.py), a bucket a folder.
 
-The environment's CLOUD is the folder of it all. `cloud.json` there says what zones, quota and
-faults there are, and holds the queued resources and nodes. A flag that gcloud does not have, or
-that is not used here, is an error.
+A flag that gcloud does not have, or that is not used here, is an error.
 """
 
 import argparse
-from collections.abc import Iterator
 import contextlib
-import fcntl
 import json
 import os
-from pathlib import Path
-import shutil
 import signal
 import subprocess
 import sys
-import time
 
-CLOUD = Path(os.environ["CLOUD"])
+from cloud import CLOUD, cloud, fail, remove_machines
+import storage
+
 WORKERS_OF_A_NODE = 2
 
 
@@ -33,52 +28,6 @@ def main() -> None:
             run(parser.parse_args(words[len(name.split()) :]))
             return
     fail("", f"Invalid choice: {words}")
-
-
-def fail(command: str, message: str, code: int = 1):
-    print(f"ERROR: (gcloud.{command.replace(' ', '.')}) {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def cloud() -> Iterator[dict]:
-    """The state of everything, which nobody else changes meanwhile."""
-    with (CLOUD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        state = json.loads((CLOUD / "cloud.json").read_text())
-        if (CLOUD / "preempt").exists():
-            preempt(state, (CLOUD / "preempt").read_text())
-            (CLOUD / "preempt").unlink()
-        yield state
-        (CLOUD / "cloud.json").write_text(json.dumps(state, indent=1))
-
-
-def preempt(state: dict, resource_state: str) -> None:
-    for resource in state["queued_resources"].values():
-        resource["state"] = resource_state
-    for name, node in state["nodes"].items():
-        node["state"] = "PREEMPTED"
-        remove_machines(name)
-
-
-def remove_machines(node: str) -> None:
-    for home in (CLOUD / "workers").glob(f"{node}-w-*"):
-        for process in processes_of(home.name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def processes_of(worker: str = "") -> list[int]:
-    """The processes of a worker, or of all of them."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            is_here = f"CLOUD={CLOUD}".encode() in environment
-            if is_here and any(v.startswith(f"WORKER={worker}".encode()) for v in environment):
-                found.append(int(entry.name))
-    return found
 
 
 def check_zone(command: str, state: dict, zone: str) -> None:
@@ -199,61 +148,6 @@ def start(worker: str, command: str) -> subprocess.Popen:
     )
 
 
-def local(url: str) -> Path:
-    """Where an object lies, if its bucket is there."""
-    path = CLOUD / "buckets" / url.removeprefix("gs://")
-    bucket = CLOUD / "buckets" / url.removeprefix("gs://").split("/")[0]
-    if not bucket.is_dir():
-        fail("storage", f"HTTPError 404: The specified bucket does not exist: {bucket.name}")
-    return path
-
-
-def matches(url: str) -> list[Path]:
-    path = local(url)
-    found = sorted(path.parent.glob(path.name)) if "*" in url else [path]
-    if not all(one.exists() for one in found) or not found:
-        fail("storage", "One or more URLs matched no objects.")
-    return found
-
-
-def copy(arguments: argparse.Namespace) -> None:
-    data = (
-        sys.stdin.buffer.read() if arguments.source == "-" else Path(arguments.source).read_bytes()
-    )
-    target = local(arguments.destination)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # An object is there whole or not at all.
-    aside = CLOUD / f"upload-{os.getpid()}"
-    aside.write_bytes(data)
-    aside.replace(target)
-
-
-def cat(arguments: argparse.Namespace) -> None:
-    with cloud() as state:
-        is_lost = state["cat_failures"] > 0 and arguments.url.endswith(".exit_code")
-        state["cat_failures"] -= is_lost
-    if is_lost:
-        fail("storage.cat", "HTTPError 503: We encountered an internal error. Please try again.")
-    for path in matches(arguments.url):
-        sys.stdout.buffer.write(path.read_bytes())
-
-
-def list_objects(arguments: argparse.Namespace) -> None:
-    for path in matches(arguments.url):
-        for one in sorted(path.iterdir()) if path.is_dir() else [path]:
-            url = f"gs://{one.relative_to(CLOUD / 'buckets')}" + ("/" if one.is_dir() else "")
-            if arguments.long and one.is_file():
-                changed = one.stat().st_mtime_ns
-                moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(changed // 10**9))
-                print(f"  {one.stat().st_size:10}  {moment}.{changed % 10**9:09}Z  {url}")
-            else:
-                print(url)
-
-
-def rsync(arguments: argparse.Namespace) -> None:
-    shutil.copytree(local(arguments.source), arguments.destination, dirs_exist_ok=True)
-
-
 def resource_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("--zone", required=True)
@@ -297,23 +191,6 @@ def ssh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tunnel-through-iap", action="store_true")
 
 
-def copy_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source")
-    parser.add_argument("destination")
-    parser.add_argument("--quiet", action="store_true")
-
-
-def list_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url")
-    parser.add_argument("--long", action="store_true")
-
-
-def rsync_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source")
-    parser.add_argument("destination")
-    parser.add_argument("--recursive", action="store_true", required=True)
-
-
 COMMANDS = {
     "compute tpus queued-resources create": (create, create_arguments),
     "compute tpus queued-resources describe": (describe, describe_arguments("value(state.state)")),
@@ -324,10 +201,7 @@ COMMANDS = {
         describe_type,
         describe_arguments("value(type)"),
     ),
-    "storage cp": (copy, copy_arguments),
-    "storage cat": (cat, lambda parser: parser.add_argument("url")),
-    "storage ls": (list_objects, list_arguments),
-    "storage rsync": (rsync, rsync_arguments),
+    **storage.COMMANDS,
 }
 
 if __name__ == "__main__":
