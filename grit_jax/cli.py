@@ -39,8 +39,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{train.__doc__}\n\nThe fields are those of grit_jax/config.py.")
         return
-    from etils import epath
-
+    from grit_jax.bucket import BucketError, as_folder
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
@@ -52,6 +51,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     from grit_jax.training.preemption import EXIT_CODE, Preempted
 
     known = (
+        BucketError,
         ConfigError,
         MeshError,
         PreparedDataError,
@@ -62,7 +62,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_flags(argv)
         connect()
-        run(config, epath.Path(workdir).resolve())
+        run(config, as_folder(workdir))
     except known as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         abandon(USAGE_ERROR)
