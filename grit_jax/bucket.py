@@ -3,7 +3,10 @@
 They are reached with gcsfs, and never with TensorFlow, whether that is installed or not.
 """
 
+from collections.abc import Iterator
+import contextlib
 import importlib.util
+import logging
 import os
 
 from etils import epath
@@ -13,6 +16,10 @@ SCHEME = "gs://"
 PERMISSIONS = [f"storage.objects.{verb}" for verb in ("create", "delete", "get", "list")]
 # Seconds: for how long a bucket is asked for, and for how long any request is waited on.
 PATIENCE, LONGEST_REQUEST = 30, 300
+
+# What reaches a bucket has errors of its own; these are the words of tensorstore, and of gcsfs.
+LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")
+REFUSALS = ("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "Forbidden")
 
 
 class BucketError(Exception):
@@ -24,19 +31,18 @@ def in_bucket(path: epath.PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def as_folder(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder on a disk or in a bucket, which is reached from then on.
+def reach(path: epath.PathLike) -> epath.Path:
+    """Returns the path of a folder in a bucket, which can be read and written from then on.
 
     Raises:
-      BucketError: there is no such bucket, or it cannot be reached.
+      BucketError: there is no such bucket, or it cannot be reached; the message says why.
     """
-    if not in_bucket(path):
-        return epath.Path(path).resolve()
     bucket = os.fspath(path).removeprefix(SCHEME).partition("/")[0]
     if not bucket:
         raise BucketError(f"{path} names no bucket: it must be gs://BUCKET/FOLDER")
     _choose_gcsfs(path)
-    _find(bucket)
+    with _in_one_line(bucket):
+        _find(bucket)
     return epath.Path(path)
 
 
@@ -48,12 +54,13 @@ def check_writing(folder: epath.Path) -> None:
     """
     if not in_bucket(folder):
         return
-    bucket = _find(folder.parts[2])
-    allowed = bucket.test_iam_permissions(PERMISSIONS, timeout=PATIENCE)
+    name = folder.parts[2]
+    with _in_one_line(name):
+        allowed = _find(name).test_iam_permissions(PERMISSIONS, timeout=PATIENCE)
     if lacking := sorted(set(PERMISSIONS) - set(allowed)):
         raise BucketError(
-            f"{SCHEME}{bucket.name}: this account lacks {', '.join(lacking)}, "
-            "which the role storage.objectAdmin has"
+            f"{SCHEME}{name} cannot be written to: this account lacks {', '.join(lacking)}, which "
+            "the role storage.objectAdmin has"
         )
 
 
@@ -64,6 +71,7 @@ def _choose_gcsfs(path: epath.PathLike) -> None:
     os.environ["EPATH_USE_TF"] = "false"
     # Else the kind of the bucket is asked for over gRPC, with each file if that is not allowed.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # What it cannot do, it also raises.
     from fsspec.config import conf
 
     # What is remembered of a folder is wrong as soon as another process writes to it.
@@ -71,30 +79,44 @@ def _choose_gcsfs(path: epath.PathLike) -> None:
 
 
 def _find(name: str):
-    """Returns a bucket, as Orbax asks for it.
-
-    Raises:
-      BucketError: it does not exist, is not this account's to see, or does not answer.
-    """
-    from google.api_core import exceptions
-    from google.auth.exceptions import GoogleAuthError
+    """Returns a bucket, as Orbax asks for it to know of what kind it is."""
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
 
+    retry = DEFAULT_RETRY.with_timeout(PATIENCE)
+    return storage.Client().get_bucket(name, timeout=PATIENCE, retry=retry)
+
+
+@contextlib.contextmanager
+def _in_one_line(bucket: str) -> Iterator[None]:
+    """A context that raises a BucketError for whatever goes wrong with a bucket."""
+    from google.api_core import exceptions
+    from google.auth.exceptions import GoogleAuthError
+
     try:
-        retry = DEFAULT_RETRY.with_timeout(PATIENCE)
-        return storage.Client().get_bucket(name, timeout=PATIENCE, retry=retry)
+        yield
+        return
     except exceptions.NotFound:
         reason = "it does not exist"
-    except (exceptions.Unauthorized, exceptions.Forbidden):
+    except (exceptions.Unauthorized, exceptions.Forbidden) as error:
         reason = (
-            "this account lacks storage.buckets.get, which the role storage.legacyBucketReader has"
+            f"{in_short(error)} (storage.buckets.get is in the role storage.legacyBucketReader)"
         )
     except GoogleAuthError as error:
         reason = f"{in_short(error)} (gcloud auth application-default login)"
     except (exceptions.GoogleAPIError, OSError) as error:
         reason = in_short(error)
-    raise BucketError(f"{SCHEME}{name} cannot be used: {reason}")
+    raise BucketError(f"{SCHEME}{bucket} cannot be used: {reason}")
+
+
+def is_out_of_reach(error: BaseException | None) -> bool:
+    """Returns whether an error is about reaching a bucket, and not about what lies in it."""
+    while error is not None:
+        library = type(error).__module__.partition(".")[0]
+        if library in LIBRARIES or any(word in str(error) for word in REFUSALS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def in_short(error: BaseException) -> str:

@@ -5,13 +5,13 @@ Nothing here computes. What is wrong with a configuration or its data shows here
 
 from collections.abc import Sequence
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from etils import epath
 import jax
 import optax
 
+from grit_jax.bucket import in_bucket
 from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.data.batches import Batches
@@ -89,7 +89,7 @@ def open_pretrained(config: Config) -> Model | None:
     if not config.model.weights:
         return None
     try:
-        pretrained = open_model(Path(config.model.weights))
+        pretrained = open_model(config.model.weights)
     except ConversionError as error:
         raise ConfigError(f"config.model.weights: {error}") from None
     if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
@@ -165,6 +165,11 @@ def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights: what the updates "
             "are added to is not trained, nor saved with them"
+        )
+    if in_bucket(pretrained.folder):
+        raise ConfigError(
+            f"config.lora.rank={config.lora.rank} needs config.model.weights on a disk of each "
+            f"host, not {pretrained.folder}: gcloud storage cp -r copies them"
         )
     return LoraConfig(**config.lora.to_dict())
 

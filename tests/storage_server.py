@@ -99,7 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def handle_one(self):
         url = urlsplit(self.path)
-        self.query = {name: values for name, values in parse_qs(url.query).items()}
+        self.query = parse_qs(url.query)
         body = self.read_body()
         with self.server.lock:
             if self.server.failures:
@@ -127,16 +127,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     # Answers, each with the arguments of its route.
 
-    def get_bucket(self, _):
+    def get_bucket(self, body):
         if not self.server.sees_bucket:
             return self.fail(403, "the caller does not have storage.buckets.get access")
         return self.send_json({"kind": "storage#bucket", "id": "bucket", "name": "bucket"})
 
-    def test_permissions(self, _):
+    def test_permissions(self, body):
         asked = set(self.query.get("permissions", ()))
         return self.send_json({"permissions": sorted(asked & self.server.permissions)})
 
-    def list_objects(self, _):
+    def list_objects(self, body):
         prefix, delimiter = self.one("prefix", ""), self.one("delimiter", "")
         first, end = self.one("startOffset", ""), self.one("endOffset", "")
         after, most = self.one("pageToken", ""), int(self.one("maxResults", "1000"))
@@ -157,7 +157,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         listed = [self.describe(name) for name in items]
         return self.send_json({"items": listed, "prefixes": prefixes, **token})
 
-    def get_object(self, _, name):
+    def get_object(self, body, name):
         if name not in self.server.objects:
             return self.fail(404, f"No such object: bucket/{name}")
         content, generation = self.server.objects[name]
@@ -198,13 +198,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def upload(self, body):
         return self.resume(body) if "upload_id" in self.query else self.insert(body)
 
-    def move(self, _, source, target):
+    def move(self, body, source, target):
         if source not in self.server.objects:
             return self.fail(404, f"No such object: bucket/{source}")
         content, _ = self.server.objects.pop(source)
         return self.put(target, content)
 
-    def delete(self, _, name):
+    def delete(self, body, name):
         status = self.remove(name)
         return self.send(204, b"") if status == 204 else self.fail(status, f"No such object {name}")
 

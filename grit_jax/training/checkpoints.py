@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from grit_jax.bucket import in_short, is_out_of_reach
 from grit_jax.models import MistralConfig, config_to_hugging_face
 from grit_jax.training.train_step import TrainState
 
@@ -102,8 +103,8 @@ class Checkpoints:
         )
         try:
             self._manager = ocp.CheckpointManager(folder, options=options)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written to: {error}") from None
+        except Exception as error:  # Whatever the file system's library makes of it.
+            raise CheckpointError(f"{folder} cannot be written to: {in_short(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -179,6 +180,10 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as failure:  # Damage shows in as many ways as there are libraries.
+                if is_out_of_reach(failure):
+                    raise CheckpointError(
+                        f"{self.folder / str(step)} cannot be read: {in_short(failure)}"
+                    ) from failure
                 self._set_aside(step, failure)
         return None
 
@@ -212,12 +217,17 @@ class Checkpoints:
 
     def _set_aside(self, step: int, failure: Exception) -> None:
         source, destination = self.folder / str(step), self.folder / DAMAGED / str(step)
+        message = (
+            f"the checkpoint of step {step} cannot be read and is now {destination}: "
+            f"{in_short(failure)}"
+        )
         with contextlib.suppress(FileNotFoundError):  # Another process has moved it.
             destination.parent.mkdir(exist_ok=True)
+            # In a bucket a folder is there when something is in it.
+            destination.with_suffix(".txt").write_text(f"{message}\n")
             source.rename(destination)
-        reason = " ".join(str(failure).split())[:300]
         warnings.warn(
-            f"the checkpoint of step {step} cannot be read and is now {destination}: {reason}",
+            message,
             DamagedCheckpointWarning,
             stacklevel=3,
         )
@@ -227,10 +237,9 @@ class Checkpoints:
         self._manager.reload()
 
     def _not_saved(self, failure: Exception) -> CheckpointError:
-        reason = " ".join(str(failure).split())[:300]
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}; those already there are whole "
-            f"(newest: step {self.latest_step}). {reason}"
+            f"(newest: step {self.latest_step}). {in_short(failure)}"
         )
 
 

@@ -48,7 +48,7 @@ class RunRecord:
         self._events = SummaryWriter(
             str(self._mirror.local / TENSORBOARD),
             purge_step=self._from_step + 1 if self.kept else None,
-            flush_secs=SECONDS,
+            flush_secs=int(SECONDS),
             filename_suffix=f".from-{self._from_step}",  # Else a file of the same second is lost.
         )
         self._opened.enter_context(self._events)

@@ -3,6 +3,7 @@
 An object in a bucket cannot be added to, nor be written more than about once a second.
 """
 
+import contextlib
 import os
 from pathlib import Path
 import tempfile
@@ -75,10 +76,9 @@ class Mirror:
 
     def _follow(self) -> None:
         while not self._is_over.wait(SECONDS):
-            try:
+            # It is tried again, and whoever calls `flush` is told if that fails, too.
+            with contextlib.suppress(BucketError):
                 self.flush()
-            except BucketError:
-                pass  # It is tried again, and `flush` says so if that fails, too.
 
     def _copy_changed(self, local: Path) -> None:
         with self._lock:
