@@ -67,7 +67,7 @@ def check_writing(folder: epath.Path) -> None:
 def _choose_gcsfs(path: epath.PathLike) -> None:
     """Has etils, and through it Orbax and JAX, reach buckets with gcsfs."""
     if importlib.util.find_spec("gcsfs") is None:
-        raise BucketError(f"{path} needs the package gcsfs: pip install 'grit-jax[gcs]'")
+        raise BucketError(f"{path} needs the package gcsfs: pip install 'grit-jax[bucket]'")
     os.environ["EPATH_USE_TF"] = "false"
     # Else the kind of the bucket is asked for over gRPC, with each file if that is not allowed.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
