@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import itertools
 import time
 from types import TracebackType
 from typing import Any
@@ -216,12 +217,13 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, failure: Exception) -> None:
-        source, destination = self.folder / str(step), self.folder / DAMAGED / str(step)
+        source, destination = self.folder / str(step), self._free_place(step)
         message = (
             f"the checkpoint of step {step} cannot be read and is now {destination}: "
             f"{in_short(failure)}"
         )
-        with contextlib.suppress(FileNotFoundError):  # Another process has moved it.
+        # Another process may be moving it, too.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             destination.parent.mkdir(exist_ok=True)
             # In a bucket a folder is there when something is in it.
             destination.with_suffix(".txt").write_text(f"{message}\n")
@@ -235,6 +237,11 @@ class Checkpoints:
             # The others may be waiting for this process in the middle of reading.
             raise CheckpointError(f"{destination} is damaged: start again, from the one before")
         self._manager.reload()
+
+    def _free_place(self, step: int) -> epath.Path:
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        places = (self.folder / DAMAGED / name for name in names)
+        return next(place for place in places if not place.exists())
 
     def _not_saved(self, failure: Exception) -> CheckpointError:
         return CheckpointError(

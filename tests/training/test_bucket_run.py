@@ -1,4 +1,4 @@
-"""Runs whose folder is in a bucket, in real processes, with a server that stands in for Google's."""
+"""Runs in a bucket, in real processes, with a server that stands in for Google's."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from small_run import SMALL
 from storage_server import StorageServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grit_jax.conversion import open_model
 from grit_jax.training.checkpoints import DAMAGED
 from grit_jax.training.preemption import EXIT_CODE
 
@@ -165,3 +164,51 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     assert COMMITTED in server.names(f"stopped/checkpoints/{DAMAGED}/{max(whole)}/")
     assert checkpoints(server, "stopped") == ({6, 10, 12}, set())
     assert losses(server, "stopped") == pytest.approx(undisturbed, rel=1e-4)
+
+
+MODELS = """
+import sys
+import numpy as np
+from grit_jax import GritLM
+from grit_jax.cli import main
+from grit_jax.conversion import ConversionError
+exported, converted = sys.argv[1:]
+main(["convert", "to-hf", "gs://bucket/whole", exported])
+main(["convert", "from-hf", exported, converted])
+tokens = np.arange(8)[None]
+run, model = (
+    GritLM.from_pretrained(path, dtype="float32").model for path in ("gs://bucket/whole", exported)
+)
+np.testing.assert_array_equal(run(tokens), model(tokens))
+try:
+    GritLM.from_pretrained("gs://bucket/whole/checkpoints/99")
+except ConversionError as error:
+    print(error)
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+def test_models_in_a_bucket_are_read_and_trained_on(server, undisturbed, fields, tmp_path):
+    # A checkpoint that was cut off is not taken for the newest.
+    name = "whole/checkpoints/12/parameters/_METADATA"
+    server.objects[name.replace("12", "99")] = server.objects[name]
+    exported, converted = tmp_path / "exported", tmp_path / "converted"
+    finished = subprocess.run(
+        [sys.executable, "-c", MODELS, exported, converted],
+        env=os.environ | server.environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"checkpoints/99 has no {COMMITTED}: it was cut off" in finished.stdout
+
+    # A copy of a converted model serves as well as one that Orbax has written there.
+    server.put_folder(converted, "copied")
+    server.put_folder(exported, "exported")
+    arguments = [*fields, "--workdir=gs://bucket/second", "--config.steps=1"]
+    output = finish(start(server, *arguments, "--config.model.weights=gs://bucket/copied"))
+    assert "starting from gs://bucket/copied" in output
+    arguments = [*arguments, "--config.model.weights=gs://bucket/exported"]
+    assert "gs://bucket/exported is not on a disk: copy it" in finish(start(server, *arguments), 2)
