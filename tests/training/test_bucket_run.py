@@ -29,8 +29,9 @@ assert "gcsfs" in sys.modules and "tensorflow" not in sys.modules
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(prepared_sample):
     with StorageServer() as server:
+        server.put_folder(prepared_sample, "data")
         yield server
 
 
@@ -103,6 +104,12 @@ def checkpoints(server, run):
     return whole, {int(name.split("/")[0]) for name in names if name[0].isdigit()} - whole
 
 
+def share_compiled(server, run):
+    """Gives another run the programs of the undisturbed one, as its own start would find them."""
+    for name in server.names("whole/compiled/"):
+        server.objects[f"{run}/compiled/{name}"] = server.objects[f"whole/compiled/{name}"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(server, fields):
     output = finish(start(server, *fields, "--workdir=gs://bucket/whole"))
@@ -129,8 +136,7 @@ def test_a_run_in_a_bucket_leaves_all_that_one_on_a_disk_does(server, undisturbe
 def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     server, undisturbed, fields
 ):
-    for name in server.names("whole/compiled/"):  # The cache serves another run as well.
-        server.objects[f"stopped/compiled/{name}"] = server.objects[f"whole/compiled/{name}"]
+    share_compiled(server, "stopped")
     common = [*fields, "--workdir=gs://bucket/stopped"]
 
     # Killed while a checkpoint is written: its objects are there, and what says it is whole not.
@@ -144,8 +150,9 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     assert losses(server, "stopped").keys() >= set(range(1, max(whole) + 1))
 
     # Two processes that share the bucket alone go on, and save when one of them gets SIGTERM.
+    # Their data lies there, too.
     server.failures = 2
-    processes = start(server, *common, count=2)
+    processes = start(server, *common, "--config.data.folder=gs://bucket/data", count=2)
     wait_until(processes, lambda: max(checkpoints(server, "stopped")[0]) > max(whole))
     processes[1].terminate()
     output = finish(processes, EXIT_CODE)
@@ -207,6 +214,7 @@ def test_models_in_a_bucket_are_read_and_trained_on(server, undisturbed, fields,
     # A copy of a converted model serves as well as one that Orbax has written there.
     server.put_folder(converted, "copied")
     server.put_folder(exported, "exported")
+    share_compiled(server, "second")
     arguments = [*fields, "--workdir=gs://bucket/second", "--config.steps=1"]
     output = finish(start(server, *arguments, "--config.model.weights=gs://bucket/copied"))
     assert "starting from gs://bucket/copied" in output
