@@ -36,7 +36,10 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 EVAL = ["bm25s>=0.3.16"]
+# etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
+BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
 TEST = [
+    *BUCKET,
     *DATA,
     *EVAL,
     "build>=1.4",
@@ -73,8 +76,9 @@ setup(
     },
     install_requires=CORE,
     extras_require={
+        "bucket": BUCKET,
         "data": DATA,
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "eval": EVAL,
         "test": TEST,

@@ -41,6 +41,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         return
     from etils import epath
 
+    from grit_jax.bucket import BucketError, in_bucket, reach
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
@@ -52,6 +53,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     from grit_jax.training.preemption import EXIT_CODE, Preempted
 
     known = (
+        BucketError,
         ConfigError,
         MeshError,
         PreparedDataError,
@@ -62,7 +64,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_flags(argv)
         connect()
-        run(config, epath.Path(workdir).resolve())
+        run(config, reach(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
     except known as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         abandon(USAGE_ERROR)
@@ -195,9 +197,10 @@ def convert(argv: Sequence[str]) -> None:
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
     to_hf = directions.add_parser("to-hf", help="checkpoint or run's folder to Hugging Face folder")
+    from_hf.add_argument("source", type=_on_disk, help="the model")
+    to_hf.add_argument("source", help="the model, which may be gs://BUCKET/FOLDER")
     for direction in (from_hf, to_hf):
-        direction.add_argument("source", type=Path, help="the model")
-        direction.add_argument("destination", type=Path, help="folder to make")
+        direction.add_argument("destination", type=_on_disk, help="folder to make")
     from_hf.add_argument(
         "--head",
         help="for a checkpoint without lm_head: 'tied' to use its token embeddings, or the folder "
@@ -228,6 +231,7 @@ def convert(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
+    from grit_jax.bucket import BucketError
     from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
@@ -245,9 +249,15 @@ def convert(argv: Sequence[str]) -> None:
                 attention=arguments.attention,
                 pooling=arguments.pooling,
             )
-    except (ConversionError, FileNotFoundError) as error:
+    except (BucketError, ConversionError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _on_disk(path: str) -> Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{path} must be on a disk: gcloud storage cp -r copies")
+    return Path(path)
 
 
 def plan(argv: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ Nothing here computes. What is wrong with a configuration or its data shows here
 
 from collections.abc import Sequence
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -14,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 import optax
 
+from grit_jax.bucket import in_bucket
 from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.data.batches import Batches
@@ -91,7 +91,7 @@ def open_pretrained(config: Config) -> Model | None:
     if not config.model.weights:
         return None
     try:
-        pretrained = open_model(Path(config.model.weights))
+        pretrained = open_model(config.model.weights)
     except ConversionError as error:
         raise ConfigError(f"config.model.weights: {error}") from None
     if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
@@ -167,6 +167,11 @@ def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights: what the updates "
             "are added to is not trained, nor saved with them"
+        )
+    if in_bucket(pretrained.folder):
+        raise ConfigError(
+            f"config.lora.rank={config.lora.rank} needs config.model.weights on a disk of each "
+            f"host, not {pretrained.folder}: gcloud storage cp -r copies them"
         )
     return LoraConfig(**config.lora.to_dict())
 
@@ -287,9 +292,10 @@ def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -
     fields = flatten_dict(
         config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
     )
-    # A host may have its copies of data and weights in another place.
+    # A host may have its copies of data and weights in another place, but for those in a bucket.
     fields["data.folder"] = batches.description
-    fields["model.weights"] = None if pretrained is None else pretrained.fingerprint()
+    if pretrained is not None and not in_bucket(pretrained.folder):
+        fields["model.weights"] = pretrained.fingerprint()
     return {f"config.{name}": value for name, value in fields.items()}
 
 

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from grit_jax.agreement import check_agreement
+from grit_jax.bucket import check_writing, in_bucket
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
 from grit_jax.data.batches import Batches, read_ahead
@@ -32,6 +33,7 @@ from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.flops import peak_flops
 from grit_jax.training.loop import SkippedSteps, StepReport, train
 from grit_jax.training.metrics import METRICS, RunRecord, draw_curves, read_metrics
+from grit_jax.training.mirror import Mirror
 from grit_jax.training.preemption import Preempted, Preemption
 from grit_jax.training.profile import Profile
 from grit_jax.training.progress import ProgressReport
@@ -48,7 +50,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     `tensorboard/`, `curves.png`, `checkpoints/` and `compiled/`, programs for the next start.
 
     Raises:
-      ConfigError, MeshError, PreparedDataError, CheckpointError: the message names what is wrong.
+      ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
+        what is wrong.
       ProcessError: the processes of the run were not started alike.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
@@ -60,7 +63,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     batches = make_batches(config, trainer)
     check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
-    check_agreement(what_all_share(config, batches, pretrained))
+    if jax.process_count() > 1:
+        check_agreement(what_all_share(config, batches, pretrained))
+    check_writing(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if is_writer():
         _keep_config(config, trainer.model_config, workdir / "config.json")
@@ -90,14 +95,22 @@ def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None
 @contextlib.contextmanager
 def _compiled_programs(folder: epath.Path) -> Iterator[None]:
     """A context in which programs are kept for the next start, unless JAX is told where itself."""
-    option = "jax_compilation_cache_dir"
-    before = getattr(jax.config, option)
-    if not before:
-        jax.config.update(option, os.fspath(folder))
+    options = {"jax_compilation_cache_dir": os.fspath(folder)}
+    if in_bucket(folder):
+        # What XLA keeps there itself, on GPUs, it could write to disks alone.
+        options["jax_persistent_cache_enable_xla_caches"] = "none"
+    before = {name: getattr(jax.config, name) for name in options}
+    if not before["jax_compilation_cache_dir"]:
+        _update_jax(options)
     try:
         yield
     finally:
-        jax.config.update(option, before)
+        _update_jax(before)
+
+
+def _update_jax(options: dict[str, str]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
 
 
 def _first_state(
@@ -149,8 +162,9 @@ def _train(
     with (
         ProgressReport(start, config.steps, console) as progress,
         Preemption() as preemption,
-        Profile(record.workdir / "profile", **config.profile.to_dict()) as profile,
         Watchdog(config.hang_seconds) as watchdog,
+        Mirror(record.workdir / "profile") as traces,
+        Profile(traces.local, **config.profile.to_dict()) as profile,
     ):
         stopwatch = Stopwatch(
             config.log_every_steps,
@@ -170,6 +184,7 @@ def _train(
             is_preempted = preemption.is_due(report.step)
             if is_last or is_preempted or saved.is_due(report.step):
                 with stopwatch.pause(report):
+                    record.flush()
                     seconds = saved.save(report.step, report.state, measures)
                 record.write(report.step, {"checkpoint_seconds": seconds})
             if is_preempted and not is_last:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from pathlib import Path
 
 from flax import nnx
 import jax
@@ -38,17 +37,19 @@ class GritLM:
 
         Args:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken). Low-rank updates are added to the weights that they are of.
+            checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER. Low-rank
+            updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           mesh: the devices, by default all of them.
           base: where the model of low-rank updates lies now, if it has moved.
 
         Raises:
           ConversionError: there is no model at `path`, or it is damaged.
+          BucketError: its bucket cannot be used.
           ValueError: the type is unknown.
         """
         mesh = make_mesh() if mesh is None else mesh
-        return cls(load_module(open_model(Path(path), base=base), dtype, mesh), mesh)
+        return cls(load_module(open_model(path, base=base), dtype, mesh), mesh)
 
 
 def load_module(stored: Model, dtype: str, mesh: Mesh) -> Mistral:

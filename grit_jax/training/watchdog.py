@@ -15,8 +15,8 @@ import jax
 
 from grit_jax.training.loop import StepReport
 
-# What a process ends with that is to be started again (EX_UNAVAILABLE of sysexits.h).
-EXIT_CODE = 69
+# What a process ends with that is to be started again: that of those whom JAX ends (SIGABRT).
+EXIT_CODE = 134
 
 
 class Watchdog:
