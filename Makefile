@@ -13,7 +13,7 @@ demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 torture: .venv/.installed-test
 	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py
