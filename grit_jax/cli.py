@@ -41,14 +41,14 @@ def train(argv: Sequence[str] | None = None) -> None:
         return
     from etils import epath
 
-    from grit_jax.bucket import BucketError, in_bucket, reach
+    from grit_jax.bucket import BucketError, in_bucket, is_out_of_reach, reach
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.processes import ProcessError, abandon, connect, is_writer
     from grit_jax.run import run
     from grit_jax.sharding import MeshError
-    from grit_jax.training.checkpoints import CheckpointError
+    from grit_jax.training.checkpoints import CheckpointError, StartAgain
     from grit_jax.training.loop import NotFiniteError
     from grit_jax.training.preemption import EXIT_CODE, Preempted
 
@@ -67,7 +67,9 @@ def train(argv: Sequence[str] | None = None) -> None:
         run(config, reach(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
     except known as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        abandon(USAGE_ERROR)
+        # A bucket that was there at the start may be there again.
+        is_passing = isinstance(error, StartAgain) or is_out_of_reach(error.__cause__)
+        abandon(EXIT_CODE if is_passing else USAGE_ERROR)
     except Preempted as reason:
         if is_writer():
             print(f"{reason}; the same command continues", file=sys.stderr)

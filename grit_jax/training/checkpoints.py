@@ -28,6 +28,10 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written, or is of another run; the message says what to do."""
 
 
+class StartAgain(CheckpointError):
+    """This process cannot go on, but the same command, started again, can."""
+
+
 class DamagedCheckpointWarning(UserWarning):
     """A checkpoint could not be read, and an older one is taken."""
 
@@ -235,7 +239,7 @@ class Checkpoints:
         )
         if jax.process_count() > 1:
             # The others may be waiting for this process in the middle of reading.
-            raise CheckpointError(f"{destination} is damaged: start again, from the one before")
+            raise StartAgain(f"{destination} is damaged: start again, from the one before")
         self._manager.reload()
 
     def _free_place(self, step: int) -> epath.Path:

@@ -185,6 +185,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     codes, outputs = start(tmp_path).wait()
     if codes != [0, 0]:  # Who found it out left the others in the middle of reading: once more.
         assert any("is damaged" in output for output in outputs), outputs
+        assert EXIT_CODE in codes, outputs
         codes, outputs = start(tmp_path).wait()
     assert codes == [0, 0], outputs
     assert f"continuing from step {saved[-2]} " in outputs[0]
