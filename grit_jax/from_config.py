@@ -289,7 +289,7 @@ def row_limits(config: Config, mesh: Mesh) -> RowLimits:
 
 def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -> dict[str, Any]:
     """Returns what must be alike in all processes of a run, by names fit for a message."""
-    fields = flatten_dict(
+    fields: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
         config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
     )
     # A host may have its copies of data and weights in another place, but for those in a bucket.
