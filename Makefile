@@ -13,7 +13,7 @@ demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 torture: .venv/.installed-test
 	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py
@@ -22,6 +22,7 @@ lint: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck --check-sourced tpu_scripts/pod.sh tpu_scripts/worker.sh tpu_scripts/settings.example.sh
 
 data/sample/.prepared: $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py) | .venv/.installed-demo
 	$(BIN)/grit-jax prepare sample_embedding sample_chat --output data/sample

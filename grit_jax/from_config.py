@@ -5,13 +5,15 @@ Nothing here computes. What is wrong with a configuration or its data shows here
 
 from collections.abc import Sequence
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
+from jax.sharding import Mesh
 import optax
 
+from grit_jax.bucket import in_bucket
 from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.data.batches import Batches
@@ -34,6 +36,16 @@ from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
 Datasets = dict[PreparedDataset, float]
+
+# Fields of `config.model` that are the model's own, whatever weights it starts from.
+MODEL_SETTINGS = (
+    "dtype",
+    "param_dtype",
+    "logits_dtype",
+    "remat",
+    "attention_implementation",
+    "splash_block_size",
+)
 
 
 def make_checkpoints(
@@ -79,7 +91,7 @@ def open_pretrained(config: Config) -> Model | None:
     if not config.model.weights:
         return None
     try:
-        pretrained = open_model(Path(config.model.weights))
+        pretrained = open_model(config.model.weights)
     except ConversionError as error:
         raise ConfigError(f"config.model.weights: {error}") from None
     if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
@@ -124,8 +136,7 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
       ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
         the field.
     """
-    names = ("dtype", "param_dtype", "logits_dtype", "remat", "attention_implementation")
-    settings = {name: config.model[name] for name in names}
+    settings = {name: config.model[name] for name in MODEL_SETTINGS}
     sizes = config.model.sizes.to_dict()
     projection = config.model.embedding_projection_size
     if projection:
@@ -156,6 +167,11 @@ def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights: what the updates "
             "are added to is not trained, nor saved with them"
+        )
+    if in_bucket(pretrained.folder):
+        raise ConfigError(
+            f"config.lora.rank={config.lora.rank} needs config.model.weights on a disk of each "
+            f"host, not {pretrained.folder}: gcloud storage cp -r copies them"
         )
     return LoraConfig(**config.lora.to_dict())
 
@@ -212,11 +228,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
     return Batches(
         {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
-        RowLimits(
-            longest=row_lengths(config),
-            length_multiple=data.row_length_multiple,
-            count_multiple=batch_shards(trainer.mesh) * chunks,
-        ),
+        row_limits(config, trainer.mesh),
         held,
         data.copies_are_negatives,
     )
@@ -264,6 +276,27 @@ def row_lengths(config: Config) -> dict[str, int]:
     """Returns the longest that rows of "query", "passage" and "chat" may be, in tokens."""
     streams = ("query", "passage", "chat")
     return {stream: config.data[f"{stream}_row_length"] for stream in streams}
+
+
+def row_limits(config: Config, mesh: Mesh) -> RowLimits:
+    """Returns what the rows of a run may be: every chunk of a step has as many on every shard."""
+    return RowLimits(
+        longest=row_lengths(config),
+        length_multiple=config.data.row_length_multiple,
+        count_multiple=batch_shards(mesh) * config.grad_cache_chunks,
+    )
+
+
+def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -> dict[str, Any]:
+    """Returns what must be alike in all processes of a run, by names fit for a message."""
+    fields: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
+        config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
+    )
+    # A host may have its copies of data and weights in another place, but for those in a bucket.
+    fields["data.folder"] = batches.description
+    if pretrained is not None and not in_bucket(pretrained.folder):
+        fields["model.weights"] = pretrained.fingerprint()
+    return {f"config.{name}": value for name, value in fields.items()}
 
 
 def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:

@@ -10,6 +10,8 @@ from etils import epath
 import jax
 from rich.console import Console
 
+from grit_jax.agreement import check_agreement
+from grit_jax.bucket import check_writing, in_bucket
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
 from grit_jax.data.batches import Batches, read_ahead
@@ -23,6 +25,7 @@ from grit_jax.from_config import (
     make_schedule,
     make_trainer,
     open_pretrained,
+    what_all_share,
 )
 from grit_jax.models import MistralConfig
 from grit_jax.processes import as_writer_says, is_writer
@@ -30,11 +33,13 @@ from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.flops import peak_flops
 from grit_jax.training.loop import SkippedSteps, StepReport, train
 from grit_jax.training.metrics import METRICS, RunRecord, draw_curves, read_metrics
+from grit_jax.training.mirror import Mirror
 from grit_jax.training.preemption import Preempted, Preemption
 from grit_jax.training.profile import Profile
 from grit_jax.training.progress import ProgressReport
 from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer, TrainState
+from grit_jax.training.watchdog import Watchdog
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -45,7 +50,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     `tensorboard/`, `curves.png`, `checkpoints/` and `compiled/`, programs for the next start.
 
     Raises:
-      ConfigError, MeshError, PreparedDataError, CheckpointError: the message names what is wrong.
+      ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
+        what is wrong.
+      ProcessError: the processes of the run were not started alike.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
@@ -56,6 +63,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     batches = make_batches(config, trainer)
     check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
+    if jax.process_count() > 1:
+        check_agreement(what_all_share(config, batches, pretrained))
+    check_writing(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if is_writer():
         _keep_config(config, trainer.model_config, workdir / "config.json")
@@ -85,14 +95,22 @@ def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None
 @contextlib.contextmanager
 def _compiled_programs(folder: epath.Path) -> Iterator[None]:
     """A context in which programs are kept for the next start, unless JAX is told where itself."""
-    option = "jax_compilation_cache_dir"
-    before = getattr(jax.config, option)
-    if not before:
-        jax.config.update(option, os.fspath(folder))
+    options = {"jax_compilation_cache_dir": os.fspath(folder)}
+    if in_bucket(folder):
+        # What XLA keeps there itself, on GPUs, it could write to disks alone.
+        options["jax_persistent_cache_enable_xla_caches"] = "none"
+    before = {name: getattr(jax.config, name) for name in options}
+    if not before["jax_compilation_cache_dir"]:
+        _update_jax(options)
     try:
         yield
     finally:
-        jax.config.update(option, before)
+        _update_jax(before)
+
+
+def _update_jax(options: dict[str, str]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
 
 
 def _first_state(
@@ -144,7 +162,9 @@ def _train(
     with (
         ProgressReport(start, config.steps, console) as progress,
         Preemption() as preemption,
-        Profile(record.workdir / "profile", **config.profile.to_dict()) as profile,
+        Watchdog(config.hang_seconds) as watchdog,
+        Mirror(record.workdir / "profile") as traces,
+        Profile(traces.local, **config.profile.to_dict()) as profile,
     ):
         stopwatch = Stopwatch(
             config.log_every_steps,
@@ -164,6 +184,7 @@ def _train(
             is_preempted = preemption.is_due(report.step)
             if is_last or is_preempted or saved.is_due(report.step):
                 with stopwatch.pause(report):
+                    record.flush()
                     seconds = saved.save(report.step, report.state, measures)
                 record.write(report.step, {"checkpoint_seconds": seconds})
             if is_preempted and not is_last:
@@ -171,7 +192,7 @@ def _train(
 
         most_skipped = SkippedSteps(config.optimizer.most_skipped_in_a_row)
         coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
-        hooks = [stopwatch, most_skipped, measure_and_save, profile]
+        hooks = [watchdog, stopwatch, most_skipped, measure_and_save, profile]
         train(trainer, state, coming, hooks, progress.say)
 
 

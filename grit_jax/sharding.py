@@ -119,17 +119,6 @@ def current_shards(logical_axis: str) -> int:
     return 1 if mesh.empty else shards(mesh, logical_axis)
 
 
-def vary_over_mesh(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Marks an array inside `shard_map` as one that may differ between any two devices.
-
-    Its gradient is then summed over the mesh axes that do not split `logical_axes`: along those
-    the array was the same.
-    """
-    split = {axis for logical_axis in logical_axes for axis in mesh_axes(logical_axis)}
-    same = tuple(axis for axis in MESH_AXES if axis not in split)
-    return jax.lax.pcast(array, same, to="varying")
-
-
 def gather_for_rows(weight: jax.Array, axis: int) -> jax.Array:
     """Returns a weight whole along "embed", inside a `shard_map` over the axes of "batch".
 

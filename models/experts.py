@@ -15,18 +15,24 @@ experts, and the room that is left costs memory but no products.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.linear import Weight
-from grit_jax.sharding import mesh_axes, partition_spec, vary_over_mesh
+from grit_jax.sharding import mesh_axes, partition_spec
 
 # Rows that one product of the loop takes: enough to be worth reading an expert's weight for.
 BLOCK_ROWS = 128
+
+# Rows, inputs and outputs of a tile of the kernel for TPUs; rows must be a multiple of the tile's.
+TILE = (512, 1024, 1024)
+LEAST_TILE_ROWS = 128
 
 # Names of the axes of the experts' weights: experts, inputs, outputs.
 INTO_EXPERTS = ("experts", "embed", "mlp")
@@ -55,9 +61,12 @@ def apply_experts(
     batch = partition_spec("batch", None)
     matrices = ((gate, INTO_EXPERTS), (up, INTO_EXPERTS), (down, OUT_OF_EXPERTS))
     specs = [tuple(partition_spec(*a) for a in _axes(weight, axes)) for weight, axes in matrices]
-    return jax.shard_map(_apply_on_mesh, in_specs=(batch, batch, batch, *specs), out_specs=batch)(
-        tokens, weights, experts, gate, up, down
-    )
+    return jax.shard_map(
+        _apply_on_mesh,
+        in_specs=(batch, batch, batch, *specs),
+        out_specs=batch,
+        check_vma=False,  # The kernel for the weights' gradient does not say over what it varies.
+    )(tokens, weights, experts, gate, up, down)
 
 
 def _axes(weight: Weight, axes: tuple[str, str, str]) -> list[tuple[str, str, str]]:
@@ -81,14 +90,14 @@ def _apply_on_mesh(
         if "embed" in axes:
             dimension = axes.index("embed")
             matrix = jax.lax.all_gather(matrix, mesh_axes("embed"), axis=dimension, tiled=True)
-        return vary_over_mesh(matrix, *axes)
+        return matrix
 
     def whole(weight: Weight, axes: tuple[str, str, str]) -> Weight:
         pairs = zip(weight, _axes(weight, axes), strict=True)
         return tuple(gathered(matrix, *names) for matrix, names in pairs)
 
     mixed = _apply(
-        vary_over_mesh(tokens, "batch", None),
+        tokens,
         weights,
         experts,
         whole(gate, INTO_EXPERTS),
@@ -287,11 +296,13 @@ def _ragged_product(rows: jax.Array, weights: jax.Array, group_sizes: jax.Array)
 def _ragged_gradients(
     rows: jax.Array, weights: jax.Array, group_sizes: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(rows, weights, group_sizes)
-
-    rows_gradient, weights_gradient = jax.vjp(product, rows, weights)[1](gradient)
-    return _in_groups(rows_gradient, group_sizes), weights_gradient
+    rows_gradient = _ragged_product(gradient, jnp.swapaxes(weights, 1, 2), group_sizes)
+    # XLA makes the gradient of `ragged_dot`'s weights of products with every group's rows.
+    padding = ((0, -len(rows) % LEAST_TILE_ROWS), (0, 0))
+    rows, gradient = jnp.pad(rows, padding), jnp.pad(gradient, padding)
+    tiling = (math.gcd(len(rows), TILE[0]), *TILE[1:])
+    weights_gradient = tgmm(rows.T, gradient, group_sizes, weights.dtype, tiling)
+    return rows_gradient, weights_gradient
 
 
 def _in_groups(rows: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -141,7 +141,14 @@ class Attention(LinearLayers):
         if cache is not None:
             cache = cache.fill(layer, key, value)
             key, value = cache.of_layer(layer)
-        mixed = attention(query, key, value, visibility, self.config.attention_implementation)
+        mixed = attention(
+            query,
+            key,
+            value,
+            visibility,
+            self.config.attention_implementation,
+            self.config.splash_block_size,
+        )
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
         return linear(mixed, self.weight("output")), cache
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.models.attention import IMPLEMENTATIONS, Visibility
+from grit_jax.models.attention import IMPLEMENTATIONS, SPLASH_BLOCK_SIZE, Visibility
 from grit_jax.models.cache import Cache
 from grit_jax.models.layers import (
     MLP,
@@ -27,6 +27,7 @@ from grit_jax.models.layers import (
 )
 from grit_jax.models.linear import LoraConfig
 from grit_jax.models.remat import REMAT_POLICIES
+from grit_jax.models.splash import LANES
 from grit_jax.sharding import constrain, gather_for_rows, mesh_axes, partition_spec
 
 
@@ -40,7 +41,8 @@ class MistralConfig:
     a linear layer makes them of pooled hidden states. `dtype` is the type of the computation,
     `param_dtype` that of the parameters and `logits_dtype` that of the logits. `remat` names what a
     layer's backward pass finds saved (`remat.REMAT_POLICIES`), and `attention_implementation` is
-    one of `attention.IMPLEMENTATIONS`. `lora` says which linear layers are adapted, None for none.
+    one of `attention.IMPLEMENTATIONS`; `splash_block_size` is the most positions in a block of the
+    kernel for TPUs. `lora` says which linear layers are adapted, None for none.
     `linear_dtype` "int8" is for weights that were trained: those of linear layers are int8, with a
     scale for each output (`linear.round_to_int8`); None leaves them in `param_dtype`.
 
@@ -70,6 +72,7 @@ class MistralConfig:
     logits_dtype: str = "float32"
     remat: str = "full"
     attention_implementation: str = "auto"
+    splash_block_size: int = SPLASH_BLOCK_SIZE
     lora: LoraConfig | None = None
     linear_dtype: str | None = None
 
@@ -113,6 +116,11 @@ class MistralConfig:
             raise ValueError(
                 f"config.model.linear_dtype={self.linear_dtype!r} must be 'int8', or None for "
                 "that of the other parameters"
+            )
+        if self.splash_block_size % LANES:
+            raise ValueError(
+                f"config.model.splash_block_size={self.splash_block_size} must be a multiple of "
+                f"{LANES}"
             )
         if self.lora is not None:
             self.lora.targeted(self.linear_layers)

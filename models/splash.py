@@ -3,8 +3,6 @@
 Legend of dimensions: B rows, S positions, N query heads, K key/value heads, H head dimension.
 """
 
-import math
-
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
@@ -12,17 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from grit_jax.sharding import partition_spec, platform, shards
 
-# The kernel walks over blocks of this many positions, or over the largest power of two below that
-# divides a row; a row of the machine's registers has 128 lanes.
-LARGEST_BLOCK = 512
-SMALLEST_BLOCK = 128
+# Positions in a block are a multiple of this: a row of the machine's registers has so many lanes.
+LANES = 128
 
 
 def unserved_by_splash(query: Float[Array, "B S N H"], key: Float[Array, "B S K H"]) -> str | None:
     """Returns what it is in a case that `splash_attention` does not serve; None: it serves it."""
     B, S, N, _ = query.shape
-    if _block(S) < SMALLEST_BLOCK:
-        return f"rows of {S} positions; multiples of {SMALLEST_BLOCK} are served"
+    if S % LANES:
+        return f"rows of {S} positions; multiples of {LANES} are served"
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"batch": B, "heads": N, "kv_heads": key.shape[2]}
     for axis, size in sizes.items():
@@ -39,17 +35,19 @@ def splash_attention(
     *,
     is_causal: bool,
     sliding_window: int | None,
+    block_size: int,
 ) -> Float[Array, "B S N H"]:
     """Attention within each segment of a row, causal or within a window by places in the row.
 
-    Within a segment, places differ as positions do. On a CPU the kernel is interpreted.
+    Within a segment, places differ as positions do. The kernel walks over blocks of `block_size`
+    positions at most. On a CPU it is interpreted.
     """
 
     def attend(query, key, value, segment_ids):
         _, S, N, H = query.shape
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([_mask(S, is_causal, sliding_window)] * N),
-            block_sizes=_block_sizes(S),
+            block_sizes=_block_sizes(largest_block(S, block_size)),
             head_shards=1,
             q_seq_shards=1,
             interpret=platform() == "cpu",
@@ -79,12 +77,13 @@ def _mask(S: int, is_causal: bool, sliding_window: int | None) -> splash.Mask:
     return splash.CausalMask((S, S)) if is_causal else splash.FullMask((S, S))
 
 
-def _block(S: int) -> int:
-    return math.gcd(S, LARGEST_BLOCK)
+def largest_block(S: int, block_size: int) -> int:
+    """Returns the largest block of `block_size` positions at most that divides a row of S."""
+    sizes = range(LANES, min(S, block_size) + 1, LANES)
+    return max(size for size in sizes if S % size == 0)
 
 
-def _block_sizes(S: int) -> splash.BlockSizes:
-    block = _block(S)
+def _block_sizes(block: int) -> splash.BlockSizes:
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -250,6 +250,7 @@ def test_a_section_that_is_a_number_names_itself():
         ("--config.model.dtype=float64", "config.model.dtype='float64'"),
         ("--config.model.param_dtype=float16", "config.model.param_dtype='float16'"),
         ("--config.model.remat=some", "config.model.remat='some'"),
+        ("--config.model.splash_block_size=500", "splash_block_size=500 must be a multiple of 128"),
         ("--config.model.attention_implementation=flash", "attention_implementation='flash' must"),
         ("--config.model.architecture=llama", "config.model.architecture='llama'"),
         ("--config.model.pooling=max", "config.model.pooling='max'"),

@@ -3,9 +3,17 @@
 import os
 from pathlib import Path
 
+from grit_jax.bucket import in_bucket, reach
 from grit_jax.conversion.adapted_model import BASE_MODEL, AdaptedModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
-from grit_jax.conversion.orbax_model import MODEL_CONFIG, PARAMETERS, OrbaxModel, read_item
+from grit_jax.conversion.orbax_model import (
+    COMMITTED,
+    MODEL_CONFIG,
+    PARAMETERS,
+    Folder,
+    OrbaxModel,
+    read_item,
+)
 from grit_jax.conversion.safetensors_folder import ConversionError
 
 __all__ = [
@@ -21,7 +29,9 @@ Model = HuggingFaceModel | OrbaxModel | AdaptedModel
 
 
 def open_model(
-    path: Path, head: str | Path | None = None, base: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    head: str | Path | None = None,
+    base: str | os.PathLike | None = None,
 ) -> Model:
     """Opens the model at `path`: a Hugging Face folder, a checkpoint, or a run's folder.
 
@@ -29,20 +39,27 @@ def open_model(
     updates is opened together with the model that they were trained on.
 
     Args:
-      path: the folder.
+      path: the folder. Checkpoints and runs may be in a bucket.
       head: see `HuggingFaceModel`.
       base: where the model of low-rank updates lies now, if not where it was.
 
     Raises:
       ConversionError: there is no model at `path`, or not the one that updates are of.
+      BucketError: its bucket cannot be used.
     """
+    path = reach(path) if in_bucket(path) else Path(path)
     if not path.is_dir():
         raise ConversionError(f"{path} is not there, or not a folder")
     checkpoints = path / "checkpoints"
-    steps = [step for step in checkpoints.glob("*") if step.name.isdigit()]
+    steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and _is_whole(step)]
     if steps:
         path = max(steps, key=lambda step: int(step.name))
     if (path / PARAMETERS).is_dir():
+        if not _is_whole(path):
+            raise ConversionError(
+                f"{path} has no {COMMITTED}: it was cut off while it was saved, or copied from a "
+                f"disk. If it is whole, put that file into it and into each folder in it"
+            )
         if not (path / MODEL_CONFIG).is_dir():
             raise ConversionError(f"{path} has no {MODEL_CONFIG}: it cannot be known what it is of")
         if (path / BASE_MODEL).is_dir():
@@ -50,16 +67,23 @@ def open_model(
         if base is not None:
             raise ConversionError(f"{path} is whole: there is no base to it")
         return OrbaxModel(path)
-    if (path / "config.json").exists():
+    if isinstance(path, Path) and (path / "config.json").exists():
         return HuggingFaceModel(path, head)
+    if (path / "config.json").exists():
+        raise ConversionError(f"{path} is not on a disk: copy it to one (gcloud storage cp -r)")
     raise ConversionError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a checkpoint"
     )
 
 
-def _open_base(path: Path, moved_to: str | os.PathLike | None) -> Model:
+def _is_whole(checkpoint: Folder) -> bool:
+    """Returns whether a checkpoint was finished: in a bucket it does not appear as a whole."""
+    return not in_bucket(checkpoint) or (checkpoint / COMMITTED).exists()
+
+
+def _open_base(path: Folder, moved_to: str | os.PathLike | None) -> Model:
     """Opens the model that a checkpoint of low-rank updates was trained on."""
-    folder = Path(moved_to or read_item(path, BASE_MODEL)["folder"])
+    folder = moved_to or read_item(path, BASE_MODEL)["folder"]
     try:
         return open_model(folder)
     except ConversionError as error:

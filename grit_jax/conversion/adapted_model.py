@@ -1,6 +1,5 @@
 """A model with low-rank updates (LoRA): a base's weights, and what is added as they are read."""
 
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Shaped
@@ -9,7 +8,7 @@ import numpy as np
 from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.hugging_face import HuggingFaceModel, load_by_parts
 from grit_jax.conversion.layout import Index, Parameter
-from grit_jax.conversion.orbax_model import OrbaxModel, read_item
+from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
 from grit_jax.conversion.safetensors_folder import ConversionError
 from grit_jax.models import LoraConfig
 
@@ -28,7 +27,7 @@ class AdaptedModel:
       ConversionError: the base is another model.
     """
 
-    def __init__(self, folder: Path, base: "HuggingFaceModel | OrbaxModel | AdaptedModel"):
+    def __init__(self, folder: Folder, base: "HuggingFaceModel | OrbaxModel | AdaptedModel"):
         settings = read_item(folder, "description")["lora"]
         if base.fingerprint() != settings.pop("base"):
             raise ConversionError(

@@ -5,6 +5,8 @@ from pathlib import Path
 import shutil
 from typing import Any
 
+from etils import epath
+
 from grit_jax.conversion.layout import DENSE
 from grit_jax.data.templates import EMBED
 from grit_jax.data.tokenizer import tokenizer_path
@@ -46,11 +48,11 @@ def write_tokenizer(name: str, folder: Path, longest: int) -> None:
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> bool:
+def copy_tokenizer(source: Path | epath.Path, folder: Path) -> bool:
     """Copies the files of a tokenizer between two folders; returns whether there were any."""
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).write_bytes(file.read_bytes())
     return any(file.name in ("tokenizer.json", "tokenizer.model") for file in files)
 
 

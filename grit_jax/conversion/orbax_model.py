@@ -12,6 +12,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
 from jaxtyping import Shaped
@@ -19,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from grit_jax.bucket import in_bucket
 from grit_jax.conversion.companion_files import copy_tokenizer
 from grit_jax.conversion.destination import check_space, whole_folder
 from grit_jax.conversion.fingerprint import fingerprint
@@ -28,6 +30,9 @@ from grit_jax.conversion.safetensors_folder import ConversionError
 from grit_jax.models import MistralConfig, config_from_hugging_face
 
 PARAMETERS, MODEL_CONFIG, TOKENIZER = "parameters", "model_config", "tokenizer"
+# What Orbax looks for in a checkpoint in a bucket, and in each of its items, to see if it is whole.
+COMMITTED = "commit_success.txt"
+Folder = Path | epath.Path
 # Parts that are read or written at the same time: memory is that of so many tensors.
 PARTS_AT_ONCE = 2
 
@@ -42,7 +47,7 @@ class OrbaxModel:
       ConversionError: it is no checkpoint of a model.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Folder):
         self.folder = folder
         self.tokenizer_folder = folder / TOKENIZER
         self.fields: dict[str, Any] = read_item(folder, MODEL_CONFIG)
@@ -71,10 +76,19 @@ class OrbaxModel:
         by_path = flatten_dict(shapes)
         shapes = unflatten_dict({p.path: by_path[p.path] for p in self.parameters})
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))
-        return _checkpointer().restore(self.folder.absolute(), arguments)[PARAMETERS]
+        return _checkpointer().restore(_absolute(self.folder), arguments)[PARAMETERS]
 
     def fingerprint(self) -> str:
-        """Returns what tells these weights from others, see `fingerprint`."""
+        """Returns what tells these weights from others, see `fingerprint`.
+
+        Raises:
+          ConversionError: they are in a bucket.
+        """
+        if not isinstance(self.folder, Path):
+            raise ConversionError(
+                f"{self.folder} is not on a disk, as what low-rank updates are added to must be: "
+                "copy it to one (gcloud storage cp -r)"
+            )
         files = (path for path in (self.folder / PARAMETERS).rglob("*") if path.is_file())
         return fingerprint("orbax", files)
 
@@ -85,7 +99,8 @@ class OrbaxModel:
 
     @functools.cache  # noqa: B019  one model is open at a time
     def _store(self, path: tuple[str, ...]) -> tensorstore.TensorStore:
-        base = f"file://{self.folder.absolute()}/{PARAMETERS}/"
+        folder = _absolute(self.folder)
+        base = f"{folder if in_bucket(folder) else f'file://{folder}'}/{PARAMETERS}/"
         kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
         try:
             return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
@@ -95,7 +110,11 @@ class OrbaxModel:
             ) from None
 
 
-def read_item(folder: Path, name: str) -> dict[str, Any]:
+def _absolute(folder: Folder) -> Folder:
+    return folder if in_bucket(folder) else folder.absolute()
+
+
+def read_item(folder: Folder, name: str) -> dict[str, Any]:
     """Returns an item of a checkpoint that is in JSON.
 
     Raises:
@@ -103,7 +122,7 @@ def read_item(folder: Path, name: str) -> dict[str, Any]:
     """
     try:
         arguments = ocp.args.Composite(**{name: ocp.args.JsonRestore()})
-        return _checkpointer().restore(folder.absolute(), arguments)[name]
+        return _checkpointer().restore(_absolute(folder), arguments)[name]
     except (FileNotFoundError, ValueError, KeyError) as error:
         raise ConversionError(f"{folder} is no checkpoint of a model: {error}") from None
 
@@ -138,6 +157,8 @@ def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
             raise writer.error
         (unfinished / TOKENIZER).mkdir()
         copy_tokenizer(model.tokenizer_folder, unfinished / TOKENIZER)
+        for item in (PARAMETERS, MODEL_CONFIG, "."):  # For a copy in a bucket.
+            (unfinished / item / COMMITTED).touch()
 
 
 def _checkpointer(**handlers: Any) -> ocp.Checkpointer:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 # Seconds to wait before each further try.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # What no further try can change, in the words of the readers.
-MISSING = ("no such file", "not found", "status code: 404")
+MISSING = ("no such file", "no such object", "not found", "status code: 404")
 DAMAGED = ("corrupted", "hash mismatch", "should be at least")
 
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -102,7 +101,8 @@ class GritLM:
 
         Args:
           path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken). Low-rank updates are added to the weights that they are of.
+            checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER. Low-rank
+            updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
             the memory of bfloat16; None leaves them in `dtype`.
@@ -116,12 +116,13 @@ class GritLM:
 
         Raises:
           ConversionError: there is no model at `path`, or it is damaged.
+          BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
           ValueError: the type, the pattern or the pooling is unknown.
         """
         _check_choices(attention, pooling)
         mesh = make_mesh() if mesh is None else mesh
-        stored = open_model(Path(path), base=base)
+        stored = open_model(path, base=base)
         found = find_tokenizer(stored, tokenizer)
         module = load_module(stored, dtype, mesh, linear_dtype)
         return cls(

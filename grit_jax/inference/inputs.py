@@ -1,13 +1,18 @@
 """What a user gives, strings or token ids, as token ids; what cannot be read is an error."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import os
+from pathlib import Path
+import tempfile
 from typing import Any
 import warnings
 
+from etils import epath
 import numpy as np
 
-from grit_jax.conversion import ConversionError, Model
+from grit_jax.bucket import in_bucket
+from grit_jax.conversion import ConversionError, HuggingFaceModel, Model
 from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer
@@ -42,7 +47,8 @@ def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer |
             return Tokenizer(MISTRAL)
         except FileNotFoundError:  # It comes with a package that only preparing data needs.
             return None
-    tokenizer = Tokenizer(os.fspath(name))
+    with _on_disk(name) as path:
+        tokenizer = Tokenizer(os.fspath(path))
     if tokenizer.vocab_size > stored.config.vocab_size:
         raise ConversionError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} pieces, but the model only "
@@ -51,13 +57,27 @@ def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer |
     return tokenizer
 
 
+@contextlib.contextmanager
+def _on_disk(path: os.PathLike | str) -> Iterator[os.PathLike | str]:
+    """Gives the path of a file, or of a copy of it where it lies in a bucket."""
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        copy.write_bytes(epath.Path(path).read_bytes())
+        yield copy
+
+
 def find_end_tokens(stored: Model) -> list[int] | None:
     """Returns the tokens that end an answer of the model, None where that is not said.
 
     A Hugging Face folder says it in `generation_config.json`, or else in `config.json`.
     """
-    path = stored.folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation: dict[str, Any] = {}
+    if isinstance(stored, HuggingFaceModel):
+        path = stored.folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
     end = generation.get("eos_token_id", stored.fields.get("eos_token_id"))
     return [end] if isinstance(end, int) else end
 

@@ -19,18 +19,19 @@ import numpy as np
 from grit_jax.config import Config, ConfigError
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.examples import Text
-from grit_jax.data.packing import pack
-from grit_jax.from_config import make_trainer, row_lengths
+from grit_jax.data.packing import fit_rows, pack
+from grit_jax.data.shapes import best_rows
+from grit_jax.from_config import make_trainer, row_limits
 from grit_jax.models import MixtralConfig
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, Work, work_of
-from grit_jax.sharding import MeshError, batch_shards
+from grit_jax.sharding import MeshError
 from grit_jax.training.flops import peak_flops, useful_flops
 from grit_jax.training.loop import batch_rows, count_tokens
 from grit_jax.training.train_step import Trainer
 
-# The part of the places in rows that hold a token (benchmarks/data.py).
-FILLED = 0.97
+# The longest text of a run, in parts of the longest row that is allowed.
+LONGEST_TEXT = 0.8
 # What the compiler says of a program that does not fit.
 TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
@@ -158,7 +159,10 @@ def fastest(plans: list[Plan]) -> Plan | None:
 
 
 def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> Batch:
-    """Returns a batch of texts of average length, packed as those of a run are filled.
+    """Returns a batch in the rows that a run would choose for it.
+
+    Its texts have between half of the average length and half as much again. The longest of the
+    run are longer: rows have room for them.
 
     Raises:
       ConfigError: a text of that length does not fit a row.
@@ -169,23 +173,22 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
         "passage": data.embedding_batch_size * data.group_size,
         "chat": data.generative_batch_size,
     }
-    multiple = batch_shards(trainer.mesh) * config.grad_cache_chunks
+    limits = row_limits(config, trainer.mesh)
 
     def texts(stream: str) -> PackedTexts:
-        length, longest = tokens[stream], row_lengths(config)[stream]
-        if length > longest:
+        mean, longest = tokens[stream], limits.longest[stream]
+        lengths = np.rint(np.linspace(mean / 2, 3 * mean / 2, counts[stream])).astype(int)
+        if lengths[-1] > longest:
             raise ConfigError(
-                f"config.data.{stream}_row_length={longest} is below the {length} tokens of a text"
+                f"config.data.{stream}_row_length={longest} is below the {lengths[-1]} tokens of "
+                f"the longest {stream}, where they have {mean} on average"
             )
-        num_rows = -(-counts[stream] * length // int(longest * FILLED))
-        num_rows = -(-num_rows // multiple) * multiple
-        a_row = longest // length
-        rows = [list(range(n, counts[stream], num_rows)) for n in range(num_rows)]
-        if max(len(row) for row in rows) > a_row:
-            num_rows = -(-counts[stream] // (a_row * multiple)) * multiple
-            rows = [list(range(n, counts[stream], num_rows)) for n in range(num_rows)]
-        text = Text(np.ones(length, np.int32), np.ones(length, bool))
-        return pack([text] * counts[stream], rows, num_rows, longest)
+        longest_of_run = max(int(lengths[-1]), int(longest * LONGEST_TEXT))
+        rows = best_rows([lengths], limits.lengths(stream, longest_of_run), limits)
+        places = fit_rows(lengths, rows.count, rows.length)
+        assert places is not None, "the rows were chosen for these texts"
+        made = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in lengths]
+        return pack(made, places, rows.count, rows.length)
 
     embedding = chats = None
     if config.mode in ("unified", "embedding"):

@@ -45,6 +45,8 @@ COLLECTIVES = (
 )
 # Products of [queries, keys] x size of a head in each of splash attention's kernels.
 SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+# XLA's kernel for products of rows with their group's weight, and megablox's for their gradient.
+EXPERTS_KERNELS = ("ragged-dot-none", "tgmm")
 SLICING = {"dynamic-slice", "slice", "gather"}
 
 
@@ -324,7 +326,7 @@ def _window(attributes: str, key: str, place: int, default: int) -> int:
 
 def _experts_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:
     """Returns the operations of a kernel for rows grouped by expert, 0 for another."""
-    if not i.name.startswith("ragged-dot-none"):
+    if not i.name.startswith(EXPERTS_KERNELS):
         return 0.0
     operands = (shape for name in i.operands for shape in by_name[name].shapes)
     rows = next(shape.sizes for shape in operands if shape.dtype in ("bf16", "f32"))

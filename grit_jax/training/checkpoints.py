@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import itertools
 import time
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from grit_jax.bucket import in_short, is_out_of_reach
 from grit_jax.models import MistralConfig, config_to_hugging_face
 from grit_jax.training.train_step import TrainState
 
@@ -24,6 +26,10 @@ DAMAGED = "damaged"
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written, or is of another run; the message says what to do."""
+
+
+class StartAgain(CheckpointError):
+    """This process cannot go on, but the same command, started again, can."""
 
 
 class DamagedCheckpointWarning(UserWarning):
@@ -102,8 +108,8 @@ class Checkpoints:
         )
         try:
             self._manager = ocp.CheckpointManager(folder, options=options)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written to: {error}") from None
+        except Exception as error:  # Whatever the file system's library makes of it.
+            raise CheckpointError(f"{folder} cannot be written to: {in_short(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -179,6 +185,10 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as failure:  # Damage shows in as many ways as there are libraries.
+                if is_out_of_reach(failure):
+                    raise CheckpointError(
+                        f"{self.folder / str(step)} cannot be read: {in_short(failure)}"
+                    ) from failure
                 self._set_aside(step, failure)
         return None
 
@@ -211,26 +221,36 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, failure: Exception) -> None:
-        source, destination = self.folder / str(step), self.folder / DAMAGED / str(step)
-        with contextlib.suppress(FileNotFoundError):  # Another process has moved it.
+        source, destination = self.folder / str(step), self._free_place(step)
+        message = (
+            f"the checkpoint of step {step} cannot be read and is now {destination}: "
+            f"{in_short(failure)}"
+        )
+        # Another process may be moving it, too.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             destination.parent.mkdir(exist_ok=True)
+            # In a bucket a folder is there when something is in it.
+            destination.with_suffix(".txt").write_text(f"{message}\n")
             source.rename(destination)
-        reason = " ".join(str(failure).split())[:300]
         warnings.warn(
-            f"the checkpoint of step {step} cannot be read and is now {destination}: {reason}",
+            message,
             DamagedCheckpointWarning,
             stacklevel=3,
         )
         if jax.process_count() > 1:
             # The others may be waiting for this process in the middle of reading.
-            raise CheckpointError(f"{destination} is damaged: start again, from the one before")
+            raise StartAgain(f"{destination} is damaged: start again, from the one before")
         self._manager.reload()
 
+    def _free_place(self, step: int) -> epath.Path:
+        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
+        places = (self.folder / DAMAGED / name for name in names)
+        return next(place for place in places if not place.exists())
+
     def _not_saved(self, failure: Exception) -> CheckpointError:
-        reason = " ".join(str(failure).split())[:300]
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}; those already there are whole "
-            f"(newest: step {self.latest_step}). {reason}"
+            f"(newest: step {self.latest_step}). {in_short(failure)}"
         )
 
 

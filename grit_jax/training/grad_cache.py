@@ -152,6 +152,8 @@ def _sum_over(chunks: _Chunk, function: Callable[[_Chunk], Any]) -> Any:
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def add(total: Any, chunk: _Chunk) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(chunk)), None
+        # The compiler for TPUs fails where it moves a reduction out of the loop, behind the sum.
+        values = jax.lax.optimization_barrier(function(chunk))
+        return jax.tree.map(jnp.add, total, values), None
 
     return jax.lax.scan(add, zeros, chunks)[0]

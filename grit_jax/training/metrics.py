@@ -1,6 +1,7 @@
 """What a run writes down: a JSON object a line, the same for TensorBoard, and a picture."""
 
 from collections.abc import Mapping
+import contextlib
 import json
 from types import TracebackType
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
+from grit_jax.training.mirror import SECONDS, Mirror
+
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class RunRecord:
     """The files `metrics.jsonl` and `tensorboard` of a run; steps only grow in them.
 
-    A context, at whose end all is on disk. TensorBoard's events are written on local disks alone.
+    A context, at whose end all of it is there. In a bucket they are some seconds behind until then.
 
     Attributes:
       workdir: the run's folder.
@@ -28,25 +31,27 @@ class RunRecord:
 
     def __init__(self, workdir: epath.Path, from_step: int, is_written: bool = True):
         self.workdir = workdir
-        self._path = workdir / METRICS
-        self._is_written = is_written
-        self.kept = [line for line in read_metrics(self._path) if line["step"] <= from_step]
-        self._events = None
-        if not is_written:
-            return
+        self.kept = [line for line in read_metrics(workdir / METRICS) if line["step"] <= from_step]
+        self._from_step, self._is_written = from_step, is_written
+        self._mirror, self._opened = Mirror(workdir), contextlib.ExitStack()
+        self._path = self._mirror.local / METRICS
+
+    def __enter__(self) -> "RunRecord":
+        if not self._is_written:
+            return self
+        from tensorboardX import SummaryWriter  # Where torch is installed it takes seconds.
+
         incomplete = self._path.with_name(f".incomplete-{METRICS}")
         incomplete.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         incomplete.replace(self._path)
-        if "://" not in str(workdir):
-            from tensorboardX import SummaryWriter  # Where torch is installed it takes seconds.
-
-            self._events = SummaryWriter(
-                str(workdir / TENSORBOARD),
-                purge_step=from_step + 1 if self.kept else None,
-                filename_suffix=f".from-{from_step}",  # Else a file of the same second is lost.
-            )
-
-    def __enter__(self) -> "RunRecord":
+        self._opened.enter_context(self._mirror)
+        self._events = SummaryWriter(
+            str(self._mirror.local / TENSORBOARD),
+            purge_step=self._from_step + 1 if self.kept else None,
+            flush_secs=int(SECONDS),
+            filename_suffix=f".from-{self._from_step}",  # Else a file of the same second is lost.
+        )
+        self._opened.enter_context(self._events)
         return self
 
     def __exit__(
@@ -55,8 +60,7 @@ class RunRecord:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._events is not None:
-            self._events.close()
+        self._opened.__exit__(kind, error, trace)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a line with `step` and the values, and the events."""
@@ -64,9 +68,17 @@ class RunRecord:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Returns when all lines are in place: a checkpoint of a later step would leave a gap.
+
+        Raises:
+          BucketError: the bucket cannot be written to.
+        """
+        if self._is_written:
+            self._mirror.flush()
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from grit_jax.models import AttentionError, Mistral, MistralConfig, Stream
 from grit_jax.models.attention import Visibility, attention
+from grit_jax.models.splash import largest_block
 from grit_jax.sharding import make_mesh, partition_spec, variable_shardings
 
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 0]])
@@ -80,7 +81,8 @@ def test_what_a_token_sees(kind):
 
 # ---- The kernel for TPUs ----
 
-ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 384, 4, 2, 8  # three blocks of 128 a row
+ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 384, 4, 2, 8
+BLOCK = 128  # three a row
 WINDOW = 150
 
 
@@ -107,7 +109,7 @@ def heads_and_gradients(implementation, kind, mesh=None):
 
     def loss(query, key, value, segment_ids, positions):
         visibility = Visibility(segment_ids, positions, **kind)
-        mixed = attention(query, key, value, visibility, implementation)
+        mixed = attention(query, key, value, visibility, implementation, BLOCK)
         return jnp.sum(mixed * weights), mixed
 
     places = (segment_ids, positions)
@@ -118,6 +120,14 @@ def heads_and_gradients(implementation, kind, mesh=None):
     (_, mixed), gradients = compute(*inputs, *places)
     assert np.isfinite(mixed).all(), "padding is no number"
     return [np.where(is_token, mixed, 0), *(np.asarray(gradient) for gradient in gradients)]
+
+
+@pytest.mark.parametrize(
+    ("length", "block_size", "block"),
+    [(2560, 1024, 640), (2560, 512, 512), (512, 1024, 512), (896, 1024, 896), (896, 800, 128)],
+)
+def test_a_row_falls_into_the_largest_blocks_that_divide_it(length, block_size, block):
+    assert largest_block(length, block_size) == block
 
 
 @pytest.mark.parametrize("sliding_window", [None, WINDOW])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grit_jax.models import experts as experts_module
 from grit_jax.models.experts import (
     INTO_EXPERTS,
     OUT_OF_EXPERTS,
@@ -140,11 +141,34 @@ def test_tpus_get_their_own_kernels():
     """A CPU cannot run them, but the program for a TPU can be made and read."""
     mesh = make_mesh(fsdp=2, expert=4)
     inputs = make_inputs(48, routings(48)["even"])
-    with jax.set_mesh(mesh):
-        traced = outputs_and_gradients.trace(apply_unadapted, *inputs)
-    program = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "ragged_all_to_all" in program and "chlo.ragged_dot" in program
-    assert "stablehlo.while" not in program, "the loop over blocks is for other platforms"
+
+    def program(function):
+        with jax.set_mesh(mesh):
+            traced = jax.jit(function).trace(*inputs)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    outputs = program(apply_unadapted)
+    assert "ragged_all_to_all" in outputs and "chlo.ragged_dot" in outputs
+    assert "stablehlo.while" not in outputs, "the loop over blocks is for other platforms"
+    gradients = program(functools.partial(outputs_and_gradients, apply_unadapted))
+    assert "tpu_custom_call" in gradients, "megablox, for the gradients of the weights"
+
+
+@pytest.mark.parametrize("num_rows", [128, 300, 640])
+def test_the_gradients_on_tpus_are_those_elsewhere(monkeypatch, num_rows):
+    interpreted = functools.partial(experts_module.tgmm, interpret=True)
+    monkeypatch.setattr(experts_module, "tgmm", interpreted)
+    random = np.random.default_rng(num_rows)
+    sizes = jnp.array([num_rows // 3, 0, num_rows // 2, 1, 0], jnp.int32)  # Some rows are left.
+    rows, gradient = random.normal(size=(num_rows, 24)), random.normal(size=(num_rows, 40))
+    weights = random.normal(size=(5, 24, 40))
+    inputs = [jnp.asarray(array, jnp.float32) for array in (rows, weights, gradient)]
+    inputs.insert(2, sizes)
+    inputs[0] = inputs[0].at[int(sizes.sum()) :].set(jnp.nan)  # Nothing is in them.
+    ours = experts_module._ragged_gradients(*inputs)
+    theirs = experts_module._block_gradients(*inputs)
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_gathered_slices_are_those_of_ragged_all_to_all():

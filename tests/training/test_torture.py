@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from small_run import SMALL
 
 from grit_jax.training.checkpoints import DAMAGED
 from grit_jax.training.preemption import EXIT_CODE
+from grit_jax.training.watchdog import EXIT_CODE as HUNG
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -71,6 +73,15 @@ class Processes:
 
     def terminate(self, number):
         self._processes[number].terminate()
+
+    def stop(self, number):
+        """The process is still there, but does nothing any more."""
+        self._processes[number].send_signal(signal.SIGSTOP)
+
+    def end_of(self, number):
+        """Returns the exit code of one that ends by itself, and its output."""
+        output = self._processes[number].communicate(timeout=120)[0]
+        return self._processes[number].returncode, output
 
     def wait(self):
         """Returns exit codes and outputs."""
@@ -174,12 +185,25 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     codes, outputs = start(tmp_path).wait()
     if codes != [0, 0]:  # Who found it out left the others in the middle of reading: once more.
         assert any("is damaged" in output for output in outputs), outputs
+        assert EXIT_CODE in codes, outputs
         codes, outputs = start(tmp_path).wait()
     assert codes == [0, 0], outputs
     assert f"continuing from step {saved[-2]} " in outputs[0]
     assert (tmp_path / "checkpoints" / DAMAGED / str(saved[-1])).is_dir()
     assert read_losses(tmp_path) == undisturbed  # To the bit.
     assert not unfinished_checkpoints(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stuck_does_not_keep_the_others_waiting(start, tmp_path):
+    processes = start(tmp_path, 2, 2, "--config.hang_seconds=20")
+    wait_until(processes, lambda: read_losses(tmp_path))
+    processes.stop(1)
+    code, output = processes.end_of(0)
+    processes.kill()
+    assert code == HUNG, output
+    assert f"process 0 on {socket.gethostname()}: no step for 20 s after step" in output
+    assert "Thread" in output and "training/loop.py" in output
 
 
 @pytest.mark.slow

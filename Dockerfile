@@ -1,0 +1,10 @@
+# What a worker runs on GKE (docs/pods.md): grit-jax, with the pinned set for TPUs.
+FROM python:3.12-slim
+WORKDIR /grit-jax
+COPY setup.py pyproject.toml constraints.txt README.md LICENSE train.py ./
+COPY configs configs
+COPY grit_jax grit_jax
+COPY models models
+RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tpu]"
+ENTRYPOINT ["grit-jax"]
+CMD ["--help"]

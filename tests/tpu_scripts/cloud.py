@@ -1,0 +1,63 @@
+"""The state of the stand-in cloud, a folder: what there is, its machines, and what befalls them.
+
+`cloud.json` there says what zones, quota and faults there are, and holds the queued resources and
+nodes. The environment's CLOUD is the folder.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+import shutil
+import signal
+import sys
+
+CLOUD = Path(os.environ["CLOUD"])
+
+
+def fail(command: str, message: str, code: int = 1):
+    print(f"ERROR: (gcloud.{command.replace(' ', '.')}) {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def cloud() -> Iterator[dict]:
+    """The state of everything, which nobody else changes meanwhile."""
+    with (CLOUD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = json.loads((CLOUD / "cloud.json").read_text())
+        if (CLOUD / "preempt").exists():
+            preempt(state, (CLOUD / "preempt").read_text())
+            (CLOUD / "preempt").unlink()
+        yield state
+        (CLOUD / "cloud.json").write_text(json.dumps(state, indent=1))
+
+
+def preempt(state: dict, resource_state: str) -> None:
+    for resource in state["queued_resources"].values():
+        resource["state"] = resource_state
+    for name, node in state["nodes"].items():
+        node["state"] = "PREEMPTED"
+        remove_machines(name)
+
+
+def remove_machines(node: str) -> None:
+    for home in (CLOUD / "workers").glob(f"{node}-w-*"):
+        for process in processes_of(home.name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def processes_of(worker: str = "") -> list[int]:
+    """The processes of a worker, or of all of them."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            is_here = f"CLOUD={CLOUD}".encode() in environment
+            if is_here and any(v.startswith(f"WORKER={worker}".encode()) for v in environment):
+                found.append(int(entry.name))
+    return found

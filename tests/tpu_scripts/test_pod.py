@@ -1,0 +1,225 @@
+"""pod.sh from nodes to a finished run, against a cloud in a folder, with real processes in it."""
+
+import re
+import time
+
+import pytest
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_run_that_is_preempted_twice_is_finished_and_deleted(pod):
+    pod.plan("preempted", "preempted with a crash", "finish")
+    pod("create")
+    pod("setup")
+    pod("launch")
+    output = pod("watch", HF_TOKEN="hf_secret")
+    assert "run has finished: gs://bucket/run/run" in output
+    assert pod.steps() == [1, 2, 3, 4, 5, 6]
+    assert pod.count("create") == pod.count("delete") == 3
+    logs = sorted(pod.bucket.glob("run/launches/*/*.log"))
+    assert [log.name for log in logs] == ["run-w-0.log", "run-w-1.log"] * 3
+    last = [path.read_text() for path in sorted(logs[-1].parent.glob("*.exit_code"))]
+    assert last == ["0\n", "0\n"]
+    assert "--config.profile.steps=(1, 2) --config.model.weights=" in logs[-1].read_text()
+    pod.assert_nothing_is_left()
+    for path in pod.cloud.rglob("*"):
+        assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
+    assert "hf_secret" not in output
+
+
+@pytest.mark.slow
+def test_each_verb_alone_on_two_slices(pod):
+    """ssh fails once, and is tried again."""
+    pod.set(NUM_SLICES="2", PROVISIONING="reserved", VALID_UNTIL_DURATION="6h")
+    pod.change_cloud(devices=32, ssh_failures=1)
+    pod.plan("wait for sigterm", "finish")
+    output = pod("create")
+    assert re.findall("WAITING_FOR_RESOURCES|PROVISIONING|ACTIVE", output) == [
+        "WAITING_FOR_RESOURCES",
+        "PROVISIONING",
+        "ACTIVE",
+    ]
+    flags = pod.state()["queued_resources"]["run"]["flags"]
+    assert flags["reserved"] and not flags["spot"] and flags["valid_until_duration"] == "6h"
+    assert "32 devices" in pod("setup")
+    pod("launch")
+    workers = ["run-0-w-0", "run-0-w-1", "run-1-w-0", "run-1-w-1"]
+    for worker in workers:
+        wait_for(pod.cloud / f"training-{worker}")
+    assert "a run is going on" in pod("launch", code=2)
+    status = pod("status")
+    assert "queued resource run: ACTIVE" in status and "node run-1: READY" in status
+    assert all(f"{worker}: training" in status for worker in workers)
+    assert 'newest metrics: {"step": 2}' in status
+    output = pod("stop")
+    assert all(f"{worker}: ended with the exit code 75" in output for worker in workers)
+    pod.assert_nothing_runs()
+    assert pod.state()["nodes"].keys() == {"run-0", "run-1"}
+    assert "installed" in pod("setup")  # again, and nothing is installed twice
+    assert len((pod.cloud / "installs").read_text().splitlines()) == len(workers)
+    pod("delete")
+    assert "there are no nodes" in pod("delete")
+    assert "queued resource run: NONE" in pod("status")
+
+
+@pytest.mark.slow
+def test_lost_worker_is_started_again_on_the_same_nodes(pod):
+    pod.plan("lose a worker", "vanish", "finish")
+    output = pod("watch")
+    assert "lost with the exit codes 134, 137" in output and "no word from a worker" in output
+    assert pod.steps() == [1, 2, 3, 4, 5, 6]
+    assert pod.count("create") == 1
+    pod.assert_nothing_is_left()
+    assert "has finished" in pod("watch") and pod.count("create") == 1
+
+
+@pytest.mark.slow
+def test_error_of_the_user_is_shown_and_not_repeated(pod):
+    """Even if the exit codes cannot be read at first."""
+    pod.change_cloud(cat_failures=2)
+    pod.plan("user error")
+    output = pod("watch", code=1)
+    assert "ConfigError: config.mode is wrong" in output
+    assert "the run failed with the exit codes 2, 2" in output
+    assert pod.count("create") == 1
+    pod.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_starts_without_progress_are_bounded(pod):
+    pod.set(MAX_TRIES="2")
+    pod.plan("preempted", "get nowhere")
+    output = pod("watch", code=1)
+    assert "2 starts in a row brought no new checkpoint" in output
+    assert len(list(pod.bucket.glob("run/launches/*/run-w-0.log"))) == 3
+    pod.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["stop", "delete"])
+def test_watch_does_not_undo_what_its_user_does_elsewhere(pod, verb):
+    pod.plan("wait for sigterm")
+    watch = pod.start("watch")
+    wait_for(pod.cloud / "training-run-w-1")
+    pod(verb)
+    output, _ = watch.communicate(timeout=90)
+    assert watch.returncode == 0 and "run: stopped" in output, output
+    assert bool(pod.state()["nodes"]) == (verb == "stop")
+    pod.assert_nothing_runs()
+    assert pod.count("create") == 1
+
+
+@pytest.mark.slow
+def test_kept_nodes(pod):
+    assert "cost money until you delete them" in pod("watch", "--keep")
+    assert pod.state()["nodes"].keys() == {"run"}
+    pod.assert_nothing_runs()
+
+
+@pytest.mark.parametrize("verb", ["create", "watch"])
+@pytest.mark.parametrize(
+    ("settings", "cloud", "message"),
+    [
+        ({"ZONE": "us-nowhere1-a"}, {}, "there is no v6e-16 in the zone us-nowhere1-a"),
+        ({"ZONE": "us-west1-c"}, {}, "there is no v6e-16 in the zone us-west1-c"),
+        ({}, {"quota": False}, "there is no quota for v6e-16 (spot) in us-east5-b"),
+    ],
+)
+def test_nodes_that_cannot_be_had(pod, verb, settings, cloud, message):
+    pod.set(**settings)
+    pod.change_cloud(**cloud)
+    assert message in pod(verb, code=2 if verb == "create" else 1)
+    assert pod.count("ssh") == 0
+    pod.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("verb", "code"), [("create", 2), ("watch", 1)])
+def test_node_of_somebody_else_stays(pod, verb, code):
+    pod.change_cloud(nodes={"run": {"state": "READY"}})
+    assert "there is a node run in us-east5-b already" in pod(verb, code=code)
+    assert pod.state()["nodes"] == {"run": {"state": "READY"}}
+    assert pod.count("create") == pod.count("delete") == 0
+    pod.change_cloud(nodes={})
+
+
+def test_nodes_that_do_not_come_are_not_waited_for(pod):
+    pod.change_cloud(fails_to_come=True)
+    assert "the nodes of run did not come (FAILED" in pod("create", code=75)
+    pod.assert_nothing_is_left()
+
+
+@pytest.mark.slow
+def test_ssh_that_is_lost(pod):
+    pod.set(MAX_TRIES="2")
+    pod("create")
+    pod.change_cloud(ssh_failures=1000)
+    output = pod("setup", code=75)
+    assert (
+        "ssh does not reach all workers" in output
+        and "nodes of run that are there stay, and cost money" in output
+    )
+    output = pod("watch", code=1)
+    assert "2 starts in a row brought no new checkpoint: it could not be started" in output
+    assert pod.count("create") == 2
+    pod.change_cloud(ssh_failures=0)
+    pod.assert_nothing_is_left()
+
+
+def test_devices_that_are_missing(pod):
+    pod("create")
+    pod.change_cloud(devices=12)
+    assert "there are 12 TPU devices, and not 16" in pod("setup", code=2)
+
+
+def test_launch_before_setup_and_code_that_has_changed(pod):
+    assert "the nodes of run are not all there" in pod("launch", code=75)
+    (pod.clone / "configs" / "gritlm_7b.py").write_text("changed")
+    for verb in ("setup", "launch", "watch"):
+        assert " M configs/gritlm_7b.py" in pod(verb, code=2)
+
+
+def test_bucket_that_is_not_there(pod):
+    pod.set(BUCKET="elsewhere")
+    assert "the bucket gs://elsewhere cannot be written to" in pod("watch", code=2)
+    assert pod.count("create") == 0
+
+
+def test_bucket_that_cannot_be_written_to_keeps_no_node(pod):
+    pod("create")
+    (pod.bucket / "run" / "launches" / "20260101T000000Z").mkdir(parents=True)
+    (pod.bucket / "run" / "launches" / "20260101T000000Z" / "stopped").mkdir()
+    assert "a watch elsewhere is not told" in pod("delete")
+    pod.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PROJECT": ""}, "PROJECT is empty"),
+        ({"NAME": "Run_1"}, "NAME=Run_1"),
+        ({"BUCKET": "gs://bucket"}, "without gs://"),
+        ({"PROVISIONING": "preemptible"}, "spot, reserved or on-demand"),
+        ({"NUM_SLICES": "0"}, "NUM_SLICES=0"),
+        ({"ACCELERATOR_TYPE": "tpu7x-64"}, "GKE only"),
+        ({"CONFIG": "configs/mine.py"}, "git add it"),
+    ],
+)
+def test_settings_that_cannot_be(pod, changes, message):
+    pod.set(**changes)
+    assert message in pod("watch", code=2)
+    assert pod.count("create") == 0
+    pod.set()
+
+
+def test_arguments_that_cannot_be(pod):
+    assert "there is no verb 'start'" in pod("start", code=2)
+    assert "there is no option '--force'" in pod("create", "--force", code=2)
+    assert "there is no other.sh" in pod("create", "--settings", "other.sh", code=2)
+    assert "usage: tpu_scripts/pod.sh VERB" in pod("--help")

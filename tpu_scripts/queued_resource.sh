@@ -1,0 +1,131 @@
+# shellcheck shell=bash
+# The nodes: a queued resource of Google Cloud, from asking for it to its end.
+
+# Prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ... or NONE; $1 is what a dry run assumes.
+queued_resource_state() {
+  ask "$1" queued-resources describe "$NAME" --format="value(state.state)"
+}
+
+node_names() {
+  local number
+  if ((NUM_SLICES == 1)); then
+    answer "$NAME"
+    return
+  fi
+  for ((number = 0; number < NUM_SLICES; number++)); do answer "$NAME-$number"; done
+}
+
+# Prints READY, PREEMPTED, ... or NONE.
+node_state() {
+  ask "$2" tpu-vm describe "$1" --format="value(state)"
+}
+
+# Whether all there should be is there.
+is_whole() {
+  local node state
+  state=$(queued_resource_state ACTIVE) || exit
+  [[ $state == ACTIVE ]] || return
+  for node in $(node_names); do
+    state=$(node_state "$node" READY) || exit
+    [[ $state == READY ]] || return
+  done
+}
+
+# Asks for the nodes, and waits until they are there. What was asked for in vain is deleted.
+create_pod() {
+  local state
+  state=$(queued_resource_state NONE)
+  [[ $state == NONE ]] ||
+    fail "the queued resource $NAME exists already ($state): go on with setup, or delete it"
+  check_accelerator_is_offered
+  check_nodes_are_free
+  request_nodes
+  wait_for_nodes
+}
+
+check_accelerator_is_offered() {
+  local found
+  found=$(ask "$ACCELERATOR_TYPE" tpu-vm accelerator-types describe "$ACCELERATOR_TYPE" \
+    --format="value(type)")
+  [[ $found != NONE ]] ||
+    fail "there is no $ACCELERATOR_TYPE in the zone $ZONE, or no such zone; what there is:" \
+      "https://cloud.google.com/tpu/docs/regions-zones"
+}
+
+check_nodes_are_free() {
+  local node state
+  for node in $(node_names); do
+    state=$(node_state "$node" NONE)
+    [[ $state == NONE ]] ||
+      fail "there is a node $node in $ZONE already, of somebody else's making. It is left as it" \
+        "is: choose another NAME, or delete it with: gcloud compute tpus tpu-vm delete $node"
+  done
+}
+
+request_nodes() {
+  local flags=(--accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION")
+  if ((NUM_SLICES == 1)); then
+    flags+=(--node-id="$NAME")
+  else
+    flags+=(--node-count="$NUM_SLICES" --node-prefix="$NAME")
+  fi
+  [[ $PROVISIONING == on-demand ]] || flags+=("--$PROVISIONING")
+  [[ -z $VALID_UNTIL_DURATION ]] || flags+=(--valid-until-duration="$VALID_UNTIL_DURATION")
+  tpus queued-resources create "$NAME" "${flags[@]}" ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} \
+    2>"$SCRATCH/errors" || explain_refusal
+}
+
+explain_refusal() {
+  local advice="nothing was made"
+  case $(<"$SCRATCH/errors") in
+    *[Qq]uota* | *RESOURCE_EXHAUSTED*)
+      advice="there is no quota for $ACCELERATOR_TYPE ($PROVISIONING) in $ZONE. Ask for it at"
+      advice+=" https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT, or take another"
+      advice+=" ZONE, ACCELERATOR_TYPE or PROVISIONING"
+      ;;
+    *ALREADY_EXISTS* | *"already exists"*) advice="choose another NAME, or delete what has it" ;;
+    *SERVICE_DISABLED* | *"has not been used"*)
+      advice="gcloud services enable tpu.googleapis.com --project=$PROJECT"
+      ;;
+    *PERMISSION_DENIED*) advice="your account needs the role roles/tpu.admin in $PROJECT" ;;
+  esac
+  fail "Google Cloud refuses the nodes: $advice. It says: $(last_error)"
+}
+
+# Waits through the queue. The request stays if this is interrupted.
+wait_for_nodes() {
+  local state before=""
+  while :; do
+    state=$(queued_resource_state ACTIVE)
+    [[ $state == "$before" ]] || say "$(date '+%H:%M:%S') $NAME: $state"
+    before=$state
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | NONE)
+        tpus queued-resources describe "$NAME" --format="yaml(state)" || true
+        delete_pod
+        fail_for_now "the nodes of $NAME did not come ($state, see above); nothing is left of them"
+        ;;
+    esac
+    sleep "$POLL_SECONDS"
+  done
+}
+
+# Deletes the queued resource and its nodes, if they are there.
+delete_pod() {
+  local attempt state
+  for attempt in 1 2 3; do
+    state=$(queued_resource_state ACTIVE) || exit
+    if [[ $state == NONE ]]; then
+      say "$NAME: there are no nodes"
+      return
+    fi
+    # One that is suspended or has failed still counts against the quota, so it goes as well.
+    if tpus queued-resources delete "$NAME" --force --quiet 2>"$SCRATCH/errors"; then
+      say "$NAME: the nodes are deleted"
+      return
+    fi
+    ((attempt == 3)) || sleep "$POLL_SECONDS"
+  done
+  fail "$NAME could not be deleted, and MAY STILL COST MONEY: $(last_error)"
+}

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# What a worker, one machine of a pod slice, does with a run. pod.sh calls it over ssh.
+#
+#   worker.sh setup COMMIT [WEIGHTS]          installs the code around it, copies the weights
+#   worker.sh check DEVICES                   counts the devices of all workers
+#   worker.sh start COMMIT LAUNCH ARGUMENT... starts `grit-jax train` in a session of its own
+#   worker.sh status                          says whether it is going on
+#   worker.sh stop                            has it save and end
+#
+# LAUNCH is the folder in the bucket for the logs and exit codes of this start. What a worker has
+# itself lies in ~/grit-jax: a folder for each commit, `code` for the one in use, the weights, and
+# `run`, which is about the newest start.
+set -euo pipefail
+
+UV_VERSION=0.13.9 # uv brings a Python, where that of the machine is too old.
+BASE="$HOME/grit-jax"
+CODE="$BASE/code"
+RUN="$BASE/run"
+HOST=$(hostname)
+export PYTHONUNBUFFERED=1 # The log is read while the run goes on.
+# A machine whose TPU does not answer must not train on its CPU.
+export JAX_PLATFORMS=tpu,cpu
+
+say() {
+  printf '%s: %s\n' "$HOST" "$*"
+}
+
+fail() {
+  say "$*" >&2
+  exit 1
+}
+
+setup() {
+  local commit=$1 weights=${2:-}
+  cd "$BASE/$commit"
+  if [[ ! -f .venv/.installed ]]; then
+    make_environment
+    .venv/bin/pip install --quiet --constraint constraints.txt --editable ".[tpu]"
+    touch .venv/.installed
+  fi
+  if [[ -n $weights ]]; then
+    mkdir -p "$BASE/weights"
+    gcloud storage rsync --recursive "$weights" "$BASE/weights" ||
+      fail "the weights $weights cannot be read"
+  fi
+  ln -sfn "$commit" "$CODE"
+  say "$commit is installed"
+}
+
+make_environment() {
+  local python
+  for python in python3.12 python3.11; do
+    if command -v "$python" >/dev/null && "$python" -m venv .venv; then return; fi
+  done
+  python3 -m pip install --quiet --user "uv==$UV_VERSION"
+  python3 -m uv venv --quiet --seed --clear --python 3.12 .venv
+}
+
+check() {
+  cd "$CODE"
+  .venv/bin/python tpu_scripts/check_devices.py "$1"
+}
+
+start() {
+  local commit=$1 launch=$2
+  [[ $(readlink "$CODE") == "$commit" ]] ||
+    fail "the code here is $(readlink "$CODE"), and not $commit: tpu_scripts/pod.sh setup"
+  if is_going_on; then
+    [[ $(<"$RUN/launch") == "$launch" ]] || fail "a run is going on: tpu_scripts/pod.sh stop"
+  else
+    mkdir -p "$RUN"
+    rm -f "$RUN/exit_code" "$RUN/pid"
+    printf '%s\n' "$launch" >"$RUN/launch"
+    date -u '+%Y-%m-%dT%H:%M:%SZ started' >"$RUN/log"
+    copy_log || fail "$launch cannot be written to: see docs/pods.md, 'The bucket'"
+    setsid nohup bash "$0" run "${@:2}" >"$RUN/worker.log" 2>&1 </dev/null &
+    until [[ -f $RUN/pid ]]; do
+      kill -0 $! 2>/dev/null || fail "the session ended at once: $(<"$RUN/worker.log")"
+      sleep 0.1
+    done
+  fi
+  say "started"
+}
+
+# The session: trains, copies the log, and leaves the exit code.
+run() {
+  local launch=$1 training copier code
+  shift
+  cd "$CODE"
+  .venv/bin/grit-jax train "$@" >>"$RUN/log" 2>&1 &
+  training=$!
+  trap 'kill -TERM "$training" 2>/dev/null || true' TERM
+  printf '%s\n' "$$" >"$RUN/pid" # From here on, it can be stopped.
+  keep_copying_log &
+  copier=$!
+  # A signal ends a wait, but not the training.
+  while kill -0 "$training" 2>/dev/null; do wait "$training" || true; done
+  wait "$training" && code=0 || code=$?
+  kill "$copier" && wait "$copier" || true
+  printf '%s ended with the exit code %s\n' "$(date -u '+%Y-%m-%dT%H:%M:%SZ')" "$code" >>"$RUN/log"
+  printf '%s\n' "$code" >"$RUN/exit_code"
+  for _ in 1 2 3 4 5; do
+    if copy_log && gcloud storage cp --quiet "$RUN/exit_code" "$launch/$HOST.exit_code"; then break; fi
+    sleep 5
+  done
+}
+
+# Until SIGTERM; a copy that has begun is brought to its end.
+keep_copying_log() {
+  local pause=""
+  trap 'kill $pause; exit' TERM
+  while :; do
+    sleep "$LOG_SECONDS" &
+    pause=$!
+    wait "$pause"
+    copy_log || true
+  done
+}
+
+copy_log() {
+  gcloud storage cp --quiet "$RUN/log" "$(<"$RUN/launch")/$HOST.log"
+}
+
+is_going_on() {
+  local pid
+  [[ -f $RUN/pid ]] || return
+  pid=$(<"$RUN/pid")
+  # After a restart of the machine, another process may have the number.
+  kill -0 "$pid" 2>/dev/null && grep -qs worker.sh "/proc/$pid/cmdline"
+}
+
+status() {
+  if is_going_on; then
+    say "training, with the code $(readlink "$CODE")"
+  elif [[ -f $RUN/exit_code ]]; then
+    say "ended with the exit code $(<"$RUN/exit_code")"
+  else
+    say "no run"
+  fi
+}
+
+stop() {
+  local pid second
+  if is_going_on; then
+    pid=$(<"$RUN/pid")
+    kill -TERM "$pid"
+    for ((second = 0; second < STOP_SECONDS; second++)); do
+      is_going_on || break
+      sleep 1
+    done
+    if is_going_on; then
+      say "not saved within $STOP_SECONDS seconds: killed"
+      kill -KILL -- "-$pid"
+    fi
+  fi
+  status
+}
+
+"$@"

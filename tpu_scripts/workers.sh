@@ -1,0 +1,128 @@
+# shellcheck shell=bash
+# What is done on the workers, all at once over ssh, and what they leave in the bucket.
+
+WORKER="grit-jax/code/tpu_scripts/worker.sh"
+
+# Runs a command on all workers. Exit code 255 is that of ssh: a worker was not reached.
+on_workers() {
+  local attempt code=0
+  for attempt in 1 2 3; do
+    # Some commands wait for each other, so that no worker may be left for a second batch.
+    tpus queued-resources ssh "$NAME" --node=all --worker=all --batch-size=all --quiet \
+      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$1" && return
+    code=$?
+    ((code == 255)) || return "$code"
+    ((attempt == 3)) || sleep "$POLL_SECONDS"
+  done
+  fail_for_now "ssh does not reach all workers of $NAME: see docs/pods.md, 'When ssh fails'"
+}
+
+# Words as the shell on the worker must read them.
+quoted() {
+  printf ' %q' "$@"
+}
+
+# Sets COMMIT, that of the code that the workers get, once for all of a watch.
+choose_commit() {
+  local changed
+  COMMIT=$(git rev-parse --short=12 HEAD) || fail "this is no clone: the workers get its commit"
+  changed=$(git status --porcelain --untracked-files=no)
+  [[ -z $changed ]] ||
+    fail "commit these changes, or take them back: the workers get the commit $COMMIT"$'\n'"$changed"
+  git cat-file -e "$COMMIT:$CONFIG" 2>/dev/null ||
+    fail "CONFIG=$CONFIG is not in the commit $COMMIT: git add it, and commit"
+}
+
+setup_workers() {
+  [[ -n ${COMMIT:-} ]] || choose_commit
+  local archive="${TMPDIR:-/tmp}/grit-jax-$COMMIT.tar.gz" code="$FOLDER/code/$COMMIT.tar.gz"
+  run git archive --format=tar.gz --output="$archive" "$COMMIT"
+  run gcloud storage cp --quiet "$archive" "$code" 2>"$SCRATCH/errors" || fail_bucket
+  run rm "$archive"
+  local place="grit-jax/$COMMIT" command
+  command="mkdir -p $place && gcloud storage cat $code | tar -xzf - -C $place &&"
+  command+=" bash $place/tpu_scripts/worker.sh setup $COMMIT$(quoted ${WEIGHTS:+"$WEIGHTS"})"
+  on_workers "$command" || fail_setup "could not be installed"
+  on_workers "bash $WORKER check $DEVICES" || fail_setup "does not find its $DEVICES devices"
+  say "$NAME: $COMMIT is installed on all workers, with $DEVICES devices together"
+}
+
+fail_bucket() {
+  fail "the bucket gs://$BUCKET cannot be written to: docs/pods.md, 'The bucket'. $(last_error)"
+}
+
+fail_setup() {
+  check_is_whole
+  fail "grit-jax $1 on $NAME: the workers' messages are above"
+}
+
+check_is_whole() {
+  is_whole ||
+    fail_for_now "the nodes of $NAME are not all there: not created yet, or taken away since"
+}
+
+# The folder of the next launch. By their names, launches are in the order of time, to the second.
+new_launch() {
+  [[ -n $DRY_RUN ]] || sleep 1
+  answer "$FOLDER/launches/$(date -u +%Y%m%dT%H%M%SZ)"
+}
+
+newest_launch() {
+  local found
+  found=$(run gcloud storage ls "$FOLDER/launches/" 2>/dev/null | sort | tail -n 1) || true
+  answer "${found%/}"
+}
+
+# Starts the run on all workers, in a session of its own on each.
+start_run() {
+  local launch=$1 arguments command
+  arguments=$(quoted --config "$CONFIG" --workdir "$FOLDER/run" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  # The worker's own shell fills in where its home is.
+  # shellcheck disable=SC2016
+  [[ -z $WEIGHTS ]] || arguments+=' --config.model.weights=$HOME/grit-jax/weights'
+  command="LOG_SECONDS=$LOG_SECONDS bash $WORKER start $COMMIT $launch$arguments"
+  on_workers "$command" || fail_launch
+  say "$NAME: launched, with its logs in $launch"
+}
+
+fail_launch() {
+  check_is_whole
+  fail "the run could not be launched on all workers: their messages are above"
+}
+
+# Has the run save and end on all workers.
+stop_run() {
+  on_workers "STOP_SECONDS=$STOP_SECONDS bash $WORKER stop" ||
+    fail "the run on $NAME could not be stopped; tpu_scripts/pod.sh delete ends it in any case"
+}
+
+# So that a watch, wherever it is, does not start the run again. No bucket keeps nodes from being
+# deleted.
+mark_as_stopped() {
+  local launch
+  launch=$(newest_launch)
+  [[ -n $DRY_RUN ]] && launch="$FOLDER/launches/NEWEST"
+  [[ -z $launch ]] || (put_text stopped "$launch/stopped") || say "a watch elsewhere is not told"
+}
+
+# Writes one line to an object.
+put_text() {
+  if [[ -n $DRY_RUN ]]; then
+    answer "echo $1 | $(print_command gcloud storage cp - "$2")" >&3
+  else
+    answer "$1" | gcloud storage cp --quiet - "$2" 2>"$SCRATCH/errors" || fail_bucket
+  fi
+}
+
+show_status() {
+  local node state launch
+  state=$(queued_resource_state ACTIVE)
+  say "queued resource $NAME: $state"
+  if [[ $state == ACTIVE ]]; then
+    for node in $(node_names); do say "node $node: $(node_state "$node" READY)"; done
+    (on_workers "bash $WORKER status") || say "the workers do not say what they do"
+  fi
+  launch=$(newest_launch)
+  say "newest launch: ${launch:-none}"
+  say "newest metrics: $(run gcloud storage cat "$FOLDER/run/metrics.jsonl" 2>/dev/null | tail -n 1)"
+}
