@@ -13,7 +13,13 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with these arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "prepare": prepare, "convert": convert, "plan": plan}
+    commands = {
+        "train": train,
+        "prepare": prepare,
+        "convert": convert,
+        "plan": plan,
+        "rag": rag,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
         return
@@ -319,3 +325,15 @@ def plan(argv: Sequence[str]) -> None:
         print(as_json(found))
     else:
         show_plan(found)
+
+
+def rag(argv: Sequence[str]) -> None:
+    """Builds an index of documents, or answers questions from one"""
+    from grit_jax.conversion import ConversionError
+    from grit_jax.inference.inputs import InputError
+    from grit_jax.inference.rag_command import run
+
+    try:
+        run(argv)
+    except (ConversionError, InputError, FileNotFoundError) as error:
+        fail(f"{type(error).__name__}: {error}")

@@ -129,9 +129,9 @@ class Attention(LinearLayers):
         """
         theta, positions = self.config.rope_theta, visibility.positions
         B, S = positions.shape
-        query = linear("MD,DNH->MNH", hidden, self.weight("query"))
-        key = linear("MD,DKH->MKH", hidden, self.weight("key"))
-        value = linear("MD,DKH->MKH", hidden, self.weight("value"))
+        query = linear(hidden, self.weight("query"))
+        key = linear(hidden, self.weight("key"))
+        value = linear(hidden, self.weight("value"))
         # [M, heads, H] -> [B, S, heads, H]
         query = constrain(query.reshape(B, S, *query.shape[1:]), "batch", None, "heads", None)
         key = constrain(key.reshape(B, S, *key.shape[1:]), "batch", None, "kv_heads", None)
@@ -150,7 +150,7 @@ class Attention(LinearLayers):
             self.config.splash_block_size,
         )
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
-        return linear("MNH,NHD->MD", mixed, self.weight("output")), cache
+        return linear(mixed, self.weight("output")), cache
 
 
 class MLP(LinearLayers):
@@ -170,10 +170,10 @@ class MLP(LinearLayers):
     ) -> tuple[Float[Array, "M D"], None]:
         """Returns the transformed states, and None in the place of a router's statistics."""
         del is_token  # Padding costs nothing here that could be left out.
-        gate = linear("MD,DF->MF", hidden, self.weight("gate"))
-        up = linear("MD,DF->MF", hidden, self.weight("up"))
+        gate = linear(hidden, self.weight("gate"))
+        up = linear(hidden, self.weight("up"))
         activated = constrain(gated(gate, up), "batch", "mlp")
-        return linear("MF,FD->MD", activated, self.weight("down")), None
+        return linear(activated, self.weight("down")), None
 
 
 class EmbeddingProjection(nnx.Module):

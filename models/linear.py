@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32, Int8
+import numpy as np
 
 from grit_jax.sharding import constrain
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # What the products of a layer are made with: (W,), or (W, (alpha / rank) A, B) of an adapted one.
 Weight = tuple[Array, ...]
+
+# It is small, and decides which experts are read at all.
+KEPT_FROM_INT8 = ("feed_forward.router",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,21 +74,39 @@ class LoraConfig:
         return [layer for layer in layers if layer in found]
 
 
-def linear(subscripts: str, inputs: Float[Array, "M ..."], weight: Weight) -> Float[Array, "M ..."]:
+def linear(inputs: Float[Array, "M ..."], weight: Weight) -> Float[Array, "M ..."]:
     """Returns x W, or x W + (alpha / rank) (x A) B where the layer is adapted.
 
+    All axes of x but the first are summed over with the first axes of W.
+
     Args:
-      subscripts: of the product x W, as `jnp.einsum` takes them.
       inputs: x.
       weight: what `LinearLayers.weight` returns.
     """
     matrix, *update = weight
-    outputs = jnp.einsum(subscripts, inputs, matrix)
+    # Not an einsum: it sums over heads and head dimension in the order of the alphabet, for which
+    # XLA transposes W in every call.
+    outputs = jnp.tensordot(inputs, matrix, inputs.ndim - 1)
     if not update:
         return outputs
     a, b = update
     narrow = constrain(jnp.tensordot(inputs, a, a.ndim - 1), "batch", None)  # [M, U]
     return outputs + jnp.tensordot(narrow, b, 1)
+
+
+def round_to_int8(
+    matrix: Float[np.ndarray, "*inputs_and_outputs"], num_inputs: int
+) -> tuple[Int8[np.ndarray, "*inputs_and_outputs"], Float32[np.ndarray, "*ones_and_outputs"]]:
+    """Returns W in int8, and for each output what it is to be multiplied with.
+
+    Args:
+      matrix: W.
+      num_inputs: how many of its axes, the first, are inputs.
+    """
+    wide = np.asarray(matrix, np.float32)
+    largest = np.abs(wide).max(axis=tuple(range(num_inputs)), keepdims=True)
+    scale = np.maximum(largest, np.finfo(np.float32).tiny) / 127
+    return np.rint(wide / scale).astype(np.int8), scale
 
 
 class LowRankUpdate(nnx.Module):
@@ -112,18 +134,21 @@ class LowRankUpdate(nnx.Module):
 class LinearLayers(nnx.Module):
     """A module of linear layers: the W of each is the attribute of its name.
 
-    The update of a layer that is adapted is the attribute NAME_lora.
+    The update of a layer that is adapted is the attribute NAME_lora, the scales of one in int8 are
+    the attribute NAME_scale.
     """
 
     config: MistralConfig
 
     def adapt(self, scope: str, *, rngs: nnx.Rngs) -> None:
-        """Adds the updates that `config.lora` asks for, when all W are there.
+        """Adds what `config.lora` and `config.linear_dtype` ask for, when all W are there.
 
         Args:
           scope: this module's part of the layers' names, what is before the dot.
           rngs: with the stream "lora".
         """
+        if self.config.linear_dtype == "int8":
+            self._make_room_for_int8(scope)
         if self.config.lora is None:
             return
         for layer in self.config.lora.targeted(self.config.linear_layers):
@@ -133,10 +158,30 @@ class LinearLayers(nnx.Module):
                 update = LowRankUpdate(getattr(self, name), num_inputs, rank, rngs=rngs)
                 setattr(self, f"{name}_lora", update)
 
+    def _make_room_for_int8(self, scope: str) -> None:
+        """Puts int8 in the place of W, and scales beside it, both to be loaded."""
+        for layer, num_inputs in self.config.linear_layers.items():
+            module, name = layer.split(".")
+            if module != scope or layer in KEPT_FROM_INT8:
+                continue
+            weight = getattr(self, name)
+            axes = weight.get_metadata()["out_sharding"]
+            stack = 1 if axes[0] == "experts" else 0
+            ones = (1,) * num_inputs
+            shape = (*weight.shape[:stack], *ones, *weight.shape[stack + num_inputs :])
+            scale_axes = (*axes[:stack], *(None for _ in ones), *axes[stack + num_inputs :])
+            rounded, scale = jnp.zeros(weight.shape, jnp.int8), jnp.ones(shape)
+            setattr(self, name, nnx.Param(rounded, out_sharding=axes, eager_sharding=False))
+            scales = nnx.Param(scale, out_sharding=scale_axes, eager_sharding=False)
+            setattr(self, f"{name}_scale", scales)
+
     def weight(self, name: str, dtype: str | None = None) -> Weight:
         """Returns what a layer's products are made with, by default in the type `config.dtype`."""
         dtype = dtype or self.config.dtype
         matrix = getattr(self, name)[...].astype(dtype)
+        scale = getattr(self, f"{name}_scale", None)
+        if scale is not None:
+            matrix *= scale[...].astype(dtype)
         update = getattr(self, f"{name}_lora", None)
         if update is None or self.config.lora is None:
             return (matrix,)

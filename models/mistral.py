@@ -6,7 +6,7 @@ T texts, P embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar, cast, overload
 
@@ -43,6 +43,8 @@ class MistralConfig:
     layer's backward pass finds saved (`remat.REMAT_POLICIES`), and `attention_implementation` is
     one of `attention.IMPLEMENTATIONS`; `splash_block_size` is the most positions in a block of the
     kernel for TPUs. `lora` says which linear layers are adapted, None for none.
+    `linear_dtype` "int8" is for weights that were trained: those of linear layers are int8, with a
+    scale for each output (`linear.round_to_int8`); None leaves them in `param_dtype`.
 
     `linear_layers` has the names of a decoder layer's linear layers, and how many axes of the
     weight of each are inputs.
@@ -72,6 +74,7 @@ class MistralConfig:
     attention_implementation: str = "auto"
     splash_block_size: int = SPLASH_BLOCK_SIZE
     lora: LoraConfig | None = None
+    linear_dtype: str | None = None
 
     linear_layers: ClassVar[Mapping[str, int]] = {
         "attention.query": 1,
@@ -108,6 +111,11 @@ class MistralConfig:
             raise ValueError(
                 f"config.model.attention_implementation={self.attention_implementation!r} must be "
                 f"one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        if self.linear_dtype not in (None, "int8"):
+            raise ValueError(
+                f"config.model.linear_dtype={self.linear_dtype!r} must be 'int8', or None for "
+                "that of the other parameters"
             )
         if self.splash_block_size % LANES:
             raise ValueError(
@@ -176,7 +184,11 @@ class DecoderLayer(nnx.Module):
 
 
 class Mistral(nnx.Module):
-    """The decoder without its loss: token ids to hidden states, hidden states to logits."""
+    """The decoder without its loss: token ids to hidden states, hidden states to logits.
+
+    `layers` is one module whose parameters have an axis for the layers, or an `nnx.List` of a
+    module for each, which is read in the same way.
+    """
 
     feed_forward: ClassVar[type[nnx.Module]] = MLP
 
@@ -192,7 +204,7 @@ class Mistral(nnx.Module):
         self.embedding = parameter(
             rngs, config, (V, D), ("vocab", "embed"), config.initializer_range
         )
-        self.layers = stacked_layers(rngs)
+        self.layers: DecoderLayer | nnx.List = stacked_layers(rngs)
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
             self.head = parameter(rngs, config, (D, V), ("embed", "vocab"), into_branch(D))
@@ -287,12 +299,8 @@ class Mistral(nnx.Module):
     def _run(
         self, streams: Sequence[Stream], caches: Sequence[Cache | None]
     ) -> tuple[list[jax.Array], list[Cache | None], list[Any]]:
-        graph, layers = nnx.split(self.layers)
-
         # The caches are carried, and not scanned over, so that they are written where they lie.
-        def read_layer(carried: tuple[list[jax.Array], list[Cache | None]], scanned):
-            number, layer_state = scanned
-            layer = nnx.merge(graph, layer_state)
+        def read_layer(carried: tuple[list[jax.Array], list[Cache | None]], number, layer):
             outputs = [
                 layer(h, stream, cache, number)
                 for h, stream, cache in zip(carried[0], streams, carried[1], strict=True)
@@ -300,19 +308,33 @@ class Mistral(nnx.Module):
             hidden, caches, statistics = (list(parts) for parts in zip(*outputs, strict=True))
             return (hidden, caches), statistics
 
-        policy = REMAT_POLICIES[self.config.remat]
-        if policy is not None:
-            read_layer = jax.checkpoint(read_layer, policy=policy, prevent_cse=False)
         embedded = self.embed([stream.tokens.reshape(-1) for stream in streams])
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        (hidden, caches), statistics = jax.lax.scan(
-            read_layer, (embedded, list(caches)), (numbers, layers)
-        )
+        (hidden, caches), statistics = self._over_layers(read_layer, (embedded, list(caches)))
         rows = [  # [M, D] -> [B, S, D]
             self.norm(h).reshape(*stream.tokens.shape, -1)
             for h, stream in zip(hidden, streams, strict=True)
         ]
         return rows, caches, statistics
+
+    def _over_layers(self, read_layer: Callable[..., Any], carried: Any) -> tuple[Any, Any]:
+        """Returns what is carried through all layers, and what each returns, stacked."""
+        if isinstance(self.layers, nnx.List):
+            returned = []
+            for number, layer in enumerate(self.layers):
+                carried, statistics = read_layer(carried, number, layer)
+                returned.append(statistics)
+            return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *returned)
+        graph, layers = nnx.split(self.layers)
+
+        def read_scanned(carried, scanned):
+            number, layer_state = scanned
+            return read_layer(carried, number, nnx.merge(graph, layer_state))
+
+        policy = REMAT_POLICIES[self.config.remat]
+        if policy is not None:
+            read_scanned = jax.checkpoint(read_scanned, policy=policy, prevent_cse=False)
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        return jax.lax.scan(read_scanned, carried, (numbers, layers))
 
     def embed(self, tokens: Sequence[Int[Array, M]]) -> list[Float[Array, "M D"]]:
         """Returns the embedding of each token of some streams, in the type of the computation."""

@@ -99,7 +99,7 @@ class Experts(LinearLayers):
 
     def _probabilities(self, hidden: Float[Array, "M D"]) -> Float[Array, "M E"]:
         wide, router = hidden.astype(jnp.float32), self.weight("router", "float32")
-        return jax.nn.softmax(linear("MD,DE->ME", wide, router))
+        return jax.nn.softmax(linear(wide, router))
 
 
 def router_statistics(

@@ -1,0 +1,207 @@
+"""How fast texts are embedded and prompts continued: python benchmarks/inference.py
+
+The same random weights, texts and prompts go through grit-jax (`GritLM`), and through torch with
+`transformers` (sdpa) as the original has it: texts in batches of 256, in their order, padded to the
+longest of the batch. The sides take turns, each turn in a new process; the first time of each case
+is not counted. What they return must agree in float32, or there is no table.
+
+    encode full       texts that fill their rows
+    encode sample     as long as passages of the embedded sample (sample_lengths.npz)
+    decode 1, 8       greedy, 64 tokens after prompts of 32
+
+    --dtype bfloat16  of parameters and computation, on both sides
+    --preset tiny     a model that shows only that the sides agree
+"""
+
+import argparse
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from pathlib import Path
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from step_work import LENGTHS_FILE, SETTINGS
+
+CASES = ("encode full", "encode sample", "decode 1", "decode 8")
+BATCH_SIZE, PROMPT, NEW = 256, 32, 64
+# Between the sides, in float32.
+TOLERANCE = 1e-4
+
+
+def main() -> None:
+    """Does what the options ask for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=("124m", "tiny"), default="124m")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=3, help="times of a case in a turn (3)")
+    parser.add_argument("--repeats", type=int, default=2, help="turns of each side (2)")
+    options = parser.parse_args()
+    seconds: dict[tuple[str, str], list[float]] = {}
+    returned: dict[tuple[str, str], Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _in_process(save_model, options.preset, folder)
+        for side in options.sides * options.repeats:
+            turn = _in_process(
+                take_turn, side, options.preset, options.dtype, options.cases,
+                options.rounds, folder,
+            )  # fmt: skip
+            for case, (times, result) in turn.items():
+                seconds.setdefault((case, side), []).extend(times)
+                returned[case, side] = result
+    if options.dtype == "float32" and len(options.sides) > 1:
+        compare(returned, options.cases)
+    Console(width=100).print(speed_table(options, seconds))
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def speed_table(options: argparse.Namespace, seconds: dict[tuple[str, str], list[float]]) -> Table:
+    """Returns for each case and side the tokens a second, and the ratio to torch's."""
+    table = Table(title=f"{options.preset}, {options.dtype}")
+    for column in ("case", "side", "s, median", "from", "to", "tokens/s", "times as fast"):
+        table.add_column(column, justify="left" if column in ("case", "side") else "right")
+    for case in options.cases:
+        for side in options.sides:
+            own = seconds[case, side]
+            slow = seconds.get((case, "torch"), own)
+            table.add_row(
+                case,
+                side,
+                f"{statistics.median(own):.2f}",
+                f"{min(own):.2f}",
+                f"{max(own):.2f}",
+                f"{num_tokens(case, options.preset) / statistics.median(own):,.0f}",
+                f"{statistics.median(slow) / statistics.median(own):.2f}",
+            )
+    return table
+
+
+def compare(returned: dict[tuple[str, str], Any], cases: list[str]) -> None:
+    """Checks that both sides return the same.
+
+    Raises:
+      SystemExit: embeddings differ by more than rounding, or tokens differ.
+    """
+    for case in cases:
+        ours, theirs = returned[case, "grit-jax"], returned[case, "torch"]
+        difference = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
+        if not difference <= (TOLERANCE if case.startswith("encode") else 0):
+            raise SystemExit(f"{case}: the sides differ by {difference}")
+
+
+def work(case: str, preset: str) -> list[np.ndarray]:
+    """Returns the texts or prompts of a case, as token ids."""
+    random = np.random.default_rng(0)
+    kind, size = case.split()
+    if kind == "decode":
+        lengths = [PROMPT] * int(size)
+    elif size == "full":
+        lengths = [256] * 16
+    else:
+        with np.load(LENGTHS_FILE) as stored:
+            passages = stored["passage"].ravel()
+        lengths = random.permutation(passages[passages > 0])[:BATCH_SIZE]
+    return [random.integers(3, SETTINGS[preset].sizes["vocab_size"], n) for n in lengths]
+
+
+def num_tokens(case: str, preset: str) -> int:
+    """Returns the tokens that are embedded or generated, without padding."""
+    texts = work(case, preset)
+    return NEW * len(texts) if case.startswith("decode") else sum(map(len, texts))
+
+
+def save_model(preset: str, folder: str) -> None:
+    """Writes a model with random weights."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = SETTINGS[preset].sizes
+    MistralForCausalLM(MistralConfig(**sizes, sliding_window=None)).save_pretrained(folder)
+
+
+def take_turn(
+    side: str, preset: str, dtype: str, cases: list[str], rounds: int, folder: str
+) -> dict[str, tuple[list[float], Any]]:
+    """Returns the seconds that a side needs each time, and what it returns, by case."""
+    encode, decode = SIDES[side](Path(folder), dtype)
+    turn = {}
+    for case in cases:
+        texts, seconds, result = work(case, preset), [], None
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            result = encode(texts) if case.startswith("encode") else decode(texts)
+            seconds.append(time.perf_counter() - start)
+        turn[case] = seconds[1:], result
+    return turn
+
+
+def jax_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
+    """Returns the project's functions that embed and generate."""
+    from grit_jax import GritLM
+
+    model = GritLM.from_pretrained(folder, dtype=dtype)
+    model = GritLM(model.model, model.mesh, end_tokens=[])
+
+    def encode(texts: list[np.ndarray]) -> Any:
+        return model.encode(texts, batch_size=BATCH_SIZE)
+
+    def decode(prompts: list[np.ndarray]) -> Any:
+        return np.stack(model.generate(prompts, NEW))
+
+    return encode, decode
+
+
+def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
+    """Returns the functions that embed and generate with torch."""
+    import torch
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    @torch.inference_mode()
+    def encode(texts: list[np.ndarray]) -> Any:
+        # The mask goes by the configuration, attention without a mask by the keyword.
+        model.config.is_causal = False
+        found = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            rows = [torch.from_numpy(text) for text in texts[start : start + BATCH_SIZE]]
+            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            lengths = torch.tensor([len(row) for row in rows])
+            is_token = torch.arange(tokens.shape[1])[None] < lengths[:, None]
+            read: Any = model.model(tokens, attention_mask=is_token.long(), is_causal=False)
+            weights = is_token.float()[..., None]
+            mean = (read.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+            found.append(functional.normalize(mean, dim=-1))
+        return torch.cat(found).numpy()
+
+    @torch.inference_mode()
+    def decode(prompts: list[np.ndarray]) -> Any:
+        model.config.is_causal = True
+        tokens = torch.from_numpy(np.stack(prompts))
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        mask = torch.ones_like(tokens)
+        made = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, **options)
+        return made[:, tokens.shape[1] :].numpy()
+
+    return encode, decode
+
+
+# A process imports what its own side needs.
+SIDES = {"torch": torch_side, "grit-jax": jax_side}
+
+if __name__ == "__main__":
+    main()

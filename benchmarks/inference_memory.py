@@ -1,0 +1,94 @@
+"""What a chip's memory holds when a 7B model embeds and generates.
+
+python benchmarks/inference_memory.py --linear-dtype int8
+Compiles the programs of `GritLM` for one chip with the TPU's own compiler, which needs no TPU, and
+prints what the compiler says. Takes some minutes and the package libtpu.
+
+    --linear-dtype int8     as `GritLM.from_pretrained` takes it
+    --rows, --slots         prompts at once, and tokens of prompt and answer
+"""
+
+import argparse
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from grit_jax.data.batch import PackedTexts
+from grit_jax.inference.encode import Embedding, Encoder
+from grit_jax.inference.generate import PART_LENGTHS, Generator, State
+from grit_jax.inference.loading import abstract_module
+from grit_jax.inference.rows import PLACES_OF_A_DEVICE, PLACES_OF_A_TEXT
+from grit_jax.inference.sampling import Sampling
+from grit_jax.models import MistralConfig
+from grit_jax.planning.chips import describe_topology, quiet
+from grit_jax.sharding import make_mesh
+
+ROW_LENGTH = 512
+
+
+def main() -> None:
+    """Compiles, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", default="v5e:2x2", help="of which one chip is taken")
+    parser.add_argument("--linear-dtype", choices=("int8",), default=None)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=1024)
+    options = parser.parse_args()
+    with quiet():
+        devices = describe_topology(options.topology).devices[:1]
+    mesh = make_mesh(devices=devices)
+    config = MistralConfig(
+        dtype="bfloat16", param_dtype="bfloat16", linear_dtype=options.linear_dtype
+    )
+    model = nnx.merge(*abstract_module(config, mesh))
+    table = Table(
+        title=f"7B on one chip of {options.topology}, {options.linear_dtype or 'bfloat16'}"
+    )
+    for column in ("program", "weights and caches, GB", "temporary, GB", "in all, GB"):
+        table.add_column(column, justify="left" if column == "program" else "right")
+    with jax.set_mesh(mesh):
+        for name, compiled in compile_programs(model, mesh, options.rows, options.slots):
+            memory: Any = compiled.memory_analysis()
+            kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+            kept -= memory.alias_size_in_bytes
+            sizes = (kept, memory.temp_size_in_bytes, kept + memory.temp_size_in_bytes)
+            table.add_row(name, *(f"{size / 1e9:.2f}" for size in sizes))
+    Console(width=100).print(table)
+
+
+def compile_programs(model: Any, mesh: Any, rows: int, slots: int) -> Any:
+    """Yields the name of each program, and the program compiled."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def of(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def texts(*shape: int) -> Any:
+        return of(shape, jnp.int32)
+
+    encoder, packed = Encoder(model, mesh), (PLACES_OF_A_DEVICE // ROW_LENGTH, ROW_LENGTH)
+    count = PLACES_OF_A_DEVICE // PLACES_OF_A_TEXT
+    batch = PackedTexts(*(texts(*packed) for _ in range(3)), of(packed, bool), count)
+    lowered = encoder.program.lower(encoder.parameters, batch, Embedding("bbcc", "mean", True))
+    yield f"embed {PLACES_OF_A_DEVICE:,} tokens", lowered.compile()
+
+    generator, end_tokens = Generator(model, mesh), texts(1)
+    cache = jax.eval_shape(lambda: model.make_cache(rows, slots))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    state = State(cache, texts(rows), texts(), of((rows,), bool), keys, None)
+    state = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype), state)
+    part = texts(rows, PART_LENGTHS[-1])
+    arguments = (generator.parameters, state)
+    lowered = generator.prefill.lower(*arguments, part, part, end_tokens, Sampling(), True)
+    yield f"read {rows} x {PART_LENGTHS[-1]} tokens of prompts", lowered.compile()
+    lowered = generator.decode.lower(*arguments, texts(), end_tokens, Sampling())
+    yield f"generate, {rows} x {slots:,} slots", lowered.compile()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""From token ids to embeddings: packed rows through the model, or one text a row into caches.
+
+Legend of dimensions: T texts, P embedding, B rows, S positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32
+import numpy as np
+
+from grit_jax.data.batch import PackedTexts
+from grit_jax.data.examples import Text
+from grit_jax.data.packing import pack
+from grit_jax.inference.rows import Call, plan_calls, row_length_for
+from grit_jax.models import Cache, Mistral
+from grit_jax.objectives.pooling import normalize, pool
+from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.training.joint_loss import embedding_stream
+
+# Calls that the devices are given before the first is waited for.
+CALLS_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """How hidden states become embeddings.
+
+    Attributes:
+      attention: pattern, one of `joint_loss.PATTERNS`; its first two letters are read.
+      pooling: one of `objectives.pooling.POOLINGS`.
+      normalized: whether embeddings have length 1.
+      pools_instruction: whether instructions are pooled too.
+    """
+
+    attention: str
+    pooling: str
+    normalized: bool
+    pools_instruction: bool = False
+
+    def of(
+        self, model: Mistral, hidden: Float[Array, "B S D"], texts: PackedTexts
+    ) -> Float[Array, "T P"]:
+        """Returns the embedding of each text, in float32."""
+        mask = texts.segment_ids > 0 if self.pools_instruction else texts.mask
+        pooled = pool(
+            hidden, mask, texts.segment_ids, texts.positions, texts.num_texts, self.pooling
+        )
+        embeddings = model.project(pooled)
+        return normalize(embeddings) if self.normalized else embeddings
+
+
+class Encoder:
+    """Embeds texts with a model on a mesh.
+
+    Args:
+      model: its parameters lie on the mesh.
+      mesh: rows are split over it.
+
+    Attributes:
+      parameters: what the program is given first.
+      program: embeds packed texts; `Embedding` is its last argument.
+    """
+
+    def __init__(self, model: Mistral, mesh: Mesh):
+        self._graph, self.parameters = nnx.split(model)
+        self._mesh = mesh
+        self._embedding_size = model.config.embedding_projection_size or model.config.hidden_size
+        whole = NamedSharding(mesh, PartitionSpec())
+        self.program = jax.jit(self._embed_packed, static_argnums=2, out_shardings=whole)
+        self._embed_and_keep = jax.jit(self._embed_with_cache, static_argnums=(2, 3))
+
+    def embed(
+        self, texts: Sequence[Text], embedding: Embedding, places: int, done: Callable[[int], None]
+    ) -> Float32[np.ndarray, "T P"]:
+        """Returns the embeddings of texts, several of which share a row.
+
+        Args:
+          texts: token ids, and which of them are no instruction.
+          embedding: how they are read and pooled.
+          places: the most places of a call on one device.
+          done: is told the number of texts that each call has embedded.
+        """
+        embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
+        for numbers, rows in self._ahead(texts, embedding, places):
+            embeddings[numbers] = np.asarray(rows)[: len(numbers)]
+            done(len(numbers))
+        return embeddings
+
+    def embed_with_caches(
+        self, texts: Sequence[Text], embedding: Embedding, places: int, done: Callable[[int], None]
+    ) -> tuple[Float32[np.ndarray, "T P"], list[Cache]]:
+        """Returns the embeddings of texts, and for each the cache of its keys and values.
+
+        The arguments are those of `embed`. A cache has one row, as many slots as its text has
+        tokens, and lies in the host's memory.
+        """
+        shards = batch_shards(self._mesh)
+        row_length = row_length_for(max(len(text) for text in texts))
+        num_rows = max(1, places // row_length) * shards
+        num_rows = min(num_rows, -(-len(texts) // shards) * shards)
+        instruction_length = 0
+        if embedding.attention[0] != embedding.attention[1]:
+            instruction_length = int(np.argmax(texts[0].mask))  # The same in front of all texts.
+        embeddings, caches = [], []
+        for start in range(0, len(texts), num_rows):
+            group = texts[start : start + num_rows]
+            packed = pack(group, [[i] for i in range(len(group))], num_rows, row_length, num_rows)
+            with jax.set_mesh(self._mesh):
+                rows, cache = self._embed_and_keep(
+                    self.parameters, self._place(packed), embedding, instruction_length
+                )
+            embeddings.append(np.asarray(rows)[: len(group)])
+            cache = jax.tree.map(np.asarray, cache)
+            caches += [_row_of(cache, row, len(text)) for row, text in enumerate(group)]
+            done(len(group))
+        return np.concatenate(embeddings), caches
+
+    def _ahead(
+        self, texts: Sequence[Text], embedding: Embedding, places: int
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Yields the numbers of the texts of each call and their embeddings, on the devices."""
+        waiting: list[tuple[list[int], Any]] = []
+        lengths = [len(text) for text in texts]
+        for call in plan_calls(lengths, batch_shards(self._mesh), places):
+            numbers, packed = _pack_call(texts, call)
+            with jax.set_mesh(self._mesh):
+                rows = self.program(self.parameters, self._place(packed), embedding)
+            waiting.append((numbers, rows))
+            if len(waiting) > CALLS_AHEAD:
+                yield waiting.pop(0)
+        yield from waiting
+
+    def _place(self, packed: PackedTexts) -> PackedTexts:
+        return jax.device_put(packed, NamedSharding(self._mesh, partition_spec("batch")))
+
+    def _embed_packed(self, state: Any, texts: PackedTexts, embedding: Embedding) -> jax.Array:
+        model = nnx.merge(self._graph, state)
+        (hidden,), _ = model.run([embedding_stream(texts, embedding.attention)])
+        return embedding.of(model, hidden, texts)
+
+    def _embed_with_cache(
+        self, state: Any, texts: PackedTexts, embedding: Embedding, instruction_length: int
+    ) -> tuple[Float[Array, "B P"], Cache]:
+        """Returns embeddings and the cache of rows that hold one text each.
+
+        The first `instruction_length` tokens, which are read in another way than the rest, are read
+        before them: a call of the model with a cache reads all its tokens in one way.
+        """
+        model = nnx.merge(self._graph, state)
+        B, S = texts.tokens.shape
+        is_token = (texts.segment_ids > 0).astype(jnp.int32)
+        cache, parts = model.make_cache(B, S), []
+        places = (slice(0, instruction_length), slice(instruction_length, S))
+        for letter, part in zip(embedding.attention, places, strict=False):
+            if part.start < part.stop:
+                hidden, cache = model(
+                    texts.tokens[:, part],
+                    texts.positions[:, part],
+                    is_token[:, part],
+                    is_causal=letter == "c",
+                    cache=cache,
+                )
+                parts.append(hidden)
+        return embedding.of(model, jnp.concatenate(parts, axis=1), texts), cache
+
+
+def _pack_call(texts: Sequence[Text], call: Call) -> tuple[list[int], PackedTexts]:
+    """Returns the numbers of a call's texts in the order of its embeddings, and its rows."""
+    numbers = [number for row in call.rows for number in row]
+    places = iter(range(len(numbers)))
+    rows = [[next(places) for _ in row] for row in call.rows]
+    chosen = [texts[number] for number in numbers]
+    return numbers, pack(chosen, rows, call.num_rows, call.row_length, call.num_texts)
+
+
+def _row_of(cache: Cache, row: int, length: int) -> Cache:
+    """Returns a copy of one row of a cache in the host's memory, without its padding."""
+    parts: Any = {
+        "keys": cache.keys[:, row : row + 1, :length],
+        "values": cache.values[:, row : row + 1, :length],
+        "positions": cache.positions[row : row + 1, :length],
+        "segment_ids": cache.segment_ids[row : row + 1, :length],
+        "length": np.int32(length),
+    }
+    return Cache(**jax.tree.map(np.copy, parts))

@@ -1,0 +1,270 @@
+"""What a user gives, strings or token ids, as token ids; what cannot be read is an error."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import os
+from pathlib import Path
+import tempfile
+from typing import Any
+import warnings
+
+from etils import epath
+import numpy as np
+
+from grit_jax.bucket import in_bucket
+from grit_jax.conversion import ConversionError, HuggingFaceModel, Model
+from grit_jax.conversion.safetensors_folder import read_json
+from grit_jax.data.examples import Text
+from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+
+# A text or a prompt: a string, or token ids.
+TextLike = str | Sequence[int] | np.ndarray
+
+MISTRAL_PIECES = 32_000
+
+
+class InputError(ValueError):
+    """A text or a prompt that cannot be read; the message says which, and what to do."""
+
+
+def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer | None:
+    """Returns the tokenizer of that name, else the model's own, else Mistral's if it fits.
+
+    None of them may be there; such a model reads token ids alone.
+
+    Raises:
+      ConversionError: the tokenizer has more pieces than the model.
+      FileNotFoundError: there is none of that name.
+    """
+    folder = stored.tokenizer_folder
+    if name is None and (folder / "tokenizer.model").is_file():
+        name = folder / "tokenizer.model"
+    if name is None:
+        has_another = (folder / "tokenizer.json").is_file()
+        if has_another or stored.config.vocab_size != MISTRAL_PIECES:
+            return None
+        try:
+            return Tokenizer(MISTRAL)
+        except FileNotFoundError:  # It comes with a package that only preparing data needs.
+            return None
+    with _on_disk(name) as path:
+        tokenizer = Tokenizer(os.fspath(path))
+    if tokenizer.vocab_size > stored.config.vocab_size:
+        raise ConversionError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} pieces, but the model only "
+            f"{stored.config.vocab_size}: say tokenizer=PATH of its own"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _on_disk(path: os.PathLike | str) -> Iterator[os.PathLike | str]:
+    """Gives the path of a file, or of a copy of it where it lies in a bucket."""
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        copy.write_bytes(epath.Path(path).read_bytes())
+        yield copy
+
+
+def find_end_tokens(stored: Model) -> list[int] | None:
+    """Returns the tokens that end an answer of the model, None where that is not said.
+
+    A Hugging Face folder says it in `generation_config.json`, or else in `config.json`.
+    """
+    generation: dict[str, Any] = {}
+    if isinstance(stored, HuggingFaceModel):
+        path = stored.folder / "generation_config.json"
+        generation = read_json(path) if path.is_file() else {}
+    end = generation.get("eos_token_id", stored.fields.get("eos_token_id"))
+    return [end] if isinstance(end, int) else end
+
+
+class TokenIds:
+    """Makes token ids of strings, and checks those that are given.
+
+    Args:
+      tokenizer: of the model, None if it has none.
+      vocab_size: number of ids that the model knows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          InputError: the model has none.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                "no SentencePiece model (tokenizer.model) lies with this model: say tokenizer=PATH "
+                "to from_pretrained, or give token ids"
+            )
+        return self._tokenizer
+
+    def after(self, instruction: TextLike, text: TextLike, *, begin: bool, name: str) -> Text:
+        """Returns an instruction and a text behind it; the mask leaves out the instruction.
+
+        A string is tokenised together with the string before it. `<s>`, if it is asked for, goes
+        before a string and counts as instruction where there is one; token ids stand for
+        themselves.
+
+        Args:
+          instruction: may be empty.
+          text: must not be empty.
+          begin: whether `<s>` goes before it.
+          name: of the text, for messages.
+
+        Raises:
+          InputError: the text is empty, or of another type; an id is not the model's.
+        """
+        if isinstance(text, str):
+            if not text.strip():
+                raise InputError(f"{name} is empty: leave it out")
+            if not isinstance(instruction, str):
+                self._of_ids(instruction, "the instruction")
+                raise InputError(
+                    f"the instruction is token ids, so {name} must be too, not a string"
+                )
+            before = self._of_string(instruction, begin) if instruction else np.zeros(0, np.int32)
+            if instruction.endswith("\n"):
+                skipped = 1 if begin else 0
+                ids = self.tokenizer.ids_after(instruction, before[skipped:], text)
+                tokens = np.concatenate([before[:skipped], ids])
+            else:
+                tokens = self._of_string(instruction + text, begin)
+        else:
+            ids = self._of_ids(text, name)
+            if not len(ids):
+                raise InputError(f"{name} is empty: leave it out")
+            before = np.zeros(0, np.int32)
+            if isinstance(instruction, str) and instruction:
+                before = self._of_string(instruction, begin)
+            elif not isinstance(instruction, str):
+                before = self._of_ids(instruction, "the instruction")
+            tokens = np.concatenate([before, ids])
+        return Text(tokens, np.arange(len(tokens)) >= len(before))
+
+    def _of_string(self, text: str, begin: bool) -> np.ndarray:
+        ids = self.tokenizer.ids(text)
+        return np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32) if begin else ids
+
+    def _of_ids(self, ids: Any, name: str) -> np.ndarray:
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # Lists of unequal lengths.
+            array = np.zeros((0, 0))
+        if array.size == 0 and array.ndim == 1:
+            return np.zeros(0, np.int32)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(
+                f"{name} is {_kind(ids)}: it must be a string, or one list of token ids"
+            )
+        if array.min() < 0 or array.max() >= self._vocab_size:
+            wrong = array.min() if array.min() < 0 else array.max()
+            raise InputError(
+                f"{name} has the token id {wrong}, but this model's are 0 to {self._vocab_size - 1}"
+            )
+        return array.astype(np.int32)
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def as_texts(texts: Any) -> tuple[list[TextLike], bool]:
+    """Returns a list of texts, and whether it was one alone: a string, or a list of token ids.
+
+    Raises:
+      InputError: there are none.
+    """
+    if isinstance(texts, str) or (isinstance(texts, np.ndarray) and texts.ndim == 1):
+        return [texts], True
+    if not isinstance(texts, Sequence | np.ndarray):
+        raise InputError(f"texts are {_kind(texts)}: give a string, or a list of strings")
+    if not len(texts):
+        raise InputError("no texts were given: there is nothing to read")
+    if isinstance(texts[0], int | np.integer):
+        return [texts], True
+    return list(texts), False
+
+
+def as_stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """Returns a list of the strings before which an answer ends.
+
+    Raises:
+      InputError: one is empty or no string.
+    """
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
+    return strings
+
+
+def join_documents(corpus: Any) -> Any:
+    """Returns the texts of a corpus: of a document with a title, title and text with a space.
+
+    Raises:
+      InputError: a document has no text.
+    """
+    if isinstance(corpus, Mapping):
+        return _join(corpus, 0)
+    if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
+        return [_join(document, number) for number, document in enumerate(corpus)]
+    return corpus
+
+
+def _join(document: Any, number: int) -> str:
+    if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
+        raise InputError(f"document {number} must be a dictionary with a string at 'text'")
+    return f"{document['title']} {document['text']}" if "title" in document else document["text"]
+
+
+def fit(texts: list[Text], max_length: int, context: int, *, truncate: bool) -> list[Text]:
+    """Returns the texts, none of them longer than allowed; cut, with a warning, if asked for.
+
+    Args:
+      texts: with their instruction.
+      max_length: tokens that are allowed.
+      context: tokens that the model is made for.
+      truncate: whether to cut what is longer.
+
+    Raises:
+      InputError: a text is longer and not to be cut, or nothing but the instruction is left of it.
+    """
+    if max_length < 1:
+        raise InputError(f"max_length={max_length} must be positive")
+    limit = min(max_length, context)
+    longer = [number for number, text in enumerate(texts) if len(text) > limit]
+    if not longer:
+        return texts
+    longest = max(longer, key=lambda number: len(texts[number]))
+    if not truncate:
+        remedy = (
+            f"raise max_length, up to {context}, or say truncate=True to cut them"
+            if len(texts[longest]) <= context
+            else f"this model reads {context} at most; split them, or say truncate=True to cut them"
+        )
+        raise InputError(
+            f"{len(longer)} of {len(texts)} texts are longer than {limit} tokens, instruction "
+            f"included; the longest, number {longest}, has {len(texts[longest])}: {remedy}"
+        )
+    cut = list(texts)
+    for number in longer:
+        text = texts[number]
+        cut[number] = Text(text.tokens[:limit], text.mask[:limit])
+        if not cut[number].mask.any():
+            raise InputError(
+                f"text {number}: nothing of it fits behind its instruction in {limit} tokens: "
+                "raise max_length, or shorten the instruction"
+            )
+    warnings.warn(
+        f"{len(longer)} of {len(texts)} texts were cut to {limit} tokens", UserWarning, stacklevel=3
+    )
+    return cut

@@ -1,0 +1,184 @@
+"""Retrieval and generation by one model (GRIT, arXiv 2402.09906, section 5): six ways to answer.
+
+A question is embedded, the nearest documents are found, and the model answers with them in its
+prompt. What was embedded has been read already: its keys and values, read bidirectionally, may
+stand in the place of its text.
+
+    query-prompt            question, documents, as text
+    document-prompt         documents, question, as text
+    query-cache             the question's cache, documents as text
+    document-cache          the documents' caches, the question as text
+    query-document-cache    both caches, the question's first
+    document-query-cache    both caches, the documents' first
+
+In the last two neither has seen the other.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from grit_jax.data.templates import ASSISTANT, EMBED, USER
+from grit_jax.inference.documents import Document
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.index import DocumentIndex
+from grit_jax.inference.inputs import InputError, join_documents
+from grit_jax.models import Cache
+
+# The prompts are the paper's (its appendix on RAG): what stands before the answer.
+AFTER_QUERY = "Optionally using the prior context answer the query prior to it\n"
+AFTER_DOCUMENT = "Answer the prior query while optionally using the context prior to it\n"
+PROMPTS = {
+    "query-prompt": f"{USER}{{query}}\n\n{{documents}}\n\n{AFTER_QUERY}{ASSISTANT}",
+    "document-prompt": f"{USER}{{documents}}\n\n{{query}}\n\n{AFTER_DOCUMENT}{ASSISTANT}",
+    "query-cache": f"\n{USER}{{documents}}\n\n{AFTER_QUERY}{ASSISTANT}",
+    "document-cache": f"\n{USER}{{query}}\n\n{AFTER_DOCUMENT}{ASSISTANT}",
+    "query-document-cache": f"\n{USER}{AFTER_QUERY}{ASSISTANT}",
+    "document-query-cache": f"\n{USER}{AFTER_DOCUMENT}{ASSISTANT}",
+}
+WAYS = tuple(PROMPTS)
+ANSWER_PREFIX = "The answer is"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """An answer and where it is from.
+
+    Attributes:
+      answer: the text behind the prefix of answers.
+      numbers: of the documents in the index, the nearest first.
+      scores: their inner products with the question.
+    """
+
+    answer: str
+    numbers: list[int]
+    scores: list[float]
+
+
+class Answerer:
+    """Answers questions from an index.
+
+    Args:
+      model: embeds and generates.
+      index: made with that model.
+      way: one of `WAYS`.
+      num_documents: documents for each question.
+      positions: "continued", where caches are joined, gives the second the positions that follow
+        the first; "restarted" leaves its keys at the positions from 0 on that it was read with, as
+        the original does.
+      answer_prefix: the words that every answer begins with.
+
+    Raises:
+      InputError: an option is unknown.
+    """
+
+    def __init__(
+        self,
+        model: GritLM,
+        index: DocumentIndex,
+        way: str = "document-cache",
+        *,
+        num_documents: int = 1,
+        positions: str = "continued",
+        answer_prefix: str = ANSWER_PREFIX,
+    ):
+        if way not in WAYS:
+            raise InputError(f"way={way!r} must be one of {', '.join(WAYS)}")
+        if positions not in ("continued", "restarted"):
+            raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
+        self._model, self._index, self._way = model, index, way
+        self._num_documents, self._positions = num_documents, positions
+        self._prompt = PROMPTS[way] + answer_prefix
+        self._caches_query = way.startswith("query") and way.endswith("cache")
+        self._caches_query |= way == "document-query-cache"
+        self._caches_documents = "document" in way and way.endswith("cache")
+
+    def ask(
+        self, questions: str | Sequence[str], max_new_tokens: int = 16, **options: Any
+    ) -> list[Answered]:
+        """Returns the answer to each question.
+
+        Args:
+          questions: one or several.
+          max_new_tokens: of an answer.
+          **options: see `GritLM.generate`.
+
+        Raises:
+          InputError: a question is empty, or with its documents too long for the model.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        context = self._model.model.config.max_position_embeddings
+        found = self._model.encode_queries(
+            questions, instruction=EMBED, max_length=context, get_cache=self._caches_query
+        )
+        embeddings, query_caches = found if self._caches_query else (found, [None] * len(questions))
+        scores, numbers = self._index.search(embeddings, self._num_documents)
+        prompts = [self._prompt_of(*each) for each in zip(questions, numbers, strict=True)]
+        caches = None
+        if self._caches_query or self._caches_documents:
+            pairs = zip(query_caches, numbers, strict=True)
+            caches = [self._cache_before(query, of_one) for query, of_one in pairs]
+        answers = self._model.generate(prompts, max_new_tokens, cache=caches, **options)
+        return [
+            Answered(answer, of_one.tolist(), of_scores.tolist())
+            for answer, of_one, of_scores in zip(answers, numbers, scores, strict=True)
+        ]
+
+    def _prompt_of(self, question: str, numbers: np.ndarray) -> str:
+        documents = join_documents([self._index.documents[number] for number in numbers])
+        return self._prompt.replace("{documents}", "\n\n".join(documents)).replace(
+            "{query}", question
+        )
+
+    def _cache_before(self, query: Cache | None, numbers: np.ndarray) -> Cache:
+        blocks: list[Cache] = []
+        if self._caches_documents:
+            blocks = [self._document_cache(int(number)) for number in numbers]
+        if query is not None:
+            blocks.insert(0 if self._way.startswith("query") else len(blocks), query)
+        theta = self._model.model.config.rope_theta
+        return join_blocks(blocks, theta, are_continued=self._positions == "continued")
+
+    def _document_cache(self, number: int) -> Cache:
+        if self._index.has_caches:
+            return self._index.cache_of(number)
+        document: Document = self._index.documents[number]
+        context = self._model.model.config.max_position_embeddings
+        _, caches = self._model.encode_corpus(
+            [document], instruction=EMBED, max_length=context, get_cache=True
+        )
+        return caches[0]
+
+
+def join_blocks(blocks: Sequence[Cache], rope_theta: float, *, are_continued: bool) -> Cache:
+    """Returns one cache of several texts that were read apart, as if one followed the other.
+
+    Args:
+      blocks: caches of one row, without padding, each read from position 0 on.
+      rope_theta: of the model.
+      are_continued: whether keys are turned to the positions that follow the block before. If not,
+        what comes after the blocks has those positions all the same.
+    """
+    starts = np.cumsum([0, *(block.num_slots for block in blocks)])
+    keys = [
+        turned(np.asarray(block.keys), int(start) if are_continued else 0, rope_theta)
+        for block, start in zip(blocks, starts, strict=False)
+    ]
+    slots = np.arange(starts[-1], dtype=np.int32)[None]
+    values = np.concatenate([np.asarray(block.values) for block in blocks], axis=2)
+    whole = np.concatenate(keys, axis=2)
+    return Cache(whole, values, slots, np.ones_like(slots), np.int32(starts[-1]))  # type: ignore
+
+
+def turned(keys: np.ndarray, by: int, rope_theta: float) -> np.ndarray:
+    """Returns rotated keys as they are `by` positions later: rotations add up."""
+    if by == 0:
+        return keys
+    half = keys.shape[-1] // 2
+    angles = by * rope_theta ** -(np.arange(half) / half)
+    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, second = np.split(keys.astype(np.float32), 2, axis=-1)
+    parts = (first * cosine - second * sine, second * cosine + first * sine)
+    return np.concatenate(parts, axis=-1).astype(keys.dtype)

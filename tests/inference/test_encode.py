@@ -1,0 +1,229 @@
+"""Embeddings: the original's numbers, whatever is read beside a text, and errors."""
+
+import functools
+import warnings
+
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_values
+
+from grit_jax.data.templates import embedding_prefix
+from grit_jax.inference.inputs import InputError
+from grit_jax.objectives.pooling import POOLINGS
+
+INSTRUCTION = embedding_prefix("Given a word, retrieve its meaning")
+TEXTS = ["A short one", "ünïcödé 🙂", "one\nmore line  and spaces", "word " * 300, "x" * 500, "Hm"]
+
+
+def texts_of(values):
+    """Returns for each of the original's texts what is behind its instruction, and that."""
+    length = int(values["embed_instruction_len"])
+    rows = zip(values["embed_input_ids"], values["embed_attention_mask"], strict=True)
+    texts = [ids[mask.astype(bool)] for ids, mask in rows]
+    return [(text[length:], text[:length]) for text in texts]
+
+
+def encode_each(model, texts, **options):
+    """Returns the embeddings of texts that have an instruction each."""
+    return np.stack([model.encode(text, instruction=before, **options) for text, before in texts])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "normalized"),
+    [*(("mistral", pooling, False) for pooling in POOLINGS), ("mixtral", "mean", True)],
+)
+def test_embeddings_are_those_of_the_original(reference_model, architecture, pooling, normalized):
+    values = reference_values.load_values(architecture)
+    model = reference_model(architecture, pooling=pooling, normalized=normalized)
+    texts = texts_of(values)
+    kind = "normalized" if normalized else "raw"
+    expected = values[f"embedding_{pooling}_{kind}"]
+    embeddings = encode_each(model, texts)
+    assert embeddings.dtype == np.float32
+    tolerance = 1e-4 * np.abs(expected).max()
+    np.testing.assert_allclose(embeddings, expected, rtol=0, atol=tolerance)
+
+
+@functools.partial(nnx.jit, static_argnames="is_causal")
+def hidden_states(module, tokens, segment_ids, is_causal):
+    return module(tokens, segment_ids=segment_ids, is_causal=is_causal)
+
+
+def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
+    """Returns the normalised mean of a text's hidden states, read in a row of its own."""
+    tokenizer = model.tokenizer
+    tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
+    skipped = 1 + len(tokenizer.encode(instruction)) if instruction else 0
+    places = np.arange(600)[None]
+    padded = np.where(places < len(tokens), np.resize(tokens, places.shape), 0)
+    is_token = (places < len(tokens)).astype(np.int32)
+    hidden = hidden_states(model.model, padded, is_token, is_causal)[0, : len(tokens)]
+    mean = np.asarray(hidden)[0 if pools_instruction else skipped :].mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION, "Represent: "], ids=range(3))
+def test_packed_texts_are_embedded_as_each_alone(model, instruction):
+    embeddings = model.encode(TEXTS, instruction=instruction)
+    expected = [alone(model, text, instruction) for text in TEXTS]
+    np.testing.assert_allclose(embeddings, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        model.encode(TEXTS[1], instruction=instruction), expected[1], atol=1e-5
+    )
+    pooled = model.encode(TEXTS[:2], instruction=instruction, embed_instruction=True)
+    expected = [alone(model, text, instruction, pools_instruction=True) for text in TEXTS[:2]]
+    np.testing.assert_allclose(pooled, expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_an_embedding_does_not_depend_on_order_or_batch(model, data):
+    lengths = data.draw(st.lists(st.integers(1, 500), min_size=1, max_size=60))
+    random = np.random.default_rng(sum(lengths))
+    texts = [random.integers(3, 32000, length) for length in lengths]
+    order = data.draw(st.permutations(range(len(texts))))
+    batch_size = data.draw(st.sampled_from([1, 4, 256]))
+    together = model.encode(texts)
+    shuffled = model.encode([texts[number] for number in order], batch_size=batch_size)
+    np.testing.assert_allclose(shuffled, together[list(order)], atol=1e-5)
+    some = data.draw(st.integers(0, len(texts) - 1))
+    np.testing.assert_allclose(model.encode(texts[some]), together[some], atol=1e-5)
+
+
+def test_the_instruction_of_a_partly_causal_pattern(reference_model):
+    model = reference_model(attention="cbcc")
+    texts, instruction = [[7, 8, 9, 10], [11, 12], [13] * 9], [1, 2, 3, 4, 5]
+    embeddings = model.encode(texts, instruction=instruction)
+    # Read in two calls: the instruction causally, the text bidirectionally on top.
+    cached, caches = model.encode(texts, instruction=instruction, get_cache=True)
+    np.testing.assert_allclose(embeddings, cached, atol=1e-5)
+    assert [int(cache.length) for cache in caches] == [9, 7, 14]
+    # Pooling the instruction does not change how it is read.
+    pooled = model.encode(texts, instruction=instruction, embed_instruction=True)
+    cached, _ = model.encode(texts, instruction=instruction, embed_instruction=True, get_cache=True)
+    np.testing.assert_allclose(pooled, cached, atol=1e-5)
+    other = reference_model().encode(texts, instruction=instruction)
+    assert np.abs(embeddings - other).max() > 1e-3
+
+
+def test_a_causal_model(model):
+    causal = type(model)(model.model, model.mesh, model.tokenizer, attention="cccc")
+    np.testing.assert_allclose(
+        causal.encode(TEXTS[0]), alone(model, TEXTS[0], is_causal=True), atol=1e-5
+    )
+
+
+def test_eight_devices_embed_as_one_does(reference_model):
+    random = np.random.default_rng(0)
+    texts = [random.integers(3, 320, length) for length in random.integers(1, 300, 40)]
+    expected = reference_model().encode(texts)
+    on_eight = reference_model(on_eight_devices=True)
+    np.testing.assert_allclose(on_eight.encode(texts), expected, atol=1e-5)
+    np.testing.assert_allclose(on_eight.encode(texts[:1]), expected[:1], atol=1e-5)
+    cached, caches = on_eight.encode(texts[:3], get_cache=True)
+    np.testing.assert_allclose(cached, expected[:3], atol=1e-5)
+    assert [int(cache.length) for cache in caches] == [len(text) for text in texts[:3]]
+
+
+def test_few_shapes_are_compiled(model):
+    fresh = type(model)(model.model, model.mesh, model.tokenizer)
+    random = np.random.default_rng(0)
+    for count in random.integers(1, 200, 6):
+        fresh.encode([random.integers(3, 32000, n) for n in random.integers(1, 250, count)])
+    assert fresh._encoder.program._cache_size() <= 5
+
+
+def test_documents_are_their_title_and_text(model):
+    corpus = [{"title": "Title", "text": "The text"}, {"text": "Only text"}]
+    expected = model.encode(["Title The text", "Only text"], instruction=INSTRUCTION)
+    np.testing.assert_array_equal(model.encode_corpus(corpus, instruction=INSTRUCTION), expected)
+    np.testing.assert_array_equal(
+        model.encode_corpus(corpus[0], instruction=INSTRUCTION).shape, expected[0].shape
+    )
+    np.testing.assert_array_equal(
+        model.encode_queries(["Title The text", "Only text"], instruction=INSTRUCTION), expected
+    )
+    with pytest.raises(InputError, match="document 1 must be a dictionary with a string at 'text'"):
+        model.encode_corpus([{"text": "a"}, {"title": "b"}])
+
+
+def test_arrays_of_jax_and_of_the_models_type(model):
+    embeddings = model.encode(TEXTS, convert_to_tensor=True)
+    assert isinstance(embeddings, jax.Array)
+    np.testing.assert_array_equal(embeddings, model.encode(TEXTS))
+    half = model.from_pretrained(reference_values.FOLDER / "tiny-mistral", mesh=model.mesh)
+    texts = [[5, 6, 7], [8]]
+    assert half.encode(texts, convert_to_tensor=True, recast=True).dtype == jnp.bfloat16
+    rounded = half.encode(texts, recast=True)
+    assert rounded.dtype == np.float32
+    assert np.abs(rounded - half.encode(texts)).max() > 0
+
+
+def test_token_ids_are_read_as_they_are(model):
+    tokenizer = model.tokenizer
+    ids = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0])]
+    expected = model.encode(TEXTS[0])
+    for form in (ids, np.array(ids)):
+        np.testing.assert_allclose(model.encode(form), expected, atol=1e-6)
+        np.testing.assert_allclose(model.encode([form, [9]])[0], expected, atol=1e-5)
+    plain = model.encode(TEXTS[0], add_special_tokens=False)
+    np.testing.assert_allclose(model.encode(ids[1:]), plain, atol=1e-6)
+    assert np.abs(plain - expected).max() > 1e-3
+
+
+def test_progress_is_shown_from_256_texts_on(model, capfd):
+    model.encode([[5]] * 255)
+    assert capfd.readouterr().err == ""
+    model.encode([[5]] * 256)
+    assert "Embedding" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "no texts were given"),
+        (["a", " \n"], {}, "text 1 is empty: leave it out"),
+        (["a", []], {}, "text 1 is empty: leave it out"),
+        (["a", None], {}, "text 1 is None: it must be a string, or one list of token ids"),
+        (["a", 1.5], {}, "text 1 is of type float"),
+        (["a", [[1]]], {}, "text 1 is of type list"),
+        (7, {}, "texts are of type int: give a string"),
+        ([[5, 32000]], {}, "text 0 has the token id 32000, but this model's are 0 to 31999"),
+        (["a"], {"instruction": None}, "the instruction is None"),
+        (["a"], {"instruction": [5]}, "the instruction is token ids, so text 0 must be too"),
+        (["a", "b " * 600], {}, "1 of 2 texts are longer than 512 tokens, instruction included; "
+         "the longest, number 1, has 60[0-9]: raise max_length, up to 700, or say truncate=True"),
+        (["b " * 800], {"max_length": 900}, "longer than 700 .* this model reads 700 at most"),
+        (["b " * 9], {"max_length": 4, "instruction": INSTRUCTION, "truncate": True},
+         "text 0: nothing of it fits behind its instruction in 4 tokens"),
+        (["a"], {"max_length": 0}, "max_length=0 must be positive"),
+        (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_an_error(model, texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(texts, **options)
+
+
+def test_texts_are_cut_where_that_is_asked_for(model):
+    with pytest.warns(UserWarning, match="1 of 2 texts were cut to 20 tokens"):
+        embeddings = model.encode(["word " * 100, "short"], max_length=20, truncate=True)
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("word " * 100)]
+    np.testing.assert_allclose(embeddings[0], model.encode(ids[:20]), atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(["word " * 100], truncate=True)
+
+
+def test_unknown_choices_and_a_missing_tokenizer(reference_model):
+    with pytest.raises(ValueError, match="pooling='max' must be one of mean, weightedmean"):
+        reference_model(pooling="max")
+    with pytest.raises(ValueError, match="attention='bb' must be one of bbcc, cbcc, cccc"):
+        reference_model(attention="bb")
+    with pytest.raises(InputError, match=r"no SentencePiece model .* say tokenizer=PATH"):
+        reference_model().encode("a string")

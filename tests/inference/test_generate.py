@@ -1,0 +1,234 @@
+"""Generated text: that of the original and of transformers, whatever is generated beside it."""
+
+import functools
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_values
+
+from grit_jax import GritLM
+from grit_jax.conversion import HuggingFaceModel
+from grit_jax.conversion.export import write_hugging_face
+from grit_jax.data.templates import chat_prompt
+from grit_jax.inference.inputs import InputError
+from grit_jax.sharding import make_mesh
+
+PROMPTS = [
+    chat_prompt("Who are you?", is_first=True),
+    "One",
+    chat_prompt("Say something about the sea, " * 12, is_first=True),
+    "Mid size of a prompt, with ünïcödé",
+]
+# More than one call of the program that makes tokens.
+NEW = 36
+
+
+@functools.partial(nnx.jit, static_argnames="count")
+def continued(module, tokens, length, count):
+    """Returns the likeliest tokens after a padded prompt, which is read anew for each of them."""
+
+    def add(i, tokens):
+        is_token = jnp.arange(tokens.shape[1])[None] < length + i
+        logits = module.logits(module(tokens, segment_ids=is_token.astype(jnp.int32)))
+        return tokens.at[0, length + i].set(jnp.argmax(logits[0, length + i - 1]))
+
+    tokens = jax.lax.fori_loop(0, count, add, tokens)
+    return jax.lax.dynamic_slice(tokens, (0, length), (1, count))[0]
+
+
+def expected_ids(model, ids, count):
+    tokens = np.zeros((1, 96 if len(ids) < 60 else 576), np.int32)
+    tokens[0, : len(ids)] = ids
+    return np.asarray(continued(model.model, tokens, len(ids), count))
+
+
+def prompt_ids(model, text):
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
+def test_greedy_tokens_are_those_of_the_original(reference_model, architecture):
+    values = reference_values.load_values(architecture)
+    prompts, whole = values["prompt_ids"], values["greedy_ids"]
+    model, length = reference_model(architecture), prompts.shape[1]
+    model = GritLM(model.model, model.mesh, end_tokens=[])
+    found = model.generate(list(prompts), whole.shape[1] - length)
+    np.testing.assert_array_equal(found, whole[:, length:])
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Folders of a Mistral with a short window and of a Mixtral, as transformers loads them."""
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig, MixtralConfig
+
+    torch.manual_seed(0)
+    folders = {}
+    for name, config_class in {"mistral": MistralConfig, "mixtral": MixtralConfig}.items():
+        config = config_class(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+            sliding_window=24 if name == "mistral" else None,
+        )  # fmt: skip
+        root = tmp_path_factory.mktemp(name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / "saved")
+        folders[name] = root / "exported"
+        write_hugging_face(HuggingFaceModel(root / "saved"), folders[name])
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "mixtral"])
+def test_text_is_that_of_transformers(exported, name):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    theirs = AutoModelForCausalLM.from_pretrained(exported[name], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(exported[name])
+    mesh = make_mesh(devices=jax.devices()[:1])
+    ours = GritLM.from_pretrained(exported[name], dtype="float32", mesh=mesh)
+
+    def text_of(prompt, **options):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        ids = theirs.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)[0]
+        before = tokenizer.decode(inputs.input_ids[0], skip_special_tokens=True)
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        assert whole.startswith(before)
+        return whole[len(before) :]
+
+    plain = ours.generate(PROMPTS, NEW)
+    assert plain == [text_of(prompt) for prompt in PROMPTS]
+    if name == "mistral":
+        penalized = [text_of(prompt, repetition_penalty=1.3) for prompt in PROMPTS[:2]]
+        assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows(exported, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Embedding and generating")[1]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "gritlm_tiny").symlink_to(exported["mistral"])
+    monkeypatch.chdir(tmp_path)
+    shown = {}
+    exec(section.split("```python")[1].split("```")[0], shown)
+    assert shown["scores"].shape == (2, 2)
+    assert capsys.readouterr().out == shown["answer"].split("\n\n")[0]
+    assert len(set(shown["drawn"])) == 2
+
+
+def test_a_prompt_is_continued_as_alone(model):
+    long_prompt = list(np.random.default_rng(0).integers(3, 32000, 530))
+    prompts = [prompt_ids(model, PROMPTS[0]), long_prompt, [5]]
+    expected = [expected_ids(model, prompt, NEW) for prompt in prompts]
+    found = model.generate(prompts, NEW, batch_size=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(model.generate(np.array(prompts[0]), NEW), expected[0])
+
+
+def test_eight_devices_generate_as_one_does(reference_model):
+    prompts = [[5, 6, 7], list(range(3, 40)), [9]]
+    expected = reference_model().generate(prompts, 6)
+    found = reference_model(on_eight_devices=True).generate(prompts, 6)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_each_row_ends_with_its_own_end_of_text(model):
+    whole = model.generate([[5, 6], [7], [8] * 9], NEW)
+    end = int(whole[1][10])
+    ending = GritLM(model.model, model.mesh, end_tokens=[end, 2])
+    for found, row in zip(ending.generate([[5, 6], [7], [8] * 9], NEW), whole, strict=True):
+        places = np.flatnonzero(row == end)
+        np.testing.assert_array_equal(found, row[: places[0]] if len(places) else row)
+
+
+def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(reference_model):
+    model = reference_model()
+    prompts = [[5, 6, 7], list(range(3, 30)), [9], [5, 6, 7]]
+
+    def draw(prompts, **options):
+        found = model.generate(prompts, 10, temperature=1.0, top_p=0.9, **options)
+        return [ids.tolist() for ids in found]
+
+    found = draw(prompts, seed=1)
+    assert draw(prompts, seed=1) == found
+    assert draw(prompts, seed=1, batch_size=2) == found
+    assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
+    assert draw(prompts, seed=2) != found
+    assert found[0] != found[3]
+
+
+def test_stop_strings_and_streams(model):
+    whole = model.generate(PROMPTS[:2], NEW)
+    pieces = list(model.stream(PROMPTS[0], NEW))
+    assert "".join(pieces) == whole[0]
+    assert len(pieces) > 5
+    stop = whole[0][len(whole[0]) // 2 :][:6]
+    before = whole[0][: whole[0].index(stop)]
+    assert model.generate(PROMPTS[0], NEW, stop=stop) == before
+    assert model.generate(PROMPTS[:2], NEW, stop=["never", stop]) == [before, whole[1]]
+    assert "".join(model.stream(PROMPTS[0], NEW, stop=stop)) == before
+    ids = model.generate(prompt_ids(model, PROMPTS[0]), NEW, stop=stop)
+    assert stop in model.tokenizer.decode(ids.tolist())
+    assert stop not in model.tokenizer.decode(ids[:-1].tolist())
+
+
+@nnx.jit
+def likeliest(module, tokens, cache):
+    hidden, cache = module(tokens, cache=cache)
+    return jnp.argmax(module.logits(hidden[:, -1:]), axis=-1), cache
+
+
+def test_prompts_on_top_of_documents(reference_model):
+    values = reference_values.load_values("mistral")
+    model = reference_model()
+    document, suffix = values["cache_document_ids"][0], values["cache_suffix_ids"][0]
+    documents, prompts = [document, document[:7]], [suffix, [5, 6]]
+    _, caches = model.encode(documents, get_cache=True)
+    found = model.generate(prompts, 12, cache=caches)
+    assert found[0][0] == values["cache_suffix_logits"][0, -1].argmax()
+    for row, (text, prompt) in enumerate(zip(documents, prompts, strict=True)):
+        cache = model.model.make_cache(1, 100)
+        _, cache = model.model(jnp.asarray(text)[None], is_causal=False, cache=cache)
+        tokens, expected = jnp.asarray(prompt)[None], []
+        for _ in range(12):
+            tokens, cache = likeliest(model.model, tokens, cache)
+            expected.append(int(tokens[0, 0]))
+        np.testing.assert_array_equal(found[row], expected)
+    on_devices = model.encode(documents, get_cache=True, convert_to_tensor=True)[1]
+    assert isinstance(on_devices[0].keys, jax.Array)
+    np.testing.assert_array_equal(model.generate(prompts[0], 12, cache=on_devices[0]), found[0])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no texts were given"),
+        (["a", ""], {}, "prompt 1 is empty"),
+        ([3.5], {}, "prompt 0 is of type float"),
+        (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
+         "max_new_tokens=20 is over the model's context of 700: shorten it"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
+        (["a"], {"top_k": 3}, "top_k=3 has no effect"),
+        (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
+        (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one each"),
+        (["a"], {"stop": ["b", ""]}, "a stop string is empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_continued_is_an_error(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, **options)
+
+
+def test_a_stream_is_of_one_prompt(model):
+    with pytest.raises(InputError, match="one prompt is streamed at a time, not 2"):
+        model.stream(["a", "b"])

@@ -1,0 +1,159 @@
+"""An index on disk: made in parts, added to, interrupted, searched; what is wrong with it."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from grit_jax import GritLM
+from grit_jax.data.templates import EMBED
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference import index as index_module
+from grit_jax.inference.documents import read_documents
+from grit_jax.inference.index import DocumentIndex, DocumentIndexError, build_index
+from grit_jax.inference.inputs import InputError
+from grit_jax.inference.stored_caches import quantize
+from grit_jax.models import make_model
+from grit_jax.sharding import make_mesh
+
+WORDS = ["sea", "bread", "salt", "stone", "river", "lamp", "glass"]
+DOCUMENTS = [
+    {"text": " ".join(WORDS[n % 7] for n in range(i, 2 * i + 3, 1 + i % 3))} for i in range(11)
+]
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", 2)
+    monkeypatch.setattr(index_module, "PART_DOCUMENTS", 4)
+
+
+def embeddings_of(model, documents):
+    return np.stack([model.encode(d["text"], instruction=EMBED) for d in documents])
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_the_nearest_documents_are_found_on_any_devices(tmp_path, model):
+    assert build_index(model, DOCUMENTS, tmp_path / "index") == 11
+    queries = model.encode(["sea and salt", "a lamp of glass", "river"], instruction=EMBED)
+    products = queries @ embeddings_of(model, DOCUMENTS).T
+    best = np.argsort(-products, axis=1)[:, :5]
+    eight = GritLM(model.model, make_mesh(), Tokenizer())
+    for searching in (model, eight):
+        scores, numbers = DocumentIndex(tmp_path / "index", searching).search(queries, 5)
+        np.testing.assert_array_equal(numbers, best)
+        np.testing.assert_allclose(scores, np.take_along_axis(products, best, 1), atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_an_interrupted_index_goes_on_and_is_added_to(tmp_path, model):
+    def cut_off():
+        yield from DOCUMENTS[:7]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_index(model, cut_off(), tmp_path / "index")
+    assert len(DocumentIndex(tmp_path / "index", model)) == 4  # Whole parts alone.
+    (tmp_path / "index" / ".part-of-a-killed-process").mkdir()
+    assert build_index(model, DOCUMENTS[:7], tmp_path / "index") == 3
+    assert build_index(model, DOCUMENTS, tmp_path / "index") == 4
+    assert build_index(model, DOCUMENTS, tmp_path / "index") == 0
+    index = DocumentIndex(tmp_path / "index", model)
+    assert index.documents == DOCUMENTS
+    names = {path.name for path in (tmp_path / "index").iterdir()}
+    assert names == {"index.json", "part-00000", "part-00001", "part-00002"}
+    _, numbers = index.search(embeddings_of(model, DOCUMENTS))
+    np.testing.assert_array_equal(numbers[:, 0], np.arange(11))
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("form", "error"), [("float32", 1e-5), ("bfloat16", 4e-3), ("int8", 4e-3)])
+def test_caches_come_back_as_they_were(tmp_path, model, form, error):
+    build_index(model, DOCUMENTS, tmp_path / "index", caches=form)
+    index = DocumentIndex(tmp_path / "index", model)
+    for number in (0, 5, 10):
+        _, (alone,) = model.encode_corpus([DOCUMENTS[number]], instruction=EMBED, get_cache=True)
+        stored = index.cache_of(number)
+        for name in ("positions", "segment_ids", "length"):
+            np.testing.assert_array_equal(getattr(stored, name), getattr(alone, name))
+        for name in ("keys", "values"):
+            ours, theirs = np.asarray(getattr(stored, name)), np.asarray(getattr(alone, name))
+            largest = np.abs(theirs).max(axis=-1, keepdims=True)
+            assert (np.abs(ours - theirs) <= error * largest + 1e-6).all()
+
+
+def test_a_head_of_zeros_stays_zero():
+    values, steps = quantize(np.zeros((2, 1, 1, 4), np.float32))
+    assert not values.any() and not steps.any()
+
+
+def test_another_model_is_refused(tmp_path, model):
+    build_index(model, DOCUMENTS[:2], tmp_path / "index")
+    other = GritLM(make_model(model.model.config, 1), model.mesh, Tokenizer())
+    for wrong in (other, GritLM(model.model, model.mesh, Tokenizer(), pooling="cls")):
+        with pytest.raises(DocumentIndexError, match="was made with another model"):
+            DocumentIndex(tmp_path / "index", wrong)
+        with pytest.raises(DocumentIndexError, match="was made with another model"):
+            build_index(wrong, DOCUMENTS, tmp_path / "index")
+
+
+def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
+    folder = tmp_path / "index"
+    with pytest.raises(DocumentIndexError, match="is no index: run grit-jax rag build"):
+        DocumentIndex(folder, model)
+    build_index(model, DOCUMENTS[:2], folder)
+    with pytest.raises(DocumentIndexError, match="caches=None, not 'int8'"):
+        build_index(model, DOCUMENTS, folder, caches="int8")
+    with pytest.raises(InputError, match="caches='int4' must be None or one of float32"):
+        build_index(model, DOCUMENTS, folder, caches="int4")
+    path = folder / "part-00000" / "embeddings.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DocumentIndexError, match="part-00000 is damaged"):
+        DocumentIndex(folder, model)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("Dear all")
+    with pytest.raises(DocumentIndexError, match="has files in it, but no index"):
+        build_index(model, DOCUMENTS, tmp_path / "full")
+
+
+def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model):
+    documents = [*DOCUMENTS[:2], {"text": "river " * 900}]
+    with pytest.raises(InputError, match="1 of 3 texts are longer than 700 tokens"):
+        build_index(model, documents, tmp_path / "index")
+    with pytest.warns(UserWarning, match="1 of 3 texts were cut to 700 tokens"):
+        assert build_index(model, documents, tmp_path / "index", truncate=True) == 3
+
+
+def test_documents_are_read_from_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "title": "first", "more": 1}\n\n')
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "two", "title": None}) + "\n")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "c.txt").write_text("three\n")
+    (tmp_path / "inner" / "d.png").write_bytes(b"\x89PNG")
+    found = list(read_documents(str(tmp_path)))
+    assert found == [{"title": "first", "text": "one"}, {"text": "two"}, {"text": "three\n"}]
+    assert list(read_documents(str(tmp_path / "inner" / "c.txt"))) == [{"text": "three\n"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "cut', "a.jsonl:2 is no JSON object"),
+        ('{"title": "only"}', "a.jsonl:2 has no string at 'text'"),
+        ('{"text": " "}', "a.jsonl:2 has an empty text"),
+        ('["text"]', "a.jsonl:2 has no string at 'text'"),
+    ],
+)
+def test_a_line_that_is_no_document_is_named(tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(InputError, match=words):
+        list(read_documents(str(tmp_path / "a.jsonl")))
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="none does not exist: give a folder"):
+        list(read_documents(str(tmp_path / "none")))
+    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+        list(read_documents(str(tmp_path)))

@@ -1,0 +1,80 @@
+"""Text from tokens as they come: the same as all at once, whole characters, and stop strings."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.text_pieces import TextPieces
+
+TOKENIZER = Tokenizer()
+TEXTS = st.text(alphabet=st.sampled_from("ab  \n.é日🙂🏽ſ<|>/s"), min_size=1, max_size=40)
+
+
+def run(ids, stop=()):
+    pieces = TextPieces(TOKENIZER, stop)
+    shown = []
+    for token in ids:
+        shown.append(pieces.push(token))
+        if pieces.is_stopped:
+            break
+    shown.append(pieces.finish())
+    assert "".join(shown) == pieces.text
+    return pieces.text, shown
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_pieces_are_the_text_behind_a_prompt(text):
+    prompt = "x\n"
+    ids = TOKENIZER.encode(prompt + text)[len(TOKENIZER.encode(prompt)) :]
+    whole, shown = run(ids)
+    assert whole == text
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.one_of(st.integers(3, 258), st.integers(3, 31999)), max_size=20))
+def test_any_tokens_give_what_they_give_at_once(ids):
+    before = TOKENIZER.encode("x")
+    assert run(ids)[0] == TOKENIZER.decode([*before, *ids])[1:]
+
+
+def test_the_space_before_a_first_word_is_kept():
+    assert run(TOKENIZER.encode("word"))[0] == " word"
+
+
+@settings(deadline=None)
+@given(text=TEXTS, stops=st.lists(st.text(alphabet="ab .\né", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string(text, stops):
+    ids = TOKENIZER.encode("x\n" + text)[len(TOKENIZER.encode("x\n")) :]
+    places = [text.find(stop) for stop in stops if stop in text]
+    whole, shown = run(ids, stops)
+    assert whole == text[: min(places, default=len(text))] or whole == first_to_come(
+        text, stops, ids
+    )
+    assert not any(stop in whole for stop in stops)
+    assert "".join(shown) == whole
+
+
+def first_to_come(text, stops, ids):
+    """Returns the text before the stop string that is complete first, token by token."""
+    for count in range(1, len(ids) + 1):
+        so_far = run(ids[:count])[0]
+        places = [so_far.find(stop) for stop in stops if stop in so_far]
+        if places:
+            return so_far[: min(places)]
+    return text
+
+
+def test_a_stop_string_that_lies_across_tokens():
+    ids = TOKENIZER.encode("one two</s three")
+    assert len(TOKENIZER.encode("</s")) > 1
+    text, shown = run(ids, ["</s"])
+    assert text == " one two"
+    assert shown[:2] == [" one", " two"]
+
+
+@pytest.mark.parametrize("end", ["<", "</"])
+def test_what_only_began_as_a_stop_string_is_shown_in_the_end(end):
+    assert run(TOKENIZER.encode(f"one{end}"), ["</s"])[0] == f" one{end}"
