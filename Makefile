@@ -6,6 +6,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/gritlm_tiny
+# Two processes, each of which takes whole files, those that take longest first.
+SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test torture lint constraints clean
 
@@ -13,7 +15,7 @@ demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest $(SHARED) tests/training tests
 
 torture: .venv/.installed-test
 	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py
