@@ -1,7 +1,9 @@
-"""What GritLM's steps take on TPU slices: python benchmarks/pods.py [--plans FILE] [--only WORD]
+"""What GritLM's steps take on TPU slices: python benchmarks/pods.py [--check SLICE]
 
 Compiles every row of the table by `grit-jax plan`, for minutes each, and prints the table. A row
-that is in the file of plans is not compiled again: delete the file after a change of the step.
+that is in the file of plans, `pods.jsonl`, is not compiled again: delete the file after a change of
+the step. With --check, the row of 7B on that slice is compiled again, and it is an error if it
+takes more memory than the file says, or is bound to be slower.
 """
 
 import argparse
@@ -10,6 +12,10 @@ import json
 from pathlib import Path
 import subprocess
 import sys
+
+PLANS = Path(__file__).with_name("pods.jsonl")
+# Other versions of the compiler differ by less.
+LARGEST_RISE = 1.05
 
 SAVE_MATMULS = "--config.model.remat=save_matmuls"
 EXPERTS = "--config.mesh.expert=8"
@@ -34,6 +40,11 @@ class Row:
     slices: int = 1
     chunks: int = 1
     fields: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What the row is called in the file of plans."""
+        return " ".join(self.command)
 
     @property
     def command(self) -> list[str]:
@@ -67,24 +78,36 @@ ROWS = [
 def main() -> None:
     """Compiles what is not in the file, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plans", type=Path, default=Path("benchmarks/pods.jsonl"))
-    parser.add_argument("--only", default="", help="compile rows whose command has this word")
-    arguments = parser.parse_args()
-    plans = read_plans(arguments.plans)
+    slices = [row.accelerator for row in ROWS if row.model == "gritlm_7b"]
+    parser.add_argument("--check", choices=slices, help="compile one row again, and compare")
+    checked = parser.parse_args().check
+    plans = read_plans()
+    if checked:
+        row = next(row for row in ROWS if (row.model, row.accelerator) == ("gritlm_7b", checked))
+        check(plans[row.key], compile_row(row))
+        return
     for row in ROWS:
-        key = " ".join(row.command)
-        if key not in plans and arguments.only in key:
-            plans[key] = compile_row(row)
-            with arguments.plans.open("a") as file:
-                file.write(json.dumps({"command": key, "plan": plans[key]}) + "\n")
-    print_table({row: plans[key] for row in ROWS if (key := " ".join(row.command)) in plans})
+        if row.key not in plans:
+            plans[row.key] = compile_row(row)
+            with PLANS.open("a") as file:
+                file.write(json.dumps({"command": row.key, "plan": plans[row.key]}) + "\n")
+    print_table({row: plans[row.key] for row in ROWS})
 
 
-def read_plans(path: Path) -> dict[str, dict]:
+def check(before: dict, now: dict) -> None:
+    """Compares a plan with the recorded one, and ends the process if it is worse."""
+    names = ("hbm_bytes_per_chip", "step_seconds_bound")
+    for name in names:
+        print(f"{name:20} {before[name]:>20,.3f} recorded {now[name]:>20,.3f} now")
+    if any(now[name] > LARGEST_RISE * before[name] for name in names):
+        sys.exit(f"a step takes more than {PLANS} says: see what changed, or delete the file")
+
+
+def read_plans() -> dict[str, dict]:
     """Returns the plans of earlier runs by their command."""
-    if not path.exists():
+    if not PLANS.exists():
         return {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in PLANS.read_text().splitlines()]
     return {line["command"]: line["plan"] for line in lines}
 
 

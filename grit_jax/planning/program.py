@@ -188,19 +188,28 @@ class _Program:
     def _of_loop(self, i: Instruction) -> Work:
         (condition,), (body,) = i.called("condition"), i.called("body")
         work = Work()
-        work.add(self._of_computation(body), self._trips(condition, i))
+        work.add(self._of_computation(body), self._trips(condition, body, i))
         return work
 
-    def _trips(self, condition: str, loop: Instruction) -> int:
-        """Returns how often a loop runs: what its counter, from 0 on, is compared with."""
+    def _trips(self, condition: str, body: str, loop: Instruction) -> int:
+        """Returns how often a loop runs: its counter goes from 0 to what it is compared with."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
-        constants = [
-            int(i.attributes.split(")")[0])
-            for i in self._computations[condition]
-            if i.opcode == "constant" and i.attributes.split(")")[0].lstrip("-").isdigit()
-        ]
-        return constants[0] if len(constants) == 1 else 1
+        constants = [value for i in self._computations[condition] if (value := _constant(i))]
+        return -(-constants[0] // self._step(condition, body)) if len(constants) == 1 else 1
+
+    def _step(self, condition: str, body: str) -> int:
+        """Returns what a turn adds to a loop's counter: 2 where the compiler has unrolled it."""
+        by_name = {i.name: i for i in self._computations[body]}
+        (root,) = (i for i in by_name.values() if i.is_root)
+        for read in self._computations[condition]:
+            place = re.search(r"\bindex=(\d+)", read.attributes)
+            if read.opcode == "get-tuple-element" and place:
+                counter = by_name.get(root.operands[int(place.group(1))])
+                if counter is not None and counter.opcode == "add":
+                    added = [_constant(by_name[name]) for name in counter.operands]
+                    return next((value for value in added if value), 1)
+        return 1
 
     def _of_branches(self, i: Instruction) -> Work:
         """Returns the larger of the branches' work."""
@@ -322,6 +331,12 @@ def _window(attributes: str, key: str, place: int, default: int) -> int:
     if not found:
         return default
     return int(found.group(1).split("x")[place].split("_")[0])
+
+
+def _constant(i: Instruction) -> int | None:
+    """Returns the whole number that an instruction is, None if it is none."""
+    number = i.attributes.split(")")[0]
+    return int(number) if i.opcode == "constant" and number.lstrip("-").isdigit() else None
 
 
 def _experts_flops(i: Instruction, by_name: dict[str, Instruction]) -> float:

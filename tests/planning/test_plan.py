@@ -71,6 +71,23 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert least <= work.hbm_bytes < 6 * (4 * 512 * 512 * 2 + 4 * 512 * 512 * 2)
 
 
+def test_a_loop_whose_counter_goes_by_twos_counts_its_turns():
+    sharding = NamedSharding(
+        Mesh(np.array(describe_topology("v5e:2x2").devices[:1]), ("x",)), PartitionSpec()
+    )
+    rows = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=sharding)
+
+    def loop(rows, weight):
+        def turn(carried):
+            count, rows = carried
+            return count + 2, jnp.tanh(rows @ weight)
+
+        return jax.lax.while_loop(lambda carried: carried[0] < 15, turn, (0, rows))[1]
+
+    # As where the compiler has unrolled a loop.
+    assert work_of(compile_for(None, loop, rows, rows), 1).flops == 8 * 2 * 256**3
+
+
 def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     topology = describe_topology("v5e:2x2", num_slices=2)
     mesh = make_mesh(slice=2, devices=topology.devices)
