@@ -71,14 +71,18 @@ def make_mesh(
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+        # Eight experts on a block of 4 x 4 x 4 chips split one of its sides.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=axis_types)
     if sizes[0] % num_slices:
         raise MeshError(
             f"config.mesh.slice={sizes[0]}, but the devices lie in {num_slices} slices: only data "
             "parallelism crosses the slow network between them"
         )
     within, between = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
-    placed = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
     return Mesh(placed, MESH_AXES, axis_types=axis_types)
 
 

@@ -112,6 +112,17 @@ def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     assert sent == 4 * (1 << 20) / 4
 
 
+@pytest.mark.parametrize(
+    ("name", "num_slices"), [("v5p:4x4x4", 1), ("v6e:16x16", 1), ("v5p:4x4x4", 2), ("v5e:4x8", 1)]
+)
+def test_experts_split_a_side_of_a_block_of_chips(name, num_slices):
+    devices = describe_topology(name, num_slices).devices
+    for tensor in (1, 2):
+        mesh = make_mesh(slice=num_slices, expert=8, tensor=tensor, devices=devices)
+        assert mesh.shape["expert"] == 8 and mesh.shape["tensor"] == tensor
+        assert set(mesh.devices.flat) == set(devices)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture", "mesh", "chunks", "recorded"),
