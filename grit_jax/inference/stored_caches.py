@@ -44,6 +44,8 @@ def write_caches(folder: Path, caches: Sequence[Cache], form: str) -> None:
             np.save(folder / f"{name}_steps.npy", steps)
         elif form == "bfloat16":  # NumPy's files do not know it.
             whole = whole.astype(ml_dtypes.bfloat16).view(np.uint16)
+        else:
+            whole = whole.astype(np.float32)
         np.save(folder / f"{name}.npy", whole)
 
 

@@ -1,5 +1,6 @@
 """An index on disk: made in parts, added to, interrupted, searched; what is wrong with it."""
 
+import dataclasses
 import gzip
 import json
 
@@ -81,6 +82,17 @@ def test_caches_come_back_as_they_were(tmp_path, model, form, error):
             ours, theirs = np.asarray(getattr(stored, name)), np.asarray(getattr(alone, name))
             largest = np.abs(theirs).max(axis=-1, keepdims=True)
             assert (np.abs(ours - theirs) <= error * largest + 1e-6).all()
+
+
+def test_caches_of_a_bfloat16_model_are_stored_in_any_form(tmp_path, model):
+    config = dataclasses.replace(model.model.config, dtype="bfloat16", param_dtype="bfloat16")
+    narrow = GritLM(make_model(config, 0), model.mesh, Tokenizer())
+    _, (alone,) = narrow.encode_corpus(DOCUMENTS[:1], instruction=EMBED, get_cache=True)
+    for form in ("float32", "bfloat16"):
+        build_index(narrow, DOCUMENTS[:1], tmp_path / form, caches=form)
+        stored = DocumentIndex(tmp_path / form, narrow).cache_of(0)
+        np.testing.assert_array_equal(stored.keys, alone.keys)
+        assert stored.keys.dtype == alone.keys.dtype
 
 
 def test_a_head_of_zeros_stays_zero():
