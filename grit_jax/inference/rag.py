@@ -90,10 +90,9 @@ class Answerer:
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
         self._model, self._index, self._way = model, index, way
         self._num_documents, self._positions = num_documents, positions
-        self._prompt = PROMPTS[way] + answer_prefix
-        self._caches_query = way.startswith("query") and way.endswith("cache")
-        self._caches_query |= way == "document-query-cache"
-        self._caches_documents = "document" in way and way.endswith("cache")
+        self._answer_prefix = answer_prefix
+        # What is read from caches, in this order.
+        self._cached = way.removesuffix("-cache").split("-") if way.endswith("-cache") else []
 
     def ask(
         self, questions: str | Sequence[str], max_new_tokens: int = 16, **options: Any
@@ -111,13 +110,14 @@ class Answerer:
         questions = [questions] if isinstance(questions, str) else list(questions)
         context = self._model.model.config.max_position_embeddings
         found = self._model.encode_queries(
-            questions, instruction=EMBED, max_length=context, get_cache=self._caches_query
+            questions, instruction=EMBED, max_length=context, get_cache="query" in self._cached
         )
-        embeddings, query_caches = found if self._caches_query else (found, [None] * len(questions))
+        has_caches = isinstance(found, tuple)
+        embeddings, query_caches = found if has_caches else (found, [None] * len(questions))
         scores, numbers = self._index.search(embeddings, self._num_documents)
         prompts = [self._prompt_of(*each) for each in zip(questions, numbers, strict=True)]
         caches = None
-        if self._caches_query or self._caches_documents:
+        if self._cached:
             pairs = zip(query_caches, numbers, strict=True)
             caches = [self._cache_before(query, of_one) for query, of_one in pairs]
         answers = self._model.generate(prompts, max_new_tokens, cache=caches, **options)
@@ -128,16 +128,16 @@ class Answerer:
 
     def _prompt_of(self, question: str, numbers: np.ndarray) -> str:
         documents = join_documents([self._index.documents[number] for number in numbers])
-        return self._prompt.replace("{documents}", "\n\n".join(documents)).replace(
-            "{query}", question
-        )
+        prompt = PROMPTS[self._way].format(query=question, documents="\n\n".join(documents))
+        return prompt + self._answer_prefix
 
     def _cache_before(self, query: Cache | None, numbers: np.ndarray) -> Cache:
         blocks: list[Cache] = []
-        if self._caches_documents:
-            blocks = [self._document_cache(int(number)) for number in numbers]
-        if query is not None:
-            blocks.insert(0 if self._way.startswith("query") else len(blocks), query)
+        for what in self._cached:
+            if what == "document":
+                blocks += [self._document_cache(int(number)) for number in numbers]
+            elif query is not None:
+                blocks.append(query)
         theta = self._model.model.config.rope_theta
         return join_blocks(blocks, theta, are_continued=self._positions == "continued")
 

@@ -134,6 +134,14 @@ def test_joined_caches_are_a_text_whose_parts_are_apart(tmp_path, exported, posi
     )
 
 
+def test_braces_in_a_document_are_text(tmp_path, model):
+    build_index(model, [{"text": "Write {query} in braces {documents}."}], tmp_path / "index")
+    answerer = Answerer(model, DocumentIndex(tmp_path / "index", model), "document-prompt")
+    assert "Write {query} in braces {documents}.\n\nWho?" in answerer._prompt_of(
+        "Who?", np.array([0])
+    )
+
+
 def test_what_cannot_be_asked_is_named(index, model):
     with pytest.raises(InputError, match="way='fast' must be one of query-prompt"):
         Answerer(model, index, "fast")
