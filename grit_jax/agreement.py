@@ -6,9 +6,7 @@ are about to do before they do anything.
 
 from collections import Counter
 from collections.abc import Mapping
-import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 import platform
 import socket
@@ -18,6 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from grit_jax.data.fingerprints import fingerprint
 from grit_jax.processes import ProcessError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -88,17 +87,13 @@ def _unusual(values: list[bytes]) -> list[int]:
 
 
 def _digest(value: Any) -> np.ndarray:
-    text = json.dumps(value, sort_keys=True)
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return np.frombuffer(bytes.fromhex(fingerprint(value)), np.uint8)
 
 
-def _code() -> str:
+def _code() -> dict[str, str]:
     folder = Path(__file__).parent
     files = sorted(path for part in (folder, folder / "models") for path in part.rglob("*.py"))
-    total = hashlib.sha256()
-    for path in files:
-        total.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return total.hexdigest()
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 import gzip
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from grit_jax.data.fingerprints import fingerprint
 from grit_jax.inference.inputs import InputError
 
 LINES, TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
@@ -46,8 +46,7 @@ def read_documents(source: str) -> Iterator[Document]:
 
 def identity(document: Document) -> str:
     """Returns what tells a document from others: a hash of its title and text."""
-    text = json.dumps([document.get("title", ""), document["text"]])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return fingerprint([document.get("title", ""), document["text"]])[:32]
 
 
 def _of_lines(file: Path) -> Iterator[Document]:
