@@ -36,12 +36,16 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 EVAL = ["bm25s>=0.3.16"]
+# What `grit-jax evaluate` measures with; they bring torch.
+HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
 # etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
 TEST = [
     *BUCKET,
     *DATA,
     *EVAL,
+    *HARNESSES,
+    "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
     "build>=1.4",
     "hypothesis>=6.170",
     # The compiler for TPUs, which needs none.
@@ -81,6 +85,7 @@ setup(
         "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "eval": EVAL,
+        "harnesses": HARNESSES,
         "test": TEST,
     },
     entry_points={"console_scripts": ["grit-jax = grit_jax.cli:main"]},

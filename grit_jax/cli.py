@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "convert": convert,
         "plan": plan,
         "rag": rag,
+        "evaluate": evaluate,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
@@ -337,3 +338,22 @@ def rag(argv: Sequence[str]) -> None:
         run(argv)
     except (ConversionError, InputError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measures a model by MTEB and by lm-eval, beside the paper's table"""
+    from grit_jax.bucket import BucketError
+    from grit_jax.conversion import ConversionError
+    from grit_jax.evaluation.evaluate_command import run
+    from grit_jax.evaluation.results import ResultsError
+    from grit_jax.inference.inputs import InputError
+
+    known = (BucketError, ConversionError, InputError, ResultsError, FileNotFoundError)
+    try:
+        run(argv)
+    except known as error:
+        fail(f"{type(error).__name__}: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("mteb", "lm_eval"):
+            raise
+        fail(f"grit-jax evaluate needs {error.name}: pip install 'grit-jax[harnesses]'")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float64
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -21,6 +24,7 @@ from grit_jax.inference.inputs import (
     InputError,
     TextLike,
     TokenIds,
+    as_continuations,
     as_stop_strings,
     as_texts,
     find_end_tokens,
@@ -31,6 +35,7 @@ from grit_jax.inference.inputs import (
 from grit_jax.inference.loading import load_module
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.inference.sampling import Sampling
+from grit_jax.inference.score import Scorer
 from grit_jax.models import Cache, Mistral
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
@@ -136,6 +141,16 @@ class GritLM:
         )
 
     @property
+    def attention(self) -> str:
+        """The pattern that it embeds and generates in."""
+        return self._embedding.attention
+
+    @property
+    def pooling(self) -> str:
+        """How hidden states become an embedding."""
+        return self._embedding.pooling
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """What strings are read with.
 
@@ -195,7 +210,7 @@ class GritLM:
         embedding = dataclasses.replace(self._embedding, pools_instruction=embed_instruction)
         places = min(PLACES_OF_A_DEVICE, -(-batch_size * max_length // batch_shards(self.mesh)))
         embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
-        with _progress(len(read)) as done:
+        with _progress("Embedding", len(read)) as done:
             found = embed(read, embedding, places, done)
         embeddings, caches = found if isinstance(found, tuple) else (found, None)
         if recast:
@@ -316,6 +331,49 @@ class GritLM:
         request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
         return pieces(self._generator, request, self._answer(True, stop), TOKENS_STREAMED)
 
+    def score(
+        self,
+        prompts: Sequence[TextLike],
+        continuations: Sequence[TextLike],
+        *,
+        add_special_tokens: bool = True,
+        batch_size: int = 256,
+    ) -> tuple[Float64[np.ndarray, "pairs"], Bool[np.ndarray, "pairs"]]:
+        """Returns of each pair how likely the continuation is behind the prompt, read causally.
+
+        The first array has log-likelihoods in nats, summed over the continuation's tokens. The
+        second says whether `generate` would begin with the continuation: each of its tokens is the
+        likeliest in its place. Pairs are packed into rows, and those of one prompt that differ in
+        their last token alone are read together.
+
+        Args:
+          prompts: strings or token ids; a prompt may be there several times.
+          continuations: one for each prompt, of the same kind. A string's tokens are those that
+            prompt and continuation have together, behind as many as the prompt has alone.
+          add_special_tokens: whether `<s>` goes before prompts that are strings.
+          batch_size: bounds memory, as so many texts of 512 tokens do in `encode`.
+
+        Raises:
+          InputError: a text is empty, no string nor token ids, or a pair is too long; the message
+            names it.
+        """
+        context = self.model.config.max_position_embeddings
+        pairs = as_continuations(
+            self._token_ids, prompts, continuations, context, begin=add_special_tokens
+        )
+        places = min(PLACES_OF_A_DEVICE, -(-batch_size * 512 // batch_shards(self.mesh)))
+        with _progress("Scoring", len(pairs)) as done:
+            return self._scorer.score(pairs, places, done)
+
+    def unnormalized(self) -> "GritLM":
+        """Returns this model with embeddings as they are pooled, whatever their length.
+
+        Parameters and compiled programs are shared.
+        """
+        other = copy.copy(self)
+        other._embedding = dataclasses.replace(self._embedding, normalized=False)
+        return other
+
     def _request(
         self,
         prompts: Sequence[TextLike],
@@ -348,6 +406,10 @@ class GritLM:
     def _encoder(self) -> Encoder:
         return Encoder(self.model, self.mesh)
 
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, self.mesh)
+
 
 def _check_choices(attention: str, pooling: str) -> None:
     if attention not in PATTERNS:
@@ -360,9 +422,9 @@ def _check_choices(attention: str, pooling: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(num_texts: int) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, num_texts: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told how many texts are done, and shows it where they are many."""
     is_hidden = num_texts < SHOWN_FROM or not is_writer()
     with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
-        task = progress.add_task("Embedding", total=num_texts)
+        task = progress.add_task(title, total=num_texts)
         yield functools.partial(progress.advance, task)

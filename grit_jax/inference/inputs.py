@@ -16,6 +16,7 @@ from grit_jax.conversion import ConversionError, HuggingFaceModel, Model
 from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+from grit_jax.inference.score import Continuation
 
 # A text or a prompt: a string, or token ids.
 TextLike = str | Sequence[int] | np.ndarray
@@ -205,6 +206,48 @@ def as_stop_strings(stop: str | Sequence[str]) -> list[str]:
         if not isinstance(string, str) or not string:
             raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
     return strings
+
+
+def as_continuations(
+    token_ids: TokenIds,
+    prompts: Sequence[TextLike],
+    continuations: Sequence[TextLike],
+    context: int,
+    *,
+    begin: bool,
+) -> list[Continuation]:
+    """Returns pairs of a prompt and what may follow it; the arguments are those of `GritLM.score`.
+
+    Raises:
+      InputError: see there.
+    """
+    if isinstance(prompts, str) or isinstance(continuations, str):
+        raise InputError("prompts and continuations are lists, of one each at least")
+    if len(prompts) != len(continuations):
+        raise InputError(
+            f"there are {len(continuations)} continuations for {len(prompts)} prompts: give one "
+            "each"
+        )
+    pairs = []
+    for number, (prompt, following) in enumerate(zip(prompts, continuations, strict=True)):
+        before = token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
+        name = f"continuation {number}"
+        if isinstance(prompt, str) and isinstance(following, str):
+            whole = token_ids.after("", prompt + following, begin=begin, name=name).tokens
+            tokens = whole[len(before) :]
+        elif isinstance(prompt, str) or isinstance(following, str):
+            raise InputError(f"prompt and {name} must both be strings, or both token ids")
+        else:
+            tokens = token_ids.after("", following, begin=False, name=name).tokens
+        if not len(tokens):
+            raise InputError(f"{name} has no token of its own behind its prompt: leave it out")
+        if len(before) + len(tokens) - 1 > context:
+            raise InputError(
+                f"prompt and {name} have {len(before) + len(tokens)} tokens, but this model reads "
+                f"{context} at most: shorten the prompt"
+            )
+        pairs.append(Continuation(before, tokens))
+    return pairs
 
 
 def join_documents(corpus: Any) -> Any:
