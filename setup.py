@@ -25,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2.3",
     "tensorboardX>=2.6.5",
     "tensorstore>=0.1.86",
+    "tokenizers>=0.23.3",
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [

@@ -91,7 +91,7 @@ def prepare(argv: Sequence[str]) -> None:
     from grit_jax.data.jsonl import SourceError
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.data.prepare import prepare_mixtures
-    from grit_jax.data.tokenizer import Tokenizer
+    from grit_jax.data.tokenizer import Tokenizer, TokenizerError
 
     arguments = _prepare_parser().parse_args(argv)
     sys.path.insert(0, "")  # A user's module lies in the current folder.
@@ -113,7 +113,7 @@ def prepare(argv: Sequence[str]) -> None:
             max_rejected=arguments.max_rejected,
             redo=arguments.redo,
         )
-    except (PreparedDataError, SourceError, FileNotFoundError) as error:
+    except (PreparedDataError, SourceError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
         if error.name in arguments.module:
@@ -146,7 +146,9 @@ def _prepare_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="folder to prepare it in")
     parser.add_argument(
-        "--tokenizer", default=MISTRAL, help="'mistral' or the path of a SentencePiece model"
+        "--tokenizer",
+        default=MISTRAL,
+        help="'mistral' or the path of a tokenizer.model (SentencePiece) or tokenizer.json",
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares your Mixtures"
@@ -219,8 +221,8 @@ def convert(argv: Sequence[str]) -> None:
     )
     to_hf.add_argument(
         "--tokenizer",
-        help="'mistral' or the path of a SentencePiece model; by default the one that lies with "
-        "the model, else 'mistral'",
+        help="'mistral' or the path of a tokenizer.model or tokenizer.json; by default the one "
+        "that lies with the model, else 'mistral'",
     )
     to_hf.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
@@ -243,6 +245,7 @@ def convert(argv: Sequence[str]) -> None:
     from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
+    from grit_jax.data.tokenizer import TokenizerError
 
     try:
         if arguments.direction == "from-hf":
@@ -257,7 +260,7 @@ def convert(argv: Sequence[str]) -> None:
                 attention=arguments.attention,
                 pooling=arguments.pooling,
             )
-    except (BucketError, ConversionError, FileNotFoundError) as error:
+    except (BucketError, ConversionError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -330,10 +333,11 @@ def plan(argv: Sequence[str]) -> None:
 def rag(argv: Sequence[str]) -> None:
     """Builds an index of documents, or answers questions from one"""
     from grit_jax.conversion import ConversionError
+    from grit_jax.data.tokenizer import TokenizerError
     from grit_jax.inference.inputs import InputError
     from grit_jax.inference.rag_command import run
 
     try:
         run(argv)
-    except (ConversionError, InputError, FileNotFoundError) as error:
+    except (ConversionError, InputError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")

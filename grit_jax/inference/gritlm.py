@@ -109,8 +109,8 @@ class GritLM:
           attention: the pattern it was trained in, `config.model.attention` of its run.
           pooling: of its embeddings, `config.model.pooling` of its run.
           normalized: whether embeddings are scaled to length 1.
-          tokenizer: path of a SentencePiece model, or "mistral"; by default the one that lies with
-            the model, else Mistral's for a model of as many pieces.
+          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral"; by default the
+            one that lies with the model, else Mistral's for a model of as many pieces.
           mesh: the devices, by default all of them.
           base: where the model of low-rank updates lies now, if it has moved.
 
@@ -118,6 +118,7 @@ class GritLM:
           ConversionError: there is no model at `path`, or it is damaged.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
+          TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
           ValueError: the type, the pattern or the pooling is unknown.
         """
         _check_choices(attention, pooling)

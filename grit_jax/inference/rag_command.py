@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
         each.add_argument("--attention", default="bbcc", help="the pattern of its training (bbcc)")
         each.add_argument("--pooling", default="mean", help="of its embeddings (mean)")
-        each.add_argument("--tokenizer", help="a SentencePiece model (the model's own)")
+        each.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
     build.add_argument(
         "--caches",
         default="none",
