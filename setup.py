@@ -39,10 +39,12 @@ DATA = [
 EVAL = ["bm25s>=0.3.16"]
 # etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
+GGUF = ["gguf>=0.19", "protobuf>=7.36"]
 TEST = [
     *BUCKET,
     *DATA,
     *EVAL,
+    *GGUF,
     "build>=1.4",
     "hypothesis>=6.170",
     # The compiler for TPUs, which needs none.
@@ -82,6 +84,7 @@ setup(
         "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "eval": EVAL,
+        "gguf": GGUF,
         "test": TEST,
     },
     entry_points={"console_scripts": ["grit-jax = grit_jax.cli:main"]},

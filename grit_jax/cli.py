@@ -202,14 +202,20 @@ def _positive(text: str) -> int:
 
 
 def convert(argv: Sequence[str]) -> None:
-    """Converts weights: from-hf HF_FOLDER CHECKPOINT, or to-hf CHECKPOINT HF_FOLDER"""
+    """Converts weights: from-hf FOLDER CHECKPOINT, from-gguf FILE CHECKPOINT, to-hf MODEL FOLDER"""
     parser = argparse.ArgumentParser(prog="grit-jax convert", description=convert.__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
+    from_gguf = directions.add_parser("from-gguf", help="GGUF file to Orbax checkpoint")
     to_hf = directions.add_parser("to-hf", help="checkpoint or run's folder to Hugging Face folder")
     from_hf.add_argument("source", type=_on_disk, help="the model")
+    from_gguf.add_argument("source", type=_on_disk, help="the file")
+    from_gguf.add_argument(
+        "--tokenizer",
+        help="path of a tokenizer.model or tokenizer.json; by default the one in the file",
+    )
     to_hf.add_argument("source", help="the model, which may be gs://BUCKET/FOLDER")
-    for direction in (from_hf, to_hf):
+    for direction in (from_hf, from_gguf, to_hf):
         direction.add_argument("destination", type=_on_disk, help="folder to make")
     from_hf.add_argument(
         "--head",
@@ -242,7 +248,7 @@ def convert(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
 
     from grit_jax.bucket import BucketError
-    from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
+    from grit_jax.conversion import ConversionError, GgufModel, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
     from grit_jax.data.tokenizer import TokenizerError
@@ -250,6 +256,9 @@ def convert(argv: Sequence[str]) -> None:
     try:
         if arguments.direction == "from-hf":
             model = HuggingFaceModel(arguments.source, arguments.head)
+            write_orbax(model, arguments.destination)
+        elif arguments.direction == "from-gguf":
+            model = GgufModel(arguments.source, arguments.tokenizer)
             write_orbax(model, arguments.destination)
         else:
             write_hugging_face(

@@ -100,9 +100,9 @@ class GritLM:
         """Returns the model at `path`, its parameters read straight to where they belong.
 
         Args:
-          path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER. Low-rank
-            updates are added to the weights that they are of.
+          path: a Hugging Face folder, a GGUF file, a checkpoint, or a run's folder (of which the
+            newest checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER.
+            Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
             the memory of bfloat16; None leaves them in `dtype`.
