@@ -25,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2.3",
     "tensorboardX>=2.6.5",
     "tensorstore>=0.1.86",
+    "tokenizers>=0.23.3",
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [
@@ -40,12 +41,14 @@ EVAL = ["bm25s>=0.3.16"]
 HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
 # etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
+GGUF = ["gguf>=0.19", "protobuf>=7.36"]
 TEST = [
     *BUCKET,
     *DATA,
     *EVAL,
     *HARNESSES,
     "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
+    *GGUF,
     "build>=1.4",
     "hypothesis>=6.170",
     # The compiler for TPUs, which needs none.
@@ -86,6 +89,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "eval": EVAL,
         "harnesses": HARNESSES,
+        "gguf": GGUF,
         "test": TEST,
     },
     entry_points={"console_scripts": ["grit-jax = grit_jax.cli:main"]},

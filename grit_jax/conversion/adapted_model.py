@@ -6,6 +6,7 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.conversion.fingerprint import fingerprint
+from grit_jax.conversion.gguf_model import GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel, load_by_parts
 from grit_jax.conversion.layout import Index, Parameter
 from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
@@ -27,7 +28,9 @@ class AdaptedModel:
       ConversionError: the base is another model.
     """
 
-    def __init__(self, folder: Folder, base: "HuggingFaceModel | OrbaxModel | AdaptedModel"):
+    def __init__(
+        self, folder: Folder, base: "HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel"
+    ):
         settings = read_item(folder, "description")["lora"]
         if base.fingerprint() != settings.pop("base"):
             raise ConversionError(
@@ -63,7 +66,9 @@ class AdaptedModel:
         parts = (self._base.fingerprint(), self._updates.fingerprint(), str(self._lora))
         return fingerprint(" ".join(parts), [])
 
-    def _holder(self, parameter: Parameter) -> "HuggingFaceModel | OrbaxModel | AdaptedModel":
+    def _holder(
+        self, parameter: Parameter
+    ) -> "HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel":
         """Returns the model that has the parameter's W."""
         # The layer that makes embeddings is trained whole, beside the updates.
         return self._updates if parameter.path[0] == "embedding_projection" else self._base

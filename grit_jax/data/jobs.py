@@ -138,6 +138,8 @@ class Job:
                 "name": self._tokenizer.name,
                 "sha256": self._tokenizer.fingerprint,
                 "vocab_size": self._tokenizer.vocab_size,
+                "bos_id": self._tokenizer.bos_id,
+                "eos_id": self._tokenizer.eos_id,
             },
             left_out=own.left_out,
             source=self.described,

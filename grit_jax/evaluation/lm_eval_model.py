@@ -1,7 +1,7 @@
 """`GritLM` as a model of lm-eval, EleutherAI's harness (the package lm_eval).
 
 Texts become tokens as the harness' own model for `transformers` makes them of an exported model:
-`<s>` goes before each, and `</s>` within a text is the token that ends one.
+what begins a text goes before each, and what ends one (`</s>`), written within, is that token.
 """
 
 from collections import defaultdict
@@ -18,7 +18,6 @@ import numpy as np
 from grit_jax.data.templates import ASSISTANT, chat_prompt
 from grit_jax.inference.gritlm import GritLM
 
-END_OF_TEXT = "</s>"
 # What a task may ask of generation, beside where it ends.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -35,6 +34,7 @@ class LmEvalModel(TemplateLM):
     def __init__(self, model: GritLM, *, batch_size: int = 32, max_new_tokens: int = 256):
         super().__init__()
         self._model = model
+        self._end_of_text = model.tokenizer.special_tokens["eos_token"]
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self.max_length = model.model.config.max_position_embeddings
 
@@ -58,7 +58,7 @@ class LmEvalModel(TemplateLM):
     ) -> list[int]:
         """Returns the token ids of a text, with `<s>` before them unless that is not wanted."""
         ids = [] if add_special_tokens is False else [self.prefix_token_id]
-        for number, part in enumerate(string.split(END_OF_TEXT)):
+        for number, part in enumerate(string.split(self._end_of_text)):
             if number:
                 ids.append(self.eot_token_id)
             ids += self._model.tokenizer.ids(part).tolist()
@@ -83,8 +83,8 @@ class LmEvalModel(TemplateLM):
                 prompt = chat_prompt(system + content, is_first=not text)
                 text, system = text + prompt.removesuffix(ASSISTANT), ""
             else:
-                text += f"{ASSISTANT}{content.strip()}{END_OF_TEXT}"
-        return text + ASSISTANT if add_generation_prompt else text.removesuffix(END_OF_TEXT)
+                text += f"{ASSISTANT}{content.strip()}{self._end_of_text}"
+        return text + ASSISTANT if add_generation_prompt else text.removesuffix(self._end_of_text)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         """Returns log-likelihoods, and whether they are greedy, of contexts and continuations."""

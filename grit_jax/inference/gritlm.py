@@ -105,17 +105,17 @@ class GritLM:
         """Returns the model at `path`, its parameters read straight to where they belong.
 
         Args:
-          path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER. Low-rank
-            updates are added to the weights that they are of.
+          path: a Hugging Face folder, a GGUF file, a checkpoint, or a run's folder (of which the
+            newest checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER.
+            Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
             the memory of bfloat16; None leaves them in `dtype`.
           attention: the pattern it was trained in, `config.model.attention` of its run.
           pooling: of its embeddings, `config.model.pooling` of its run.
           normalized: whether embeddings are scaled to length 1.
-          tokenizer: path of a SentencePiece model, or "mistral"; by default the one that lies with
-            the model, else Mistral's for a model of as many pieces.
+          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral"; by default the
+            one that lies with the model, else Mistral's for a model of as many pieces.
           mesh: the devices, by default all of them.
           base: where the model of low-rank updates lies now, if it has moved.
 
@@ -123,6 +123,7 @@ class GritLM:
           ConversionError: there is no model at `path`, or it is damaged.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
+          TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
           ValueError: the type, the pattern or the pooling is unknown.
         """
         _check_choices(attention, pooling)

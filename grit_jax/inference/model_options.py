@@ -13,7 +13,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--linear-dtype", choices=("int8",), help="of linear layers' weights")
     parser.add_argument("--attention", default="bbcc", help="the pattern of its training (bbcc)")
     parser.add_argument("--pooling", default="mean", help="of its embeddings (mean)")
-    parser.add_argument("--tokenizer", help="a SentencePiece model (the model's own)")
+    parser.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
     parser.add_argument("--base", type=Path, help="where LoRA's base model lies, if it moved")
 
 

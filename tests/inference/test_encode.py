@@ -54,11 +54,19 @@ def hidden_states(module, tokens, segment_ids, is_causal):
     return module(tokens, segment_ids=segment_ids, is_causal=is_causal)
 
 
+def num_shared(tokenizer, instruction, text):
+    """Returns how many tokens are the instruction's alone: its last space is the next word's."""
+    own, whole = tokenizer.encode(instruction), tokenizer.encode(instruction + text)
+    while own != whole[: len(own)]:
+        own.pop()
+    return len(own)
+
+
 def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
     """Returns the normalised mean of a text's hidden states, read in a row of its own."""
     tokenizer = model.tokenizer
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
-    skipped = 1 + len(tokenizer.encode(instruction)) if instruction else 0
+    skipped = 1 + num_shared(tokenizer, instruction, text) if instruction else 0
     places = np.arange(600)[None]
     padded = np.where(places < len(tokens), np.resize(tokens, places.shape), 0)
     is_token = (places < len(tokens)).astype(np.int32)
@@ -225,5 +233,5 @@ def test_unknown_choices_and_a_missing_tokenizer(reference_model):
         reference_model(pooling="max")
     with pytest.raises(ValueError, match="attention='bb' must be one of bbcc, cbcc, cccc"):
         reference_model(attention="bb")
-    with pytest.raises(InputError, match=r"no SentencePiece model .* say tokenizer=PATH"):
+    with pytest.raises(InputError, match=r"no tokenizer .* say tokenizer=PATH"):
         reference_model().encode("a string")
