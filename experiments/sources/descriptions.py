@@ -28,7 +28,7 @@ _PART = re.compile(
 
 
 def read_descriptions(translation: Path, packages: Path) -> list[Fact]:
-    """Returns a fact for each source package.
+    """Returns a fact for each source package whose description no other has.
 
     Args:
       translation: apt's file of English descriptions, `..._Translation-en`.
@@ -40,8 +40,13 @@ def read_descriptions(translation: Path, packages: Path) -> list[Fact]:
         source = sources.get(name, name)
         if source not in chosen or _place(name, source) < _place(chosen[source][0], source):
             chosen[source] = name, stanza
-    facts = [_fact(name, source, stanza) for source, (name, stanza) in sorted(chosen.items())]
-    return [fact for fact in facts if fact is not None]
+    distinct: dict[str, Fact] = {}
+    for source, (name, stanza) in sorted(chosen.items()):
+        fact = _fact(name, source, stanza)
+        if fact is not None:
+            # What differs in a version alone is the same.
+            distinct.setdefault(_without_digits(normalised(fact.passage)), fact)
+    return list(distinct.values())
 
 
 def _stanzas(path: Path) -> Iterator[tuple[str, str]]:
@@ -82,10 +87,9 @@ def _fact(name: str, source: str, stanza: str) -> Fact | None:
     task = pick(NAME_QUESTIONS if asks_for_name else SUMMARY_TASKS, source)
     return Fact(
         keys=(
-            # What differs in its version alone, such as gcc-11 and gcc-12, is the same.
+            # Versions of a package, such as gcc-11 and gcc-12, tell the same.
             f"package {_without_digits(source)}",
             f"short {_without_digits(normalised(short))}",
-            f"long {_without_digits(normalised(masked))}",
         ),
         user=task.format(name=name, text=long),
         assistant=long if asks_for_name else short,

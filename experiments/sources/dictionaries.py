@@ -25,6 +25,7 @@ FOLDOC_QUESTIONS = (
 )
 # "<language, Prolog>" at the start of an entry says what field it belongs to.
 _FIELD = re.compile(r"<[a-z][^<>]{1,60}>\s*", re.IGNORECASE)
+_ADDRESS = re.compile(r"\s*\((https?|ftp):[^()\s]*\)")
 # Paragraphs that point elsewhere: a date, a reference, an address.
 _POINTER = re.compile(
     r"\s*(\((19|20)\d\d-\d\d-\d\d\)|\[|\{[^{}]*\((https?|ftp):|\{\(|E-mail)", re.I
@@ -63,7 +64,8 @@ def _foldoc_fact(raw: str) -> Fact | None:
 def _foldoc_text(body: str) -> str:
     paragraphs = re.split(r"\n\s*\n", body)
     kept = [paragraph for paragraph in paragraphs if not _POINTER.match(paragraph)]
-    return _FIELD.sub("", running_text("\n\n".join(kept), FOLDOC_INDENT))
+    text = running_text("\n\n".join(kept), FOLDOC_INDENT)
+    return _FIELD.sub("", _ADDRESS.sub("", text))
 
 
 def _fact(terms: tuple[str, ...], text: str, masked: str, questions: tuple[str, ...]) -> Fact:

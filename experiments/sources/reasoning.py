@@ -12,7 +12,7 @@ GENERATORS: Mapping[str, Mapping[str, Any]] = {
     "count_bits": {"max_n": 4095},
     "family_relationships": {"max_family_size": 4},
     "gcd": {"max_value": 99},
-    "letter_counting": {"min_words": 1, "max_words": 4},
+    "letter_counting": {"min_words": 3, "max_words": 5},
     "number_filtering": {"max_numbers": 5, "max_decimals": 0},
     "simple_equations": {"max_terms": 2, "max_value": 20},
     "spell_backward": {"max_word_len": 5},
@@ -41,8 +41,8 @@ def make_reasoning_items(items_of_a_generator: int = ITEMS_OF_A_GENERATOR) -> li
     facts: dict[str, Fact] = {}
     for name, options in GENERATORS.items():
         made = reasoning_gym.create_dataset(name, seed=SEED, size=items_of_a_generator, **options)
-        for number in range(items_of_a_generator):
-            fact = _fact(name, made[number])
+        for item in made:
+            fact = _fact(name, item)
             facts.setdefault(fact.user, fact)
     return list(facts.values())
 
