@@ -15,7 +15,7 @@ from grit_jax.data.sample.jargon import (
 )
 from grit_jax.data.sample.text import clean, count_words, is_welcome, pick, term_key
 
-FOLDOC_WORDS = range(8, 81)
+ENTRY_WORDS = range(8, 81)
 FOLDOC_INDENT = 3
 FOLDOC_QUESTIONS = (
     'What is "{term}" in computing?',
@@ -36,7 +36,7 @@ def read_jargon_entries(path: Path) -> list[Fact]:
     """Returns a fact for each entry of the Jargon File in `jargon.dict.dz`."""
     return [
         _fact((entry.headword,), entry.text, entry.masked_text, JARGON_QUESTIONS)
-        for entry in read_jargon(path)
+        for entry in read_jargon(path, ENTRY_WORDS)
     ]
 
 
@@ -50,13 +50,13 @@ def _foldoc_fact(raw: str) -> Fact | None:
     """Returns None of an entry that is too short, or named by a symbol."""
     heading, _, body = raw.strip("\n").partition("\n\n")
     terms = tuple(clean(line) for line in heading.split("\n") if line.strip())
-    text = shorten(_foldoc_text(body), FOLDOC_WORDS)
+    text = shorten(_foldoc_text(body), ENTRY_WORDS)
     masked_text = text
     for term in sorted(terms, key=len, reverse=True):
         masked_text = mask(masked_text, term)
     is_term = re.search("[A-Za-z]{2}", terms[0]) and count_words(terms[0]) <= MOST_HEADWORD_WORDS
     told = masked_text.replace("____", "")
-    if not is_term or count_words(told) < FOLDOC_WORDS.start or not is_welcome(*terms, text):
+    if not is_term or count_words(told) < ENTRY_WORDS.start or not is_welcome(*terms, text):
         return None
     return _fact(terms, text, masked_text, FOLDOC_QUESTIONS)
 

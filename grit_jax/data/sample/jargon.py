@@ -29,9 +29,9 @@ class Entry:
     masked_text: str
 
 
-def read_jargon(path: Path) -> list[Entry]:
+def read_jargon(path: Path, num_words: range = ENTRY_WORDS) -> list[Entry]:
     """The usable entries of ``jargon.dict.dz``, found through ``jargon.index`` beside it."""
-    entries = [parse_entry(raw) for raw in read_dictd(path)]
+    entries = [parse_entry(raw, num_words) for raw in read_dictd(path)]
     return [entry for entry in entries if entry]
 
 
@@ -51,13 +51,13 @@ def read_dictd(path: Path) -> list[str]:
     return [data[offset : offset + size].decode("utf-8") for offset, size in places]
 
 
-def parse_entry(raw: str) -> Entry | None:
+def parse_entry(raw: str, num_words: range = ENTRY_WORDS) -> Entry | None:
     """The entry, or None if it is too short, a mere cross reference or unwelcome."""
     headword_line, _, body = raw.strip("\n").partition("\n")
-    headword, text = clean(headword_line), shorten(running_text(body))
+    headword, text = clean(headword_line), shorten(running_text(body), num_words)
     masked_text = mask(text, headword)
     told = " ".join(each for each in split_sentences(text) if not _CROSS_REFERENCE.match(each))
-    is_long_enough = min(count_words(told), count_words(masked_text)) >= ENTRY_WORDS.start
+    is_long_enough = min(count_words(told), count_words(masked_text)) >= num_words.start
     is_term = re.search("[A-Za-z]{2}", headword) and count_words(headword) <= MOST_HEADWORD_WORDS
     if not (is_long_enough and is_term and is_welcome(headword, text)):
         return None
