@@ -1,27 +1,16 @@
 """The functions that `experiments.measure` asks for, of a GritLM.
 
-Legend of dimensions: N chats, B rows, S positions.
+Legend of dimensions: N texts or chats, D embedding.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from flax import nnx
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 import numpy as np
 
 from grit_jax import GritLM
-from grit_jax.data.examples import Text, chat_text
+from grit_jax.data.examples import chat_text
 from grit_jax.data.templates import chat_prompt, embedding_prefix
-from grit_jax.objectives.next_token import shift_targets
-from grit_jax.sharding import batch_shards
-
-# Rows have a multiple of so many positions, so that few programs are compiled.
-ROW_LENGTH = 64
-# Positions that logits exist for at once.
-PLACES = 2048
 
 
 class Measured:
@@ -29,15 +18,22 @@ class Measured:
 
     Args:
       model: the model.
-      max_length: tokens of a text or a chat; what is longer is cut.
+      max_length: tokens of a text that is embedded; what is longer is cut.
+      chat_length: tokens of a chat, likewise.
       max_new_tokens: of an answer to a task.
     """
 
-    def __init__(self, model: GritLM, *, max_length: int = 512, max_new_tokens: int = 48):
+    def __init__(
+        self,
+        model: GritLM,
+        *,
+        max_length: int = 512,
+        chat_length: int = 512,
+        max_new_tokens: int = 48,
+    ):
         self._model = model
-        self._max_length, self._max_new_tokens = max_length, max_new_tokens
-        self._graph, self._parameters = nnx.split(model.model)
-        self._log_likelihoods = jax.jit(self._of_batch)
+        self._max_length, self._chat_length = max_length, chat_length
+        self._max_new_tokens = max_new_tokens
 
     def encode(self, texts: Sequence[str], instruction: str) -> Float[np.ndarray, "N D"]:
         """Returns the embeddings of texts with an instruction, or "" for none."""
@@ -55,54 +51,10 @@ class Measured:
         self, chats: Sequence[tuple[str, str]]
     ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
         """Returns the log-likelihood of each answer with its `</s>`, in nats, and its tokens."""
-        tokenizer = self._model.tokenizer
-        texts = [chat_text(tokenizer, chat, self._max_length) for chat in chats]
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        nats = np.zeros(len(texts))
-        start = 0
-        while start < len(order):
-            numbers = order[start : start + self._num_rows(texts, order[start:])]
-            nats[numbers] = self._read([texts[number] for number in numbers])
-            start += len(numbers)
+        texts = [chat_text(self._model.tokenizer, chat, self._chat_length) for chat in chats]
+        starts = [int(np.argmax(text.mask)) for text in texts]
+        nats, _ = self._model.score(
+            [text.tokens[:start] for text, start in zip(texts, starts, strict=True)],
+            [text.tokens[start:] for text, start in zip(texts, starts, strict=True)],
+        )
         return nats, np.array([np.sum(text.mask) for text in texts], np.float64)
-
-    def _num_rows(self, texts: Sequence[Text], order: Sequence[int]) -> int:
-        """Returns how many of the next texts, each longer than the last, are read at once."""
-        num_rows = 1
-        for number in order[1:]:
-            if (num_rows + 1) * _row_length(len(texts[number])) > PLACES:
-                break
-            num_rows += 1
-        return num_rows
-
-    def _read(self, texts: Sequence[Text]) -> Float[np.ndarray, "N"]:
-        S = _row_length(max(map(len, texts)))
-        shards = batch_shards(self._model.mesh)
-        B = -(-max(1, PLACES // S) // shards) * shards
-        tokens, segment_ids = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
-        mask = np.zeros((B, S), bool)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)], mask[row, : len(text)] = text.tokens, text.mask
-            segment_ids[row, : len(text)] = row + 1
-        with jax.set_mesh(self._model.mesh):
-            nats = self._log_likelihoods(self._parameters, tokens, segment_ids, mask)
-        return np.asarray(nats)[: len(texts)]
-
-    def _of_batch(
-        self,
-        parameters: Any,
-        tokens: Int[Array, "B S"],
-        segment_ids: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
-    ) -> Float[Array, "B"]:
-        model = nnx.merge(self._graph, parameters)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden = model(tokens, positions, segment_ids, is_causal=True)
-        targets, is_target = shift_targets(tokens, segment_ids, mask)
-        log_probabilities = jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
-        own = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum(own * is_target, axis=1)
-
-
-def _row_length(length: int) -> int:
-    return -(-length // ROW_LENGTH) * ROW_LENGTH
