@@ -67,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     for each in (build, ask):
         each.add_argument("--index", type=Path, required=True, help="the index's folder")
         each.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-        each.add_argument("--attention", default="bbcc", help="the pattern of its training (bbcc)")
-        each.add_argument("--pooling", default="mean", help="of its embeddings (mean)")
+        each.add_argument("--attention", help="the pattern of its training (the model's own)")
+        each.add_argument("--pooling", help="of its embeddings (the model's own)")
         each.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
     build.add_argument(
         "--caches",
