@@ -76,16 +76,6 @@ class Run:
     name: str
     overrides: Mapping[str, Any] | None
 
-    @property
-    def attention(self) -> str:
-        """The pattern that the run's model embeds in."""
-        return (self.overrides or {}).get("model.attention", "bbcc")
-
-    @property
-    def pooling(self) -> str:
-        """The pooling of the run's model."""
-        return (self.overrides or {}).get("model.pooling", "mean")
-
 
 UNTRAINED = Run("untrained", None)
 MAIN = (

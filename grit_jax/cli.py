@@ -236,15 +236,13 @@ def convert(argv: Sequence[str]) -> None:
     )
     to_hf.add_argument(
         "--attention",
-        default="bbcc",
         choices=("bbcc", "cccc"),  # cbcc has no counterpart in sentence-transformers.
-        help="pattern it was trained with (bbcc)",
+        help="pattern it was trained with; by default what the model says, else bbcc",
     )
     to_hf.add_argument(
         "--pooling",
-        default="mean",
         choices=("mean", "weightedmean", "lasttoken", "cls"),
-        help="of its embeddings (mean)",
+        help="of its embeddings; by default what the model says, else mean",
     )
     arguments = parser.parse_args(argv)
 

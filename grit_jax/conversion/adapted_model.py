@@ -11,6 +11,7 @@ from grit_jax.conversion.hugging_face import HuggingFaceModel, load_by_parts
 from grit_jax.conversion.layout import Index, Parameter
 from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
 from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.data.tokenizer import tokenizer_in
 from grit_jax.models import LoraConfig
 
 # The item of a checkpoint that says where the base lies: the mark of low-rank updates.
@@ -38,7 +39,9 @@ class AdaptedModel:
             )
         self._base, self._updates = base, OrbaxModel(folder)
         self._lora = LoraConfig(**settings)
-        self.folder, self.tokenizer_folder = folder, base.tokenizer_folder
+        self.folder, self.tokenizer_folder = folder, self._updates.tokenizer_folder
+        if tokenizer_in(self.tokenizer_folder) is None:  # A checkpoint of older versions.
+            self.tokenizer_folder = base.tokenizer_folder
         self.fields, self.config = self._updates.fields, self._updates.config
         self.parameters = self._updates.parameters
         self._adapted = {

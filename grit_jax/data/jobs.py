@@ -140,6 +140,7 @@ class Job:
                 "vocab_size": self._tokenizer.vocab_size,
                 "bos_id": self._tokenizer.bos_id,
                 "eos_id": self._tokenizer.eos_id,
+                "files": sorted(self._tokenizer.files),
             },
             left_out=own.left_out,
             source=self.described,

@@ -1,14 +1,17 @@
 """What makes token ids of text: a SentencePiece model, or a `tokenizer.json` of Hugging Face's."""
 
+from collections.abc import Mapping
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
+import tempfile
 
 from etils import epath
 from jaxtyping import Int
 import numpy as np
 
-from grit_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from grit_jax.data.hugging_face_tokenizer import BY_CONTENT, HuggingFaceTokenizer
 from grit_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 MISTRAL = "mistral"
@@ -75,7 +78,7 @@ class Tokenizer:
     def __init__(self, name: str = MISTRAL):
         self.name = name
         path = tokenizer_path(name)
-        content = path.read_bytes()
+        self._content = content = path.read_bytes()
         digest = hashlib.sha256(content)
         try:
             if path.suffix == ".json":
@@ -92,6 +95,22 @@ class Tokenizer:
         self.eos_id: int = self._kind.eos_id
         self.special_tokens: dict[str, str] = self._kind.special_tokens()
         self.fingerprint: str = digest.hexdigest()
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
+        """Returns the tokenizer of such files as the attribute `files` has."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return cls(str(tokenizer_in(Path(folder))))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files that it can be read from again."""
+        if self.file_name == SENTENCEPIECE:
+            return {SENTENCEPIECE: self._content}
+        special = json.dumps(self.special_tokens).encode()
+        return {HUGGING_FACE: self._content, BY_CONTENT[0]: special}
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without those of its begin and end."""

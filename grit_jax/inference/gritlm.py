@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grit_jax.conversion import open_model
+from grit_jax.conversion.embedding import how_it_embeds
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
 from grit_jax.inference.encode import Embedding, Encoder
@@ -95,8 +96,8 @@ class GritLM:
         *,
         dtype: str = "bfloat16",
         linear_dtype: str | None = None,
-        attention: str = "bbcc",
-        pooling: str = "mean",
+        attention: str | None = None,
+        pooling: str | None = None,
         normalized: bool = True,
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
@@ -111,8 +112,9 @@ class GritLM:
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
             the memory of bfloat16; None leaves them in `dtype`.
-          attention: the pattern it was trained in, `config.model.attention` of its run.
-          pooling: of its embeddings, `config.model.pooling` of its run.
+          attention: the pattern it was trained in. Checkpoints of runs, and what was made of them,
+            say so themselves; others have "bbcc".
+          pooling: of its embeddings, alike; others have "mean".
           normalized: whether embeddings are scaled to length 1.
           tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral"; by default the
             one that lies with the model, else Mistral's for a model of as many pieces.
@@ -126,7 +128,7 @@ class GritLM:
           TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
           ValueError: the type, the pattern or the pooling is unknown.
         """
-        _check_choices(attention, pooling)
+        _check_choices(**how_it_embeds({}, attention, pooling))
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         found = find_tokenizer(stored, tokenizer)
@@ -136,9 +138,8 @@ class GritLM:
             mesh,
             found,
             end_tokens=find_end_tokens(stored),
-            attention=attention,
-            pooling=pooling,
             normalized=normalized,
+            **how_it_embeds(stored.fields, attention, pooling),
         )
 
     @property

@@ -11,8 +11,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder, a checkpoint or a run")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--linear-dtype", choices=("int8",), help="of linear layers' weights")
-    parser.add_argument("--attention", default="bbcc", help="the pattern of its training (bbcc)")
-    parser.add_argument("--pooling", default="mean", help="of its embeddings (mean)")
+    parser.add_argument("--attention", help="the pattern of its training (the model's own)")
+    parser.add_argument("--pooling", help="of its embeddings (the model's own)")
     parser.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
     parser.add_argument("--base", type=Path, help="where LoRA's base model lies, if it moved")
 

@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from tokenizer_files import write_tokenizer
 
+from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
 
@@ -338,9 +339,15 @@ def test_only_what_has_changed_is_made_again(tmp_path, again):
         "vocab_size": tokenizer.vocab_size,
         "bos_id": tokenizer.bos_id,
         "eos_id": tokenizer.eos_id,
+        "files": ["tokenizer.json", "tokenizer_config.json"],
     }
     query = dataset.read([0])[0].query
     assert tokenizer.decode(query.tokens[query.mask].tolist()) == "query 0"
+    # It is kept beside the data, which may be used elsewhere.
+    for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"):
+        path.unlink()
+    kept = kept_tokenizer(dataset)
+    assert (kept.fingerprint, kept.bos_id) == (tokenizer.fingerprint, tokenizer.bos_id)
 
 
 KILLING = """

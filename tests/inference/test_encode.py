@@ -1,6 +1,8 @@
 """Embeddings: the original's numbers, whatever is read beside a text, and errors."""
 
 import functools
+import json
+import shutil
 import warnings
 
 from flax import nnx
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import reference_values
 
+from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
 from grit_jax.inference.inputs import InputError
 from grit_jax.objectives.pooling import POOLINGS
@@ -47,6 +50,26 @@ def test_embeddings_are_those_of_the_original(reference_model, architecture, poo
     assert embeddings.dtype == np.float32
     tolerance = 1e-4 * np.abs(expected).max()
     np.testing.assert_allclose(embeddings, expected, rtol=0, atol=tolerance)
+
+
+def test_a_model_says_how_it_embeds_and_is_overruled(tmp_path, reference_model):
+    values = reference_values.load_values("mistral")
+    folder = shutil.copytree(reference_values.FOLDER / "tiny-mistral", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["grit"] = {"attention": "cccc", "pooling": "cls"}
+    (folder / "config.json").write_text(json.dumps(config))
+    load = functools.partial(GritLM.from_pretrained, folder, dtype="float32", normalized=False)
+    mesh = reference_model().mesh
+    texts = texts_of(values)[:2]
+    for options, expected in (
+        (
+            {},
+            encode_each(reference_model(attention="cccc", pooling="cls", normalized=False), texts),
+        ),
+        ({"attention": "bbcc", "pooling": "mean"}, values["embedding_mean_raw"][:2]),
+    ):
+        embeddings = encode_each(load(mesh=mesh, **options), texts)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-4 * np.abs(expected).max())
 
 
 @functools.partial(nnx.jit, static_argnames="is_causal")
