@@ -1,6 +1,6 @@
 """The functions that `experiments.measure` asks for, of a GritLM.
 
-Legend of dimensions: N chats, B rows, S positions.
+Legend of dimensions: N chats or texts, D embedding or hidden, B rows, S positions, K answer tokens.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ import numpy as np
 from grit_jax import GritLM
 from grit_jax.data.examples import Text, chat_text
 from grit_jax.data.templates import chat_prompt, embedding_prefix
-from grit_jax.objectives.next_token import shift_targets
 from grit_jax.sharding import batch_shards
 
-# Rows have a multiple of so many positions, so that few programs are compiled.
-ROW_LENGTH = 64
-# Positions that logits exist for at once.
+# Rows have a multiple of so many positions, and of so many tokens of an answer, so that few
+# programs are compiled.
+ROW_LENGTH, TARGETS = 64, 32
+# Positions that are read at once.
 PLACES = 2048
 
 
@@ -70,22 +70,28 @@ class Measured:
         """Returns how many of the next texts, each longer than the last, are read at once."""
         num_rows = 1
         for number in order[1:]:
-            if (num_rows + 1) * _row_length(len(texts[number])) > PLACES:
+            if (num_rows + 1) * _multiple(len(texts[number]), ROW_LENGTH) > PLACES:
                 break
             num_rows += 1
         return num_rows
 
     def _read(self, texts: Sequence[Text]) -> Float[np.ndarray, "N"]:
-        S = _row_length(max(map(len, texts)))
-        shards = batch_shards(self._model.mesh)
-        B = -(-max(1, PLACES // S) // shards) * shards
-        tokens, segment_ids = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
-        mask = np.zeros((B, S), bool)
+        S = _multiple(max(map(len, texts)), ROW_LENGTH)
+        K = _multiple(max(int(text.mask.sum()) for text in texts), TARGETS)
+        B = _multiple(max(1, PLACES // S), batch_shards(self._model.mesh))
+        tokens, segment_ids = np.zeros((2, B, S), np.int32)
+        places, targets = np.zeros((2, B, K), np.int32)
+        is_target = np.zeros((B, K), bool)
         for row, text in enumerate(texts):
-            tokens[row, : len(text)], mask[row, : len(text)] = text.tokens, text.mask
-            segment_ids[row, : len(text)] = row + 1
+            tokens[row, : len(text)], segment_ids[row, : len(text)] = text.tokens, row + 1
+            answer = np.flatnonzero(text.mask)
+            # A token is foretold by the one before it.
+            places[row, : len(answer)] = answer - 1
+            targets[row, : len(answer)] = text.tokens[answer]
+            is_target[row, : len(answer)] = True
+        inputs = (tokens, segment_ids, places, targets, is_target)
         with jax.set_mesh(self._model.mesh):
-            nats = self._log_likelihoods(self._parameters, tokens, segment_ids, mask)
+            nats = self._log_likelihoods(self._parameters, *inputs)
         return np.asarray(nats)[: len(texts)]
 
     def _of_batch(
@@ -93,16 +99,19 @@ class Measured:
         parameters: Any,
         tokens: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
+        places: Int[Array, "B K"],
+        targets: Int[Array, "B K"],
+        is_target: Bool[Array, "B K"],
     ) -> Float[Array, "B"]:
         model = nnx.merge(self._graph, parameters)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden = model(tokens, positions, segment_ids, is_causal=True)
-        targets, is_target = shift_targets(tokens, segment_ids, mask)
-        log_probabilities = jax.nn.log_softmax(model.logits(hidden).astype(jnp.float32))
+        before = jnp.take_along_axis(hidden, places[..., None], axis=1)  # [B, K, D]
+        log_probabilities = jax.nn.log_softmax(model.logits(before).astype(jnp.float32))
         own = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(own * is_target, axis=1)
 
 
-def _row_length(length: int) -> int:
-    return -(-length // ROW_LENGTH) * ROW_LENGTH
+def _multiple(length: int, unit: int) -> int:
+    """The smallest multiple of the unit that is not smaller than the length."""
+    return -(-length // unit) * unit
