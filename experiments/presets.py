@@ -52,7 +52,7 @@ PRESETS = {
     "tiny": Preset(
         "tiny",
         layers=(0,),
-        lengths=(64, 64, 64),
+        lengths=(64, 64, 256),
         overrides={
             "steps": 2,
             "data.embedding_batch_size": 8,

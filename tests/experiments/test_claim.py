@@ -1,0 +1,162 @@
+"""The experiment from data to tables, with a small model in SmolLM2's place; and its parts."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+import tokenizer_files
+
+from experiments import claim, presets, report
+from experiments.base_model import FewerLayers, make_base_model
+from experiments.files import read_lines
+from experiments.presets import ABLATIONS, MAIN, UNTRAINED, Run
+from experiments.smaller import write_smaller
+from grit_jax.conversion import open_model
+from grit_jax.conversion.orbax_model import write_orbax
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory):
+    """A tied Llama of four layers with random weights, and a tokenizer of SmolLM2's kind."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=700,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer_files.write_tokenizer(folder, "smollm")
+    return folder
+
+
+def test_some_layers_are_those_layers(small_llama, tmp_path):
+    whole = open_model(small_llama)
+    write_orbax(FewerLayers(whole, (0, 3)), tmp_path / "fewer")
+    fewer = open_model(tmp_path / "fewer")
+    assert fewer.config.num_hidden_layers == 2 and fewer.config.hidden_size == 32
+    for parameter, own in zip(whole.parameters, fewer.parameters, strict=True):
+        everything = tuple(slice(0, size) for size in parameter.full_shape)
+        values = whole.read(parameter, everything)
+        expected = values[[0, 3]] if parameter.stacked else values
+        part = tuple(slice(0, size) for size in own.full_shape)
+        np.testing.assert_array_equal(fewer.read(own, part), expected)
+
+
+def test_the_base_model_is_made_once_and_says_where_it_is_from(small_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
+    name = make_base_model(tmp_path / "base", (1,), tmp_path)
+    assert "SmolLM2-135M-Instruct, layers [1]" in name
+    monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: 1 / 0)
+    assert make_base_model(tmp_path / "base", (1,), tmp_path) == name
+
+
+def test_what_is_measured_on_is_a_spread_of_lines_and_all_documents(whole_data, tmp_path):
+    write_smaller(whole_data, tmp_path / "less", 5)
+    for path in (tmp_path / "less").rglob("*.gz"):
+        own = read_lines(path)
+        everything = read_lines(whole_data / path.relative_to(tmp_path / "less"))
+        is_whole = path.name.startswith("documents") or "train" in path.parts
+        assert len(own) == (len(everything) if is_whole else min(5, len(everything)))
+        assert all(line in everything for line in own)
+    queries = read_lines(tmp_path / "less/evaluation/corpora/foldoc_entries/queries.jsonl.gz")
+    assert len({json.dumps(query) for query in queries}) == 5
+
+
+def test_the_claim_is_held_against_the_noise_of_seeds():
+    def columns(specialist, unified):
+        names = (*report.EMBEDDING, *report.GENERATION)
+        return {
+            "embedding only": dict.fromkeys(names, specialist),
+            "generation only": dict.fromkeys(names, specialist),
+            "unified": dict.fromkeys(names, unified),
+        }
+
+    def words(specialist, unified):
+        lines = report.verdict(columns(specialist, unified))[2:]
+        found = {line.split("|")[2].strip(): line.split("|")[-2].strip() for line in lines}
+        return found["nDCG@10"], found["bits per byte"]
+
+    assert words([0.50, 0.52, 0.51], [0.51, 0.50, 0.52]) == ("within", "within")
+    assert words([0.50, 0.52, 0.51], [0.61, 0.60, 0.62]) == ("better", "worse")
+    assert words([0.50, 0.52, 0.51], [0.41, 0.40, 0.42]) == ("worse", "better")
+    assert words([0.5], [0.6]) == ("one seed", "one seed")
+
+
+def test_runs_differ_in_what_they_are_called_for():
+    runs = claim.planned([3, 4], ablations=True)
+    names = [run.name for run, _ in runs]
+    assert names == [
+        UNTRAINED.name,
+        *[run.name for run in MAIN] * 2,
+        *[run.name for run in ABLATIONS],
+    ]
+    assert len({str(claim.run_folder(Path(), *each)) for each in runs}) == 12
+
+
+@pytest.mark.slow
+def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
+    whole_data, small_llama, tmp_path, monkeypatch
+):
+    runs = (Run("embedding only", {"mode": "embedding"}), Run("unified", {}))
+    monkeypatch.setattr(claim, "MAIN", runs)
+    monkeypatch.setattr(report, "verdict", lambda columns: ["not in this test"])
+    monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
+    monkeypatch.setattr(claim, "find_minilm", lambda: None)
+    baselines = {"chance": {"foldoc_entries/ndcg_at_10": 0.5}}
+    monkeypatch.setattr(claim, "measure_baselines", lambda folder, minilm: baselines)
+    options = argparse.Namespace(
+        folder=tmp_path / "claim", preset="tiny", seeds=[1], ablations=False, data=whole_data
+    )
+    console = Console(record=True, width=200)
+    claim.run_experiment(options, console)
+    text = (tmp_path / "claim" / "report.md").read_text()
+    assert "| foldoc_entries | nDCG@10 | 0.500 |" in text and "embedding only" in text
+    assert (tmp_path / "claim" / "claim.svg").stat().st_size > 1000
+    measures = {
+        path.parent.name: json.loads(path.read_text())
+        for path in (tmp_path / "claim" / "runs").glob("*/measures.json")
+    }
+    assert measures.keys() == {"untrained_0", "embedding_only_1", "unified_1"}
+    perplexity = [one["measures"]["all_chats/bits_per_byte"] for one in measures.values()]
+    assert len(set(perplexity)) == 3  # Each was measured with its own weights.
+    config = json.loads((tmp_path / "claim/runs/embedding_only_1/config.json").read_text())
+    assert config["mode"] == "embedding" and config["seed"] == 1 and config["steps"] == 2
+
+    # What is there is not made again; what is missing is.
+    (tmp_path / "claim/runs/untrained_0/measures.json").unlink()
+    monkeypatch.setattr(claim, "_train", lambda *arguments: 1 / 0)
+    claim.run_experiment(options, console)
+    assert (tmp_path / "claim" / "report.md").read_text() == text
+
+
+def test_presets_are_of_fields_that_there_are():
+    from experiments.config import get_config
+    from grit_jax.config import check_fields
+
+    for preset in presets.PRESETS.values():
+        for run in (*MAIN, *ABLATIONS):
+            config = get_config()
+            for name, value in {**preset.overrides, **(run.overrides or {})}.items():
+                section, _, field = name.rpartition(".")
+                holder = config[section] if section else config
+                assert field in holder
+                holder[field] = value
+            check_fields(config.to_dict())
+
+
+def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path):
+    log = tmp_path / "log"
+    with pytest.raises(claim.StageError, match=r"(?s)one two failed, see .*log.*RuntimeError: why"):
+        claim._call("raise RuntimeError('why')", ["one", "two"], log)
