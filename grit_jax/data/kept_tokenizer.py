@@ -12,10 +12,11 @@ TOKENIZERS = "tokenizers"
 def keep_tokenizer(tokenizer: Tokenizer, output: epath.Path) -> None:
     """Writes a tokenizer's files into a folder of prepared data, unless they are there."""
     folder = _folder(output, tokenizer.fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer.files.items():
-        if not (folder / name).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:  # It may have been cut off.
+            path.write_bytes(content)
 
 
 def kept_files(dataset: PreparedDataset) -> dict[str, bytes]:

@@ -421,6 +421,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
         ".lock",
         "pairs",
         "pairs.json",
+        "tokenizers",
     ]
 
 
