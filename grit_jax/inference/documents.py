@@ -20,9 +20,10 @@ def read_documents(source: str) -> Iterator[Document]:
     """Yields the documents of a source, each once read.
 
     Args:
-      source: a folder with files .jsonl, .jsonl.gz, .txt and .md, or one such file, or
-        "tfds:NAME" or "tfds:NAME/SPLIT", a dataset of TFDS with the feature "text". A line is an
-        object with "text" and maybe "title"; a text file is one document.
+      source: a folder with files .jsonl, .jsonl.gz, .txt and .md, or one such file, or a dataset of
+        TFDS with the feature "text": "tfds:NAME" or "tfds:NAME/SPLIT", where a configuration may
+        follow the name. A line is an object with "text" and maybe "title"; a text file is one
+        document.
 
     Raises:
       InputError: there is none, or a document has no text; the message names file and line.
@@ -66,8 +67,22 @@ def _of_tfds(name: str) -> Iterator[Document]:
         import tensorflow_datasets as tfds  # Of the extra `data`; it brings TensorFlow.
     except ImportError:
         raise InputError("tfds: needs TensorFlow Datasets: pip install 'grit-jax[data]'") from None
-    name, _, split = name.partition("/")
-    for number, fields in enumerate(tfds.as_numpy(tfds.load(name, split=split or "train"))):
+    split = "train"
+    builder: Any
+    try:
+        builder = tfds.builder(name)
+    except ValueError:
+        whole, _, split = name.rpartition("/")
+        try:
+            builder = tfds.builder(whole)
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{TFDS}{name} is no dataset of TFDS: {reason}") from None
+    builder.download_and_prepare()
+    if split not in builder.info.splits:
+        splits = ", ".join(builder.info.splits)
+        raise InputError(f"{TFDS}{name} has no split {split!r}: there are {splits}")
+    for number, fields in enumerate(tfds.as_numpy(builder.as_dataset(split=split))):
         decoded = {key: value.decode() for key, value in fields.items() if key in ("title", "text")}
         yield _checked(decoded, f"{TFDS}{name}, example {number}")
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 
+from command_line import run_python
 import numpy as np
 import pytest
 
@@ -169,3 +170,55 @@ def test_a_source_that_is_not_there_is_named(tmp_path):
         list(read_documents(str(tmp_path / "none")))
     with pytest.raises(InputError, match=r"has no files \.jsonl"):
         list(read_documents(str(tmp_path)))
+
+
+TFDS_MODULE = """
+import tensorflow_datasets as tfds
+
+
+class Shelf(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("books", "maps")]
+
+    def _info(self):
+        features = {"title": tfds.features.Text(), "text": tfds.features.Text()}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split):
+        for number in range(3):
+            title = self.builder_config.name if number else ""
+            yield number, {"title": title, "text": f"{split} {number} ü"}
+"""
+TFDS_SCRIPT = """
+import shelf
+from grit_jax.inference.documents import read_documents
+from grit_jax.inference.inputs import InputError
+
+for source in ("shelf", "shelf/test", "shelf/maps", "shelf/maps/test"):
+    found = list(read_documents(f"tfds:{source}"))
+    print(source, sorted((one.get("title", ""), one["text"]) for one in found))
+for source in ("shelf/none", "nothing/at/all"):
+    try:
+        list(read_documents(f"tfds:{source}"))
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_documents_come_from_a_dataset_of_tfds(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    (tmp_path / "shelf.py").write_text(TFDS_MODULE)
+    finished = run_python(TFDS_SCRIPT, cwd=tmp_path)
+    lines = [line for line in finished.stdout.splitlines() if line.startswith(("shelf", "tfds:"))]
+    assert len(lines) == 6, finished.stderr
+    for line, split, title in zip(
+        lines, ["train", "test"] * 2, ["books"] * 2 + ["maps"] * 2, strict=False
+    ):
+        expected = [("", f"{split} 0 ü"), *((title, f"{split} {n} ü") for n in (1, 2))]
+        assert line.partition(" ")[2] == str(expected)
+    assert "tfds:shelf/none has no split 'none': there are" in lines[4]
+    assert "tfds:nothing/at/all is no dataset of TFDS" in lines[5]
