@@ -25,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2.3",
     "tensorboardX>=2.6.5",
     "tensorstore>=0.1.86",
+    "tokenizers>=0.23.3",
 ]
 # What turns text into prepared data; brings TensorFlow, which training never loads.
 DATA = [
@@ -36,6 +37,8 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 EVAL = ["bm25s>=0.3.16"]
+# What `grit-jax evaluate` measures with; they bring torch.
+HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
 # etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
 # What builds the documentation's site.
@@ -46,11 +49,15 @@ DOCS = [
     "mkdocstrings-python>=2.0.11",
     "ruff>=0.17.6",  # lays out signatures
 ]
+GGUF = ["gguf>=0.19", "protobuf>=7.36"]
 TEST = [
     *BUCKET,
     *DATA,
     *DOCS,
     *EVAL,
+    *HARNESSES,
+    "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
+    *GGUF,
     "build>=1.4",
     "hypothesis>=6.170",
     # The compiler for TPUs, which needs none.
@@ -90,6 +97,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "docs": DOCS,
         "eval": EVAL,
+        "harnesses": HARNESSES,
+        "gguf": GGUF,
         "test": TEST,
     },
     entry_points={"console_scripts": ["grit-jax = grit_jax.cli:main"]},

@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "convert": convert,
         "plan": plan,
         "rag": rag,
+        "evaluate": evaluate,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: grit-jax {{{','.join(commands)}}} ...\n\n{_summaries(commands)}")
@@ -91,7 +92,7 @@ def prepare(argv: Sequence[str]) -> None:
     from grit_jax.data.jsonl import SourceError
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.data.prepare import prepare_mixtures
-    from grit_jax.data.tokenizer import Tokenizer
+    from grit_jax.data.tokenizer import Tokenizer, TokenizerError
 
     arguments = _prepare_parser().parse_args(argv)
     sys.path.insert(0, "")  # A user's module lies in the current folder.
@@ -113,7 +114,7 @@ def prepare(argv: Sequence[str]) -> None:
             max_rejected=arguments.max_rejected,
             redo=arguments.redo,
         )
-    except (PreparedDataError, SourceError, FileNotFoundError) as error:
+    except (PreparedDataError, SourceError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
         if error.name in arguments.module:
@@ -146,7 +147,9 @@ def _prepare_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="folder to prepare it in")
     parser.add_argument(
-        "--tokenizer", default=MISTRAL, help="'mistral' or the path of a SentencePiece model"
+        "--tokenizer",
+        default=MISTRAL,
+        help="'mistral' or the path of a tokenizer.model (SentencePiece) or tokenizer.json",
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares your Mixtures"
@@ -200,14 +203,20 @@ def _positive(text: str) -> int:
 
 
 def convert(argv: Sequence[str]) -> None:
-    """Converts weights: from-hf HF_FOLDER CHECKPOINT, or to-hf CHECKPOINT HF_FOLDER"""
+    """Converts weights: from-hf FOLDER CHECKPOINT, from-gguf FILE CHECKPOINT, to-hf MODEL FOLDER"""
     parser = argparse.ArgumentParser(prog="grit-jax convert", description=convert.__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
+    from_gguf = directions.add_parser("from-gguf", help="GGUF file to Orbax checkpoint")
     to_hf = directions.add_parser("to-hf", help="checkpoint or run's folder to Hugging Face folder")
     from_hf.add_argument("source", type=_on_disk, help="the model")
+    from_gguf.add_argument("source", type=_on_disk, help="the file")
+    from_gguf.add_argument(
+        "--tokenizer",
+        help="path of a tokenizer.model or tokenizer.json; by default the one in the file",
+    )
     to_hf.add_argument("source", help="the model, which may be gs://BUCKET/FOLDER")
-    for direction in (from_hf, to_hf):
+    for direction in (from_hf, from_gguf, to_hf):
         direction.add_argument("destination", type=_on_disk, help="folder to make")
     from_hf.add_argument(
         "--head",
@@ -219,34 +228,36 @@ def convert(argv: Sequence[str]) -> None:
     )
     to_hf.add_argument(
         "--tokenizer",
-        help="'mistral' or the path of a SentencePiece model; by default the one that lies with "
-        "the model, else 'mistral'",
+        help="'mistral' or the path of a tokenizer.model or tokenizer.json; by default the one "
+        "that lies with the model, else 'mistral'",
     )
     to_hf.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
     )
     to_hf.add_argument(
         "--attention",
-        default="bbcc",
         choices=("bbcc", "cccc"),  # cbcc has no counterpart in sentence-transformers.
-        help="pattern it was trained with (bbcc)",
+        help="pattern it was trained with; by default what the model says, else bbcc",
     )
     to_hf.add_argument(
         "--pooling",
-        default="mean",
         choices=("mean", "weightedmean", "lasttoken", "cls"),
-        help="of its embeddings (mean)",
+        help="of its embeddings; by default what the model says, else mean",
     )
     arguments = parser.parse_args(argv)
 
     from grit_jax.bucket import BucketError
-    from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
+    from grit_jax.conversion import ConversionError, GgufModel, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
+    from grit_jax.data.tokenizer import TokenizerError
 
     try:
         if arguments.direction == "from-hf":
             model = HuggingFaceModel(arguments.source, arguments.head)
+            write_orbax(model, arguments.destination)
+        elif arguments.direction == "from-gguf":
+            model = GgufModel(arguments.source, arguments.tokenizer)
             write_orbax(model, arguments.destination)
         else:
             write_hugging_face(
@@ -257,7 +268,7 @@ def convert(argv: Sequence[str]) -> None:
                 attention=arguments.attention,
                 pooling=arguments.pooling,
             )
-    except (BucketError, ConversionError, FileNotFoundError) as error:
+    except (BucketError, ConversionError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -330,10 +341,30 @@ def plan(argv: Sequence[str]) -> None:
 def rag(argv: Sequence[str]) -> None:
     """Builds an index of documents, or answers questions from one"""
     from grit_jax.conversion import ConversionError
+    from grit_jax.data.tokenizer import TokenizerError
     from grit_jax.inference.inputs import InputError
     from grit_jax.inference.rag_command import run
 
     try:
         run(argv)
-    except (ConversionError, InputError, FileNotFoundError) as error:
+    except (ConversionError, InputError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Measures a model by MTEB and by lm-eval, beside the paper's table"""
+    from grit_jax.bucket import BucketError
+    from grit_jax.conversion import ConversionError
+    from grit_jax.evaluation.evaluate_command import run
+    from grit_jax.evaluation.results import ResultsError
+    from grit_jax.inference.inputs import InputError
+
+    known = (BucketError, ConversionError, InputError, ResultsError, FileNotFoundError)
+    try:
+        run(argv)
+    except known as error:
+        fail(f"{type(error).__name__}: {error}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("mteb", "lm_eval"):
+            raise
+        fail(f"grit-jax evaluate needs {error.name}: pip install 'grit-jax[harnesses]'")

@@ -16,8 +16,10 @@ import optax
 from grit_jax.bucket import in_bucket
 from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
+from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.data.batches import Batches
 from grit_jax.data.draws import HomogeneousStream, MixedStream, Stream
+from grit_jax.data.kept_tokenizer import kept_files
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import stable_seed
 from grit_jax.data.shapes import RowLimits
@@ -29,6 +31,7 @@ from grit_jax.models import (
     MistralConfig,
     make_config,
 )
+from grit_jax.processes import as_writer_says
 from grit_jax.sharding import batch_shards, held_shards, make_mesh
 from grit_jax.training.checkpoints import Checkpoints, Retention
 from grit_jax.training.joint_loss import LossConfig
@@ -58,10 +61,12 @@ def make_checkpoints(
     """Returns the checkpoints of a run, which only a run on the same data continues.
 
     Low-rank updates are continued only on top of the weights that they were trained on, wherever
-    those lie by then.
+    those lie by then. Each checkpoint says how the model embeds, and has the tokenizer that the
+    data were prepared with.
 
     Raises:
       CheckpointError: the folder cannot be written to.
+      PreparedDataError: a file of the tokenizer is missing.
     """
     settings = config.checkpoint.to_dict()
     every_steps = settings.pop("every_steps")
@@ -77,8 +82,23 @@ def make_checkpoints(
         updates = dataclasses.asdict(trainer.model_config.lora)
         description["lora"] = {**updates, "base": pretrained.fingerprint()}
         base_folder = str(pretrained.folder.resolve())
+    dataset = batches.datasets[0]
+    described = dataset.manifest.tokenizer
+    usage = {
+        EMBEDDING: {name: config.model[name] for name in ("attention", "pooling")},
+        "bos_token_id": described.get("bos_id", 1),
+        "eos_token_id": described.get("eos_id", 2),
+    }
+    tokenizer = kept_files(dataset)
     return Checkpoints(
-        folder, trainer.model_config, description, every_steps, Retention(**settings), base_folder
+        folder,
+        trainer.model_config,
+        description,
+        every_steps,
+        Retention(**settings),
+        base_folder,
+        usage,
+        tokenizer if as_writer_says(bool(tokenizer)) else None,
     )
 
 
@@ -226,12 +246,14 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     # Each chunk of a step has an even share of the rows of every data shard.
     chunks = config.grad_cache_chunks
     held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
-    return Batches(
+    batches = Batches(
         {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         row_limits(config, trainer.mesh),
         held,
         data.copies_are_negatives,
     )
+    _check_tokenizers(batches.datasets)
+    return batches
 
 
 def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
@@ -306,6 +328,16 @@ def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
             raise PreparedDataError(
                 f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
                 f"but config.model.sizes.vocab_size={model.vocab_size}"
+            )
+
+
+def _check_tokenizers(datasets: Sequence[PreparedDataset]) -> None:
+    first, *others = datasets
+    for other in others:
+        if other.manifest.tokenizer["sha256"] != first.manifest.tokenizer["sha256"]:
+            raise PreparedDataError(
+                f"{first.folder} and {other.folder} were made with different tokenizers: prepare "
+                "them again with the same --tokenizer"
             )
 
 

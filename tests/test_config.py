@@ -1,7 +1,9 @@
 """Configurations: those that come with the project are whole; mistakes are named in one line."""
 
 import dataclasses
+import json
 from pathlib import Path
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ import reference_values
 
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
-from grit_jax.from_config import make_trainer, model_config, open_pretrained
+from grit_jax.data.manifest import PreparedDataError
+from grit_jax.from_config import make_batches, make_trainer, model_config, open_pretrained
 from grit_jax.models import config_to_hugging_face
 from grit_jax.training.optimizer import learning_rate_schedule
 
@@ -390,3 +393,14 @@ def test_what_the_given_weights_lack_starts_at_random():
     np.testing.assert_array_equal(projection, at_random["embedding_projection"]["weight"][...])
     expected = reference_values.load_model("mistral").embedding[...]
     np.testing.assert_array_equal(state.parameters["embedding"][...], expected)
+
+
+def test_data_that_two_tokenizers_made_are_refused(prepared_sample, tmp_path):
+    folder = shutil.copytree(prepared_sample, tmp_path / "sample")
+    manifest = next(folder.glob("*chat*/train/manifest.json"))
+    content = json.loads(manifest.read_text())
+    content["tokenizer"]["sha256"] = "another"
+    manifest.write_text(json.dumps(content))
+    config = parse(TINY, f"--config.data.folder={folder}")
+    with pytest.raises(PreparedDataError, match=r"different tokenizers: prepare them again"):
+        make_batches(config, make_trainer(config))

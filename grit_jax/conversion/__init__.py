@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grit_jax.bucket import in_bucket, reach
 from grit_jax.conversion.adapted_model import BASE_MODEL, AdaptedModel
+from grit_jax.conversion.gguf_model import SUFFIX, GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.orbax_model import (
     COMMITTED,
@@ -19,13 +20,14 @@ from grit_jax.conversion.safetensors_folder import ConversionError
 __all__ = [
     "AdaptedModel",
     "ConversionError",
+    "GgufModel",
     "HuggingFaceModel",
     "Model",
     "OrbaxModel",
     "open_model",
 ]
 
-Model = HuggingFaceModel | OrbaxModel | AdaptedModel
+Model = HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel
 
 
 def open_model(
@@ -33,13 +35,13 @@ def open_model(
     head: str | Path | None = None,
     base: str | os.PathLike | None = None,
 ) -> Model:
-    """Opens the model at `path`: a Hugging Face folder, a checkpoint, or a run's folder.
+    """Opens the model at `path`: a Hugging Face folder, a checkpoint, a run's folder, a GGUF file.
 
     Of a run's folder (the `--workdir` of training) the newest checkpoint is opened. One of low-rank
     updates is opened together with the model that they were trained on.
 
     Args:
-      path: the folder. Checkpoints and runs may be in a bucket.
+      path: the folder or file. Checkpoints and runs may be in a bucket.
       head: see `HuggingFaceModel`.
       base: where the model of low-rank updates lies now, if not where it was.
 
@@ -48,8 +50,11 @@ def open_model(
       BucketError: its bucket cannot be used.
     """
     path = reach(path) if in_bucket(path) else Path(path)
+    if isinstance(path, Path) and path.suffix == SUFFIX and path.is_file():
+        _check_has_no_base(path, base)
+        return GgufModel(path)
     if not path.is_dir():
-        raise ConversionError(f"{path} is not there, or not a folder")
+        raise ConversionError(f"{path} is not there, or neither a folder nor a {SUFFIX} file")
     checkpoints = path / "checkpoints"
     steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and _is_whole(step)]
     if steps:
@@ -64,8 +69,7 @@ def open_model(
             raise ConversionError(f"{path} has no {MODEL_CONFIG}: it cannot be known what it is of")
         if (path / BASE_MODEL).is_dir():
             return AdaptedModel(path, _open_base(path, base))
-        if base is not None:
-            raise ConversionError(f"{path} is whole: there is no base to it")
+        _check_has_no_base(path, base)
         return OrbaxModel(path)
     if isinstance(path, Path) and (path / "config.json").exists():
         return HuggingFaceModel(path, head)
@@ -74,6 +78,11 @@ def open_model(
     raise ConversionError(
         f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a checkpoint"
     )
+
+
+def _check_has_no_base(path: Folder, base: str | os.PathLike | None) -> None:
+    if base is not None:
+        raise ConversionError(f"{path} is whole: there is no base to it")
 
 
 def _is_whole(checkpoint: Folder) -> bool:

@@ -6,10 +6,12 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.conversion.fingerprint import fingerprint
+from grit_jax.conversion.gguf_model import GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel, load_by_parts
 from grit_jax.conversion.layout import Index, Parameter
 from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
 from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.data.tokenizer import tokenizer_in
 from grit_jax.models import LoraConfig
 
 # The item of a checkpoint that says where the base lies: the mark of low-rank updates.
@@ -27,7 +29,9 @@ class AdaptedModel:
       ConversionError: the base is another model.
     """
 
-    def __init__(self, folder: Folder, base: "HuggingFaceModel | OrbaxModel | AdaptedModel"):
+    def __init__(
+        self, folder: Folder, base: "HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel"
+    ):
         settings = read_item(folder, "description")["lora"]
         if base.fingerprint() != settings.pop("base"):
             raise ConversionError(
@@ -35,7 +39,9 @@ class AdaptedModel:
             )
         self._base, self._updates = base, OrbaxModel(folder)
         self._lora = LoraConfig(**settings)
-        self.folder, self.tokenizer_folder = folder, base.tokenizer_folder
+        self.folder, self.tokenizer_folder = folder, self._updates.tokenizer_folder
+        if tokenizer_in(self.tokenizer_folder) is None:  # A checkpoint of older versions.
+            self.tokenizer_folder = base.tokenizer_folder
         self.fields, self.config = self._updates.fields, self._updates.config
         self.parameters = self._updates.parameters
         self._adapted = {
@@ -63,7 +69,9 @@ class AdaptedModel:
         parts = (self._base.fingerprint(), self._updates.fingerprint(), str(self._lora))
         return fingerprint(" ".join(parts), [])
 
-    def _holder(self, parameter: Parameter) -> "HuggingFaceModel | OrbaxModel | AdaptedModel":
+    def _holder(
+        self, parameter: Parameter
+    ) -> "HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel":
         """Returns the model that has the parameter's W."""
         # The layer that makes embeddings is trained whole, beside the updates.
         return self._updates if parameter.path[0] == "embedding_projection" else self._base

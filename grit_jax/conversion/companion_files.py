@@ -9,51 +9,57 @@ from etils import epath
 
 from grit_jax.conversion.layout import DENSE
 from grit_jax.data.templates import EMBED
-from grit_jax.data.tokenizer import tokenizer_path
+from grit_jax.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, tokenizer_in
 from grit_jax.models import MistralConfig
 
 FILES = Path(__file__).with_name("files")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    HUGGING_FACE,
+    SENTENCEPIECE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "config.json",  # It may be all that says what begins and ends a text.
 )
 
 
-def write_tokenizer(name: str, folder: Path, longest: int) -> None:
-    """Writes a SentencePiece tokenizer as transformers reads it.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+    """Writes a tokenizer as transformers reads it: with a begin, and no end, around each text.
 
     Args:
-      name: name or path of the tokenizer, see `data.tokenizer`.
+      tokenizer: of the model.
       folder: where to.
       longest: the longest text that the model is made for, in tokens.
     """
-    shutil.copyfile(tokenizer_path(name), folder / "tokenizer.model")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    special["pad_token"] = special["eos_token"]  # Mistral has none of its own.
-    settings = {
-        "tokenizer_class": "LlamaTokenizer",
+    is_sentencepiece = tokenizer.file_name == SENTENCEPIECE
+    special = tokenizer.special_tokens
+    # Few models have a token for padding, which has no part in any result.
+    special |= {"pad_token": special["eos_token"]}
+    settings: dict[str, Any] = {
+        # The second takes tokenizer.json at its word, where others put their own rules above it.
+        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
         "add_bos_token": True,
         "add_eos_token": False,
-        "legacy": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
         "padding_side": "right",
     }
+    if is_sentencepiece:
+        settings["legacy"] = True
+    (folder / tokenizer.file_name).write_bytes(tokenizer.exported())
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def copy_tokenizer(source: Path | epath.Path, folder: Path) -> bool:
-    """Copies the files of a tokenizer between two folders; returns whether there were any."""
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in files:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return any(file.name in ("tokenizer.json", "tokenizer.model") for file in files)
+def copy_tokenizer(source: Path | epath.Path, folder: Path) -> None:
+    """Copies the files of a tokenizer, if there is one, from a folder to another."""
+    if tokenizer_in(source) is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def write_chat_template(folder: Path) -> None:

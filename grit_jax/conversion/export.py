@@ -16,9 +16,10 @@ from grit_jax.conversion.companion_files import (
     write_tokenizer,
 )
 from grit_jax.conversion.destination import check_space, whole_folder
+from grit_jax.conversion.embedding import EMBEDDING, how_it_embeds
 from grit_jax.conversion.layout import DENSE, Parameter
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
-from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+from grit_jax.data.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
 # Bytes of a file of weights: what has to fit in memory.
 SHARD_BYTES = 2**30
@@ -31,8 +32,8 @@ def write_hugging_face(
     *,
     tokenizer: str | None = None,
     dtype: str | None = None,
-    attention: str = "bbcc",
-    pooling: str = "mean",
+    attention: str | None = None,
+    pooling: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a folder for transformers and sentence-transformers.
@@ -42,26 +43,32 @@ def write_hugging_face(
     Args:
       model: the weights.
       folder: must not exist.
-      tokenizer: name or path of a SentencePiece model, see `data.tokenizer`; by default the
-        tokenizer that lies with the model, else Mistral's.
+      tokenizer: name or path, see `data.tokenizer`; by default the tokenizer that lies with the
+        model, else Mistral's.
       dtype: "float32", "bfloat16" or "float16"; by default each tensor's own.
-      attention: pattern of the model; embeddings are read bidirectionally or causally by it.
-      pooling: of the embeddings.
+      attention: pattern of the model, by which embeddings are read bidirectionally or causally; by
+        default the one that the model says, else "bbcc".
+      pooling: of the embeddings; by default the one that the model says, else "mean".
       shard_bytes: largest size of a file of weights, unless one tensor is larger.
 
     Raises:
       ConversionError: the folder exists, the disk is full, or the tokenizer is not the model's.
+      FileNotFoundError, TokenizerError: there is no such tokenizer, or it is damaged.
     """
+    embedding = how_it_embeds(model.fields, attention, pooling)
+    if embedding["attention"] == "cbcc":
+        raise ConversionError(
+            f"{model.folder} was trained in the pattern 'cbcc', which sentence-transformers does "
+            "not have: say --attention bbcc or cccc"
+        )
     with whole_folder(folder) as unfinished:
         unfinished.mkdir()
-        is_copied = tokenizer is None and copy_tokenizer(model.tokenizer_folder, unfinished)
-        if not is_copied:
-            _check_vocabulary(model, tokenizer or MISTRAL)
-            write_tokenizer(tokenizer or MISTRAL, unfinished, model.config.max_position_embeddings)
+        _write_tokenizer(model, unfinished, tokenizer)
         write_chat_template(unfinished)
-        write_sentence_transformers(unfinished, model.config, attention, pooling)
+        write_sentence_transformers(unfinished, model.config, **embedding)
         stored = write_weights(model, unfinished, dtype, shard_bytes)
-        write_json(unfinished / "config.json", model.fields | {"torch_dtype": stored})
+        fields = model.fields | {"torch_dtype": stored, EMBEDDING: embedding}
+        write_json(unfinished / "config.json", fields)
         ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", ends)
 
@@ -136,10 +143,19 @@ def _split(tensors: list[Any], shard_bytes: int) -> list[list[Any]]:
     return shards
 
 
-def _check_vocabulary(model: Model, tokenizer: str) -> None:
-    pieces = Tokenizer(tokenizer).vocab_size
-    if pieces > model.config.vocab_size:
+def _write_tokenizer(model: Model, folder: Path, name: str | None) -> None:
+    """Writes the tokenizer of that name, else the model's own, else Mistral's."""
+    if name is None:
+        copy_tokenizer(model.tokenizer_folder, folder)
+        if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
+            return  # What lies beside it is as its model needs it.
+    own = tokenizer_in(folder)
+    tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise ConversionError(
-            f"the tokenizer {tokenizer!r} has {pieces} pieces, but the model {model.folder} only "
-            f"{model.config.vocab_size}; name its own with --tokenizer"
+            f"the tokenizer {name or MISTRAL!r} has {tokenizer.vocab_size} pieces, but the model "
+            f"{model.folder} only {model.config.vocab_size}; name its own with --tokenizer"
         )
+    for file in folder.iterdir():  # Of a copied tokenizer, what would contradict what is written.
+        file.unlink()
+    write_tokenizer(tokenizer, folder, model.config.max_position_embeddings)

@@ -24,6 +24,7 @@ from grit_jax.bucket import in_bucket
 from grit_jax.conversion.companion_files import copy_tokenizer
 from grit_jax.conversion.destination import check_space, whole_folder
 from grit_jax.conversion.fingerprint import fingerprint
+from grit_jax.conversion.gguf_model import GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.layout import Index, Parameter, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError
@@ -127,7 +128,7 @@ def read_item(folder: Folder, name: str) -> dict[str, Any]:
         raise ConversionError(f"{folder} is no checkpoint of a model: {error}") from None
 
 
-def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
+def write_orbax(model: HuggingFaceModel | GgufModel, folder: Path) -> None:
     """Writes the model as an Orbax checkpoint, a layer at a time; it is whole or not there.
 
     The tokenizer's files lie beside the items, in `tokenizer`.
@@ -135,6 +136,7 @@ def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
     Raises:
       ConversionError: the folder exists, or the disk is full.
     """
+    tokenizer_folder = model.tokenizer_folder  # What is wrong with it shows before time is spent.
     tree = unflatten_dict({p.path: _Unread(model, p) for p in model.parameters})
     writer = _PartByPart()
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -156,7 +158,7 @@ def write_orbax(model: HuggingFaceModel, folder: Path) -> None:
         if writer.error is not None:
             raise writer.error
         (unfinished / TOKENIZER).mkdir()
-        copy_tokenizer(model.tokenizer_folder, unfinished / TOKENIZER)
+        copy_tokenizer(tokenizer_folder, unfinished / TOKENIZER)
         for item in (PARAMETERS, MODEL_CONFIG, "."):  # For a copy in a bucket.
             (unfinished / item / COMMITTED).touch()
 
@@ -168,7 +170,7 @@ def _checkpointer(**handlers: Any) -> ocp.Checkpointer:
 class _Unread:
     """A parameter that is read when it is written: to Orbax an array, by its shape and type."""
 
-    def __init__(self, model: HuggingFaceModel, parameter: Parameter):
+    def __init__(self, model: HuggingFaceModel | GgufModel, parameter: Parameter):
         self.shape = parameter.full_shape
         self.dtype = model.dtype(parameter)
         self.ndim = len(self.shape)

@@ -11,6 +11,7 @@ import numpy as np
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.draws import Draws, Stream, describe
 from grit_jax.data.examples import Text
+from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.packing import pack
 from grit_jax.data.plan import Plan, Planner, StreamPlan, number_contents
 from grit_jax.data.shapes import RowLimits, Shape
@@ -49,6 +50,11 @@ class Batches:
     def description(self) -> dict[str, Any]:
         """What the batches depend on, but for the seed and the form of rows."""
         return {kind: describe(stream) for kind, stream in self._streams.items()}
+
+    @property
+    def datasets(self) -> list[PreparedDataset]:
+        """The datasets of all streams."""
+        return [dataset for stream in self._streams.values() for dataset in stream.datasets]
 
     @property
     def shapes(self) -> list[Shape]:

@@ -81,7 +81,8 @@ class TextOptions:
 def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
     """Returns `<s>`, the instruction and the text, cut to `max_length` tokens.
 
-    The mask leaves out `<s>` and the instruction: they are attended to, and not pooled.
+    The mask leaves out `<s>` and the instruction: they are attended to, and not pooled. A token
+    with characters of both belongs to the text.
 
     Raises:
       RejectedExample: the text is empty, or the instruction alone is over the length.
@@ -89,19 +90,21 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     if not text.strip():
         raise RejectedExample("empty text")
     prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
-    if len(prefix_ids) >= max_length:
+    if 1 + len(prefix_ids) >= max_length:
         raise RejectedExample("instruction alone is over the length")
-    tokens = tokenizer.ids_after(prefix, prefix_ids, text)[:max_length]
+    ids, num_before = tokenizer.ids_after(prefix, prefix_ids, text)
+    tokens = np.empty(min(1 + len(ids), max_length), np.int32)
+    tokens[0], tokens[1:] = tokenizer.bos_id, ids[: max_length - 1]
     mask = np.empty(len(tokens), bool)
-    mask[: len(prefix_ids)], mask[len(prefix_ids) :] = False, True
+    mask[: 1 + num_before], mask[1 + num_before :] = False, True
     return Text(tokens, mask)
 
 
 @functools.lru_cache(maxsize=1024)
 def _prefix_and_ids(tokenizer: Tokenizer, instruction: str) -> tuple[str, np.ndarray]:
-    """Returns what stands before a text, and `<s>` with its ids; instructions are few."""
+    """Returns what stands before a text, and its ids; instructions are few."""
     prefix = embedding_prefix(instruction)
-    return prefix, np.concatenate([[tokenizer.bos_id], tokenizer.ids(prefix)], dtype=np.int32)
+    return prefix, tokenizer.ids(prefix)
 
 
 # In the place of a user's words: the text that follows answers nobody.
@@ -142,14 +145,14 @@ def chat_text(
     ids, prompts, place = [bos], [slice(0, 1)], 1
     for first in range(0, len(turns) - 1, 2):
         prompt = chat_prompt(turns[first], is_first=first == 0)
-        prompt_ids = tokenizer.ids(prompt)
-        turn_ids = tokenizer.ids_after(prompt, prompt_ids, turns[first + 1].strip())
-        prompt_length = counted = len(prompt_ids)
+        answer = turns[first + 1].strip()
+        turn_ids, num_before = tokenizer.ids_after(prompt, tokenizer.ids(prompt), answer)
+        counted = num_before
         if labels == "original":
             counted = len(tokenizer.ids(chat_prompt(turns[first], is_first=True)))
         ids += [turn_ids, eos]
         prompts.append(slice(place, place + counted))
-        place += counted + len(turn_ids) - prompt_length + 1
+        place += counted + len(turn_ids) - num_before + 1
     tokens = np.concatenate(ids)
     mask = np.ones(len(tokens), bool)
     for span in prompts:

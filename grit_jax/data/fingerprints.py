@@ -11,14 +11,29 @@ from typing import Any
 
 from etils import epath
 
-from grit_jax.data import examples, formats, jsonl, templates
+from grit_jax.data import (
+    examples,
+    formats,
+    hugging_face_tokenizer,
+    jsonl,
+    sentencepiece_tokenizer,
+    templates,
+)
 from grit_jax.data import tokenizer as tokenizer_module
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.jsonl import MEGABYTE, JsonlFiles
 from grit_jax.data.tokenizer import Tokenizer
 
 # The code that decides which ids a line becomes.
-TEXT_MODULES = (examples, formats, jsonl, templates, tokenizer_module)
+TEXT_MODULES = (
+    examples,
+    formats,
+    hugging_face_tokenizer,
+    jsonl,
+    sentencepiece_tokenizer,
+    templates,
+    tokenizer_module,
+)
 
 # Values whose repr says what they are, in every process alike.
 PLAIN_TYPES = (str, int, float, tuple, list, dict, Path, type(None))

@@ -37,7 +37,8 @@ class Manifest:
       count: number of examples.
       longest: tokens of its longest "query" and "passage", or "chat".
       options: how texts were made into token ids (`TextOptions`).
-      tokenizer: name, SHA-256 and number of pieces of the tokenizer.
+      tokenizer: name, SHA-256 and number of pieces of the tokenizer, what begins and ends a
+        text, and the files of it that are kept.
       rejected: number of lines that could not be used, by reason.
       shards: names of the record files.
       features: what a line has: "query", "pos" and "neg", or "text".

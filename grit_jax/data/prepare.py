@@ -30,6 +30,7 @@ from rich.progress import (
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.jobs import Job
 from grit_jax.data.jsonl import SUFFIXES, SourceError
+from grit_jax.data.kept_tokenizer import keep_tokenizer
 from grit_jax.data.manifest import Manifest, PreparedDataError
 from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ def prepare_mixtures(
     mixtures = _declare(names, modules, held_out, seed)
     jobs = _jobs(mixtures, output, tokenizer, options)
     with _workplace(output) as incomplete:
+        keep_tokenizer(tokenizer, output)
         pending = [job for job in jobs if _is_to_do(job, redo)]
         if pending:
             with _pool(pending, tokenizer, options, incomplete, processes) as pool:

@@ -1,7 +1,8 @@
 """The text formats of GRIT (arXiv 2402.09906, figure 3).
 
 The markers are ordinary text to the tokenizer; only `<s>` and `</s>` are tokens of their own, and
-the functions of `examples` put them in as ids.
+the functions of `examples` put them in as ids: those with which the tokenizer begins and ends a
+text, whatever it calls them.
 """
 
 USER = "<|user|>\n"

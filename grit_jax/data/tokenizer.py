@@ -1,27 +1,29 @@
-"""Text to token ids with SentencePiece, the reference for Mistral's tokenizer."""
+"""What makes token ids of text: a SentencePiece model, or a `tokenizer.json` of Hugging Face's."""
 
-from collections.abc import Callable
-import functools
+from collections.abc import Mapping
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
-import re
+import tempfile
 
+from etils import epath
 from jaxtyping import Int
 import numpy as np
-import sentencepiece
+
+from grit_jax.data.hugging_face_tokenizer import BY_CONTENT, HuggingFaceTokenizer
+from grit_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 
 MISTRAL = "mistral"
-# How SentencePiece writes a space.
-SPACE = "\u2581"
-# Spaces, and the word that they stand before.
-WORDS = re.compile(" *[^ ]+| +")
-# Texts in which a tokenizer shows whether it takes words one by one.
-SPACED = ("a b", " a", "a ", "a  b", "\na\n b \n\n", "a\tb\r\nc", "", " ", "\n", "日本 🙂\nü")
+SENTENCEPIECE, HUGGING_FACE = "tokenizer.model", "tokenizer.json"
+
+
+class TokenizerError(ValueError):
+    """A file is no tokenizer, or does not say what must be known; the message names it."""
 
 
 def tokenizer_path(name: str) -> Path:
-    """Returns the SentencePiece model called `name`: a path, or "mistral".
+    """Returns the file of the tokenizer called `name`: a path, or "mistral".
 
     "mistral" is the tokenizer of Mistral 7B and Mixtral 8x7B as the package `mistral-common` brings
     it (32,000 pieces, Apache-2.0).
@@ -38,125 +40,109 @@ def tokenizer_path(name: str) -> Path:
     if package is None or not package.submodule_search_locations:
         raise FileNotFoundError(
             f"tokenizer {MISTRAL!r} comes with the package mistral-common: "
-            "pip install 'grit-jax[data]', or give the path of a tokenizer.model"
+            "pip install 'grit-jax[data]', or give the path of a tokenizer.model or tokenizer.json"
         )
     return Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 
 
-class _Cache(dict):
-    """The ids of words as bytes, made when they are first asked for."""
-
-    MAX_WORDS, MAX_LENGTH = 250_000, 32
-
-    def __init__(self, make: Callable[[str], bytes]):
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, word: str) -> bytes:
-        ids = self._make(word)
-        if len(word) <= self.MAX_LENGTH:
-            if len(self) >= self.MAX_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
-def _to_bytes(ids: list[int]) -> bytes:
-    return np.array(ids, np.int32).tobytes()
+def tokenizer_in(folder: Path | epath.Path) -> Path | epath.Path | None:
+    """Returns the path of a folder's tokenizer, None without one; SentencePiece's comes first."""
+    paths = (folder / name for name in (SENTENCEPIECE, HUGGING_FACE))
+    return next((path for path in paths if path.is_file()), None)
 
 
 class Tokenizer:
-    """A SentencePiece model; its text never yields the special ids `bos_id` and `eos_id`.
+    """Makes token ids of text, and text of token ids.
+
+    A text never yields the ids of special tokens, whatever is written in it.
 
     Args:
-      name: "mistral", or the path of a SentencePiece model.
+      name: "mistral", or the path of a SentencePiece model or of a `tokenizer.json`. What begins
+        and ends a text is said by the files beside the latter: `tokenizer_config.json`, or else
+        `special_tokens_map.json` or `config.json`.
+
+    Attributes:
+      vocab_size: number of ids.
+      bos_id: of the token that begins a text, `<s>` in the formats of GRIT.
+      eos_id: of the token that ends one, `</s>`.
+      special_tokens: these tokens, and what stands for the unknown if there is one, by the names
+        that transformers has for them.
+      file_name: "tokenizer.model" or "tokenizer.json".
+      fingerprint: the SHA-256 of the file; of a `tokenizer.json` together with those two ids.
 
     Raises:
       FileNotFoundError: see `tokenizer_path`.
+      TokenizerError: the file is no tokenizer, or nothing says what begins and ends a text.
     """
 
     def __init__(self, name: str = MISTRAL):
         self.name = name
-        self._model_bytes = tokenizer_path(name).read_bytes()
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model_bytes)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
+        path = tokenizer_path(name)
+        self._content = content = path.read_bytes()
+        digest = hashlib.sha256(content)
+        try:
+            if path.suffix == ".json":
+                self._kind = HuggingFaceTokenizer(path)
+                digest.update(f"{self._kind.bos_id} {self._kind.eos_id}".encode())
+                self.file_name = HUGGING_FACE
+            else:
+                self._kind = SentencePieceTokenizer(content)
+                self.file_name = SENTENCEPIECE
+        except ValueError as error:
+            raise TokenizerError(f"tokenizer {path}: {error}") from None
+        self.vocab_size: int = self._kind.vocab_size
+        self.bos_id: int = self._kind.bos_id
+        self.eos_id: int = self._kind.eos_id
+        self.special_tokens: dict[str, str] = self._kind.special_tokens()
+        self.fingerprint: str = digest.hexdigest()
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
+        """Returns the tokenizer of such files as the attribute `files` has."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            return cls(str(tokenizer_in(Path(folder))))
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files that it can be read from again."""
+        if self.file_name == SENTENCEPIECE:
+            return {SENTENCEPIECE: self._content}
+        special = json.dumps(self.special_tokens).encode()
+        return {HUGGING_FACE: self._content, BY_CONTENT[0]: special}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without `<s>` and `</s>`."""
-        return self._processor.encode(text)
+        """Returns the ids of `text`, without those of its begin and end."""
+        return self._kind.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of `ids`; special ids leave no trace."""
-        return self._processor.decode(ids)
+        return self._kind.decode(ids)
 
     def ids(self, text: str) -> Int[np.ndarray, "tokens"]:
-        """Returns the ids of `encode`, sooner: most words have been seen before."""
-        if not self._words_stand_apart:
-            return np.array(self.encode(text), np.int32)
-        if not text:
-            return np.zeros(0, np.int32)
-        first, *others = text.split("\n")
-        lines = [self._first_line(first), *map(self._line, others)]
-        return np.frombuffer(self._line_break.join(lines), np.int32)
+        """Returns the ids of `encode` as an array, maybe sooner."""
+        return self._kind.ids(text)
 
     def ids_after(
         self, prefix: str, prefix_ids: Int[np.ndarray, "prefix_tokens"], text: str
-    ) -> Int[np.ndarray, "tokens"]:
-        """Returns the ids of `prefix + text`, given those of `prefix`.
+    ) -> tuple[Int[np.ndarray, "tokens"], int]:
+        """Returns the ids of `prefix + text`, and how many of them belong to the prefix alone.
 
-        The prefix ends in a line break.
+        The ids are those of the two strings in one, which a tokenizer may split elsewhere than
+        between them: ">\\n" and "\\nfoo" may become ">", "\\n\\n" and "foo". The prefix has those
+        before the first that is not its own, so that every token with a character of the text
+        belongs to the text.
+
+        Args:
+          prefix: what stands before the text.
+          prefix_ids: its ids, as of `ids`.
+          text: not empty.
         """
-        if not self._words_stand_apart:
-            return self.ids(prefix + text)
-        lines = self._line_break.join(map(self._line, text.split("\n")))
-        return np.concatenate([prefix_ids, np.frombuffer(lines, np.int32)])
+        ids = self._kind.ids_after(prefix, prefix_ids, text)
+        is_shared = ids[: len(prefix_ids)] == prefix_ids[: len(ids)]
+        return ids, len(is_shared) if is_shared.all() else int(np.argmin(is_shared))
 
-    def _first_line(self, line: str) -> bytes:
-        """Returns the ids of a text's first line, before which SentencePiece puts a space."""
-        if SPACE in line:
-            return _to_bytes(self.encode(line))
-        return self._words(f" {line}")
-
-    def _line(self, line: str) -> bytes:
-        """Returns the ids of a line that is not the first."""
-        end = line.find(" ")
-        if end < 0 or SPACE in line:
-            return self._first_word_ids[line]
-        return self._first_word_ids[line[:end]] + self._words(line[end:])
-
-    def _words(self, words: str) -> bytes:
-        """Returns the ids of words, each with one or more spaces before it."""
-        if "  " in words:
-            return b"".join(self._word_ids[word[1:]] for word in WORDS.findall(words))
-        return b"".join(map(self._word_ids.__getitem__, words[1:].split(" ")))
-
-    @functools.cached_property
-    def _word_ids(self) -> "_Cache":
-        space = _to_bytes([self._processor.piece_to_id(SPACE)])
-        return _Cache(lambda word: _to_bytes(self.encode(word)) if word else space)
-
-    @functools.cached_property
-    def _first_word_ids(self) -> "_Cache":
-        before = len(self.encode("\n"))
-        return _Cache(lambda word: _to_bytes(self.encode(f"\n{word}")[before:]))
-
-    @functools.cached_property
-    def _line_break(self) -> bytes:
-        return _to_bytes(self.encode("a\n")[len(self.encode("a")) :])
-
-    @functools.cached_property
-    def _words_stand_apart(self) -> bool:
-        """Whether a text's ids are those of its words: no piece goes beyond a word or a line."""
-        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
-        if any("\n" in piece or SPACE in piece.lstrip(SPACE) for piece in pieces):
-            return False
-        # Some tokenizers also change or drop spaces and line breaks.
-        self.__dict__["_words_stand_apart"] = True
-        return all(self.ids(text).tolist() == self.encode(text) for text in SPACED)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the SentencePiece model."""
-        return hashlib.sha256(self._model_bytes).hexdigest()
+    def exported(self) -> bytes:
+        """Returns the content of a file with which transformers puts the begin before each text."""
+        return self._kind.exported()

@@ -13,10 +13,10 @@ import numpy as np
 
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.examples import Text
+from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.data.plan import number_contents
-from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
@@ -78,7 +78,7 @@ class HeldOut:
         self._chats = [
             example.chat for dataset in chats for example in dataset.read(range(len(dataset)))
         ]
-        self._tokenizer_name = retrieval[0].manifest.tokenizer["name"] if retrieval else ""
+        self._retrieval = list(retrieval)
         # Every process reads all that comes out.
         whole = NamedSharding(trainer.mesh, PartitionSpec())
         self._embed = jax.jit(self._embed_batch, out_shardings=whole)
@@ -104,7 +104,7 @@ class HeldOut:
         """
         if not self._tasks:
             return {}
-        tokenizer = Tokenizer(self._tokenizer_name)
+        tokenizer = kept_tokenizer(self._retrieval[0])
 
         def words(texts: Sequence[Text]) -> list[str]:
             return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]

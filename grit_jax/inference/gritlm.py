@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import copy
 import dataclasses
 import functools
 import os
@@ -9,10 +10,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float64
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from grit_jax.conversion import open_model
+from grit_jax.conversion.embedding import how_it_embeds
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
 from grit_jax.inference.encode import Embedding, Encoder
@@ -21,6 +25,7 @@ from grit_jax.inference.inputs import (
     InputError,
     TextLike,
     TokenIds,
+    as_continuations,
     as_stop_strings,
     as_texts,
     find_end_tokens,
@@ -31,6 +36,7 @@ from grit_jax.inference.inputs import (
 from grit_jax.inference.loading import load_module
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.inference.sampling import Sampling
+from grit_jax.inference.score import Scorer
 from grit_jax.models import Cache, Mistral
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
@@ -90,8 +96,8 @@ class GritLM:
         *,
         dtype: str = "bfloat16",
         linear_dtype: str | None = None,
-        attention: str = "bbcc",
-        pooling: str = "mean",
+        attention: str | None = None,
+        pooling: str | None = None,
         normalized: bool = True,
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
@@ -100,17 +106,18 @@ class GritLM:
         """Returns the model at `path`, its parameters read straight to where they belong.
 
         Args:
-          path: a Hugging Face folder, a checkpoint, or a run's folder (of which the newest
-            checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER. Low-rank
-            updates are added to the weights that they are of.
+          path: a Hugging Face folder, a GGUF file, a checkpoint, or a run's folder (of which the
+            newest checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER.
+            Low-rank updates are added to the weights that they are of.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
             the memory of bfloat16; None leaves them in `dtype`.
-          attention: the pattern it was trained in, `config.model.attention` of its run.
-          pooling: of its embeddings, `config.model.pooling` of its run.
+          attention: the pattern it was trained in. Checkpoints of runs, and what was made of them,
+            say so themselves; others have "bbcc".
+          pooling: of its embeddings, alike; others have "mean".
           normalized: whether embeddings are scaled to length 1.
-          tokenizer: path of a SentencePiece model, or "mistral"; by default the one that lies with
-            the model, else Mistral's for a model of as many pieces.
+          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral"; by default the
+            one that lies with the model, else Mistral's for a model of as many pieces.
           mesh: the devices, by default all of them.
           base: where the model of low-rank updates lies now, if it has moved.
 
@@ -118,9 +125,10 @@ class GritLM:
           ConversionError: there is no model at `path`, or it is damaged.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
+          TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
           ValueError: the type, the pattern or the pooling is unknown.
         """
-        _check_choices(attention, pooling)
+        _check_choices(**how_it_embeds({}, attention, pooling))
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         found = find_tokenizer(stored, tokenizer)
@@ -130,10 +138,19 @@ class GritLM:
             mesh,
             found,
             end_tokens=find_end_tokens(stored),
-            attention=attention,
-            pooling=pooling,
             normalized=normalized,
+            **how_it_embeds(stored.fields, attention, pooling),
         )
+
+    @property
+    def attention(self) -> str:
+        """The pattern that it embeds and generates in."""
+        return self._embedding.attention
+
+    @property
+    def pooling(self) -> str:
+        """How hidden states become an embedding."""
+        return self._embedding.pooling
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -195,7 +212,7 @@ class GritLM:
         embedding = dataclasses.replace(self._embedding, pools_instruction=embed_instruction)
         places = min(PLACES_OF_A_DEVICE, -(-batch_size * max_length // batch_shards(self.mesh)))
         embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
-        with _progress(len(read)) as done:
+        with _progress("Embedding", len(read)) as done:
             found = embed(read, embedding, places, done)
         embeddings, caches = found if isinstance(found, tuple) else (found, None)
         if recast:
@@ -316,6 +333,49 @@ class GritLM:
         request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
         return pieces(self._generator, request, self._answer(True, stop), TOKENS_STREAMED)
 
+    def score(
+        self,
+        prompts: Sequence[TextLike],
+        continuations: Sequence[TextLike],
+        *,
+        add_special_tokens: bool = True,
+        batch_size: int = 256,
+    ) -> tuple[Float64[np.ndarray, "pairs"], Bool[np.ndarray, "pairs"]]:
+        """Returns of each pair how likely the continuation is behind the prompt, read causally.
+
+        The first array has log-likelihoods in nats, summed over the continuation's tokens. The
+        second says whether `generate` would begin with the continuation: each of its tokens is the
+        likeliest in its place. Pairs are packed into rows, and those of one prompt that differ in
+        their last token alone are read together.
+
+        Args:
+          prompts: strings or token ids; a prompt may be there several times.
+          continuations: one for each prompt, of the same kind. A string's tokens are those that
+            prompt and continuation have together, behind as many as the prompt has alone.
+          add_special_tokens: whether `<s>` goes before prompts that are strings.
+          batch_size: bounds memory, as so many texts of 512 tokens do in `encode`.
+
+        Raises:
+          InputError: a text is empty, no string nor token ids, or a pair is too long; the message
+            names it.
+        """
+        context = self.model.config.max_position_embeddings
+        pairs = as_continuations(
+            self._token_ids, prompts, continuations, context, begin=add_special_tokens
+        )
+        places = min(PLACES_OF_A_DEVICE, -(-batch_size * 512 // batch_shards(self.mesh)))
+        with _progress("Scoring", len(pairs)) as done:
+            return self._scorer.score(pairs, places, done)
+
+    def unnormalized(self) -> "GritLM":
+        """Returns this model with embeddings as they are pooled, whatever their length.
+
+        Parameters and compiled programs are shared.
+        """
+        other = copy.copy(self)
+        other._embedding = dataclasses.replace(self._embedding, normalized=False)
+        return other
+
     def _request(
         self,
         prompts: Sequence[TextLike],
@@ -348,6 +408,10 @@ class GritLM:
     def _encoder(self) -> Encoder:
         return Encoder(self.model, self.mesh)
 
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.model, self.mesh)
+
 
 def _check_choices(attention: str, pooling: str) -> None:
     if attention not in PATTERNS:
@@ -360,9 +424,9 @@ def _check_choices(attention: str, pooling: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(num_texts: int) -> Iterator[Callable[[int], None]]:
+def _progress(title: str, num_texts: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told how many texts are done, and shows it where they are many."""
     is_hidden = num_texts < SHOWN_FROM or not is_writer()
     with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
-        task = progress.add_task("Embedding", total=num_texts)
+        task = progress.add_task(title, total=num_texts)
         yield functools.partial(progress.advance, task)

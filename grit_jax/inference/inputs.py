@@ -13,14 +13,17 @@ import numpy as np
 
 from grit_jax.bucket import in_bucket
 from grit_jax.conversion import ConversionError, HuggingFaceModel, Model
+from grit_jax.conversion.companion_files import copy_tokenizer
 from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
-from grit_jax.data.tokenizer import MISTRAL, Tokenizer
+from grit_jax.data.tokenizer import MISTRAL, Tokenizer, tokenizer_in
+from grit_jax.inference.score import Continuation
 
 # A text or a prompt: a string, or token ids.
 TextLike = str | Sequence[int] | np.ndarray
 
 MISTRAL_PIECES = 32_000
+NO_IDS = np.zeros(0, np.int32)
 
 
 class InputError(ValueError):
@@ -35,13 +38,11 @@ def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer |
     Raises:
       ConversionError: the tokenizer has more pieces than the model.
       FileNotFoundError: there is none of that name.
+      TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
     """
-    folder = stored.tokenizer_folder
-    if name is None and (folder / "tokenizer.model").is_file():
-        name = folder / "tokenizer.model"
+    name = name or tokenizer_in(stored.tokenizer_folder)
     if name is None:
-        has_another = (folder / "tokenizer.json").is_file()
-        if has_another or stored.config.vocab_size != MISTRAL_PIECES:
+        if stored.config.vocab_size != MISTRAL_PIECES:
             return None
         try:
             return Tokenizer(MISTRAL)
@@ -59,13 +60,15 @@ def find_tokenizer(stored: Model, name: str | os.PathLike | None) -> Tokenizer |
 
 @contextlib.contextmanager
 def _on_disk(path: os.PathLike | str) -> Iterator[os.PathLike | str]:
-    """Gives the path of a file, or of a copy of it where it lies in a bucket."""
+    """Gives the path of a tokenizer, or of a copy of it where it lies in a bucket."""
     if not in_bucket(path):
         yield path
         return
+    path = epath.Path(path)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(path).name
-        copy.write_bytes(epath.Path(path).read_bytes())
+        copy = Path(folder) / path.name
+        copy.write_bytes(path.read_bytes())
+        copy_tokenizer(path.parent, Path(folder))
         yield copy
 
 
@@ -102,8 +105,8 @@ class TokenIds:
         """
         if self._tokenizer is None:
             raise InputError(
-                "no SentencePiece model (tokenizer.model) lies with this model: say tokenizer=PATH "
-                "to from_pretrained, or give token ids"
+                "no tokenizer (tokenizer.model or tokenizer.json) lies with this model: say "
+                "tokenizer=PATH to from_pretrained, or give token ids"
             )
         return self._tokenizer
 
@@ -131,23 +134,21 @@ class TokenIds:
                 raise InputError(
                     f"the instruction is token ids, so {name} must be too, not a string"
                 )
-            before = self._of_string(instruction, begin) if instruction else np.zeros(0, np.int32)
-            if instruction.endswith("\n"):
-                skipped = 1 if begin else 0
-                ids = self.tokenizer.ids_after(instruction, before[skipped:], text)
-                tokens = np.concatenate([before[:skipped], ids])
-            else:
-                tokens = self._of_string(instruction + text, begin)
-        else:
-            ids = self._of_ids(text, name)
-            if not len(ids):
-                raise InputError(f"{name} is empty: leave it out")
-            before = np.zeros(0, np.int32)
-            if isinstance(instruction, str) and instruction:
-                before = self._of_string(instruction, begin)
-            elif not isinstance(instruction, str):
-                before = self._of_ids(instruction, "the instruction")
-            tokens = np.concatenate([before, ids])
+            before = self._of_string(instruction, begin=False) if instruction else NO_IDS
+            ids, num_before = self.tokenizer.ids_after(instruction, before, text)
+            if begin:
+                ids = np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
+                num_before += 1 if instruction else 0
+            return Text(ids, np.arange(len(ids)) >= num_before)
+        ids = self._of_ids(text, name)
+        if not len(ids):
+            raise InputError(f"{name} is empty: leave it out")
+        before = NO_IDS
+        if isinstance(instruction, str) and instruction:
+            before = self._of_string(instruction, begin)
+        elif not isinstance(instruction, str):
+            before = self._of_ids(instruction, "the instruction")
+        tokens = np.concatenate([before, ids])
         return Text(tokens, np.arange(len(tokens)) >= len(before))
 
     def _of_string(self, text: str, begin: bool) -> np.ndarray:
@@ -160,7 +161,7 @@ class TokenIds:
         except ValueError:  # Lists of unequal lengths.
             array = np.zeros((0, 0))
         if array.size == 0 and array.ndim == 1:
-            return np.zeros(0, np.int32)
+            return NO_IDS
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise InputError(
                 f"{name} is {_kind(ids)}: it must be a string, or one list of token ids"
@@ -205,6 +206,48 @@ def as_stop_strings(stop: str | Sequence[str]) -> list[str]:
         if not isinstance(string, str) or not string:
             raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
     return strings
+
+
+def as_continuations(
+    token_ids: TokenIds,
+    prompts: Sequence[TextLike],
+    continuations: Sequence[TextLike],
+    context: int,
+    *,
+    begin: bool,
+) -> list[Continuation]:
+    """Returns pairs of a prompt and what may follow it; the arguments are those of `GritLM.score`.
+
+    Raises:
+      InputError: see there.
+    """
+    if isinstance(prompts, str) or isinstance(continuations, str):
+        raise InputError("prompts and continuations are lists, of one each at least")
+    if len(prompts) != len(continuations):
+        raise InputError(
+            f"there are {len(continuations)} continuations for {len(prompts)} prompts: give one "
+            "each"
+        )
+    pairs = []
+    for number, (prompt, following) in enumerate(zip(prompts, continuations, strict=True)):
+        before = token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
+        name = f"continuation {number}"
+        if isinstance(prompt, str) and isinstance(following, str):
+            whole = token_ids.after("", prompt + following, begin=begin, name=name).tokens
+            tokens = whole[len(before) :]
+        elif isinstance(prompt, str) or isinstance(following, str):
+            raise InputError(f"prompt and {name} must both be strings, or both token ids")
+        else:
+            tokens = token_ids.after("", following, begin=False, name=name).tokens
+        if not len(tokens):
+            raise InputError(f"{name} has no token of its own behind its prompt: leave it out")
+        if len(before) + len(tokens) - 1 > context:
+            raise InputError(
+                f"prompt and {name} have {len(before) + len(tokens)} tokens, but this model reads "
+                f"{context} at most: shorten the prompt"
+            )
+        pairs.append(Continuation(before, tokens))
+    return pairs
 
 
 def join_documents(corpus: Any) -> Any:

@@ -15,17 +15,11 @@ def run(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
 
     from grit_jax.inference.documents import read_documents
-    from grit_jax.inference.gritlm import GritLM
     from grit_jax.inference.index import DocumentIndex, build_index
+    from grit_jax.inference.model_options import load_model
     from grit_jax.inference.rag import Answerer
 
-    model = GritLM.from_pretrained(
-        arguments.model,
-        dtype=arguments.dtype,
-        attention=arguments.attention,
-        pooling=arguments.pooling,
-        tokenizer=arguments.tokenizer,
-    )
+    model = load_model(arguments)
     if arguments.action == "build":
         caches = None if arguments.caches == "none" else arguments.caches
         documents = read_documents(arguments.documents)
@@ -53,6 +47,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from grit_jax.inference.model_options import add_model_options
     from grit_jax.inference.rag import ANSWER_PREFIX, WAYS
     from grit_jax.inference.stored_caches import FORMATS
 
@@ -61,15 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     build = actions.add_parser("build", help="add documents to an index, which may be there")
     ask = actions.add_parser("ask", help="answer questions from an index")
     for each in (build, ask):
-        each.add_argument("model", type=Path, help="a Hugging Face folder, a checkpoint or a run")
+        add_model_options(each)
     build.add_argument("documents", help="a folder, a .jsonl file, or tfds:NAME/SPLIT")
     ask.add_argument("questions", nargs="+", help="- for the lines of standard input")
     for each in (build, ask):
         each.add_argument("--index", type=Path, required=True, help="the index's folder")
-        each.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-        each.add_argument("--attention", default="bbcc", help="the pattern of its training (bbcc)")
-        each.add_argument("--pooling", default="mean", help="of its embeddings (mean)")
-        each.add_argument("--tokenizer", help="a SentencePiece model (the model's own)")
     build.add_argument(
         "--caches",
         default="none",

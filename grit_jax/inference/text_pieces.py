@@ -7,6 +7,7 @@ from grit_jax.data.tokenizer import Tokenizer
 # What a character is shown as whose bytes have not all come.
 INCOMPLETE = "\ufffd"
 # A piece that the tokens are put behind, because SentencePiece drops the space before a first word.
+# Behind it, byte-level tokens stand for the same bytes as anywhere.
 BEFORE = "a"
 
 

@@ -17,9 +17,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from grit_jax.bucket import in_short, is_out_of_reach
+from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.models import MistralConfig, config_to_hugging_face
+from grit_jax.training.files_item import Files
 from grit_jax.training.train_step import TrainState
 
+# Fields of config.json that say how a model is used.
+USAGE = (EMBEDDING, "bos_token_id", "eos_token_id")
 # Where checkpoints that cannot be read are moved to: nothing is deleted.
 DAMAGED = "damaged"
 
@@ -73,9 +77,10 @@ class Checkpoints:
     """The checkpoints below a folder; a context, at whose end the last one is on disk.
 
     Each holds `parameters` (those that are trained, as a plain tree of arrays), `model_config` (the
-    model's sizes, as Hugging Face's config.json holds them), `optimizer_state`, all that the model
-    can be read without, and `description`, what a run must share to go on from it. One of low-rank
-    updates holds `base_model` besides, which says where the other parameters lie.
+    model's sizes, as Hugging Face's config.json holds them), `tokenizer` (its files, if they are
+    known), `optimizer_state`, all that the model can be read without, and `description`, what a run
+    must share to go on from it. One of low-rank updates holds `base_model` besides, which says
+    where the other parameters lie.
 
     Args:
       folder: where they lie.
@@ -84,6 +89,8 @@ class Checkpoints:
       every_steps: steps between two.
       retention: which are kept.
       base_folder: where the model of low-rank updates lies.
+      usage: what else config.json says: how the model embeds, and what begins and ends a text.
+      tokenizer: names and contents of the tokenizer's files, None where it is not known.
 
     Raises:
       CheckpointError: the folder cannot be written to.
@@ -97,9 +104,12 @@ class Checkpoints:
         every_steps: int,
         retention: Retention,
         base_folder: str | None = None,
+        usage: Mapping[str, Any] | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ):
         self.folder = folder
-        self._model_config = config_to_hugging_face(model_config)
+        self._model_config = config_to_hugging_face(model_config) | dict(usage or {})
+        self._tokenizer = tokenizer
         self._description = dict(description)
         self._every_steps = every_steps
         self._base_model = {"folder": base_folder} if base_folder else None
@@ -160,6 +170,7 @@ class Checkpoints:
             optimizer_state=ocp.args.StandardSave(_besides_model(state)),
             description=ocp.args.JsonSave(self._description),
             **({"base_model": ocp.args.JsonSave(self._base_model)} if self._base_model else {}),
+            **({} if self._tokenizer is None else {"tokenizer": Files(self._tokenizer)}),
         )
         try:
             self._manager.save(step, args=items, metrics=measures and dict(measures), force=True)
@@ -211,8 +222,8 @@ class Checkpoints:
             model_config=ocp.args.JsonRestore(), description=ocp.args.JsonRestore()
         )
         stored = self._manager.restore(step, args=items)
-        theirs = {"model": stored["model_config"], **stored["description"]}
-        ours = {"model": self._model_config, **self._description}
+        theirs = {"model": _sizes(stored["model_config"]), **stored["description"]}
+        ours = {"model": _sizes(self._model_config), **self._description}
         if differences := describe_differences(theirs, ours):
             raise CheckpointError(
                 f"{self.folder / str(step)} is of another run: {'; '.join(differences)}. Give the "
@@ -262,6 +273,11 @@ def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> 
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     ]
+
+
+def _sizes(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a model's parameters depend on; older checkpoints know no more of it."""
+    return {name: value for name, value in model_config.items() if name not in USAGE}
 
 
 def _besides_model(state: TrainState) -> dict[str, Any]:

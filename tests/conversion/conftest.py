@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
 
 import pytest
+from tokenizer_files import write_tokenizer
 
 SIZES = {
     "vocab_size": 32000,
@@ -23,7 +24,10 @@ SIZES = {
 
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory):
-    """Folders of a Mistral, a Mixtral in bfloat16 and in several files, and a tied Llama."""
+    """Folders of a Mistral, a Mixtral in bfloat16 and in several files, and a tied Llama.
+
+    The last has a tokenizer of its own, as Llama 3 has.
+    """
     import torch
     from transformers import (
         LlamaConfig,
@@ -44,8 +48,11 @@ def saved_models(tmp_path_factory):
         LlamaConfig(
             **SIZES,
             tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
             rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         )
     )
     llama.save_pretrained(root / "llama")
+    write_tokenizer(root / "llama", "llama3")
     return {name: root / name for name in ("mistral", "mixtral", "llama")}

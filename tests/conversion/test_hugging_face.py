@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 from safetensors import safe_open
+import tokenizers
 
 from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.data.examples import chat_text
 from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.objectives.pooling import normalize
@@ -29,10 +31,15 @@ NAMES = ("mistral", "mixtral", "llama")
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
 
 
-def build(path):
-    """Returns the Flax module of a stored model, on one device, in float32."""
+def load(path):
+    """Returns a stored model, on one device, in float32."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    return GritLM.from_pretrained(path, dtype="float32", mesh=mesh).model
+    return GritLM.from_pretrained(path, dtype="float32", mesh=mesh)
+
+
+def build(path):
+    """Returns its Flax module."""
+    return load(path).model
 
 
 def tensors(folder):
@@ -115,13 +122,39 @@ def test_transformers_tokenizes_and_templates_as_the_original(exported):
 
 
 @pytest.mark.slow
+def test_transformers_reads_an_exported_tokenizer_json_as_we_do(saved_models, exported, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer(str(saved_models["llama"] / "tokenizer.json"))
+    checkpoint, folder = exported["llama"]
+    # The same, whether it is the model's own or is named.
+    write_hugging_face(open_model(checkpoint), tmp_path / "named", tokenizer=ours.name)
+    for path in (folder, tmp_path / "named"):
+        theirs = AutoTokenizer.from_pretrained(path)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+        assert theirs.pad_token_id is not None
+        alone = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        for text in ("One  two\n\n three", "<|user|>\nünï 日本 🙂 1234", " x", "a.\n\n\nb"):
+            ids = [ours.bos_id, *ours.encode(text)]
+            assert theirs(text).input_ids == alone.encode(text).ids == ids
+            assert load(path).tokenizer.encode(text) == ours.encode(text)
+        turns = ["Hi!", " Hello. ", "Who\n", "Me"]
+        roles = ("user", "assistant") * 2
+        chat = [{"role": r, "content": c} for r, c in zip(roles, turns, strict=True)]
+        tokens = chat_text(ours, turns, 1000).tokens.tolist()
+        assert theirs.apply_chat_template(chat)["input_ids"] == tokens
+    assert load(checkpoint).tokenizer.bos_id == ours.bos_id
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sentence_transformers_embeds_as_we_do(exported, name):
     from sentence_transformers import SentenceTransformer
 
     folder = exported[name][1]
     theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").float()
-    module, tokenizer = build(folder), Tokenizer()
+    loaded = load(folder)
+    module, tokenizer = loaded.model, loaded.tokenizer
     instruction = embedding_prefix("Given a word, retrieve its meaning")
     texts = ["A short one", "A rather longer text, which the shorter one is padded to.", "Mid size"]
 
@@ -138,7 +171,8 @@ def test_sentence_transformers_embeds_as_we_do(exported, name):
         for embeddings in (together, alone):
             assert np.sum(embeddings * expected, axis=1).min() > 0.9999
     # Read causally, the same weights give other embeddings: the comparison can fail.
-    causal = module(jnp.asarray([[1, *tokenizer.encode(prefix + texts[0])]]), is_causal=True)
+    tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + texts[0])]])
+    causal = module(tokens, is_causal=True)
     skipped = 1 + len(tokenizer.encode(prefix))
     causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
     assert float(causal @ expected[0]) < 0.999

@@ -238,14 +238,15 @@ def test_ids_word_by_word_are_those_of_the_whole_text(first, second):
     tokenizer = tokenizer_with_words()
     assert tokenizer.ids(first).tolist() == tokenizer.encode(first)
     prefix = f"{first}\n"
-    ids = tokenizer.ids_after(prefix, tokenizer.ids(prefix), second)
+    ids, num_before = tokenizer.ids_after(prefix, tokenizer.ids(prefix), second)
     assert ids.tolist() == tokenizer.encode(prefix + second)
+    assert num_before == len(tokenizer.encode(prefix))
 
 
 @functools.cache
 def tokenizer_with_words():
     tokenizer = Tokenizer()
-    assert tokenizer._words_stand_apart
+    assert tokenizer._kind._words_stand_apart
     return tokenizer
 
 
@@ -286,5 +287,5 @@ def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
     prefix = "<|user|>\nof the same\n<|embed|>\n"
     for text in ("the quick", " the  same ", "of the same kind\n\n of", "<|a b|> fox", "\n", ""):
         assert other.ids(text).tolist() == other.encode(text)
-        ids = other.ids_after(prefix, other.ids(prefix), text)
+        ids, _ = other.ids_after(prefix, other.ids(prefix), text)
         assert ids.tolist() == other.encode(prefix + text)

@@ -140,6 +140,9 @@ def test_the_manifest_says_what_it_was_made_from(prepared):
         "name": "mistral",
         "sha256": tokenizer.fingerprint,
         "vocab_size": 32_000,
+        "bos_id": 1,
+        "eos_id": 2,
+        "files": ["tokenizer.model"],
     }
 
 

@@ -11,7 +11,9 @@ import time
 from command_line import COMMAND, assert_fails_in_one_line, environment, grit_jax, run_python
 import pytest
 import sentencepiece
+from tokenizer_files import write_tokenizer
 
+from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
 
@@ -327,6 +329,25 @@ def test_only_what_has_changed_is_made_again(tmp_path, again):
     report = again("other.model", 65)
     assert "out/a: made again (incomplete)" in report and "out/b: there already" in report
     assert "there already" not in again("other.model", 65, redo=True)
+
+    tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "smollm")))
+    assert "out/b: made again (changed tokenizer)" in again("tokenizer.json", 65)
+    dataset = PreparedDataset(tmp_path / "out", "b", "train")
+    assert dataset.manifest.tokenizer == {
+        "name": "tokenizer.json",
+        "sha256": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "files": ["tokenizer.json", "tokenizer_config.json"],
+    }
+    query = dataset.read([0])[0].query
+    assert tokenizer.decode(query.tokens[query.mask].tolist()) == "query 0"
+    # It is kept beside the data, which may be used elsewhere.
+    for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"):
+        path.unlink()
+    kept = kept_tokenizer(dataset)
+    assert (kept.fingerprint, kept.bos_id) == (tokenizer.fingerprint, tokenizer.bos_id)
 
 
 KILLING = """

@@ -15,6 +15,7 @@ from grit_jax.data.sample import SAMPLE_FOLDER
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "HF_HUB_OFFLINE": "1",  # Nothing is fetched.
     # One device, as a newcomer has.
     "XLA_FLAGS": "",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -120,8 +121,13 @@ def clone(tmp_path_factory, prepared_sample):
 
 
 def environment_of(clone):
-    """Programs that one page has compiled serve the others."""
-    return ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(clone.with_name("compiled"))}
+    """Programs that one page has compiled serve the others; nothing is left in the home folder."""
+    folders = {
+        "JAX_COMPILATION_CACHE_DIR": "compiled",
+        "HF_HOME": "hugging_face",
+        "MTEB_CACHE": "mteb",
+    }
+    return ENVIRONMENT | {name: str(clone.with_name(folder)) for name, folder in folders.items()}
 
 
 def link_prepared(sample, folder, name):

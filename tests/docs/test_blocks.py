@@ -23,6 +23,7 @@ from grit_jax.data.formats import in_form, kind_of_line
 # What is typed in the place of what is shown, and why.
 TYPED = {
     "--config.steps=1000": ("--config.steps=1", "a thousand steps take minutes"),
+    "evaluate mteb MODEL --module": ("evaluate mteb exported --module", "a model that is there"),
     "cp tpu_scripts/settings.example.sh tpu_scripts/settings.sh": (
         'sed \'s/PROJECT=""/PROJECT=my-project/; s/ZONE=""/ZONE=us-east5-b/;'
         ' s/BUCKET=""/BUCKET=my-bucket/\' tpu_scripts/settings.example.sh'

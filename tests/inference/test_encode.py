@@ -1,6 +1,8 @@
 """Embeddings: the original's numbers, whatever is read beside a text, and errors."""
 
 import functools
+import json
+import shutil
 import warnings
 
 from flax import nnx
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import reference_values
 
+from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
 from grit_jax.inference.inputs import InputError
 from grit_jax.objectives.pooling import POOLINGS
@@ -49,16 +52,44 @@ def test_embeddings_are_those_of_the_original(reference_model, architecture, poo
     np.testing.assert_allclose(embeddings, expected, rtol=0, atol=tolerance)
 
 
+def test_a_model_says_how_it_embeds_and_is_overruled(tmp_path, reference_model):
+    values = reference_values.load_values("mistral")
+    folder = shutil.copytree(reference_values.FOLDER / "tiny-mistral", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["grit"] = {"attention": "cccc", "pooling": "cls"}
+    (folder / "config.json").write_text(json.dumps(config))
+    load = functools.partial(GritLM.from_pretrained, folder, dtype="float32", normalized=False)
+    mesh = reference_model().mesh
+    texts = texts_of(values)[:2]
+    for options, expected in (
+        (
+            {},
+            encode_each(reference_model(attention="cccc", pooling="cls", normalized=False), texts),
+        ),
+        ({"attention": "bbcc", "pooling": "mean"}, values["embedding_mean_raw"][:2]),
+    ):
+        embeddings = encode_each(load(mesh=mesh, **options), texts)
+        np.testing.assert_allclose(embeddings, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @functools.partial(nnx.jit, static_argnames="is_causal")
 def hidden_states(module, tokens, segment_ids, is_causal):
     return module(tokens, segment_ids=segment_ids, is_causal=is_causal)
+
+
+def num_shared(tokenizer, instruction, text):
+    """Returns how many tokens are the instruction's alone: its last space is the next word's."""
+    own, whole = tokenizer.encode(instruction), tokenizer.encode(instruction + text)
+    while own != whole[: len(own)]:
+        own.pop()
+    return len(own)
 
 
 def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
     """Returns the normalised mean of a text's hidden states, read in a row of its own."""
     tokenizer = model.tokenizer
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
-    skipped = 1 + len(tokenizer.encode(instruction)) if instruction else 0
+    skipped = 1 + num_shared(tokenizer, instruction, text) if instruction else 0
     places = np.arange(600)[None]
     padded = np.where(places < len(tokens), np.resize(tokens, places.shape), 0)
     is_token = (places < len(tokens)).astype(np.int32)
@@ -225,5 +256,5 @@ def test_unknown_choices_and_a_missing_tokenizer(reference_model):
         reference_model(pooling="max")
     with pytest.raises(ValueError, match="attention='bb' must be one of bbcc, cbcc, cccc"):
         reference_model(attention="bb")
-    with pytest.raises(InputError, match=r"no SentencePiece model .* say tokenizer=PATH"):
+    with pytest.raises(InputError, match=r"no tokenizer .* say tokenizer=PATH"):
         reference_model().encode("a string")

@@ -1,18 +1,30 @@
 """Text from tokens as they come: the same as all at once, whole characters, and stop strings."""
 
+import functools
+from pathlib import Path
+import tempfile
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
+from tokenizer_files import write_tokenizer
 
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.text_pieces import TextPieces
 
 TOKENIZER = Tokenizer()
+OF_BYTES = ("gpt2", "smollm", "llama3")
 TEXTS = st.text(alphabet=st.sampled_from("ab  \n.é日🙂🏽ſ<|>/s"), min_size=1, max_size=40)
 
 
-def run(ids, stop=()):
-    pieces = TextPieces(TOKENIZER, stop)
+@functools.cache
+def tokenizer_of_bytes(style):
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer(str(write_tokenizer(Path(folder), style)))
+
+
+def run(ids, stop=(), tokenizer=TOKENIZER):
+    pieces = TextPieces(tokenizer, stop)
     shown = []
     for token in ids:
         shown.append(pieces.push(token))
@@ -38,6 +50,23 @@ def test_pieces_are_the_text_behind_a_prompt(text):
 def test_any_tokens_give_what_they_give_at_once(ids):
     before = TOKENIZER.encode("x")
     assert run(ids)[0] == TOKENIZER.decode([*before, *ids])[1:]
+
+
+@settings(deadline=None)
+@given(
+    style=st.sampled_from(OF_BYTES),
+    text=st.text(st.characters(codec="utf-8"), max_size=20),
+    ids=st.lists(st.integers(0, 699), max_size=20),
+)
+def test_tokens_of_bytes_give_what_they_give_at_once(style, text, ids):
+    own = tokenizer_of_bytes(style)
+    whole, shown = run(own.encode(text), tokenizer=own)
+    assert whole == text
+    # A character is shown when its bytes are whole, whatever tokens they lie in.
+    assert text.count("\ufffd") == sum(piece.count("\ufffd") for piece in shown)
+    assert run(ids, tokenizer=own)[0] == own.decode(ids)
+    cut = own.encode("🙂")
+    assert len(cut) > 1 and run(cut[:-1], tokenizer=own)[1][:-1] == [""] * (len(cut) - 1)
 
 
 def test_the_space_before_a_first_word_is_kept():

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from grit_jax.conversion import OrbaxModel
 from grit_jax.models import MistralConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import (
@@ -83,6 +84,23 @@ def test_the_newest_comes_back_to_the_bit(trainer, states, tmp_path):
         restored = checkpoints.restore(trainer.abstract_state())
     assert int(restored.step) == 6
     assert_same(restored, states[6])
+
+
+def test_how_a_model_is_used_makes_no_other_run_of_it(trainer, states, tmp_path):
+    save_all(tmp_path, {1: states[1]})  # As an older version does, which does not say it.
+    usage = {"grit": {"attention": "cccc"}, "eos_token_id": 7}
+    with Checkpoints(
+        epath.Path(tmp_path), CONFIG, DESCRIPTION, 1, Retention(keep=10),
+        usage=usage, tokenizer={"tokenizer.json": b"{}", "another": b"2"},
+    ) as checkpoints:  # fmt: skip
+        assert int(checkpoints.restore(trainer.abstract_state()).step) == 1
+        checkpoints.save(2, states[2])
+    with open_folder(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(trainer.abstract_state()).step) == 2
+    fields = OrbaxModel(tmp_path / "2").fields
+    assert fields | usage == fields
+    assert (tmp_path / "2" / "tokenizer" / "another").read_bytes() == b"2"
+    assert not (tmp_path / "1" / "tokenizer").exists()
 
 
 def test_without_one_there_is_none(trainer, tmp_path):

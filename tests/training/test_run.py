@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ import pytest
 from small_run import SMALL
 
 from grit_jax.conversion import open_model
+from grit_jax.conversion.embedding import how_it_embeds
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.inputs import find_end_tokens, find_tokenizer
 from grit_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +115,8 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         f"--config.data.folder={prepared_sample}",
         "--config.steps=3",
         "--config.optimizer.learning_rate=1e-2",
+        "--config.model.attention=cccc",
+        "--config.model.pooling=lasttoken",
         "--config.mesh.fsdp=2",
         "--config.mesh.tensor=2",
         "--config.profile.first_step=2",
@@ -161,6 +167,18 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         np.testing.assert_array_equal(
             trained.read(parameter, index), written.read(parameter, index)
         )
+
+    # They say how the model embeds, and have the tokenizer of its data; a copied checkpoint too.
+    shutil.copytree(trained.folder, tmp_path / "copied")
+    tokenizer = Tokenizer()
+    for model in (open_model(tmp_path / "copied"), written):
+        assert how_it_embeds(model.fields) == {"attention": "cccc", "pooling": "lasttoken"}
+        assert find_tokenizer(model, None).fingerprint == tokenizer.fingerprint
+        assert find_end_tokens(model) == [tokenizer.eos_id]
+    modules = (exported / "modules.json").read_text()
+    assert "sentence_transformers.models.Transformer" in modules
+    pooling = json.loads((exported / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_lasttoken"] and not pooling["pooling_mode_mean_tokens"]
 
     # A run that starts from there starts where this one ended.
     finished = start_training(

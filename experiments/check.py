@@ -1,0 +1,88 @@
+"""Asserts over the files as they were built that nothing held out is trained on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.facts import normalised
+from experiments.files import SUFFIX, Line, read_lines
+from experiments.split import Texts, what_is_asked
+
+# Texts with so many words in common, one after the other, have a sentence in common.
+RUN_LENGTH = 8
+
+
+class LeakError(AssertionError):
+    """Something held out is in the training files; the message says what, and where."""
+
+
+def check_folder(folder: Path) -> dict[str, float]:
+    """Looks for held-out keys, questions and texts in the training files of both streams.
+
+    A text is looked for within longer ones, and compared word by word.
+
+    Returns:
+      The share of the passages of each held-out dataset that have eight words in a row in common
+      with a text that is trained on, such as what all packages of a kind say of themselves.
+
+    Raises:
+      LeakError: something was found.
+    """
+    held_out = _read(folder / "held_out")
+    keys = {key for lines in held_out.values() for line in lines for key in line["keys"]}
+    questions = {text for lines in held_out.values() for line in lines for text in _questions(line)}
+    secret = Texts(text for lines in held_out.values() for line in lines for text in _told(line))
+    runs: set[tuple[str, ...]] = set()
+    for name, lines in _read(folder / "train").items():
+        for number, line in enumerate(lines, 1):
+            where = f"line {number} of train/{name}"
+            for key in keys.intersection(line["keys"]):
+                raise LeakError(f"{where} is about what is held out: {key}")
+            for question in questions.intersection(_questions(line)):
+                raise LeakError(f"{where} asks what is held out: {question}")
+            for text in _texts(line):
+                if found := secret.found_in(text):
+                    raise LeakError(f"{where} holds a held-out text: {found.strip()}")
+                runs.update(_runs(text))
+    return {
+        name.removesuffix(SUFFIX): _share_with_runs(lines, runs)
+        for name, lines in held_out.items()
+        if "pos" in lines[0]
+    }
+
+
+def _read(folder: Path) -> dict[str, list[Line]]:
+    return {path.name: read_lines(path) for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def _told(line: Line) -> Iterator[str]:
+    """Yields the texts of a held-out line; of a task without a passage, the key says it all."""
+    if "query" in line:
+        yield what_is_asked(line["query"][1], line["keys"])
+        yield from (text for _, text in line["pos"] + line["neg"])
+    elif not _is_task(line):
+        yield from line["text"]
+
+
+def _is_task(line: Line) -> bool:
+    return line["keys"][0].partition(" ")[0] not in ("term", "package", "question")
+
+
+def _questions(line: Line) -> list[str]:
+    question = line["query"][1] if "query" in line else line["text"][0]
+    return [question.casefold()]
+
+
+def _texts(line: Line) -> list[str]:
+    if "text" in line:
+        return line["text"]
+    return [line["query"][1], *(text for _, text in line["pos"] + line["neg"])]
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    words = normalised(text).split()
+    return zip(*(words[place:] for place in range(RUN_LENGTH)), strict=False)
+
+
+def _share_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:
+    passages = [line["pos"][0][1] for line in lines]
+    return sum(any(run in runs for run in _runs(text)) for text in passages) / len(passages)

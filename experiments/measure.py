@@ -1,0 +1,187 @@
+"""What a model is measured by, given a function that embeds, scores or generates.
+
+Each measure is a pair of a name, "dataset/measure", and a number. `experiments.gritlm` makes the
+functions of a GritLM, `experiments.baselines` those of two others.
+
+Legend of dimensions: N texts, D embedding, Q queries, P passages.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from jaxtyping import Float
+import numpy as np
+from rich.table import Table
+
+from experiments.datasets import DATASETS
+from experiments.files import SUFFIX, Line, read_lines
+from grit_jax.evaluation.retrieval import retrieval_measures
+
+# Texts and their instruction to embeddings: float32 [N, D].
+Encode = Callable[[Sequence[str], str], Float[np.ndarray, "N D"]]
+# An instruction, queries and passages to scores, higher for what fits better: [Q, P].
+Score = Callable[[str, Sequence[str], Sequence[str]], Float[np.ndarray, "Q P"]]
+# Chats of a user's and the assistant's turn to the log-likelihood of the latter, in nats, and the
+# number of tokens that it is a sum over: both [N].
+Likelihoods = Callable[
+    [Sequence[tuple[str, str]]], tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]
+]
+# What users say to the assistant's answers.
+Generate = Callable[[Sequence[str]], Sequence[str]]
+Measures = dict[str, float]
+
+TITLES = {
+    "ndcg_at_10": "nDCG@10",
+    "recall_at_1": "recall@1",
+    "hard_negatives": "hard negatives",
+    "accuracy": "accuracy",
+    "accuracy_per_character": "per character",
+    "exact_match": "exact match",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
+
+
+def by_embeddings(encode: Encode) -> Score:
+    """Returns the scores that embeddings make, the products of queries' and passages'."""
+
+    def score(
+        instruction: str, queries: Sequence[str], passages: Sequence[str]
+    ) -> Float[np.ndarray, "Q P"]:
+        return encode(queries, instruction) @ encode(passages, "").T
+
+    return score
+
+
+def measure_retrieval(score: Score, folder: Path) -> Measures:
+    """Returns nDCG@10 and recall@1 of each corpus, and the accuracy against hard negatives.
+
+    The latter is the share of queries whose passage is scored above all passages that are
+    easily taken for it, where there are such: the definitions of a word's other senses.
+
+    Args:
+      score: see `Score`; `by_embeddings` makes it of a function that embeds.
+      folder: made by `experiments.build_data`.
+    """
+    measures: Measures = {}
+    for dataset in filter(lambda dataset: dataset.passages, DATASETS):
+        corpus = folder / "evaluation" / "corpora" / dataset.embedding_name
+        documents = [line["text"] for line in read_lines(corpus / f"documents{SUFFIX}")]
+        queries = read_lines(corpus / f"queries{SUFFIX}")
+        texts = [query["text"] for query in queries]
+        scores = score(dataset.instruction, texts, documents)
+        relevant = [set(query["relevant"]) for query in queries]
+        found = retrieval_measures(scores, relevant)
+        hard = [query for query in queries if query["negatives"]]
+        if hard:
+            found["hard_negatives"] = _above_negatives(score, dataset.instruction, hard, documents)
+        measures |= {f"{dataset.embedding_name}/{name}": value for name, value in found.items()}
+    return measures
+
+
+def measure_choices(likelihoods: Likelihoods, folder: Path) -> Measures:
+    """Returns how often the likeliest definition of a word in a sentence is the right one.
+
+    "accuracy" compares the log-likelihoods of the answers, "accuracy_per_character" the same
+    divided by their lengths.
+    """
+    items = read_lines(folder / "evaluation" / f"wordnet_choices{SUFFIX}")
+    chats = [(item["question"], choice) for item in items for choice in item["choices"]]
+    nats, _ = likelihoods(chats)
+    lengths = np.array([len(answer) for _, answer in chats])
+    return {
+        "wordnet_choices/accuracy": _share_right(items, nats),
+        "wordnet_choices/accuracy_per_character": _share_right(items, nats / lengths),
+    }
+
+
+def measure_reasoning(generate: Generate, folder: Path) -> Measures:
+    """Returns how often the answer to a task is the right one, overall and by kind of task.
+
+    White space around answers and a full stop at their end do not count.
+    """
+    items = read_lines(folder / "evaluation" / f"reasoning_items{SUFFIX}")
+    answers = generate([item["question"] for item in items])
+    right = [
+        _bare(answer) == _bare(item["answer"]) for answer, item in zip(answers, items, strict=True)
+    ]
+    kinds = np.array([item["kind"] for item in items])
+    measures = {"reasoning/exact_match": float(np.mean(right))}
+    for kind in np.unique(kinds):
+        measures[f"{kind}/exact_match"] = float(np.mean(np.array(right)[kinds == kind]))
+    return measures
+
+
+def measure_perplexity(likelihoods: Likelihoods, folder: Path) -> Measures:
+    """Returns perplexity and bits per byte of the assistant's turns, overall and by dataset.
+
+    Perplexity depends on the tokenizer, and bits per byte do not.
+    """
+    measures: Measures = {}
+    everything: list[np.ndarray] = []
+    for dataset in DATASETS:
+        lines = read_lines(folder / "held_out" / f"{dataset.chat_name}{SUFFIX}")
+        chats = [(line["text"][0], line["text"][1]) for line in lines]
+        nats, tokens = likelihoods(chats)
+        num_bytes = sum(len(answer.encode()) for _, answer in chats)
+        totals = np.array([-np.sum(nats), np.sum(tokens), num_bytes], np.float64)
+        everything.append(totals)
+        measures |= _named(dataset.chat_name, totals)
+    return measures | _named("all_chats", np.sum(everything, axis=0))
+
+
+def measures_table(columns: Mapping[str, Measures]) -> Table:
+    """Returns a table of measures, a column for each model, for people to read."""
+    table = Table()
+    table.add_column("dataset", no_wrap=True)
+    table.add_column("measure")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for name in dict.fromkeys(name for measures in columns.values() for name in measures):
+        dataset, measure = name.split("/")
+        cells = [measures.get(name) for measures in columns.values()]
+        table.add_row(dataset, TITLES[measure], *map(_shown, cells))
+    return table
+
+
+def _above_negatives(
+    score: Score, instruction: str, queries: Sequence[Line], documents: Sequence[str]
+) -> float:
+    """Returns how often the right passage has a higher score than each of the query's negatives."""
+    answers = [documents[int(query["relevant"][0])] for query in queries]
+    passages = {*answers, *(text for query in queries for text in query["negatives"])}
+    places = {text: place for place, text in enumerate(sorted(passages))}
+    scores = score(instruction, [query["text"] for query in queries], list(places))
+    right = [
+        row[places[answer]] > max(row[places[text]] for text in query["negatives"])
+        for row, query, answer in zip(scores, queries, answers, strict=True)
+    ]
+    return float(np.mean(right))
+
+
+def _share_right(items: Sequence[Line], scores: np.ndarray) -> float:
+    """Returns how often the right choice has the highest score; the first of several that do."""
+    right, start = 0, 0
+    for item in items:
+        end = start + len(item["choices"])
+        right += int(np.argmax(scores[start:end])) == item["answer"]
+        start = end
+    return right / len(items)
+
+
+def _named(dataset: str, totals: np.ndarray) -> Measures:
+    nats, tokens, num_bytes = totals
+    return {
+        f"{dataset}/perplexity": float(np.exp(nats / tokens)),
+        f"{dataset}/bits_per_byte": float(nats / np.log(2) / num_bytes),
+    }
+
+
+def _shown(cell: float | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell:.3f}" if cell < 10 else f"{cell:,.1f}"
+
+
+def _bare(answer: str) -> str:
+    return answer.strip().removesuffix(".")

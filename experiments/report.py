@@ -1,0 +1,147 @@
+"""Tables and a picture of the experiment's measures, from the files that the runs left."""
+
+from collections.abc import Mapping, Sequence
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+
+from experiments.measure import TITLES, Measures
+from experiments.presets import ABLATIONS, MAIN, UNTRAINED
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# What the two halves of a model are judged by.
+EMBEDDING = (
+    "wordnet_senses/ndcg_at_10",
+    "wordnet_senses/hard_negatives",
+    "foldoc_entries/ndcg_at_10",
+    "jargon_entries/ndcg_at_10",
+    "debian_descriptions/ndcg_at_10",
+    "faq_answers/ndcg_at_10",
+)
+GENERATION = (
+    "wordnet_choices/accuracy_per_character",
+    "reasoning/exact_match",
+    "all_chats/bits_per_byte",
+)
+LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
+
+# Of each measure, its values over seeds.
+Columns = dict[str, dict[str, list[float]]]
+
+
+def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> None:
+    """Writes `report.md` and `claim.svg`, and shows the former."""
+    columns = read_columns(folder)
+    text = report(columns, about)
+    (folder / "report.md").write_text(text)
+    draw(columns, folder / "claim.svg")
+    console.print(text, markup=False)
+
+
+def read_columns(folder: Path) -> Columns:
+    """Returns the measures of baselines and runs, by name, as the folder has them."""
+    columns: Columns = {}
+    for name, measures in json.loads((folder / "baselines.json").read_text()).items():
+        columns[name] = {measure: [value] for measure, value in measures.items()}
+    found = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/measures.json")]
+    for run in (UNTRAINED, *MAIN, *ABLATIONS):
+        of_seeds = sorted((one for one in found if one["run"] == run.name), key=lambda x: x["seed"])
+        if of_seeds:
+            names = of_seeds[0]["measures"]
+            values = {name: [one["measures"][name] for one in of_seeds] for name in names}
+            columns[run.name] = values
+    return columns
+
+
+def report(columns: Columns, about: Mapping[str, Any]) -> str:
+    """Returns all tables in Markdown."""
+    others = [name for name in columns if name not in {run.name for run in ABLATIONS}]
+    lines = [f"- {name}: {value}" for name, value in about.items()]
+    lines += ["", "### Embedding", "", *table(columns, others, EMBEDDING)]
+    runs = [name for name in others if "all_chats/bits_per_byte" in columns[name]]
+    constant = [name for name in others if name == "constant"]
+    lines += ["", "### Generation", "", *table(columns, [*constant, *runs], GENERATION)]
+    lines += ["", "### The claim", "", *verdict(columns)]
+    ablated = [run.name for run in ABLATIONS if run.name in columns]
+    if ablated:
+        chosen = ["unified", *ablated]
+        lines += ["", "### Ablations", "", *table(columns, chosen, (*EMBEDDING, *GENERATION))]
+    every = list(dict.fromkeys(name for one in columns.values() for name in one))
+    lines += ["", "### All measures", "", *table(columns, list(columns), every)]
+    return "\n".join(lines) + "\n"
+
+
+def table(columns: Columns, names: Sequence[str], measures: Sequence[str]) -> list[str]:
+    """Returns the lines of a table: the mean of each measure, and its spread over seeds."""
+    lines = [f"| dataset | measure | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for measure in measures:
+        dataset, kind = measure.split("/")
+        cells = [_cell(columns[name].get(measure, [])) for name in names]
+        lines.append(f"| {dataset} | {TITLES[kind]} | {' | '.join(cells)} |")
+    return lines
+
+
+def verdict(columns: Columns) -> list[str]:
+    """Returns for each measure whether unified is within the noise of the specialist, or better.
+
+    The noise is two standard errors of the difference of the two means; with one seed there is
+    nothing to hold a difference against.
+    """
+    lines = ["| dataset | measure | specialist | unified | difference | two standard errors | |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for specialist, measures in (("embedding only", EMBEDDING), ("generation only", GENERATION)):
+        for measure in measures:
+            dataset, kind = measure.split("/")
+            own, both = (columns[name][measure] for name in (specialist, "unified"))
+            difference = np.mean(both) - np.mean(own)
+            sign = -1 if kind in LOWER_IS_BETTER else 1
+            shown = [_cell(own), _cell(both), f"{difference:+.3f}"]
+            if min(len(own), len(both)) < 2:
+                lines.append(f"| {dataset} | {TITLES[kind]} | {' | '.join(shown)} | | one seed |")
+                continue
+            noise = 2 * np.sqrt(np.var(own, ddof=1) / len(own) + np.var(both, ddof=1) / len(both))
+            word = "worse" if sign * difference < -noise else "within"
+            word = "better" if sign * difference > noise else word
+            lines.append(
+                f"| {dataset} | {TITLES[kind]} | {' | '.join(shown)} | {noise:.3f} | {word} |"
+            )
+    return lines
+
+
+def draw(columns: Columns, path: Path) -> None:
+    """Draws embedding beside generation: mean nDCG@10 over corpora and bits a byte, each run."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    ranked = [measure for measure in EMBEDDING if measure.endswith("ndcg_at_10")]
+    for run in (UNTRAINED, *MAIN):
+        measures: Mapping[str, Sequence[float]] = columns.get(run.name, {})
+        if measures:
+            x = np.mean([measures[name] for name in ranked], axis=0)
+            axes.scatter(x, measures["all_chats/bits_per_byte"], label=run.name)
+    axes.set_xlabel("mean nDCG@10 of five corpora (right is better)")
+    axes.set_ylabel("bits a byte of held-out chats (down is better)")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def means(columns: Columns) -> dict[str, Measures]:
+    """Returns the mean over seeds of each measure."""
+    return {
+        name: {measure: float(np.mean(values)) for measure, values in measures.items()}
+        for name, measures in columns.items()
+    }

@@ -1,0 +1,114 @@
+"""Debian's packages: the short description, and the long one without the package's name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+import re
+
+from experiments.facts import Fact, normalised
+from grit_jax.data.sample.jargon import mask, shorten
+from grit_jax.data.sample.text import clean, count_words, is_welcome, pick, stable_number
+
+SHORT_WORDS = range(2, 16)
+LONG_WORDS = range(8, 81)
+NAME_QUESTIONS = (
+    "What is the Debian package {name}?",
+    "Describe the software package {name}.",
+    "What do I get when I install {name}?",
+    "Tell me about the package {name}.",
+)
+SUMMARY_TASKS = (
+    "Summarise this description of a software package in one line: {text}",
+    "Write a short description of the package that is described here: {text}",
+    "What is this software, in a few words? {text}",
+)
+# Packages that hold a part of a program, which its source package is not known for.
+_PART = re.compile(
+    r"-(dev|doc|docs|dbg|dbgsym|common|data|examples|tests?|utils|tools|bin|l10n[\w-]*|i18n|headers)$"
+)
+
+
+def read_descriptions(translation: Path, packages: Path) -> list[Fact]:
+    """Returns a fact for each source package whose description no other has.
+
+    Args:
+      translation: apt's file of English descriptions, `..._Translation-en`.
+      packages: apt's file of packages, `..._Packages`, which says what source each is made from.
+    """
+    sources = {name: _source(stanza) for name, stanza in _stanzas(packages)}
+    chosen: dict[str, tuple[str, str]] = {}
+    for name, stanza in _stanzas(translation):
+        source = sources.get(name, name)
+        if source not in chosen or _place(name, source) < _place(chosen[source][0], source):
+            chosen[source] = name, stanza
+    distinct: dict[str, Fact] = {}
+    for source, (name, stanza) in sorted(chosen.items()):
+        fact = _fact(name, source, stanza)
+        if fact is not None:
+            # What differs in a version alone is the same.
+            distinct.setdefault(_without_digits(normalised(fact.passage)), fact)
+    return list(distinct.values())
+
+
+def _stanzas(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields the name of each package, and what the file has of it."""
+    stanzas = path.read_text(encoding="utf-8").split("\n\n")
+    for stanza in filter(str.strip, stanzas):
+        name = re.match(r"\n*Package: (\S+)", stanza)
+        if name is None:
+            raise ValueError(f"not a list of packages: {path}: {stanza[:60]!r}")
+        yield name[1], stanza
+
+
+def _source(stanza: str) -> str:
+    """The name of the source package; without a field it is that of the package."""
+    field = re.search(r"^Source: (\S+)", stanza, re.M) or re.search(
+        r"^Package: (\S+)", stanza, re.M
+    )
+    return field[1] if field else ""
+
+
+def _place(name: str, source: str) -> tuple[bool, bool, int, str]:
+    """What the package is put in order by, the one that tells most of its source first."""
+    return name != source, _PART.search(name) is not None, len(name), name
+
+
+def _fact(name: str, source: str, stanza: str) -> Fact | None:
+    """Returns None of a description that is too short or too long."""
+    _, _, description = stanza.partition("Description-en: ")
+    first_line, _, rest = description.partition("\n")
+    short, long = clean(first_line), shorten(_running_text(rest), LONG_WORDS)
+    masked = mask(mask(long, name), source)
+    told = masked.replace("____", "")
+    if count_words(told) < LONG_WORDS.start or count_words(short) not in SHORT_WORDS:
+        return None
+    if not is_welcome(short, long):
+        return None
+    asks_for_name = stable_number("chat " + source) % 2 == 0
+    task = pick(NAME_QUESTIONS if asks_for_name else SUMMARY_TASKS, source)
+    return Fact(
+        keys=(
+            # Versions of a package, such as gcc-11 and gcc-12, tell the same.
+            f"package {_without_digits(source)}",
+            f"short {_without_digits(normalised(short))}",
+        ),
+        user=task.format(name=name, text=long),
+        assistant=long if asks_for_name else short,
+        query=short,
+        passage=masked,
+        kind="name" if asks_for_name else "summary",
+    )
+
+
+def _without_digits(text: str) -> str:
+    return re.sub(r"[0-9.]+", "", text)
+
+
+def _running_text(rest: str) -> str:
+    """The paragraphs as one line; what is indented further, lists and code, is left out."""
+    lines = []
+    for line in rest.split("\n"):
+        if not line.startswith(" "):
+            break  # Another field.
+        if re.match(r" [^\s.]", line):
+            lines.append(line)
+    return clean(" ".join(lines))

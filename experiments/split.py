@@ -1,0 +1,143 @@
+"""Which facts are held out, so that nothing of them is trained on in either stream."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+
+from experiments.facts import Dataset, Fact, normalised
+from grit_jax.data.sample.text import stable_number
+
+Facts = dict[str, list[Fact]]
+# Texts of fewer words are found everywhere, and tell nothing by themselves.
+LEAST_WORDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The facts of each dataset by name, in an order that looks random and is always the same."""
+
+    train: Facts
+    held_out: Facts
+
+
+def split_facts(facts: Mapping[str, Sequence[Fact]], datasets: Sequence[Dataset]) -> Split:
+    """Returns the facts to train on, and those to measure with.
+
+    Facts that share a key, directly or through others, stand on one side, which the smallest of
+    their keys decides on. No text of a held-out fact occurs in a fact to train on, be it within
+    a longer text: such facts are left out, and such negatives dropped.
+    """
+    sides = _Sides(facts, {dataset.name: dataset.held_out for dataset in datasets})
+    held_out = {
+        dataset.name: _choose_held_out(
+            [fact for fact in facts[dataset.name] if sides.is_held_out(fact)], dataset
+        )
+        for dataset in datasets
+    }
+    secret = Texts(text for chosen in held_out.values() for fact in chosen for text in told(fact))
+    train = {
+        name: list(_without(secret, [fact for fact in own if not sides.is_held_out(fact)]))
+        for name, own in facts.items()
+    }
+    return Split({name: _shuffled(own) for name, own in train.items()}, held_out)
+
+
+class Texts:
+    """Texts that are looked for in others, word by word, whatever stands between the words."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._by_start: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for text in texts:
+            form = normalised(text)
+            words = tuple(form.split())
+            if len(words) >= LEAST_WORDS:
+                self._by_start[words[:LEAST_WORDS]].add(form)
+
+    def found_in(self, text: str) -> str | None:
+        """Returns one of the texts that occurs in a text, or None."""
+        form = normalised(text)
+        words = form.split()
+        starts = zip(*(words[place:] for place in range(LEAST_WORDS)), strict=False)
+        for start in starts:
+            for wanted in self._by_start.get(start, ()):
+                if wanted in form:
+                    return wanted
+        return None
+
+
+def told(fact: Fact) -> Iterator[str]:
+    """Yields the texts of a fact that nobody may be trained on if it is held out.
+
+    Of a task without a passage, such as a sum, there are none: its key says all of it, and a
+    longer sum may begin like it.
+    """
+    if fact.passage:
+        yield from (fact.passage, *fact.negatives, fact.user, fact.assistant)
+        yield what_is_asked(fact.query, fact.keys)
+
+
+def what_is_asked(query: str, keys: Sequence[str]) -> str:
+    """Returns the query, or, of a term in a sentence, the sentence.
+
+    Other texts may mention a term, which its key keeps from being asked about.
+    """
+    is_term = keys[0].startswith("term ")
+    return query.partition(": ")[2] if is_term else query
+
+
+class _Sides:
+    """The side of each key: components of keys that occur in one fact."""
+
+    def __init__(self, facts: Mapping[str, Sequence[Fact]], shares: Mapping[str, float]):
+        self._parents: dict[str, str] = {}
+        self._shares: dict[str, float] = defaultdict(float)
+        for own in facts.values():
+            for fact in own:
+                for key in fact.keys:
+                    self._join(fact.keys[0], key)
+        for name, own in facts.items():
+            for fact in own:
+                root = self._root(fact.keys[0])
+                self._shares[root] = max(self._shares[root], shares[name])
+
+    def is_held_out(self, fact: Fact) -> bool:
+        root = self._root(fact.keys[0])
+        return stable_number("held out " + root) < self._shares[root] * 2**64
+
+    def _root(self, key: str) -> str:
+        """The smallest key of the component, to which all others lead."""
+        root = self._parents.setdefault(key, key)
+        while self._parents[root] != root:
+            root = self._parents[root]
+        while self._parents[key] != root:
+            self._parents[key], key = root, self._parents[key]
+        return root
+
+    def _join(self, one: str, other: str) -> None:
+        first, second = sorted((self._root(one), self._root(other)))
+        self._parents[second] = first
+
+
+def _choose_held_out(facts: Sequence[Fact], dataset: Dataset) -> list[Fact]:
+    """Returns facts of which no query, no passage and no question is another's."""
+    most = dataset.most_queries if dataset.passages else dataset.most_chats
+    chosen: list[Fact] = []
+    seen: set[str] = set()
+    for fact in _shuffled(facts):
+        texts = {normalised(text) for text in (fact.query, fact.passage, fact.user) if text}
+        if len(chosen) < most and not seen & texts:
+            seen |= texts
+            chosen.append(fact)
+    return chosen
+
+
+def _without(secret: Texts, facts: Iterable[Fact]) -> Iterator[Fact]:
+    for fact in facts:
+        negatives = tuple(text for text in fact.negatives if secret.found_in(text) is None)
+        own = (fact.query, fact.passage, fact.user, fact.assistant)
+        if all(secret.found_in(text) is None for text in own):
+            yield dataclasses.replace(fact, negatives=negatives)
+
+
+def _shuffled(facts: Iterable[Fact]) -> list[Fact]:
+    return sorted(facts, key=lambda fact: (stable_number(f"order {fact.user}"), fact.user))

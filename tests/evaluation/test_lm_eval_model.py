@@ -1,0 +1,188 @@
+"""lm-eval's own package: a `GritLM` has the values of the model that it is exported as."""
+
+import json
+
+from command_line import assert_fails_in_one_line, grit_jax
+import numpy as np
+import pytest
+from sample_tasks import held_out
+import yaml
+
+from grit_jax.evaluation.lm_eval_model import LmEvalModel
+from grit_jax.evaluation.paper import GENERATIVE, NUM_FEWSHOT
+
+pytestmark = pytest.mark.slow
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory):
+    """Tasks of WordNet: a word's sense chosen, a definition made, and how likely the texts are."""
+    folder = tmp_path_factory.mktemp("tasks")
+    senses = [
+        {
+            "question": one["query"][1],
+            "choices": [text for _, text in (one["pos"] + one["neg"])],
+            "answer": 0,
+        }
+        for one in held_out("wordnet_senses", 60)
+        if len(one["neg"]) == 2
+    ]
+    chats = [
+        {"question": user, "answer": assistant}
+        for user, assistant in (one["text"] for one in held_out("wordnet_chat", 8))
+    ]
+    texts = [{"text": f"{one['question']} {one['answer']} "} for one in chats[:5]]
+    texts.append({"text": "A text that is longer than the model's context. " * 80})
+    files = {
+        "senses": write_lines(folder / "senses.jsonl", senses[:24]),
+        "chats": write_lines(folder / "chats.jsonl", chats),
+        "texts": write_lines(folder / "texts.jsonl", texts),
+    }
+    common = {
+        "dataset_path": "json",
+        "test_split": "test",
+        "fewshot_split": "test",
+        "num_fewshot": 0,
+    }
+    tasks = [
+        {
+            "task": "wordnet_choice",
+            "dataset_kwargs": {"data_files": {"test": files["senses"]}},
+            "output_type": "multiple_choice",
+            "doc_to_text": "What does the first word mean? {{question}}\n",
+            "doc_to_target": "answer",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        {
+            "task": "wordnet_letter",
+            "dataset_kwargs": {"data_files": {"test": files["senses"]}},
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}\nA: {{choices[0]}}\nB: {{choices[1]}}\nAnswer:",
+            "doc_to_target": "answer",
+            "doc_to_choice": ["A", "B"],
+            "metric_list": [{"metric": "acc"}],
+        },
+        {
+            "task": "wordnet_definition",
+            "dataset_kwargs": {"data_files": {"test": files["chats"]}},
+            "output_type": "generate_until",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "answer",
+            "generation_kwargs": {"until": [".", "\n\n"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        {
+            "task": "wordnet_perplexity",
+            "dataset_kwargs": {"data_files": {"test": files["texts"]}},
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+    ]
+    for task in tasks:
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sides(exported, model):
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=4)
+    return LmEvalModel(model), theirs
+
+
+def measured(side, folder, task, **options):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    return lm_eval.simple_evaluate(
+        side,
+        tasks=[task],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("wordnet_choice", {"num_fewshot": 2, "apply_chat_template": True}),
+        ("wordnet_letter", {"num_fewshot": 12}),  # More than the context holds.
+        ("wordnet_definition", {}),
+        ("wordnet_definition", {"num_fewshot": 2, "apply_chat_template": True}),
+        ("wordnet_perplexity", {}),
+    ],
+)
+def test_values_are_those_of_the_harness_own_model(sides, task_folder, task, options):
+    ours, theirs = (measured(side, task_folder, task, limit=6, **options) for side in sides)
+    for own, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+        for a, b in zip(own["filtered_resps"], other["filtered_resps"], strict=True):
+            if isinstance(b, str):
+                assert a == b
+            else:
+                np.testing.assert_allclose(np.float64(a), np.float64(b), atol=2e-3)
+    own, other = ours["results"][task], theirs["results"][task]
+    numbers = [name for name, value in other.items() if isinstance(value, float)]
+    assert numbers
+    for name in numbers:
+        assert own[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_a_turn_of_the_chat_is_the_export_s_template(sides):
+    chat = [
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": " Hello. "},
+        {"role": "user", "content": "Who?"},
+    ]
+    ours, theirs = sides
+    assert f"<s>{ours.apply_chat_template(chat)}" == theirs.apply_chat_template(chat)
+    prompt = theirs.apply_chat_template(chat)
+    assert ours.tok_encode(ours.apply_chat_template(chat)) == theirs.tok_encode(prompt)
+    begun = [*chat, {"role": "assistant", "content": "I am"}]
+    assert ours.apply_chat_template(begun, False).endswith("<|assistant|>\nI am")
+    said = [{"role": "system", "content": "Be kind."}, *chat]
+    assert ours.apply_chat_template(said).startswith("<|user|>\nBe kind.\nHi!\n<|assistant|>\n")
+
+
+def test_what_a_task_asks_of_generation_reaches_the_model(sides):
+    ours, _ = sides
+    draw = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5, "top_k": 0}
+    greedy = ours._generate(["A text"], draw | {"do_sample": False})
+    assert ours._generate(["A text"], draw) != greedy
+    assert ours._generate(["A text"], draw | {"top_k": 1}) == greedy
+    with pytest.raises(ValueError, match=r"num_beams.*there are temperature"):
+        ours._generate(["A text"], draw | {"num_beams": 4})
+    with pytest.raises(ValueError, match=r"512 new tokens.*max_gen_toks"):
+        ours._generate(["A text"], {"max_gen_toks": 512})
+
+
+def test_the_papers_tasks_are_the_harness_own():
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    names = {task for row in GENERATIVE for task in row.tasks}
+    assert len(names) == 13 and names <= known and set(NUM_FEWSHOT) <= names
+
+
+def test_the_command_measures_and_shows_the_papers_table(exported, task_folder, tmp_path):
+    options = ["--task-folder", task_folder, "--output", "results", "--dtype=float32", "--limit=4"]
+    tasks = ["--tasks", "wordnet_letter", "wordnet_definition"]
+    finished = grit_jax("evaluate", "lm-eval", exported, *tasks, *options, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "results" / "scores.json").read_text())["lm_eval"]
+    assert scores.keys() == {"wordnet_letter", "wordnet_definition"}
+    assert f"acc,none {scores['wordnet_letter']['acc,none']:.4f}" in finished.stdout
+    assert len(list((tmp_path / "results" / "lm_eval").glob("*.json"))) == 2
+    assert "HumanEval" in finished.stdout
+    options[-1] = "--tasks=no_such_task"
+    finished = grit_jax("evaluate", "lm-eval", "nowhere", *options, cwd=tmp_path)
+    assert_fails_in_one_line(finished, "no_such_task", "--task-folder")

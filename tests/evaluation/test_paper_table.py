@@ -1,0 +1,69 @@
+"""The paper's numbers, and one's own beside them."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from grit_jax.evaluation.paper import (
+    EMBEDDING,
+    EMBEDDING_AVERAGE,
+    GENERATIVE,
+    GENERATIVE_AVERAGE,
+    MODELS,
+)
+from grit_jax.evaluation.paper_table import paper_tables
+from grit_jax.evaluation.results import Results, ResultsError
+
+KINDS = {f"{row.kind}{i}": row.kind for row in EMBEDDING for i in range(row.num_tasks)}
+
+
+def shown(results):
+    console = Console(width=140, record=True)
+    for table in paper_tables(results, KINDS):
+        console.print(table)
+    lines = [line.split("│") for line in console.export_text().splitlines() if "│" in line]
+    return {line[1].strip(): line[-2].strip() for line in lines}
+
+
+def test_the_papers_numbers_have_the_papers_averages():
+    for number in range(len(MODELS)):
+        total = sum(row.values[number] * row.num_tasks for row in EMBEDDING)
+        assert total / 56 == pytest.approx(EMBEDDING_AVERAGE[number], abs=0.06)
+        total = sum(row.values[number] for row in GENERATIVE)
+        assert total / 6 == pytest.approx(GENERATIVE_AVERAGE[number], abs=0.06)
+
+
+def test_the_own_column_is_empty_without_results():
+    assert set(shown(None).values()) == {""}
+    assert len(shown(None)) == len(EMBEDDING) + 1 + len(GENERATIVE) + 1
+
+
+def test_the_own_column_has_means_of_what_is_there(tmp_path):
+    results = Results(tmp_path / "results", "a model")
+    results.add("mteb", {"STS0": 0.5, "STS1": 0.7, "Summarization0": 0.3, "of_my_own": 1.0})
+    results.add("lm_eval", {"mmlu": {"acc,none": 0.25}, "tydiqa_goldp_en": {"f1,none": 0.5}})
+    own = shown(Results(tmp_path / "results"))
+    assert own["STS (10)"] == "60.0 (2 tasks)" and own["Summarization (1)"] == "30.0"
+    assert own["average (56)"] == "" and own["Retrieval (15)"] == ""
+    assert own["MMLU"] == "25.0" and own["TyDi QA"] == ""  # One language of nine.
+    results.add("mteb", {task: 0.5 if KINDS[task] == "STS" else 0.25 for task in KINDS})
+    expected = 100 * (10 * 0.5 + 46 * 0.25) / 56
+    assert shown(results)["average (56)"] == f"{expected:.1f}"
+
+
+def test_results_are_those_of_one_model_and_whole(tmp_path):
+    Results(tmp_path, "one").add("mteb", {"STS12": 0.5})
+    Results(tmp_path, "one").add("lm_eval", {"mmlu": {"acc,none": 0.25}})
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content == {
+        "model": "one",
+        "mteb": {"STS12": 0.5},
+        "lm_eval": {"mmlu": {"acc,none": 0.25}},
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    with pytest.raises(ResultsError, match=r"results of another model \(one, and this is two\)"):
+        Results(tmp_path, "two")
+    (tmp_path / "scores.json").write_text("{")
+    with pytest.raises(ResultsError, match=r"no JSON: delete it"):
+        Results(tmp_path, "one")

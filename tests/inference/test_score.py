@@ -1,0 +1,88 @@
+"""How likely continuations are: the logits' own sums, whatever is read beside a pair."""
+
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.inference.inputs import InputError
+
+PROMPT = "The capital of France is"
+
+
+@nnx.jit
+def logits_of(module, tokens):
+    return module.logits(module(tokens, is_causal=True))[0]
+
+
+def by_logits(model, prompt, continuation):
+    """Returns the sum of the log-likelihoods of a pair of token ids, read alone, and if greedy."""
+    tokens = [*prompt, *continuation]
+    padded = np.pad(tokens, (0, -len(tokens) % 96))  # What comes after is not seen.
+    before = logits_of(model.model, padded[None])[len(prompt) - 1 : len(tokens) - 1]
+    chances = jax.nn.log_softmax(before, axis=-1)
+    own = chances[jnp.arange(len(continuation)), jnp.asarray(continuation)]
+    return float(own.sum()), bool((before.argmax(-1) == jnp.asarray(continuation)).all())
+
+
+ids = st.lists(st.integers(3, 300), min_size=1, max_size=40)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=6), st.integers(0, 5))
+def test_scores_are_the_logits_own_whatever_is_beside(reference_model, pairs, copies):
+    model = reference_model()
+    # Continuations that differ in their last token are read together.
+    pairs += [(prompt, [*rest[:-1], (rest[-1] + 1) % 300]) for prompt, rest in pairs[:copies]]
+    values, are_greedy = model.score(*zip(*pairs, strict=True))
+    for (prompt, rest), value, is_greedy in zip(pairs, values, are_greedy, strict=True):
+        expected, greedy = by_logits(model, prompt, rest)
+        assert value == pytest.approx(expected, rel=1e-5, abs=1e-4)
+        assert is_greedy == greedy
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
+def test_what_is_generated_is_greedy(reference_model, architecture):
+    model = reference_model(architecture)
+    prompt = np.arange(5, 17)
+    made = model.generate(prompt, max_new_tokens=9)
+    assert len(made) > 1
+    other = np.array([*made[:-1], (made[-1] + 1) % 300])
+    values, are_greedy = model.score([prompt] * 2, [made, other])
+    assert are_greedy.tolist() == [True, False] and values[0] > values[1]
+
+
+def test_a_strings_tokens_are_those_of_the_whole(model):
+    tokenizer = model.tokenizer
+    values, _ = model.score([PROMPT, PROMPT], [" Paris.", " Rome, of course"])
+    for continuation, value in zip([" Paris.", " Rome, of course"], values, strict=True):
+        prompt = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+        whole = [tokenizer.bos_id, *tokenizer.encode(PROMPT + continuation)]
+        assert value == pytest.approx(by_logits(model, prompt, whole[len(prompt) :])[0], rel=1e-5)
+
+
+def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(3, 300, 20), rng.integers(3, 300, n)) for n in (1, 50, 7)]
+    one = reference_model().score(*zip(*pairs, strict=True))
+    eight = reference_model(on_eight_devices=True).score(*zip(*pairs, strict=True))
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "continuations", "message"),
+    [
+        ("A prompt", ["a"], "are lists"),
+        ([PROMPT], ["a", "b"], "2 continuations for 1 prompts"),
+        ([PROMPT], [[5, 6]], "continuation 0 must both be strings"),
+        ([PROMPT], [""], "continuation 0 has no token of its own"),
+        ([""], ["a"], "prompt 0 is empty"),
+        ([[5, 6]], [[5] * 700], "continuation 0 have 702 tokens, but this model reads 700"),
+    ],
+)
+def test_what_cannot_be_scored_is_named(model, prompts, continuations, message):
+    with pytest.raises(InputError, match=message):
+        model.score(prompts, continuations)

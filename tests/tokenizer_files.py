@@ -1,0 +1,65 @@
+"""Small byte-level tokenizers, as Hugging Face's models bring them: made here, of real text."""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+TEXT = Path(__file__).parents[1] / "README.md"
+BEGIN, END, OTHER = "<|begin|>", "<|end|>", "<|other|>"
+# How Llama 3 splits text into words: up to three digits, line breaks with what stands before them.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = {"add_prefix_space": False, "use_regex": False}
+SPLITS = {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    ),
+    "llama3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated"),
+            pre_tokenizers.ByteLevel(**BYTES),
+        ]
+    ),
+}
+# One with SentencePiece's spaces, as converted Llama 2 models have it.
+METASPACE = "metaspace"
+STYLES = (*SPLITS, METASPACE)
+
+
+def write_tokenizer(folder, style, size=700):
+    """Writes tokenizer.json and tokenizer_config.json of so many tokens; returns the former."""
+    if style == METASPACE:
+        made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+        made.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        )
+        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        alphabet, special = [], [BEGIN, END, OTHER, *(f"<0x{byte:02X}>" for byte in range(256))]
+    else:
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = SPLITS[style]
+        made.decoder = decoders.ByteLevel()
+        # As Llama 3 and GPT-2 have it; it changes what the package says of places in the text.
+        made.post_processor = processors.ByteLevel(trim_offsets=True)
+        alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [BEGIN, END, OTHER]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    made.train_from_iterator([TEXT.read_text(encoding="utf-8")], trainer)
+    if style == METASPACE:  # Bytes are tokens like any other.
+        content = json.loads(made.to_str())
+        content["added_tokens"] = content["added_tokens"][:3]
+        made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    made.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": BEGIN, "eos_token": {"content": END}, "add_bos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder / "tokenizer.json"
