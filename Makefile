@@ -2,6 +2,7 @@
 # make test: run every test.
 # make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
 # make claim: the paper's claim on a real model and public text, in an hour or two.
+# make docs: the documentation as a site, in the folder site; make docs-serve shows it as it is written.
 # make torture: the runs that are killed at random moments, killed twenty times.
 # All make .venv first, with the versions in constraints.txt.
 
@@ -11,13 +12,19 @@ WORKDIR ?= runs/gritlm_tiny
 # Two processes, each of which takes whole files, those that take longest first.
 SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test pods claim torture lint constraints clean
+.PHONY: demo test docs docs-serve pods claim torture lint constraints clean
 
 demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest $(SHARED) tests/training tests
+
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/.installed-docs
+	$(BIN)/mkdocs serve
 
 # The step of 7B on 64 chips, compiled for them: it takes no more than is recorded.
 pods: .venv/.installed-test
@@ -45,14 +52,20 @@ data/sample/.prepared: $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py
 
 # TensorFlow's warnings about missing accelerators are none of a newcomer's business.
 export TF_CPP_MIN_LOG_LEVEL := 3
+# Nor is what mkdocs-material prints of its successor at every build.
+export NO_MKDOCS_2_WARNING := 1
 
 .venv/.installed-demo: .venv/bin/python constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[data,eval]"
 	touch $@
 
+.venv/.installed-docs: .venv/bin/python constraints.txt setup.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 .venv/.installed-test: .venv/bin/python constraints.txt setup.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch .venv/.installed-demo $@
+	touch .venv/.installed-demo .venv/.installed-docs $@
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -66,4 +79,4 @@ constraints: .venv/bin/python
 	  --extra data --extra eval --extra test --upgrade setup.py --output-file constraints.txt
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv data runs site

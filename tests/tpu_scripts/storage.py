@@ -62,7 +62,20 @@ def list_objects(arguments: argparse.Namespace) -> None:
 
 
 def rsync(arguments: argparse.Namespace) -> None:
-    shutil.copytree(local(arguments.source), arguments.destination, dirs_exist_ok=True)
+    folders = [
+        local(place) if place.startswith("gs://") else place
+        for place in (arguments.source, arguments.destination)
+    ]
+    shutil.copytree(*folders, dirs_exist_ok=True)
+
+
+def create_bucket(arguments: argparse.Namespace) -> None:
+    (CLOUD / "buckets" / arguments.url.removeprefix("gs://")).mkdir(parents=True)
+
+
+def add_right(arguments: argparse.Namespace) -> None:
+    local(arguments.url)
+    print(f"{arguments.member} has {arguments.role}")
 
 
 def copy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +95,21 @@ def rsync_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recursive", action="store_true", required=True)
 
 
+def bucket_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url")
+    parser.add_argument("--project", required=True)
+    parser.add_argument("--location", required=True)
+
+
+def right_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url")
+    parser.add_argument("--role", required=True)
+    parser.add_argument("--member", required=True)
+
+
 COMMANDS = {
+    "storage buckets create": (create_bucket, bucket_arguments),
+    "storage buckets add-iam-policy-binding": (add_right, right_arguments),
     "storage cp": (copy, copy_arguments),
     "storage cat": (cat, lambda parser: parser.add_argument("url")),
     "storage ls": (list_objects, list_arguments),

@@ -144,7 +144,7 @@ def test_image_holds_what_it_installs():
     assert needed <= set(copied)
     options = '--constraint constraints.txt --editable ".[tpu]"'
     assert instructions["RUN"] == f"pip install --no-cache-dir {options}"
-    assert f"pip install {options}" in (ROOT / "README.md").read_text()
+    assert f"pip install {options}" in (ROOT / "docs" / "training.md").read_text()
     assert f"pip install --quiet {options}" in (ROOT / "tpu_scripts" / "worker.sh").read_text()
     assert instructions["ENTRYPOINT"] == '["grit-jax"]'
 
@@ -152,9 +152,8 @@ def test_image_holds_what_it_installs():
 def test_documents_name_what_there_is(pod):
     help_text = pod("--help")
     settings = (ROOT / "tpu_scripts" / "settings.example.sh").read_text()
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/pods.md")]
-    for text in texts:
-        for verb in re.findall(r"pod\.sh ([a-z]+)", text):
-            assert f"\n  {verb} " in help_text
-    for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)*)=", texts[1]):
+    text = (ROOT / "docs" / "pods.md").read_text()
+    for verb in re.findall(r"pod\.sh ([a-z]+)", text):
+        assert f"\n  {verb} " in help_text
+    for name in re.findall(r"`([A-Z]+(?:_[A-Z]+)*)=", text):
         assert f"\n{name}=" in settings

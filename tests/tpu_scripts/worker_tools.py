@@ -73,7 +73,7 @@ def make_steps(run: Path, last: int) -> None:
 
 
 def is_writer() -> bool:
-    return WORKER.endswith(("run-w-0", "run-0-w-0"))
+    return WORKER.endswith("-w-0") and not WORKER.endswith("-1-w-0")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,0 +1,164 @@
+"""A clone as a reader has it after `make demo`, with smaller models; what each page presupposes."""
+
+import gzip
+import itertools
+import json
+import os
+import shutil
+
+from documents import ROOT, Reader
+import pytest
+from tpu_scripts.conftest import QUICK, Pod
+
+from grit_jax.data.sample import SAMPLE_FOLDER
+
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "HF_HUB_OFFLINE": "1",  # Nothing is fetched.
+    # One device, as a newcomer has.
+    "XLA_FLAGS": "",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+# What the clone's configurations set besides: real ones take minutes, or many chips.
+SMALLER_TINY = {
+    "steps": 1,
+    "log_every_steps": 1,
+    "model.sizes.hidden_size": 32,
+    "model.sizes.intermediate_size": 32,
+    "model.sizes.head_dim": 8,
+    "data.embedding_batch_size": 16,
+    "evaluation.enabled": False,  # tests/training/test_run.py has it.
+}
+SMALLER_7B = {
+    "steps": 1,
+    "model.dtype": "float32",  # In bfloat16 a CPU takes longer.
+    "data.embedding_batch_size": 16,
+    "data.generative_batch_size": 8,
+    "data.query_row_length": 512,
+    "data.passage_row_length": 512,
+    "data.chat_row_length": 512,
+    "data.row_length_multiple": 8,
+}
+# Folders that a page makes itself, which the others presuppose.
+MADE = {
+    "first_steps.md": ["data/mine", "exported"],
+    "data.md": ["data/mine"],
+    "training.md": ["exported"],
+    "conversion.md": ["exported"],
+    "pods.md": ["data/mine"],
+}
+CONFIGURATIONS = {"gritlm_tiny": SMALLER_TINY, "gritlm_7b": SMALLER_7B}
+CONFIGURATION = """
+import runpy
+
+def get_config():
+    config = runpy.run_path({path!r})["get_config"]()
+    with config.unlocked():
+        config.update_from_flattened_dict({fields!r})
+    return config
+"""
+
+
+def lines_of_sample(name, count):
+    with gzip.open(SAMPLE_FOLDER / "train" / f"{name}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def as_messages(line):
+    roles = itertools.cycle(("user", "assistant"))
+    return {
+        "messages": [{"role": r, "content": t} for r, t in zip(roles, line["text"], strict=False)]
+    }
+
+
+def write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_given(folder):
+    """Writes the files that a reader has before a page is begun."""
+    words, chats = lines_of_sample("wordnet_senses", 160), lines_of_sample("wordnet_chat", 80)
+    write_lines(folder / "mine" / "words.jsonl", words)
+    write_lines(folder / "mine" / "chats.jsonl", map(as_messages, chats))
+    write_lines(folder / "toy_data" / "toy_data_embedding.jsonl", words)
+    write_lines(folder / "toy_data" / "toy_data_generative.jsonl", chats)
+    write_lines(folder / "MEDI2" / "task.jsonl", words)
+    write_lines(folder / "tulu-v2-sft-mixture" / "train.jsonl", map(as_messages, chats))
+    questions = [{"question": f"What is {n}?", "answers": [f"It is {n}."]} for n in range(80)]
+    write_lines(folder / "faq.jsonl", questions)
+    documents = [{"title": "The sea", "text": "No state owns it."}, {"text": "Bread is of flour."}]
+    write_lines(folder / "documents" / "pages.jsonl", documents)
+    (folder / "documents" / "notes.md").write_text("A river bank is land beside water.\n")
+
+
+def write_configurations(folder):
+    folder.mkdir()
+    for name, fields in CONFIGURATIONS.items():
+        path = str(ROOT / "configs" / f"{name}.py")
+        (folder / f"{name}.py").write_text(CONFIGURATION.format(path=path, fields=fields))
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory, prepared_sample):
+    """The folder of a clone in which `make demo` has been run."""
+    folder = tmp_path_factory.mktemp("documents") / "clone"
+    folder.mkdir()
+    write_configurations(folder / "configs")
+    write_given(folder)
+    link_prepared(prepared_sample, folder / "data" / "sample", "sample")
+    link_prepared(prepared_sample, folder / "data" / "mine", "mine")
+    reader = Reader(folder, environment_of(clone=folder))
+    # Installed and prepared already, as after another `make demo`.
+    for done in (".venv/.installed-demo", "data/sample/.prepared"):
+        (folder / done).touch()
+    model = ".venv/bin/grit-jax convert to-hf runs/gritlm_tiny"
+    finished = reader.type(f"make demo && {model} Mistral-7B-v0.1 && {model} exported")
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def environment_of(clone):
+    """Programs that one page has compiled serve the others; nothing is left in the home folder."""
+    folders = {
+        "JAX_COMPILATION_CACHE_DIR": "compiled",
+        "HF_HOME": "hugging_face",
+        "MTEB_CACHE": "mteb",
+    }
+    return ENVIRONMENT | {name: str(clone.with_name(folder)) for name, folder in folders.items()}
+
+
+def link_prepared(sample, folder, name):
+    """Makes a folder with the prepared sample's datasets, in mixtures of another name."""
+    folder.mkdir(parents=True)
+    for path in sample.iterdir():
+        if path.is_dir():
+            (folder / path.name).symlink_to(path)
+        elif path.suffix == ".json":
+            shutil.copy(path, folder / path.name.replace("sample", name))
+
+
+@pytest.fixture
+def reader(clone, tmp_path, page):
+    """Somebody in a copy of the clone, without what the page makes itself."""
+    folder, environment, pod = tmp_path / "clone", environment_of(clone), None
+    if page.name == "pods.md":  # There is a stand-in for Google Cloud, and a clone of git's.
+        pod = Pod(tmp_path)
+        pod.change_cloud(zones={"us-east5-b": ["v6e-64"]}, devices=64)
+        path = f"{pod.cloud / 'bin'}:{os.environ['PATH']}"
+        environment |= QUICK | {"CLOUD": str(pod.cloud), "PATH": path}
+    already = {".venv", *(path.name for path in folder.glob("*"))}
+    shutil.copytree(
+        clone, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*already)
+    )
+    for made in MADE.get(page.name, []):
+        shutil.rmtree(folder / made)
+    reader = Reader(folder, environment)
+    (folder / ".venv" / ".installed-demo").touch()
+    yield reader
+    reader.leave()
+    if pod is not None:
+        pod("delete")
+        pod.assert_nothing_is_left()
