@@ -1,7 +1,7 @@
 """A machine that is about to be taken away says so with SIGTERM: time to save and go."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -31,12 +31,7 @@ class Preemption:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if jax.process_count() == 1:
             signal.signal(signal.SIGTERM, self._before)
 

@@ -1,7 +1,5 @@
 """A trace of some steps: what host and devices do, for TensorBoard's profiler or Perfetto."""
 
-from types import TracebackType
-
 from etils import epath
 import jax
 
@@ -26,12 +24,7 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._is_recording:
             jax.profiler.stop_trace()
 

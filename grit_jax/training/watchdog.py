@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import threading
-from types import TracebackType
 
 import jax
 
@@ -39,12 +38,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._is_over = True
         self._has_moved.set()
 
