@@ -10,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/gritlm_tiny
 # Two processes, each of which takes whole files, those that take longest first.
-SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=30
 
 .PHONY: demo test docs docs-serve pods claim torture lint constraints clean
 
