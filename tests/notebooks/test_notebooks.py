@@ -8,6 +8,7 @@ from command_line import environment
 import nbclient
 import nbformat
 import pytest
+from small_run import SMALL
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -87,3 +88,25 @@ def test_plan_a_pod(tmp_path):
     assert found["fitting"] == found["plans"]
     assert "GiB a chip: fits" in printed
     assert f"{plan['mfu_bound']:.1%}" in printed
+
+
+@pytest.mark.slow
+def test_train(tmp_path, prepared_sample):
+    settings = {
+        "changes": [*SMALL[1:], "--config.optimizer.learning_rate=0.01"],
+        "data": str(prepared_sample),
+        "steps": 20,
+        "seconds": 4,
+    }
+    values = ("read_metrics()", "same_tokens", "logits_apart", "least_cosine")
+    printed, found = run("train", tmp_path, settings, *values)
+    lines = found["read_metrics()"]
+    for name in ("embedding_loss", "generative_loss"):
+        losses = [line[name] for line in lines if name in line]
+        assert len(losses) == 20
+        assert sum(losses[-5:]) < 0.99 * sum(losses[:5])
+    assert any("held_out/wordnet_senses_recall@1" in line for line in lines)
+    assert found["same_tokens"]
+    assert found["logits_apart"] < 1e-3
+    assert found["least_cosine"] > 0.9999
+    assert "runs/train -> exported" in printed
