@@ -105,7 +105,7 @@ def test_train(tmp_path, prepared_sample):
         losses = [line[name] for line in lines if name in line]
         assert len(losses) == 20
         assert sum(losses[-5:]) < 0.99 * sum(losses[:5])
-    assert any("held_out/wordnet_senses_recall@1" in line for line in lines)
+    assert any("held_out/wordnet_senses/recall_at_1" in line for line in lines)
     assert found["same_tokens"]
     assert found["logits_apart"] < 1e-3
     assert found["least_cosine"] > 0.9999
