@@ -60,8 +60,10 @@ TEST = [
     *GGUF,
     "build>=1.4",
     "hypothesis>=6.170",
+    "ipykernel>=7.4",  # runs the notebooks, with nbclient.
     # The compiler for TPUs, which needs none.
     "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "nbclient>=0.11",
     "pre-commit>=4.7",
     "pyright>=1.1.414",
     "pytest>=9.2",
