@@ -35,7 +35,7 @@ claim: .venv/.installed-test
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	  --requirement experiments/requirements.txt
 	$(BIN)/python -m experiments.claim runs/claim
-	$(BIN)/python -m experiments.rag runs/claim
+	$(BIN)/python -m experiments.rag runs/claim/runs/unified_0 runs/claim/data
 
 torture: .venv/.installed-test
 	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py

@@ -1,8 +1,9 @@
-"""Answers with the trained model, by each way of caching: python -m experiments.rag CLAIM_FOLDER
+"""Answers from held-out documents, by each way of caching: python -m experiments.rag MODEL DATA
 
 The documents are the definitions of words that were not trained on; the questions ask what such a
 word means in a sentence. An answer matches if it has the definition in it. Written beside: how
-often the right document was found, and how long an answer takes, the search included.
+often the right document was found, and how long an answer takes, the search included; and, by the
+form that caches are stored in, how many answers are other ones than with float32.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from grit_jax import GritLM
 from grit_jax.data.templates import chat_prompt
 from grit_jax.inference.index import DocumentIndex, build_index
 from grit_jax.inference.rag import WAYS, Answerer
+from grit_jax.inference.stored_caches import FORMATS
 
 NEW_TOKENS = 32
 # Questions that are timed, one at a time, after one that is not.
@@ -27,13 +29,21 @@ TIMED = 16
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table in Markdown, and writes it beside the others."""
     parser = argparse.ArgumentParser(description="Answer held-out questions by each way of RAG.")
-    parser.add_argument("folder", type=Path, help="of experiments.claim, complete")
-    parser.add_argument("--run", default="unified_0", help="folder of the run (unified_0)")
-    parser.add_argument("--data", type=Path, help="made by experiments.build_data (FOLDER/data)")
+    parser.add_argument("model", type=Path, help="a run's folder, or any other model")
+    parser.add_argument("data", type=Path, help="made by experiments.build_data")
     parser.add_argument("--most", type=int, default=100, help="questions (100)")
     options = parser.parse_args(arguments)
-    model = GritLM.from_pretrained(options.folder / "runs" / options.run, dtype="float32")
-    questions, documents = read_questions(options.data or options.folder / "data", options.most)
+    model = GritLM.from_pretrained(options.model, dtype="float32")
+    questions, documents = read_questions(options.data, options.most)
+    print("\n".join(ways_table(model, questions, documents)))
+    print("\n".join(["", *forms_table(model, questions, documents)]))
+    return 0
+
+
+def ways_table(
+    model: GritLM, questions: Sequence[tuple[str, str]], documents: Sequence[str]
+) -> list[str]:
+    """Returns the lines of a table of all ways, in Markdown."""
     lines = ["| way | match | right document | seconds an answer |", "|---|---|---|---|"]
     match = answered_alone(model, questions)
     lines.append(f"| without documents | {match:.3f} | | |")
@@ -46,10 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             match, found = measure(answerer, questions, documents)
             seconds = time_of_an_answer(answerer, [question for question, _ in questions])
             lines.append(f"| {way} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
-    text = "\n".join(lines) + "\n"
-    (options.folder / "rag.md").write_text(text)
-    print(text)
-    return 0
+    return lines
+
+
+def forms_table(
+    model: GritLM, questions: Sequence[tuple[str, str]], documents: Sequence[str]
+) -> list[str]:
+    """Returns the lines of a table of all forms of stored caches, for the way document-cache."""
+    answers = {}
+    for form in ("float32", *(form for form in FORMATS if form != "float32")):
+        with tempfile.TemporaryDirectory() as folder:
+            texts = [{"text": text} for text in documents]
+            build_index(model, texts, Path(folder) / "index", caches=form)
+            index = DocumentIndex(Path(folder) / "index", model)
+            answerer = Answerer(model, index, "document-cache", answer_prefix="")
+            asked = answerer.ask([question for question, _ in questions], NEW_TOKENS)
+            answers[form] = [one.answer for one in asked]
+    lines = ["| stored as | answers that changed | match |", "|---|---|---|"]
+    for form, own in answers.items():
+        changed = sum(a != b for a, b in zip(own, answers["float32"], strict=True))
+        match = statistics.mean(e in a for (_, e), a in zip(questions, own, strict=True))
+        lines.append(f"| {form} | {changed} of {len(own)} | {match:.3f} |")
+    return lines
 
 
 def read_questions(data: Path, most: int) -> tuple[list[tuple[str, str]], list[str]]:
