@@ -109,7 +109,7 @@ def test_runs_differ_in_what_they_are_called_for():
 def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     whole_data, small_llama, tmp_path, monkeypatch
 ):
-    runs = (Run("embedding only", {"mode": "embedding"}), Run("unified", {}))
+    runs = (Run("embedding only", {"mode": "embedding"}),)
     monkeypatch.setattr(claim, "MAIN", runs)
     monkeypatch.setattr(report, "verdict", lambda columns: ["not in this test"])
     monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
@@ -128,9 +128,9 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
         path.parent.name: json.loads(path.read_text())
         for path in (tmp_path / "claim" / "runs").glob("*/measures.json")
     }
-    assert measures.keys() == {"untrained_0", "embedding_only_1", "unified_1"}
+    assert measures.keys() == {"untrained_0", "embedding_only_1"}
     perplexity = [one["measures"]["all_chats/bits_per_byte"] for one in measures.values()]
-    assert len(set(perplexity)) == 3  # Each was measured with its own weights.
+    assert len(set(perplexity)) == 2  # Each was measured with its own weights.
     config = json.loads((tmp_path / "claim/runs/embedding_only_1/config.json").read_text())
     assert config["mode"] == "embedding" and config["seed"] == 1 and config["steps"] == 2
 
