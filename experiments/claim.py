@@ -7,7 +7,6 @@ FOLDER: the same command goes on where it was interrupted, and prints the tables
 
 import argparse
 from collections.abc import Mapping, Sequence
-import json
 import os
 from pathlib import Path
 import shlex
@@ -35,6 +34,7 @@ from experiments.presets import ABLATIONS, MAIN, PRESETS, UNTRAINED, Preset, Run
 from experiments.report import write_report
 from experiments.smaller import write_smaller
 from grit_jax import GritLM
+from grit_jax.conversion.companion_files import write_json
 
 ROOT = Path(__file__).parents[1]
 BASELINES = "baselines.json"
@@ -76,7 +76,7 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
             write_smaller(data, measured_on, preset.most_measured)
     if not (folder / BASELINES).is_file():
         console.print("baselines")
-        _write(folder / BASELINES, measure_baselines(measured_on, find_minilm()))
+        write_json(folder / BASELINES, measure_baselines(measured_on, find_minilm()))
     base = folder / "base"
     origin = make_base_model(base, preset.layers, folder / "downloads")
     _prepare(data, base, folder / "prepared", preset)
@@ -134,7 +134,7 @@ def _train_and_measure(
         "seconds_trained": round(trained - start),
         "seconds_measured": round(time.monotonic() - trained),
     }
-    _write(own / "measures.json", content)
+    write_json(own / "measures.json", content)
     took = f"{content['seconds_trained']} s + {content['seconds_measured']} s"
     console.print(f"{run.name}, seed {seed}: {took}")
 
@@ -184,12 +184,6 @@ def _call(script: str, arguments: Sequence[Any], log: Path) -> None:
     if finished.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         raise StageError(f"{shlex.join(command[3:])} failed, see {log}:\n{last}")
-
-
-def _write(path: Path, content: Any) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from rich.console import Console
 
-from experiments.measure import TITLES, Measures
+from experiments.measure import TITLES
 from experiments.presets import ABLATIONS, MAIN, UNTRAINED
 
 matplotlib.use("Agg")
@@ -137,11 +137,3 @@ def _cell(values: Sequence[float]) -> str:
         return ""
     spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{spread}"
-
-
-def means(columns: Columns) -> dict[str, Measures]:
-    """Returns the mean over seeds of each measure."""
-    return {
-        name: {measure: float(np.mean(values)) for measure, values in measures.items()}
-        for name, measures in columns.items()
-    }

@@ -138,5 +138,7 @@ def _write_dense_settings(folder: Path, config: MistralConfig) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file for people to read."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    """Writes a JSON file for people to read; it is whole at any time, or not there."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.replace(path)

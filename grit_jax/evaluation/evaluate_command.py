@@ -40,8 +40,7 @@ def _run_mteb(arguments: argparse.Namespace) -> None:
     instructions = None
     if arguments.instructions is not None:
         instructions = json.loads(arguments.instructions.read_text(encoding="utf-8"))
-    revision = open_model(arguments.model, base=arguments.base).fingerprint()
-    results = Results(arguments.output, revision)
+    results, revision = _results(arguments)
     model: Any = MtebModel(
         load_model(arguments),
         Path(arguments.model).resolve(),
@@ -126,8 +125,7 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             if unknown
             else "say which tasks: --tasks NAME ..., or --preset paper"
         )
-    revision = open_model(arguments.model, base=arguments.base).fingerprint()
-    results = Results(arguments.output, revision)
+    results, _ = _results(arguments)
     model = LmEvalModel(load_model(arguments), batch_size=arguments.batch_size)
     evaluate: Any = lm_eval.simple_evaluate  # Its decorator hides its parameters.
     for name in wanted:
@@ -151,6 +149,12 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             shown = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
             print(f"{task}: {shown}", flush=True)
     _show(arguments)
+
+
+def _results(arguments: argparse.Namespace) -> tuple[Results, str]:
+    """Returns the folder of results, and what tells the model's weights from others'."""
+    revision = open_model(arguments.model, base=arguments.base).fingerprint()
+    return Results(arguments.output, revision), revision
 
 
 def _keep(folder: Path, name: str, measured: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from grit_jax.conversion.companion_files import write_json
 
 SCORES = "scores.json"
 
@@ -54,6 +55,4 @@ class Results:
         """Adds what a harness ("mteb" or "lm_eval") measured; the file is whole at any time."""
         self._content[harness] = {**self._content[harness], **scores}
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self._content, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self._path)
+        write_json(self._path, self._content)

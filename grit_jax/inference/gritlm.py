@@ -210,7 +210,7 @@ class GritLM:
         ]
         read = fit(read, max_length, self.model.config.max_position_embeddings, truncate=truncate)
         embedding = dataclasses.replace(self._embedding, pools_instruction=embed_instruction)
-        places = min(PLACES_OF_A_DEVICE, -(-batch_size * max_length // batch_shards(self.mesh)))
+        places = self._places(batch_size, max_length)
         embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
         with _progress("Embedding", len(read)) as done:
             found = embed(read, embedding, places, done)
@@ -363,9 +363,8 @@ class GritLM:
         pairs = as_continuations(
             self._token_ids, prompts, continuations, context, begin=add_special_tokens
         )
-        places = min(PLACES_OF_A_DEVICE, -(-batch_size * 512 // batch_shards(self.mesh)))
         with _progress("Scoring", len(pairs)) as done:
-            return self._scorer.score(pairs, places, done)
+            return self._scorer.score(pairs, self._places(batch_size, 512), done)
 
     def unnormalized(self) -> "GritLM":
         """Returns this model with embeddings as they are pooled, whatever their length.
@@ -375,6 +374,10 @@ class GritLM:
         other = copy.copy(self)
         other._embedding = dataclasses.replace(self._embedding, normalized=False)
         return other
+
+    def _places(self, batch_size: int, length: int) -> int:
+        """Returns the most places of a call on one device, for so many texts of a length."""
+        return min(PLACES_OF_A_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
 
     def _request(
         self,

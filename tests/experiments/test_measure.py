@@ -4,18 +4,15 @@ import importlib.util
 import math
 import warnings
 
-import jax
 import numpy as np
 import pytest
+from small_model import small_model
 
 from experiments import baselines, measure
 from experiments.files import read_lines, write_lines
 from experiments.gritlm import Measured
-from grit_jax import GritLM
 from grit_jax.data.examples import chat_text
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models import MistralConfig, make_model
-from grit_jax.sharding import make_mesh
 
 DOCUMENTS = ["alpha", "beta", "gamma", "delta"]
 
@@ -119,17 +116,7 @@ def test_the_table_shows_a_column_for_each_model(folder):
 
 @pytest.fixture(scope="module")
 def model():
-    config = MistralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=700,
-        initializer_range=0.2,
-    )
-    return GritLM(make_model(config, 0), make_mesh(devices=jax.devices()[:1]), Tokenizer())
+    return small_model()
 
 
 CHATS = [

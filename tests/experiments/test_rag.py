@@ -1,14 +1,11 @@
 """Answers from held-out documents: what is asked, what counts, and the tables."""
 
 import pytest
+from small_model import small_model
 
 from experiments import rag
 from experiments.files import read_lines
-from grit_jax import GritLM
-from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.rag import Answered
-from grit_jax.models import MistralConfig, make_model
-from grit_jax.sharding import make_mesh
 
 
 def test_questions_are_those_whose_answer_is_a_document(whole_data):
@@ -34,16 +31,7 @@ def test_an_answer_counts_that_has_the_definition_in_it():
 
 @pytest.mark.slow
 def test_all_ways_and_forms_have_a_line(whole_data, monkeypatch, capsys):
-    config = MistralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-    )
-    model = GritLM(make_model(config, 0), make_mesh(), Tokenizer())
+    model = small_model()
     monkeypatch.setattr(rag, "WAYS", ("document-prompt", "document-cache"))
     monkeypatch.setattr(rag, "NEW_TOKENS", 2)
     monkeypatch.setattr(rag, "TIMED", 1)

@@ -3,19 +3,13 @@
 import functools
 from pathlib import Path
 
-import jax
 import pytest
+from small_model import one_device, small_model
 
 from grit_jax import GritLM
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models import MistralConfig, make_model
 from grit_jax.sharding import make_mesh
 
 REFERENCE = Path(__file__).parents[1] / "reference"
-
-
-def one_device():
-    return make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +31,4 @@ def reference_model():
 @pytest.fixture(scope="session")
 def model():
     """A small random model that reads strings, as Mistral's tokenizer does."""
-    config = MistralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=700,
-        initializer_range=0.2,
-    )
-    return GritLM(make_model(config, 0), one_device(), Tokenizer())
+    return small_model()

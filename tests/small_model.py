@@ -1,0 +1,27 @@
+"""A small model to embed and generate with, for tests of what stands on it."""
+
+import jax
+
+from grit_jax import GritLM
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.models import MistralConfig, make_model
+from grit_jax.sharding import make_mesh
+
+
+def one_device():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def small_model():
+    """Returns a random model that reads strings, as Mistral's tokenizer does."""
+    config = MistralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=700,
+        initializer_range=0.2,
+    )
+    return GritLM(make_model(config, 0), one_device(), Tokenizer())
