@@ -1,7 +1,7 @@
 """The console command grit-jax: each subcommand in its own words, errors in one line."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import sys
 import traceback
@@ -340,31 +340,35 @@ def plan(argv: Sequence[str]) -> None:
 
 def rag(argv: Sequence[str]) -> None:
     """Builds an index of documents, or answers questions from one"""
-    from grit_jax.conversion import ConversionError
-    from grit_jax.data.tokenizer import TokenizerError
-    from grit_jax.inference.inputs import InputError
     from grit_jax.inference.rag_command import run
 
-    try:
-        run(argv)
-    except (ConversionError, InputError, TokenizerError, FileNotFoundError) as error:
-        fail(f"{type(error).__name__}: {error}")
+    _use_model(run, argv)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Measures a model by MTEB and by lm-eval, beside the paper's table"""
-    from grit_jax.bucket import BucketError
-    from grit_jax.conversion import ConversionError
     from grit_jax.evaluation.evaluate_command import run
     from grit_jax.evaluation.results import ResultsError
-    from grit_jax.inference.inputs import InputError
 
-    known = (BucketError, ConversionError, InputError, ResultsError, FileNotFoundError)
     try:
-        run(argv)
-    except known as error:
-        fail(f"{type(error).__name__}: {error}")
+        _use_model(run, argv, ResultsError)
     except ModuleNotFoundError as error:
         if error.name not in ("mteb", "lm_eval"):
             raise
         fail(f"grit-jax evaluate needs {error.name}: pip install 'grit-jax[harnesses]'")
+
+
+def _use_model(
+    run: Callable[[Sequence[str]], None], argv: Sequence[str], *own: type[Exception]
+) -> None:
+    """Runs a command that reads a model; what can be wrong with one is said in a line."""
+    from grit_jax.bucket import BucketError
+    from grit_jax.conversion import ConversionError
+    from grit_jax.data.tokenizer import TokenizerError
+    from grit_jax.inference.inputs import InputError
+
+    known = (BucketError, ConversionError, InputError, TokenizerError, FileNotFoundError)
+    try:
+        run(argv)
+    except (*known, *own) as error:
+        fail(f"{type(error).__name__}: {error}")

@@ -151,3 +151,12 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
 def test_a_task_that_there_is_not_is_named_before_the_model_is_read(options, named):
     with pytest.raises(InputError, match=named):
         evaluate_command.run(["mteb", "nowhere", "--output", "out", *options])
+
+
+@pytest.mark.slow
+def test_a_damaged_tokenizer_is_named_in_one_line(exported, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    options = ["--module", "my_tasks", "--output", "results", "--tokenizer", "tokenizer.json"]
+    shutil.copy(sample_tasks.__file__, tmp_path / "my_tasks.py")
+    finished = grit_jax("evaluate", "mteb", exported, *options, cwd=tmp_path)
+    assert_fails_in_one_line(finished, "TokenizerError", "tokenizer.json")
