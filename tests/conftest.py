@@ -15,6 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_configure(config):
+    """Keeps what is compiled, most of the tests' time, for other tests and for the next run."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
 @pytest.fixture(scope="session")
 def prepared_sample(tmp_path_factory):
     """The folder of the embedded sample, prepared by the command that a user types."""
