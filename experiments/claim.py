@@ -6,7 +6,8 @@ FOLDER: the same command goes on where it was interrupted, and prints the tables
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+import json
 import os
 from pathlib import Path
 import shlex
@@ -21,36 +22,28 @@ from rich.console import Console
 from experiments import build_data
 from experiments.base_model import MissingModelError, make_base_model, versions
 from experiments.baselines import find_minilm, measure_baselines
-from experiments.gritlm import Measured
-from experiments.measure import (
-    Measures,
-    by_embeddings,
-    measure_choices,
-    measure_perplexity,
-    measure_reasoning,
-    measure_retrieval,
-)
 from experiments.presets import ABLATIONS, MAIN, PRESETS, UNTRAINED, Preset, Run
 from experiments.report import write_report
 from experiments.smaller import write_smaller
-from grit_jax import GritLM
 from grit_jax.conversion.companion_files import write_json
 
 ROOT = Path(__file__).parents[1]
 BASELINES = "baselines.json"
 
 
-class StageError(Exception):
-    """A command of the experiment failed; the message has it, and its last lines."""
+class ExperimentError(Exception):
+    """The experiment cannot go on; the message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what of the experiment is not done yet; returns 1, with a line, if it cannot be."""
     options = _parse(arguments)
     console = Console(highlight=False)
+    # The device is for the processes that train and measure.
+    jax.config.update("jax_platforms", "cpu")
     try:
         run_experiment(options, console)
-    except (FileNotFoundError, ImportError, MissingModelError, StageError) as error:
+    except (FileNotFoundError, ImportError, MissingModelError, ExperimentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -62,13 +55,14 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
     Raises:
       FileNotFoundError, ImportError: a baseline is not installed.
       MissingModelError: the base model cannot be had.
-      StageError: a command failed.
+      ExperimentError: a command failed, or the folder has another preset.
     """
     folder, preset = options.folder.resolve(), PRESETS[options.preset]
     data = options.data or folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
+    _keep_preset(folder, options.preset)
     if not data.is_dir() and build_data.main([str(data)]):
-        raise StageError("the data could not be made: see above")
+        raise ExperimentError("the data could not be made: see above")
     measured_on = data
     if preset.most_measured is not None:
         measured_on = folder / "measured_on"
@@ -80,21 +74,28 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
     base = folder / "base"
     origin = make_base_model(base, preset.layers, folder / "downloads")
     _prepare(data, base, folder / "prepared", preset)
-    for run, seed in planned(options.seeds, ablations=options.ablations):
+    for run, seed in planned(options.seeds, options.runs, ablations=options.ablations):
         _train_and_measure(run, seed, folder, preset, measured_on, console)
     about = {
         "preset": preset.title,
         "base": origin,
         "command": f"python -m experiments.claim {shlex.join(sys.argv[1:])}",
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
         "versions": versions(),
     }
     write_report(folder, about, console)
 
 
-def planned(seeds: Sequence[int], *, ablations: bool) -> list[tuple[Run, int]]:
-    """Returns the runs and their seeds: the main ones seed after seed, ablations with the first."""
-    main_runs = [(run, seed) for seed in seeds for run in MAIN]
+def planned(
+    seeds: Sequence[int], names: Collection[str], *, ablations: bool
+) -> list[tuple[Run, int]]:
+    """Returns the runs and their seeds: the main ones seed after seed, ablations with the first.
+
+    Args:
+      seeds: of the main runs.
+      names: those of the main runs to make.
+      ablations: whether to make these, too.
+    """
+    main_runs = [(run, seed) for seed in seeds for run in MAIN if run.name in names]
     others = [(run, seeds[0]) for run in ABLATIONS] if ablations else []
     return [(UNTRAINED, 0), *main_runs, *others]
 
@@ -124,30 +125,33 @@ def _train_and_measure(
         _train(own, fields)
         path = own
     trained = time.monotonic()
-    model = GritLM.from_pretrained(path, dtype="float32")
-    measures = measure_model(model, measured_on, max(preset.lengths))
     own.mkdir(parents=True, exist_ok=True)
+    measured = own / "measured.json"
+    command = [path, measured_on, f"--max-length={max(preset.lengths)}", f"--output={measured}"]
+    script = "import sys; from experiments.measure_model import main; sys.exit(main())"
+    _call(script, command, own / "measure.log")
     content = {
         "run": run.name,
         "seed": seed,
-        "measures": measures,
+        **json.loads(measured.read_text()),
         "seconds_trained": round(trained - start),
         "seconds_measured": round(time.monotonic() - trained),
     }
     write_json(own / "measures.json", content)
+    measured.unlink()
     took = f"{content['seconds_trained']} s + {content['seconds_measured']} s"
     console.print(f"{run.name}, seed {seed}: {took}")
 
 
-def measure_model(model: GritLM, folder: Path, max_length: int) -> Measures:
-    """Returns all measures of a model on the held-out data in a folder."""
-    measured = Measured(model, max_length=max_length)
-    return {
-        **measure_retrieval(by_embeddings(measured.encode), folder),
-        **measure_choices(measured.likelihoods, folder),
-        **measure_reasoning(measured.generate, folder),
-        **measure_perplexity(measured.likelihoods, folder),
-    }
+def _keep_preset(folder: Path, preset: str) -> None:
+    """Writes down whose folder it is: what it has is not made again for another preset."""
+    path = folder / "preset.txt"
+    if not path.is_file():
+        path.write_text(preset)
+    elif path.read_text() != preset:
+        raise ExperimentError(
+            f"{folder} has the preset {path.read_text()}: name another folder for {preset}"
+        )
 
 
 def _prepare(data: Path, base: Path, prepared: Path, preset: Preset) -> None:
@@ -173,7 +177,7 @@ def _call(script: str, arguments: Sequence[Any], log: Path) -> None:
     """Runs a command in a process of its own, which gives its memory back; its words go to `log`.
 
     Raises:
-      StageError: it failed.
+      ExperimentError: it failed.
     """
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -183,14 +187,16 @@ def _call(script: str, arguments: Sequence[Any], log: Path) -> None:
         )
     if finished.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise StageError(f"{shlex.join(command[3:])} failed, see {log}:\n{last}")
+        raise ExperimentError(f"{shlex.join(command[3:])} failed, see {log}:\n{last}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Repeat the paper's claim in small.")
-    parser.add_argument("folder", type=Path, help="for all that is made")
+    parser.add_argument("folder", type=Path, help="for all that is made, of one preset")
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of all runs (cpu)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    names = [run.name for run in MAIN]
+    parser.add_argument("--runs", nargs="+", choices=names, default=names, help="(all of them)")
     parser.add_argument("--ablations", action="store_true", help="the paper's, with the first seed")
     parser.add_argument("--data", type=Path, help="made by experiments.build_data (made here)")
     return parser.parse_args(arguments)

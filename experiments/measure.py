@@ -140,8 +140,14 @@ def measures_table(columns: Mapping[str, Measures]) -> Table:
     for name in dict.fromkeys(name for measures in columns.values() for name in measures):
         dataset, measure = name.split("/")
         cells = [measures.get(name) for measures in columns.values()]
-        table.add_row(dataset, TITLES[measure], *map(_shown, cells))
+        texts = ["" if cell is None else shown(cell) for cell in cells]
+        table.add_row(dataset, TITLES[measure], *texts)
     return table
+
+
+def shown(value: float) -> str:
+    """Returns a measure as tables have it: three decimals, of what is large one."""
+    return f"{value:.3f}" if value < 10 else f"{value:,.1f}"
 
 
 def _above_negatives(
@@ -175,12 +181,6 @@ def _named(dataset: str, totals: np.ndarray) -> Measures:
         f"{dataset}/perplexity": float(np.exp(nats / tokens)),
         f"{dataset}/bits_per_byte": float(nats / np.log(2) / num_bytes),
     }
-
-
-def _shown(cell: float | None) -> str:
-    if cell is None:
-        return ""
-    return f"{cell:.3f}" if cell < 10 else f"{cell:,.1f}"
 
 
 def _bare(answer: str) -> str:

@@ -34,6 +34,13 @@ PRESETS = {
         overrides={"steps": 60, "optimizer.learning_rate": 4e-4},
         most_measured=250,
     ),
+    "cpu-30": Preset(
+        "all 30 layers, few steps, texts cut at 64 tokens",
+        layers=None,
+        lengths=(64, 64, 128),
+        overrides={"steps": 60, "optimizer.learning_rate": 2e-4},
+        most_measured=250,
+    ),
     "gpu": Preset(
         "all 30 layers",
         layers=None,

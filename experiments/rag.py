@@ -27,7 +27,7 @@ TIMED = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table in Markdown, and writes it beside the others."""
+    """Prints both tables in Markdown."""
     parser = argparse.ArgumentParser(description="Answer held-out questions by each way of RAG.")
     parser.add_argument("model", type=Path, help="a run's folder, or any other model")
     parser.add_argument("data", type=Path, help="made by experiments.build_data")

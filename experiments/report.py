@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 import numpy as np
 from rich.console import Console
 
-from experiments.measure import TITLES
+from experiments.measure import TITLES, shown
 from experiments.presets import ABLATIONS, MAIN, UNTRAINED
 
 matplotlib.use("Agg")
@@ -29,7 +30,10 @@ GENERATION = (
     "reasoning/exact_match",
     "all_chats/bits_per_byte",
 )
+RANKED = tuple(measure for measure in EMBEDDING if measure.endswith("ndcg_at_10"))
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
+
+COLORS = [f"C{number}" for number in range(10)]
 
 # Of each measure, its values over seeds.
 Columns = dict[str, dict[str, list[float]]]
@@ -38,7 +42,7 @@ Columns = dict[str, dict[str, list[float]]]
 def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> None:
     """Writes `report.md` and `claim.svg`, and shows the former."""
     columns = read_columns(folder)
-    text = report(columns, about)
+    text = report(columns, {**about, "device": read_devices(folder)})
     (folder / "report.md").write_text(text)
     draw(columns, folder / "claim.svg")
     console.print(text, markup=False)
@@ -57,6 +61,12 @@ def read_columns(folder: Path) -> Columns:
             values = {name: [one["measures"][name] for one in of_seeds] for name in names}
             columns[run.name] = values
     return columns
+
+
+def read_devices(folder: Path) -> str:
+    """Returns on what the runs were measured, and so trained."""
+    paths = (folder / "runs").glob("*/measures.json")
+    return "; ".join(sorted({json.loads(path.read_text())["device"] for path in paths}))
 
 
 def report(columns: Columns, about: Mapping[str, Any]) -> str:
@@ -96,7 +106,7 @@ def verdict(columns: Columns) -> list[str]:
     lines = ["| dataset | measure | specialist | unified | difference | two standard errors | |"]
     lines.append("|---|---|---|---|---|---|---|")
     for specialist, measures in (("embedding only", EMBEDDING), ("generation only", GENERATION)):
-        for measure in measures:
+        for measure in measures if {specialist, "unified"} <= columns.keys() else ():
             dataset, kind = measure.split("/")
             own, both = (columns[name][measure] for name in (specialist, "unified"))
             difference = np.mean(both) - np.mean(own)
@@ -115,25 +125,41 @@ def verdict(columns: Columns) -> list[str]:
 
 
 def draw(columns: Columns, path: Path) -> None:
-    """Draws embedding beside generation: mean nDCG@10 over corpora and bits a byte, each run."""
-    figure, axes = plt.subplots(figsize=(6, 4))
-    ranked = [measure for measure in EMBEDDING if measure.endswith("ndcg_at_10")]
-    for run in (UNTRAINED, *MAIN):
-        measures: Mapping[str, Sequence[float]] = columns.get(run.name, {})
-        if measures:
-            x = np.mean([measures[name] for name in ranked], axis=0)
-            axes.scatter(x, measures["all_chats/bits_per_byte"], label=run.name)
-    axes.set_xlabel("mean nDCG@10 of five corpora (right is better)")
-    axes.set_ylabel("bits a byte of held-out chats (down is better)")
-    axes.invert_yaxis()
-    axes.legend()
+    """Draws retrieval beside generation, a point for each seed, and each corpus by itself."""
+    figure, (joint, corpora) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
+    runs = [run.name for run in (UNTRAINED, *MAIN) if run.name in columns]
+    baselines = [name for name in ("BM25", "MiniLM") if name in columns]
+    colors = dict(zip([*runs, *baselines], COLORS, strict=False))
+    for name in runs:
+        mean = np.mean([columns[name][measure] for measure in RANKED], axis=0)
+        joint.scatter(mean, columns[name]["all_chats/bits_per_byte"], color=colors[name])
+    joint.set_xlabel("mean nDCG@10 of five corpora")
+    joint.set_ylabel("bits a byte of held-out chats (fewer are better)")
+    joint.invert_yaxis()
+    joint.locator_params(axis="x", nbins=5)
+    _draw_corpora(corpora, columns, colors)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
+def _draw_corpora(axes: Axes, columns: Columns, colors: Mapping[str, Any]) -> None:
+    """Draws the mean over seeds of each corpus, and a line from the lowest to the highest."""
+    width = 0.8 / len(colors)
+    places = np.arange(len(RANKED))
+    for number, (name, color) in enumerate(colors.items()):
+        values = [columns[name][measure] for measure in RANKED]
+        means, lowest, highest = (np.array(list(map(f, values))) for f in (np.mean, min, max))
+        ends = [means - lowest, highest - means]
+        axes.bar(places + number * width, means, width, yerr=ends, color=color, label=name)
+    titles = [measure.split("/")[0].replace("_", "\n") for measure in RANKED]
+    axes.set_xticks(places + 0.4 - width / 2, titles)
+    axes.set_ylabel("nDCG@10")
+    axes.legend()
+
+
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return ""
-    spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
+    spread = f" ± {shown(float(np.std(values, ddof=1)))}" if len(values) > 1 else ""
+    return f"{shown(float(np.mean(values)))}{spread}"

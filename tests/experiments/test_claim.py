@@ -12,7 +12,7 @@ import tokenizer_files
 from experiments import claim, presets, report
 from experiments.base_model import FewerLayers, make_base_model
 from experiments.files import read_lines
-from experiments.presets import ABLATIONS, MAIN, UNTRAINED, Run
+from experiments.presets import ABLATIONS, MAIN, UNTRAINED
 from experiments.smaller import write_smaller
 from grit_jax.conversion import open_model
 from grit_jax.conversion.orbax_model import write_orbax
@@ -95,7 +95,7 @@ def test_the_claim_is_held_against_the_noise_of_seeds():
 
 
 def test_runs_differ_in_what_they_are_called_for():
-    runs = claim.planned([3, 4], ablations=True)
+    runs = claim.planned([3, 4], [run.name for run in MAIN], ablations=True)
     names = [run.name for run, _ in runs]
     assert names == [
         UNTRAINED.name,
@@ -103,21 +103,24 @@ def test_runs_differ_in_what_they_are_called_for():
         *[run.name for run in ABLATIONS],
     ]
     assert len({str(claim.run_folder(Path(), *each)) for each in runs}) == 12
+    assert claim.planned([3], ["unified"], ablations=False) == [(UNTRAINED, 0), (MAIN[2], 3)]
 
 
 @pytest.mark.slow
 def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     whole_data, small_llama, tmp_path, monkeypatch
 ):
-    runs = (Run("embedding only", {"mode": "embedding"}),)
-    monkeypatch.setattr(claim, "MAIN", runs)
-    monkeypatch.setattr(report, "verdict", lambda columns: ["not in this test"])
     monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
     monkeypatch.setattr(claim, "find_minilm", lambda: None)
     baselines = {"chance": {"foldoc_entries/ndcg_at_10": 0.5}}
     monkeypatch.setattr(claim, "measure_baselines", lambda folder, minilm: baselines)
     options = argparse.Namespace(
-        folder=tmp_path / "claim", preset="tiny", seeds=[1], ablations=False, data=whole_data
+        folder=tmp_path / "claim",
+        preset="tiny",
+        seeds=[1],
+        runs=["embedding only"],
+        ablations=False,
+        data=whole_data,
     )
     console = Console(record=True, width=200)
     claim.run_experiment(options, console)
@@ -134,7 +137,12 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     config = json.loads((tmp_path / "claim/runs/embedding_only_1/config.json").read_text())
     assert config["mode"] == "embedding" and config["seed"] == 1 and config["steps"] == 2
 
+    options.preset = "cpu"
+    with pytest.raises(claim.ExperimentError, match="has the preset tiny: name another folder"):
+        claim.run_experiment(options, console)
+
     # What is there is not made again; what is missing is.
+    options.preset = "tiny"
     (tmp_path / "claim/runs/untrained_0/measures.json").unlink()
     monkeypatch.setattr(claim, "_train", lambda *arguments: 1 / 0)
     claim.run_experiment(options, console)
@@ -158,5 +166,7 @@ def test_presets_are_of_fields_that_there_are():
 
 def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path):
     log = tmp_path / "log"
-    with pytest.raises(claim.StageError, match=r"(?s)one two failed, see .*log.*RuntimeError: why"):
+    with pytest.raises(
+        claim.ExperimentError, match=r"(?s)one two failed, see .*log.*RuntimeError: why"
+    ):
         claim._call("raise RuntimeError('why')", ["one", "two"], log)
