@@ -3,6 +3,7 @@
 # make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
 # make claim: the paper's claim on a real model and public text, in an hour or two.
 # make docs: the documentation as a site, in the folder site; make docs-serve shows it as it is written.
+# make clean: .venv, what tests keep and the site go; data and runs stay.
 # make torture: the runs that are killed at random moments, killed twenty times.
 # All make .venv first, with the versions in constraints.txt.
 
@@ -68,8 +69,8 @@ export NO_MKDOCS_2_WARNING := 1
 	touch .venv/.installed-demo .venv/.installed-docs $@
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "grit-jax needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "This takes Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 
 # The newest versions that the requirements allow, for every Python at once.
@@ -79,4 +80,4 @@ constraints: .venv/bin/python
 	  --extra data --extra eval --extra test --upgrade setup.py --output-file constraints.txt
 
 clean:
-	rm -rf .venv data runs site
+	rm -rf .venv .pytest_cache site

@@ -133,16 +133,16 @@ def _prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
         description=prepare.__doc__,
-        epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]} or {'text': [user, assistant, "
-        "...]}, and a file one dataset. What is there already, made from the same files in the "
-        "same way, is not made again.",
+        epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]}, {'messages': [...]}, "
+        "{'text': [user, assistant, ...]} or {'text': ...}, and a file one dataset. What is there "
+        "already, made from the same files in the same way, is not made again.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
         help="a folder or file of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
-        "and tulu2=PATH are reformatted as those need); or the name of a seqio Mixture "
+        "and tulu2=PATH: as they are published); or the name of a seqio Mixture "
         "(sample_embedding, sample_chat, squad_embedding, or one of yours)",
     )
     parser.add_argument("--output", required=True, help="folder to prepare it in")
@@ -159,7 +159,7 @@ def _prepare_parser() -> argparse.ArgumentParser:
         type=_fraction,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of each dataset of a PATH to keep for evaluation (0), unless the folder has "
+        help="fraction of each dataset of a PATH to keep for evaluation (0); not for a folder with "
         "subfolders 'train' and 'held_out'",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out lines (0)")

@@ -37,8 +37,8 @@ def default_config() -> Config:
     config.grad_cache_chunks = 1
 
     config.model = ConfigDict()
-    # Where the parameters start: a Hugging Face folder, a checkpoint or a run's folder; "" to start
-    # at random. Sizes are then the checkpoint's.
+    # Where the parameters start: a Hugging Face folder, a GGUF file, a checkpoint or a run's
+    # folder; "" to start at random. Sizes are then the checkpoint's.
     config.model.weights = ""
     config.model.architecture = "mistral"  # "mistral" (a Llama, too) or "mixtral".
     # Sizes, by the names of Hugging Face's config.json; the architecture's own where left out.
@@ -92,7 +92,7 @@ def default_config() -> Config:
     config.optimizer.epsilon = 1e-8  # Added to the root of the second moment.
     config.optimizer.weight_decay = 0.0  # Of the model's parameters, times the learning rate.
     config.optimizer.clip_norm = 1.0  # Of the gradient of all parameters together, at most.
-    # A step whose gradient is not finite is skipped; after so many in a row the run stops.
+    # A step whose gradient is not finite is skipped; more than so many in a row end the run.
     config.optimizer.most_skipped_in_a_row = 10
     config.optimizer.moment_dtype = "float32"  # Of the first moment: "float32" or "bfloat16".
     # Learning rate of the token embeddings, in units of that of the rest.

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     ask = actions.add_parser("ask", help="answer questions from an index")
     for each in (build, ask):
         add_model_options(each)
-    build.add_argument("documents", help="a folder, a .jsonl file, or tfds:NAME/SPLIT")
+    build.add_argument(
+        "documents", help="a folder or file of .jsonl, .jsonl.gz, .txt or .md, or tfds:NAME/SPLIT"
+    )
     ask.add_argument("questions", nargs="+", help="- for the lines of standard input")
     for each in (build, ask):
         each.add_argument("--index", type=Path, required=True, help="the index's folder")
@@ -72,5 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--way", default="document-cache", choices=WAYS, help="(document-cache)")
     ask.add_argument("--num-documents", type=int, default=1, help="for each question (1)")
     ask.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (16)")
-    ask.add_argument("--answer-prefix", default=ANSWER_PREFIX, help="how answers begin")
+    ask.add_argument(
+        "--answer-prefix", default=ANSWER_PREFIX, help="how answers begin (%(default)r)"
+    )
     return parser
