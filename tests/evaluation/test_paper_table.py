@@ -6,6 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from grit_jax import cli
 from grit_jax.evaluation import evaluate_command
 from grit_jax.evaluation.paper import (
     EMBEDDING,
@@ -103,3 +104,11 @@ def test_the_table_needs_no_harness(monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)  # As if it were not installed.
     evaluate_command.run(["table"])
     assert "66.8" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_said_in_a_line(tmp_path, capsys):
+    (tmp_path / "scores.json").mkdir()
+    with pytest.raises(SystemExit):
+        cli.evaluate(["table", "--output", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "IsADirectoryError" in line and "scores.json" in line
