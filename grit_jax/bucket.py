@@ -5,6 +5,7 @@ They are reached with gcsfs, and never with TensorFlow, whether that is installe
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -17,9 +18,13 @@ PERMISSIONS = [f"storage.objects.{verb}" for verb in ("create", "delete", "get",
 # Seconds: for how long a bucket is asked for, and for how long any request is waited on.
 PATIENCE, LONGEST_REQUEST = 30, 300
 
-# What reaches a bucket has errors of its own; these are the words of tensorstore, and of gcsfs.
+# What reaches a bucket has errors of its own; these are the words of tensorstore, of gcsfs, and of
+# the system where another machine's disk has been away.
 LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")
-REFUSALS = ("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "Forbidden")
+REFUSALS = (
+    *("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "Forbidden"),
+    os.strerror(errno.ESTALE),
+)
 
 
 class BucketError(Exception):
@@ -110,7 +115,7 @@ def _in_one_line(bucket: str) -> Iterator[None]:
 
 
 def is_out_of_reach(error: BaseException | None) -> bool:
-    """Returns whether an error is about reaching a bucket, and not about what lies in it."""
+    """Returns whether an error is about reaching a bucket or a disk, not about what lies there."""
     while error is not None:
         library = type(error).__module__.partition(".")[0]
         if library in LIBRARIES or any(word in str(error) for word in REFUSALS):

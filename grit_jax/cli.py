@@ -268,7 +268,7 @@ def convert(argv: Sequence[str]) -> None:
                 attention=arguments.attention,
                 pooling=arguments.pooling,
             )
-    except (BucketError, ConversionError, TokenizerError, FileNotFoundError) as error:
+    except (BucketError, ConversionError, TokenizerError, OSError) as error:
         fail(f"{type(error).__name__}: {error}")
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -367,7 +367,7 @@ def _use_model(
     from grit_jax.data.tokenizer import TokenizerError
     from grit_jax.inference.inputs import InputError
 
-    known = (BucketError, ConversionError, InputError, TokenizerError, FileNotFoundError)
+    known = (BucketError, ConversionError, InputError, TokenizerError, OSError)
     try:
         run(argv)
     except (*known, *own) as error:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-import json
 import os
 
 from etils import epath
@@ -14,6 +13,7 @@ from grit_jax.agreement import check_agreement
 from grit_jax.bucket import check_writing, in_bucket
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
+from grit_jax.conversion.companion_files import write_json
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.table import result_table
@@ -67,14 +67,14 @@ def run(config: Config, workdir: epath.Path) -> None:
         check_agreement(what_all_share(config, batches, pretrained))
     check_writing(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if is_writer():
-        _keep_config(config, trainer.model_config, workdir / "config.json")
 
     with (
         _compiled_programs(workdir / "compiled"),
         make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
     ):
         state = _first_state(config, trainer, pretrained, saved, console)
+        if is_writer():
+            _keep_config(config, trainer.model_config, workdir / "config.json")
         with RunRecord(workdir, int(state.step), is_writer()) as record:
             is_measured = any(name.startswith("held_out/") for line in record.kept for name in line)
             if held_out is not None and not as_writer_says(is_measured):
@@ -89,7 +89,7 @@ def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None
     resolved = config.to_dict()
     sizes = resolved["model"]["sizes"]
     resolved["model"]["sizes"] = {name: getattr(model, name) for name in sizes}
-    path.write_text(json.dumps(resolved, indent=1) + "\n")
+    write_json(path, resolved)
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def _write_dense_settings(folder: Path, config: MistralConfig) -> None:
     write_json(folder / "config.json", settings)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path | epath.Path, content: Any) -> None:
     """Writes a JSON file for people to read; it is whole at any time, or not there."""
     unfinished = path.with_name(f".unfinished-{path.name}")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")

@@ -18,20 +18,25 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     If filling it fails, all of it goes.
 
     Raises:
-      ConversionError: `folder` exists, or the disk is full.
+      ConversionError: `folder` exists or cannot be made, the disk is full, or what it is made of
+        cannot be read. A FileNotFoundError of the latter comes as it is.
     """
-    if folder.exists():
-        raise ConversionError(f"{folder} exists already; choose another destination or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # On the same disk, so that it can be renamed; in a folder of its own, with all that its
-    # writers put beside it.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
-        unfinished = Path(aside).absolute() / folder.name
-        try:
+    try:
+        if folder.exists():
+            raise ConversionError(
+                f"{folder} exists already; choose another destination or remove it"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # On the same disk, so that it can be renamed; in a folder of its own, with all that its
+        # writers put beside it.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+            unfinished = Path(aside).absolute() / folder.name
             yield unfinished
             unfinished.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise ConversionError(f"{folder} cannot be written: {error}") from None
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{folder} was not made: {error}") from None
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -68,6 +68,7 @@ def write_hugging_face(
         write_sentence_transformers(unfinished, model.config, **embedding)
         stored = write_weights(model, unfinished, dtype, shard_bytes)
         fields = model.fields | {"torch_dtype": stored, EMBEDDING: embedding}
+        fields.pop("dtype", None)  # Its newer name, which would win, has the source's type.
         write_json(unfinished / "config.json", fields)
         ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", ends)

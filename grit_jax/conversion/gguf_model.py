@@ -25,6 +25,8 @@ SUFFIX = ".gguf"
 ARCHITECTURE = "llama"
 # Types that weights are read in as they are stored. All others are made float32 of.
 TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Whose number of rows is that of the tokens.
+EMBEDDINGS = "token_embd.weight"
 # Sizes in config.json, by their names in a GGUF file.
 SIZES = {
     "hidden_size": "embedding_length",
@@ -162,6 +164,8 @@ class GgufModel:
         sizes = {ours: self._setting(name) for ours, name in SIZES.items()}
         if missing := [SIZES[name] for name, size in sizes.items() if size is None]:
             raise ConversionError(f"{self.folder} does not say {ARCHITECTURE}.{missing[0]}")
+        if EMBEDDINGS not in self._tensors:
+            raise ConversionError(f"{self.folder} lacks 1 tensors: {EMBEDDINGS}")
         heads = sizes["num_attention_heads"]
         head_dim = self._setting("attention.key_length", sizes["hidden_size"] // heads)
         if self._setting("rope.dimension_count", head_dim) != head_dim:
@@ -175,7 +179,7 @@ class GgufModel:
             **sizes,
             "num_key_value_heads": self._setting("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "vocab_size": int(self._tensors["token_embd.weight"].shape[-1]),
+            "vocab_size": int(self._tensors[EMBEDDINGS].shape[-1]),
             "rms_norm_eps": _as_written(self._setting("attention.layer_norm_rms_epsilon", 1e-6)),
             "rope_parameters": rope | {"rope_theta": self._setting("rope.freq_base", 10000.0)},
             "tie_word_embeddings": "output.weight" not in self._tensors,

@@ -87,8 +87,8 @@ class OrbaxModel:
         """
         if not isinstance(self.folder, Path):
             raise ConversionError(
-                f"{self.folder} is not on a disk, as what low-rank updates are added to must be: "
-                "copy it to one (gcloud storage cp -r)"
+                f"{self.folder} is not on a disk, where its weights can be told from others': copy "
+                "it to one (gcloud storage cp -r)"
             )
         files = (path for path in (self.folder / PARAMETERS).rglob("*") if path.is_file())
         return fingerprint("orbax", files)

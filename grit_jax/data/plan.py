@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt64
 import numpy as np
 
 from grit_jax.data.draws import Draws, Stream
-from grit_jax.data.manifest import PreparedDataError
+from grit_jax.data.manifest import PreparedDataError, PreparedDataset
 from grit_jax.data.packing import fit_rows
 from grit_jax.data.shapes import KindOfStep, RowLimits, Shape, choose_shapes
 
@@ -107,14 +107,8 @@ class Planner:
         return choose_shapes(self._kinds_of_steps(), longest_texts, most_texts, self.limits)
 
     def _longest(self, stream: Stream, name: str) -> int:
-        most = self.limits.longest[name]
         for dataset in stream.datasets:
-            longest = dataset.manifest.longest[name]
-            if longest > most:
-                raise PreparedDataError(
-                    f"config.data.{name}_row_length={most} is shorter than the longest {name} of "
-                    f"{dataset.folder} ({longest} tokens)"
-                )
+            check_row_length(dataset, name, dataset.manifest.longest[name], self.limits.longest)
         return max(dataset.manifest.longest[name] for dataset in stream.datasets)
 
     def _kinds_of_steps(self) -> list[KindOfStep]:
@@ -133,6 +127,21 @@ class Planner:
             share = float(np.prod([share for _, share, _ in chosen]))
             kinds.append(KindOfStep(share, seen))
         return kinds
+
+
+def check_row_length(
+    dataset: PreparedDataset, name: str, longest: int, row_lengths: Mapping[str, int]
+) -> None:
+    """Checks that rows have room for the longest text of a dataset.
+
+    Raises:
+      PreparedDataError: they have not; the message names the field.
+    """
+    if longest > row_lengths[name]:
+        raise PreparedDataError(
+            f"config.data.{name}_row_length={row_lengths[name]} is shorter than the longest {name} "
+            f"of {dataset.folder} ({longest} tokens)"
+        )
 
 
 def _fit(

@@ -15,7 +15,7 @@ from rich.console import Console
 from grit_jax.conversion import open_model
 from grit_jax.evaluation.paper import GENERATIVE, MTEB_BENCHMARK, NUM_FEWSHOT, QUICK_TASKS
 from grit_jax.evaluation.paper_table import paper_tables
-from grit_jax.evaluation.results import Results
+from grit_jax.evaluation.results import Results, settings_of
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.model_options import add_model_options, load_model
 
@@ -37,9 +37,7 @@ def _run_mteb(arguments: argparse.Namespace) -> None:
     from grit_jax.evaluation.mteb_model import MtebModel
 
     tasks = _mteb_tasks(arguments)
-    instructions = None
-    if arguments.instructions is not None:
-        instructions = json.loads(arguments.instructions.read_text(encoding="utf-8"))
+    instructions = _read_instructions(arguments.instructions)
     results, revision = _results(arguments)
     model: Any = MtebModel(
         load_model(arguments),
@@ -48,6 +46,7 @@ def _run_mteb(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         instructions=instructions,
     )
+    results.measure_with("mteb", model.settings)
     failed = []
     for task in tasks:
         measured = mteb.evaluate(
@@ -81,16 +80,29 @@ def _mteb_tasks(arguments: argparse.Namespace) -> list[Any]:
                 own[found.metadata.name] = found()
     if arguments.preset == "paper":
         return [*own.values(), *mteb.get_benchmark(MTEB_BENCHMARK).tasks]
-    wanted = list(QUICK_TASKS) if arguments.preset == "quick" else arguments.tasks
-    if not wanted and not own:
+    wanted = [*own, *QUICK_TASKS] if arguments.preset == "quick" else arguments.tasks or [*own]
+    if not wanted:
         raise InputError("say which tasks: --tasks NAME ..., --preset paper, or --module of yours")
     tasks = []
-    for name in wanted or own:
+    for name in wanted:
         try:
             tasks.append(own[name] if name in own else mteb.get_task(name, arguments.languages))
         except KeyError as error:
             raise InputError(f"MTEB: {error.args[0]}") from None
     return tasks
+
+
+def _read_instructions(path: Path | None) -> dict[str, str] | None:
+    """Returns the content of a file of instructions, None if there is none."""
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"--instructions {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--instructions {path} does not hold an object of instructions by task")
+    return content
 
 
 def _module(name: str) -> Any:
@@ -126,7 +138,9 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             else "say which tasks: --tasks NAME ..., or --preset paper"
         )
     results, _ = _results(arguments)
-    model = LmEvalModel(load_model(arguments), batch_size=arguments.batch_size)
+    loaded = load_model(arguments)
+    results.measure_with("lm_eval", settings_of(loaded))
+    model = LmEvalModel(loaded, batch_size=arguments.batch_size)
     evaluate: Any = lm_eval.simple_evaluate  # Its decorator hides its parameters.
     for name in wanted:
         num_fewshot = arguments.num_fewshot
@@ -143,8 +157,11 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
         )
         _keep(arguments.output / "lm_eval", name, measured)
-        results.add("lm_eval", measured["results"])
-        for task, values in measured["results"].items():
+        # A part of a task is another measure, and no number for the table.
+        part = "" if arguments.limit is None else f" (limit {arguments.limit})"
+        scores = {f"{task}{part}": values for task, values in measured["results"].items()}
+        results.add("lm_eval", scores)
+        for task, values in scores.items():
             numbers = {key: value for key, value in values.items() if isinstance(value, float)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
             print(f"{task}: {shown}", flush=True)
@@ -165,12 +182,8 @@ def _keep(folder: Path, name: str, measured: dict[str, Any]) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    import mteb
-
     results = None if arguments.output is None else Results(arguments.output)
-    tasks = mteb.get_benchmark(MTEB_BENCHMARK).tasks
-    kinds = {task.metadata.name: task.metadata.type for task in tasks}
-    for table in paper_tables(results, kinds):
+    for table in paper_tables(results):
         Console(width=120).print(table)
 
 
@@ -181,13 +194,16 @@ def _parser() -> argparse.ArgumentParser:
     generation = actions.add_parser("lm-eval", help="generation, by lm-eval's tasks")
     table = actions.add_parser("table", help="print the paper's table, with one's own column")
     table.add_argument("--output", type=Path, help="results to show (none)")
-    for each in (embedding, generation):
+    presets = {
+        embedding: {"choices": ("paper", "quick"), "help": "the paper's 56 tasks, or 9 small ones"},
+        generation: {"choices": ("paper",), "help": "the tasks nearest the paper's"},
+    }
+    for each, preset in presets.items():
         add_model_options(each)
         each.add_argument("--output", type=Path, required=True, help="folder for the results")
-        each.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of the harness")
-    embedding.add_argument(
-        "--preset", choices=("paper", "quick"), help="the paper's 56 tasks, or 9 small ones"
-    )
+        which = each.add_mutually_exclusive_group()
+        which.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of the harness")
+        which.add_argument("--preset", **preset)
     embedding.add_argument(
         "--languages", nargs="+", default=["eng"], help="of --tasks, as MTEB codes them (eng)"
     )
@@ -199,7 +215,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     embedding.add_argument("--max-length", type=int, default=512, help="tokens of a text (512)")
     embedding.add_argument("--batch-size", type=int, default=256, help="bounds memory (256)")
-    generation.add_argument("--preset", choices=("paper",), help="the tasks nearest the paper's")
     generation.add_argument("--task-folder", type=Path, help="folder of YAML tasks of yours")
     generation.add_argument("--num-fewshot", type=int, help="examples (as the task has it)")
     generation.add_argument("--limit", type=int, help="take so many of a task's documents")

@@ -1,6 +1,6 @@
 """Retrieval and perplexity on held-out data, with the model as it is being trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from grit_jax.data.examples import Text
 from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.data.plan import number_contents
+from grit_jax.data.plan import check_row_length, number_contents
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
@@ -62,6 +62,9 @@ class HeldOut:
       chats: the datasets of chats; none to leave perplexity out.
       row_lengths: tokens of a row, by stream ("query", "passage", "chat").
       batch_size: texts to a batch.
+
+    Raises:
+      PreparedDataError: a text is longer than a row.
     """
 
     def __init__(
@@ -74,11 +77,16 @@ class HeldOut:
     ):
         self._trainer = trainer
         self._row_lengths, self._batch_size = row_lengths, batch_size
-        self._tasks = [RetrievalTask.of(dataset) for dataset in retrieval]
-        self._chats = [
-            example.chat for dataset in chats for example in dataset.read(range(len(dataset)))
-        ]
         self._retrieval = list(retrieval)
+        self._tasks = [RetrievalTask.of(dataset) for dataset in retrieval]
+        self._chats: list[Text] = []
+        for dataset, task in zip(retrieval, self._tasks, strict=True):
+            self._check_rows(dataset, "query", task.queries)
+            self._check_rows(dataset, "passage", task.passages)
+        for dataset in chats:
+            texts = [example.chat for example in dataset.read(range(len(dataset)))]
+            self._check_rows(dataset, "chat", texts)
+            self._chats += texts
         # Every process reads all that comes out.
         whole = NamedSharding(trainer.mesh, PartitionSpec())
         self._embed = jax.jit(self._embed_batch, out_shardings=whole)
@@ -124,17 +132,21 @@ class HeldOut:
             measures[f"{task.name}/recall_at_1"] = 1 / count
         return measures
 
+    def _check_rows(self, dataset: PreparedDataset, stream: str, texts: list[Text]) -> None:
+        check_row_length(dataset, stream, max(map(len, texts)), self._row_lengths)
+
     def _embed_all(self, parameters: nnx.State, texts: list[Text], stream: str) -> np.ndarray:
         batches = [np.asarray(self._embed(parameters, b)) for b in self._batches(texts, stream)]
         return np.concatenate(batches)[: len(texts)]
 
     def _perplexity(self, parameters: nnx.State) -> float:
-        totals = [self._cross_entropy(parameters, b) for b in self._batches(self._chats, "chat")]
-        nats, targets = np.sum([jax.device_get(total) for total in totals], axis=0)
+        batches = self._batches(self._chats, "chat")
+        totals = [jax.device_get(self._cross_entropy(parameters, batch)) for batch in batches]
+        nats, targets = np.sum(totals, axis=0)
         return float(np.exp(nats / targets))
 
-    def _batches(self, texts: list[Text], stream: str) -> list[Any]:
-        """Returns the texts in order, in batches of one shape; numbers may be unused at the end."""
+    def _batches(self, texts: list[Text], stream: str) -> Iterator[Any]:
+        """Yields the texts in order, in batches of one shape; numbers may be unused at the end."""
         row_length, shards = self._row_lengths[stream], batch_shards(self._trainer.mesh)
         groups = [
             texts[start : start + self._batch_size]
@@ -142,12 +154,10 @@ class HeldOut:
         ]
         plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
         num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
-        batches = []
         for group, plan in zip(groups, plans, strict=True):
             numbered = dict(enumerate(group))
             packed = pack(numbered, plan, num_rows, row_length, num_texts=self._batch_size)
-            batches.append(self._trainer.to_devices(packed))
-        return batches
+            yield self._trainer.to_devices(packed)
 
     def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> jax.Array:
         return embed_texts(self._trainer.model(parameters), texts, self._trainer.loss_config)

@@ -6,6 +6,8 @@ lengths, which matter to the classifiers that are trained on them; all else comp
 """
 
 from collections.abc import Mapping
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 
 from grit_jax.data.templates import embedding_prefix
 from grit_jax.evaluation.paper import INSTRUCTIONS
+from grit_jax.evaluation.results import settings_of
 from grit_jax.inference.gritlm import GritLM
 
 # The kinds of tasks whose documents have no instruction.
@@ -36,6 +39,9 @@ class MtebModel(AbsEncoder):
         of this one.
       max_length: tokens of a text; longer ones are cut.
       instructions: by the name of a task or a kind of tasks, in the place of MTEB's own.
+
+    Attributes:
+      settings: what scores depend on beside the weights; MTEB keeps those of others apart.
     """
 
     def __init__(
@@ -48,9 +54,16 @@ class MtebModel(AbsEncoder):
         instructions: Mapping[str, str] | None = None,
     ):
         self.model = model.unnormalized()
-        self.prompts_dict = INSTRUCTIONS | dict(instructions or {})
+        own = dict(instructions or {})
+        self.prompts_dict = INSTRUCTIONS | own
         self._max_length = max_length
-        self.mteb_model_meta = _describe(model, Path(name).name, revision, max_length)
+        self.settings: dict[str, Any] = settings_of(model) | {
+            "attention": model.attention,
+            "pooling": model.pooling,
+            "max_length": max_length,
+            "instructions": _digest(own) if own else "",
+        }
+        self.mteb_model_meta = _describe(model, Path(name).name, revision, self.settings)
 
     def encode(
         self,
@@ -95,7 +108,12 @@ class MtebModel(AbsEncoder):
         return self.get_instruction(task_metadata, PromptType.query)
 
 
-def _describe(model: GritLM, name: str, revision: str, max_length: int) -> ModelMeta:
+def _digest(instructions: Mapping[str, str]) -> str:
+    content = json.dumps(instructions, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:
     config = model.model.config
     return ModelMeta(
         loader=None,
@@ -105,7 +123,7 @@ def _describe(model: GritLM, name: str, revision: str, max_length: int) -> Model
         languages=None,
         n_parameters=None,
         memory_usage_mb=None,
-        max_tokens=max_length,
+        max_tokens=settings["max_length"],
         embed_dim=config.embedding_projection_size or config.hidden_size,
         license=None,
         open_weights=None,
@@ -115,9 +133,5 @@ def _describe(model: GritLM, name: str, revision: str, max_length: int) -> Model
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=True,
         training_datasets=None,
-        experiment_kwargs={
-            "attention": model.attention,
-            "pooling": model.pooling,
-            "max_length": max_length,
-        },
+        experiment_kwargs=settings,
     )

@@ -16,24 +16,24 @@ from grit_jax.evaluation.paper import (
 from grit_jax.evaluation.results import Results
 
 
-def paper_tables(results: Results | None, kinds: Mapping[str, str]) -> Iterator[Table]:
+def paper_tables(results: Results | None) -> Iterator[Table]:
     """Yields the paper's tables of embedding and of generation.
 
     Args:
       results: of one's own model; None leaves its column empty.
-      kinds: of each of MTEB's tasks.
     """
-    yield _embedding_table({} if results is None else results.mteb, kinds)
+    yield _embedding_table({} if results is None else results.mteb)
     yield _generative_table({} if results is None else results.lm_eval)
 
 
-def _embedding_table(scores: Mapping[str, float], kinds: Mapping[str, str]) -> Table:
-    own, average = own_embedding_values(scores, kinds)
+def _embedding_table(scores: Mapping[str, float]) -> Table:
+    own, average = own_embedding_values(scores)
     table = _table("MTEB, English")
     for row in EMBEDDING:
         value, count = own.get(row.kind, (None, 0))
-        cell = _cell(value) + (f" ({count} tasks)" if 0 < count < row.num_tasks else "")
-        table.add_row(f"{row.kind} ({row.num_tasks})", row.measure, *_cells(row.values), cell)
+        num_tasks = len(row.tasks)
+        cell = _cell(value) + (f" ({count} tasks)" if 0 < count < num_tasks else "")
+        table.add_row(f"{row.kind} ({num_tasks})", row.measure, *_cells(row.values), cell)
     table.add_row("average (56)", "", *_cells(EMBEDDING_AVERAGE), _cell(average))
     return table
 

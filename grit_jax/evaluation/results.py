@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from grit_jax.conversion.companion_files import write_json
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.training.checkpoints import describe_differences
 
 SCORES = "scores.json"
 
@@ -28,18 +30,9 @@ class Results:
     def __init__(self, folder: Path, model: str | None = None):
         self.folder = folder
         self._path = folder / SCORES
-        self._content: dict[str, Any] = {"model": model, "mteb": {}, "lm_eval": {}}
-        if not self._path.exists():
-            return
-        try:
-            self._content |= json.loads(self._path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ResultsError(f"{self._path} is no JSON: delete it, and evaluate again") from None
-        if model is not None and self._content["model"] != model:
-            raise ResultsError(
-                f"{folder} holds results of another model ({self._content['model']}, and this is "
-                f"{model}): say another --output"
-            )
+        self._model = model
+        self._settings: dict[str, dict[str, Any]] = {}
+        self._content = self._read()
 
     @property
     def mteb(self) -> Mapping[str, float]:
@@ -51,8 +44,56 @@ class Results:
         """What lm-eval measured of each task or group, by metric and filter."""
         return self._content["lm_eval"]
 
+    def measure_with(self, harness: str, settings: Mapping[str, Any]) -> None:
+        """Takes note of what the scores of a harness depend on, beside the model's weights.
+
+        Raises:
+          ResultsError: those in the folder were measured with other settings.
+        """
+        self._settings[harness] = dict(settings)
+        self._content = self._read()
+
     def add(self, harness: str, scores: Mapping[str, Any]) -> None:
-        """Adds what a harness ("mteb" or "lm_eval") measured; the file is whole at any time."""
-        self._content[harness] = {**self._content[harness], **scores}
+        """Adds what a harness ("mteb" or "lm_eval") measured; the file is whole at any time.
+
+        Raises:
+          ResultsError: by now the folder holds what cannot stand beside it.
+        """
+        content = self._read()  # The other harness may have added to it.
+        content[harness] |= scores
+        content["settings"] |= self._settings
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, self._content)
+        write_json(self._path, content)
+        self._content = content
+
+    def _read(self) -> dict[str, Any]:
+        content = {"model": self._model, "settings": {}, "mteb": {}, "lm_eval": {}}
+        if not self._path.exists():
+            return content
+        try:
+            content |= json.loads(self._path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ResultsError(f"{self._path} is no JSON: delete it, and evaluate again") from None
+        if self._model is not None and content["model"] != self._model:
+            raise ResultsError(
+                f"{self.folder} holds results of another model ({content['model']}, and this is "
+                f"{self._model}): say another --output"
+            )
+        for harness, settings in self._settings.items():
+            before = content["settings"].get(harness, settings)
+            if content[harness] and (differences := describe_differences(before, settings)):
+                raise ResultsError(
+                    f"{self.folder} holds results that were measured otherwise: "
+                    f"{'; '.join(differences)}. Say another --output"
+                )
+        return content
+
+
+def settings_of(model: GritLM) -> dict[str, Any]:
+    """Returns what all scores of a model depend on, beside its weights."""
+    config = model.model.config
+    return {
+        "dtype": str(config.dtype),
+        "linear_dtype": config.linear_dtype,
+        "tokenizer": model.tokenizer.fingerprint[:16],
+    }

@@ -18,7 +18,8 @@ def retrieval_measures(
 
     Args:
       scores: how well each passage fits each query; higher is better. A passage that ties with
-        others is taken to stand behind them, so that a constant score earns nothing.
+        others is taken to stand behind them, so that a constant score earns nothing; nor does one
+        that is not a number.
       relevant: for each query the numbers of the passages that answer it, at least one.
     """
     gains, recalls = [], []
@@ -34,9 +35,9 @@ def _pessimistic_ranks(row: np.ndarray, answers: set[int]) -> list[int]:
     """Returns the ranks from 0 on of the answers, each behind all others with the same score."""
     is_answer = np.zeros(len(row), bool)
     is_answer[list(answers)] = True
-    own = np.sort(row[is_answer])[::-1]
+    own = -np.sort(-row[is_answer])  # What is not a number comes last.
     others = row[~is_answer]
-    return [place + int(np.count_nonzero(others >= score)) for place, score in enumerate(own)]
+    return [place + int(np.count_nonzero(~(others < score))) for place, score in enumerate(own)]
 
 
 def bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Float[np.ndarray, "Q P"]:

@@ -1,13 +1,10 @@
 """Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
 
 from collections.abc import Mapping
-import contextlib
 import dataclasses
-import itertools
 import time
 from types import TracebackType
 from typing import Any
-import warnings
 
 from etils import epath
 from flax import nnx
@@ -16,16 +13,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from grit_jax.bucket import in_short, is_out_of_reach
+from grit_jax.bucket import in_short
 from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.models import MistralConfig, config_to_hugging_face
+from grit_jax.training.damage import is_damage, set_aside
 from grit_jax.training.files_item import Files
 from grit_jax.training.train_step import TrainState
 
 # Fields of config.json that say how a model is used.
 USAGE = (EMBEDDING, "bos_token_id", "eos_token_id")
-# Where checkpoints that cannot be read are moved to: nothing is deleted.
-DAMAGED = "damaged"
 
 
 class CheckpointError(Exception):
@@ -34,10 +30,6 @@ class CheckpointError(Exception):
 
 class StartAgain(CheckpointError):
     """This process cannot go on, but the same command, started again, can."""
-
-
-class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint could not be read, and an older one is taken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,24 +175,33 @@ class Checkpoints:
 
         What is frozen is not in a checkpoint, and stays as it is in `abstract`.
 
-        A checkpoint that cannot be read is moved to `damaged`, with a warning, and the one before
-        is taken.
+        A damaged checkpoint is moved to `damaged`, with a warning, and the one before is taken.
 
         Raises:
-          CheckpointError: the checkpoint is of another model or of other data.
+          CheckpointError: the checkpoint is of another model or of other data; or it cannot be
+            read, but not because it is damaged; or all of them are. It stays where it is.
+          StartAgain: a damaged one was moved, which other processes may be reading.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Exception] = {}
+        for step in steps:
             try:
                 self._check_description(step)
-                return self._restore(step, abstract)
+                state = self._restore(step, abstract)
             except CheckpointError:
                 raise
-            except Exception as failure:  # Damage shows in as many ways as there are libraries.
-                if is_out_of_reach(failure):
-                    raise CheckpointError(
-                        f"{self.folder / str(step)} cannot be read: {in_short(failure)}"
-                    ) from failure
-                self._set_aside(step, failure)
+            except Exception as failure:  # Whatever the libraries below make of it.
+                if not is_damage(failure):
+                    raise self._not_read(step, failure) from failure
+                damaged[step] = failure
+                if jax.process_count() > 1 and step != steps[-1]:
+                    self._set_aside(step, failure)
+                continue
+            for damaged_step, failure in damaged.items():
+                self._set_aside(damaged_step, failure)
+            return state
+        if damaged:
+            raise self._none_read(damaged[steps[0]])
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -232,31 +233,23 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, failure: Exception) -> None:
-        source, destination = self.folder / str(step), self._free_place(step)
-        message = (
-            f"the checkpoint of step {step} cannot be read and is now {destination}: "
-            f"{in_short(failure)}"
-        )
-        # Another process may be moving it, too.
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            destination.parent.mkdir(exist_ok=True)
-            # In a bucket a folder is there when something is in it.
-            destination.with_suffix(".txt").write_text(f"{message}\n")
-            source.rename(destination)
-        warnings.warn(
-            message,
-            DamagedCheckpointWarning,
-            stacklevel=3,
-        )
+        destination = set_aside(self.folder / str(step), failure)
         if jax.process_count() > 1:
             # The others may be waiting for this process in the middle of reading.
             raise StartAgain(f"{destination} is damaged: start again, from the one before")
         self._manager.reload()
 
-    def _free_place(self, step: int) -> epath.Path:
-        names = itertools.chain([str(step)], (f"{step}-{n}" for n in itertools.count(2)))
-        places = (self.folder / DAMAGED / name for name in names)
-        return next(place for place in places if not place.exists())
+    def _not_read(self, step: int, failure: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder / str(step)} cannot be read: {in_short(failure)}. It stays where it is: "
+            "the same command goes on from it when that is mended"
+        )
+
+    def _none_read(self, failure: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"none of the checkpoints in {self.folder} can be read; put whole ones in their place, "
+            f"or begin anew with another --workdir. Of the newest: {in_short(failure)}"
+        )
 
     def _not_saved(self, failure: Exception) -> CheckpointError:
         return CheckpointError(

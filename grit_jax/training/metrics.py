@@ -84,12 +84,16 @@ class RunRecord:
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the lines of a `metrics.jsonl`, none if there is no such file.
 
-    A last line that was cut off when the machine stopped is left out.
+    Lines that were cut off or garbled when the machine stopped are left out.
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith(b"\n"):
+                found.append(json.loads(line))
+    return found
 
 
 def draw_curves(lines: list[dict[str, Any]], path: epath.Path) -> None:

@@ -49,9 +49,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while self._has_moved.wait(self._seconds):
+            self._has_moved.clear()  # Before the look, or the end that follows it could be lost.
             if self._is_over:
                 return
-            self._has_moved.clear()
         where = "since the start" if self._step is None else f"after step {self._step}"
         print(
             f"process {jax.process_index()} on {socket.gethostname()}: no step for "

@@ -12,6 +12,7 @@ import reference_values
 from safetensors.numpy import load_file, save_file
 
 from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
+from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import config_from_hugging_face, config_to_hugging_face
 
@@ -138,6 +139,17 @@ def test_a_destination_is_whole_or_not_there(folder, tmp_path):
     destination.rmdir()
     with pytest.raises(ConversionError, match="not there"):
         open_model(destination)
+
+
+def test_what_keeps_a_destination_from_being_made_is_named(tmp_path):
+    source = reference_values.FOLDER / "tiny-mistral"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match=r"file/new was not made: .*File exists"):
+        write_orbax(HuggingFaceModel(source), tmp_path / "file" / "new")
+    # Nothing is wrong with the destination where the tokenizer is not there.
+    with pytest.raises(FileNotFoundError, match=r"tokenizer 'typo.model': no such file"):
+        write_hugging_face(open_model(source), tmp_path / "new", tokenizer="typo.model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
 @pytest.mark.slow

@@ -230,6 +230,7 @@ def test_a_sentencepiece_model_is_the_one_that_it_was_made_of(tmp_path):
             "unknown 1 tensors: blk.0.attn_q.bias",
         ),
         ({"left_out": ["blk.1.attn_v.weight"]}, "lacks 1 tensors: blk.1.attn_v.weight"),
+        ({"left_out": ["token_embd.weight"]}, "lacks 1 tensors: token_embd.weight"),
         ({"changed": "blk.1.attn_v.weight"}, r"attn_v.weight has the shape \(15, 32\)"),
     ],
 )

@@ -103,6 +103,19 @@ def test_transformers_reads_the_export_as_we_read_the_original(saved_models, exp
     np.testing.assert_array_equal(ours[:, 8:-1], ids[:, 9:])
 
 
+def test_transformers_reads_an_export_in_the_type_that_it_was_given(saved_models, tmp_path):
+    from transformers import AutoConfig
+
+    source = tmp_path / "source"
+    shutil.copytree(saved_models["mixtral"], source)
+    fields = json.loads((source / "config.json").read_text())
+    fields.pop("torch_dtype", None)
+    # As transformers writes it from version 4.56 on.
+    (source / "config.json").write_text(json.dumps(fields | {"dtype": "bfloat16"}))
+    write_hugging_face(open_model(source), tmp_path / "exported", dtype="float32")
+    assert str(AutoConfig.from_pretrained(tmp_path / "exported").dtype) == "torch.float32"
+
+
 @pytest.mark.slow
 def test_transformers_tokenizes_and_templates_as_the_original(exported):
     from transformers import AutoTokenizer

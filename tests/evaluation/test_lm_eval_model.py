@@ -179,8 +179,8 @@ def test_the_command_measures_and_shows_the_papers_table(exported, task_folder, 
     finished = grit_jax("evaluate", "lm-eval", exported, *tasks, *options, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "results" / "scores.json").read_text())["lm_eval"]
-    assert scores.keys() == {"wordnet_letter", "wordnet_definition"}
-    assert f"acc,none {scores['wordnet_letter']['acc,none']:.4f}" in finished.stdout
+    assert scores.keys() == {"wordnet_letter (limit 4)", "wordnet_definition (limit 4)"}
+    assert f"acc,none {scores['wordnet_letter (limit 4)']['acc,none']:.4f}" in finished.stdout
     assert len(list((tmp_path / "results" / "lm_eval").glob("*.json"))) == 2
     assert "HumanEval" in finished.stdout
     options[-1] = "--tasks=no_such_task"

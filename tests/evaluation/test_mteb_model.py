@@ -13,10 +13,13 @@ import sample_tasks
 from sample_tasks import SLANG_INSTRUCTION, SenseSTS, SlangRetrieval, senses, slang
 from scipy.stats import spearmanr
 
+from grit_jax import GritLM
+from grit_jax.conversion import open_model
 from grit_jax.data.templates import EMBED, embedding_prefix
 from grit_jax.evaluation import evaluate_command
 from grit_jax.evaluation.mteb_model import MtebModel
 from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
+from grit_jax.evaluation.results import Results, ResultsError
 from grit_jax.evaluation.retrieval import retrieval_measures
 from grit_jax.inference.inputs import InputError
 
@@ -96,8 +99,8 @@ def test_texts_without_anything_in_them_and_long_ones_are_embedded(mteb_model, c
 def test_the_papers_tasks_have_the_originals_instructions(mteb_model):
     tasks = {task.metadata.name: task for task in mteb.get_benchmark(MTEB_BENCHMARK).tasks}
     assert len(tasks) == 56 and set(QUICK_TASKS) <= set(tasks)
-    kinds = [task.metadata.type for task in tasks.values()]
-    assert {row.kind: row.num_tasks for row in EMBEDDING} == {k: kinds.count(k) for k in kinds}
+    kinds = {name: task.metadata.type for name, task in tasks.items()}
+    assert {task: row.kind for row in EMBEDDING for task in row.tasks} == kinds
     parts = tasks.pop("CQADupstackRetrieval").metadata.tasks
     for name, task in (tasks | {part.metadata.name: part for part in parts}).items():
         sides = [
@@ -116,6 +119,58 @@ def test_a_users_instruction_takes_the_place_of_mtebs(model):
     own = MtebModel(model, "small", "1", instructions={"BIOSSES": "Of the same meaning"})
     metadata = mteb.get_task("BIOSSES").metadata
     assert own.instruction(metadata, None) == "Of the same meaning"
+
+
+def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported):
+    variants = [
+        MtebModel(model, "small", "1"),
+        MtebModel(model, "small", "1", instructions={"BIOSSES": "Of the same meaning"}),
+        MtebModel(model, "small", "1", max_length=64),
+        *(
+            MtebModel(GritLM.from_pretrained(exported, **options), "small", "1")
+            for options in ({"dtype": "bfloat16"}, {"dtype": "float32", "linear_dtype": "int8"})
+        ),
+    ]
+    places = {
+        mteb.ResultCache("cache").get_task_result_path("BIOSSES", one.mteb_model_meta)
+        for one in variants
+    }
+    assert len(places) == len(variants)
+
+
+def test_scores_that_were_measured_otherwise_are_no_scores_of_this_run(exported, tmp_path):
+    revision = open_model(exported).fingerprint()
+    results = Results(tmp_path, revision)
+    settings = MtebModel(GritLM.from_pretrained(exported), "small", "1", max_length=64).settings
+    results.measure_with("mteb", settings)
+    results.add("mteb", {"STS12": 0.5})
+    command = ["mteb", str(exported), "--output", str(tmp_path), "--tasks", "BIOSSES"]
+    with pytest.raises(ResultsError, match="max_length was 64 and is 512"):
+        evaluate_command.run(command)
+
+
+def names(*options):
+    arguments = evaluate_command._parser().parse_args(
+        ["mteb", "nowhere", "--output", "out", *options]
+    )
+    return [task.metadata.name for task in evaluate_command._mteb_tasks(arguments)]
+
+
+def test_ones_own_tasks_are_measured_beside_a_presets(capsys):
+    own = ["--module", "sample_tasks"]
+    assert names(*own, "--preset", "quick") == [*names(*own), *QUICK_TASKS]
+    with pytest.raises(SystemExit):
+        names("--preset", "quick", "--tasks", "STS12")
+    assert "not allowed with argument --preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_file_of_instructions_that_is_none_is_named(tmp_path, content):
+    path = tmp_path / "instructions.json"
+    path.write_text(content)
+    options = ["--tasks", "BIOSSES", "--instructions", str(path)]
+    with pytest.raises(InputError, match=r"--instructions .*instructions.json"):
+        evaluate_command.run(["mteb", "nowhere", "--output", "out", *options])
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """The paper's numbers, and one's own beside them."""
 
 import json
+import sys
 
 import pytest
 from rich.console import Console
 
+from grit_jax import cli
+from grit_jax.evaluation import evaluate_command
 from grit_jax.evaluation.paper import (
     EMBEDDING,
     EMBEDDING_AVERAGE,
@@ -15,12 +18,12 @@ from grit_jax.evaluation.paper import (
 from grit_jax.evaluation.paper_table import paper_tables
 from grit_jax.evaluation.results import Results, ResultsError
 
-KINDS = {f"{row.kind}{i}": row.kind for row in EMBEDDING for i in range(row.num_tasks)}
+KINDS = {task: row.kind for row in EMBEDDING for task in row.tasks}
 
 
 def shown(results):
     console = Console(width=140, record=True)
-    for table in paper_tables(results, KINDS):
+    for table in paper_tables(results):
         console.print(table)
     lines = [line.split("│") for line in console.export_text().splitlines() if "│" in line]
     return {line[1].strip(): line[-2].strip() for line in lines}
@@ -28,7 +31,7 @@ def shown(results):
 
 def test_the_papers_numbers_have_the_papers_averages():
     for number in range(len(MODELS)):
-        total = sum(row.values[number] * row.num_tasks for row in EMBEDDING)
+        total = sum(row.values[number] * len(row.tasks) for row in EMBEDDING)
         assert total / 56 == pytest.approx(EMBEDDING_AVERAGE[number], abs=0.06)
         total = sum(row.values[number] for row in GENERATIVE)
         assert total / 6 == pytest.approx(GENERATIVE_AVERAGE[number], abs=0.06)
@@ -41,7 +44,7 @@ def test_the_own_column_is_empty_without_results():
 
 def test_the_own_column_has_means_of_what_is_there(tmp_path):
     results = Results(tmp_path / "results", "a model")
-    results.add("mteb", {"STS0": 0.5, "STS1": 0.7, "Summarization0": 0.3, "of_my_own": 1.0})
+    results.add("mteb", {"STS12": 0.5, "STS13": 0.7, "SummEval": 0.3, "of_my_own": 1.0})
     results.add("lm_eval", {"mmlu": {"acc,none": 0.25}, "tydiqa_goldp_en": {"f1,none": 0.5}})
     own = shown(Results(tmp_path / "results"))
     assert own["STS (10)"] == "60.0 (2 tasks)" and own["Summarization (1)"] == "30.0"
@@ -58,6 +61,7 @@ def test_results_are_those_of_one_model_and_whole(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text())
     assert content == {
         "model": "one",
+        "settings": {},
         "mteb": {"STS12": 0.5},
         "lm_eval": {"mmlu": {"acc,none": 0.25}},
     }
@@ -67,3 +71,44 @@ def test_results_are_those_of_one_model_and_whole(tmp_path):
     (tmp_path / "scores.json").write_text("{")
     with pytest.raises(ResultsError, match=r"no JSON: delete it"):
         Results(tmp_path, "one")
+
+
+def test_two_evaluations_at_once_keep_each_others_scores(tmp_path):
+    embedding, generation = Results(tmp_path, "one"), Results(tmp_path, "one")
+    embedding.add("mteb", {"STS12": 0.5})
+    generation.add("lm_eval", {"mmlu": {"acc,none": 0.25}})
+    embedding.add("mteb", {"STS13": 0.5})
+    found = Results(tmp_path)
+    assert found.mteb == {"STS12": 0.5, "STS13": 0.5} and found.lm_eval.keys() == {"mmlu"}
+
+
+def test_scores_of_one_harness_are_measured_in_one_way(tmp_path):
+    results = Results(tmp_path, "one")
+    results.measure_with("mteb", {"dtype": "float32", "pooling": "cls"})
+    results.add("mteb", {"STS12": 0.5})
+    again = Results(tmp_path, "one")
+    again.measure_with("mteb", {"dtype": "float32", "pooling": "cls"})
+    again.measure_with("lm_eval", {"dtype": "bfloat16"})
+    with pytest.raises(ResultsError, match=r"pooling was 'cls' and is 'mean'. Say another --out"):
+        again.measure_with("mteb", {"dtype": "float32", "pooling": "mean"})
+
+
+def test_a_part_of_a_task_is_no_number_of_the_table(tmp_path):
+    results = Results(tmp_path, "one")
+    results.add("lm_eval", {"mmlu (limit 10)": {"acc,none": 0.25}})
+    assert shown(results)["MMLU"] == ""
+
+
+def test_the_table_needs_no_harness(monkeypatch, capsys):
+    for name in ("mteb", "lm_eval"):
+        monkeypatch.setitem(sys.modules, name, None)  # As if it were not installed.
+    evaluate_command.run(["table"])
+    assert "66.8" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_said_in_a_line(tmp_path, capsys):
+    (tmp_path / "scores.json").mkdir()
+    with pytest.raises(SystemExit):
+        cli.evaluate(["table", "--output", str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "IsADirectoryError" in line and "scores.json" in line

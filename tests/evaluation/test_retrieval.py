@@ -2,10 +2,19 @@
 
 import math
 
+import jax
 import numpy as np
+import optax
+from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
+from grit_jax.data.manifest import PreparedDataError
+from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
+from grit_jax.models import MistralConfig
+from grit_jax.sharding import make_mesh
+from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.train_step import Trainer
 
 
 def test_measures_of_known_ranks():
@@ -26,6 +35,14 @@ def test_several_answers_are_held_against_the_best_order():
 def test_a_constant_score_earns_nothing():
     measures = retrieval_measures(np.ones((4, 30)), [{n} for n in range(4)])
     assert measures == {"ndcg_at_10": 0.0, "recall_at_1": 0.0}
+
+
+def test_embeddings_that_are_no_numbers_earn_nothing():
+    measures = retrieval_measures(np.full((4, 30), np.nan), [{n} for n in range(4)])
+    assert measures == {"ndcg_at_10": 0.0, "recall_at_1": 0.0}
+    scores = np.array([[np.nan, 2.0, 1.0]])  # Nor does a passage win because another is none.
+    assert retrieval_measures(scores, [{1}])["recall_at_1"] == 0.0
+    assert retrieval_measures(scores[:, ::2], [{0, 1}])["ndcg_at_10"] == 1.0
 
 
 @pytest.mark.parametrize(("rank", "gain"), [(10, 1 / math.log2(11)), (11, 0)])
@@ -55,3 +72,34 @@ def test_bm25_finds_shared_words_and_gives_nothing_for_unknown_ones():
     assert scores.shape == (2, 3)
     assert np.argmax(scores[0]) == 1 and scores[0, 0] == 0
     assert not scores[1].any()
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """Makes held-out data of pairs and chats, to be read in rows of some length."""
+    random, mesh = np.random.default_rng(0), make_mesh(devices=jax.devices()[:1])
+    write_prepared(tmp_path, "pairs", embedding_examples(random, 20, 12))
+    write_prepared(tmp_path, "chats", chat_examples(random, 20, 24))
+    trainer = Trainer(MistralConfig(), LossConfig(), optax.sgd(0.1), mesh)
+
+    def make(query=12, passage=12, chat=24):
+        pairs, chats = (list(open_datasets(tmp_path, {name: 1.0})) for name in ("pairs", "chats"))
+        lengths = {"query": query, "passage": passage, "chat": chat}
+        return HeldOut(trainer, pairs, chats, lengths, batch_size=4)
+
+    return make
+
+
+@pytest.mark.parametrize("stream", ["query", "passage", "chat"])
+def test_a_text_that_is_longer_than_a_row_is_named_at_the_start(held_out, stream):
+    with pytest.raises(PreparedDataError, match=rf"config.data.{stream}_row_length=5 is shorter"):
+        held_out(**{stream: 5})
+
+
+def test_one_batch_at_a_time_is_on_the_devices(held_out):
+    before, counts = len(jax.live_arrays()), []
+    for batch in held_out()._batches(held_out()._chats, "chat"):
+        counts.append(len(jax.live_arrays()) - before)
+        arrays = len(jax.tree.leaves(batch))
+        del batch
+    assert counts == [arrays] * 5

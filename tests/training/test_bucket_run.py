@@ -14,7 +14,7 @@ from small_run import SMALL
 from storage_server import StorageServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grit_jax.training.checkpoints import DAMAGED
+from grit_jax.training.damage import DAMAGED
 from grit_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +178,7 @@ import sys
 import numpy as np
 from grit_jax import GritLM
 from grit_jax.cli import main
-from grit_jax.conversion import ConversionError
+from grit_jax.conversion import ConversionError, open_model
 exported, converted = sys.argv[1:]
 main(["convert", "to-hf", "gs://bucket/whole", exported])
 main(["convert", "from-hf", exported, converted])
@@ -189,6 +189,10 @@ run, model = (
 np.testing.assert_array_equal(run(tokens), model(tokens))
 try:
     GritLM.from_pretrained("gs://bucket/whole/checkpoints/99")
+except ConversionError as error:
+    print(error)
+try:
+    open_model("gs://bucket/whole").fingerprint()
 except ConversionError as error:
     print(error)
 assert "tensorflow" not in sys.modules
@@ -210,6 +214,7 @@ def test_models_in_a_bucket_are_read_and_trained_on(server, undisturbed, fields,
     )
     assert finished.returncode == 0, finished.stderr
     assert f"checkpoints/99 has no {COMMITTED}: it was cut off" in finished.stdout
+    assert "checkpoints/12 is not on a disk, where its weights" in finished.stdout
 
     # A copy of a converted model serves as well as one that Orbax has written there.
     server.put_folder(converted, "copied")

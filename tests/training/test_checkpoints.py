@@ -1,7 +1,12 @@
 """Checkpoints: kept, passed over when damaged, refused when of another run, never half there."""
 
+import contextlib
+import errno
+import gc
 import json
+import os
 from pathlib import Path
+import resource
 import subprocess
 import sys
 import textwrap
@@ -12,17 +17,19 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
+from grit_jax.bucket import is_out_of_reach
 from grit_jax.conversion import OrbaxModel
 from grit_jax.models import MistralConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    DamagedCheckpointWarning,
     Retention,
     describe_differences,
 )
+from grit_jax.training.damage import DamagedCheckpointWarning, is_damage
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.train_step import Trainer
 
@@ -155,6 +162,71 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trainer, states, tm
     assert (tmp_path / "damaged" / "2").is_dir()
     with open_folder(tmp_path) as checkpoints:
         assert_same(checkpoints.restore(trainer.abstract_state()), states[2])
+
+
+@contextlib.contextmanager
+def no_more_files():
+    """A context in which this process may open no further file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def steps_in(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+# Without a file there is no event loop, and Orbax leaves coroutines that nobody awaits.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_cannot_be_read_for_now_stays_and_ends_the_run(trainer, states, tmp_path):
+    save_all(tmp_path, {step: states[step] for step in (1, 2)})
+    of_sgd = Trainer(CONFIG, trainer.loss_config, optax.sgd(0.1), trainer.mesh)
+    for abstract, context, named in (
+        (trainer.abstract_state(), no_more_files(), "Too many open files"),
+        (of_sgd.abstract_state(), contextlib.nullcontext(), "tree structures do not match"),
+    ):
+        with (
+            open_folder(tmp_path) as checkpoints,
+            pytest.raises(CheckpointError, match=f"{tmp_path}/2 cannot be read: .*{named}"),
+            context,
+        ):
+            checkpoints.restore(abstract)
+    gc.collect()  # Here, not in another test.
+    assert steps_in(tmp_path) == ["1", "2"]
+
+
+def test_what_tensorstore_says_of_the_system_is_no_damage(states, tmp_path):
+    save_all(tmp_path, {1: states[1]})
+    store = {"driver": "ocdbt", "base": f"file://{tmp_path}/1/parameters/", "path": "head/"}
+
+    def open_head():
+        tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+
+    with pytest.raises(ValueError, match="Too many open files") as error, no_more_files():
+        open_head()
+    assert not is_damage(error.value)
+    lose_arrays(tmp_path)
+    with pytest.raises(ValueError, match="does not exist") as error:
+        open_head()
+    assert is_damage(error.value)
+    assert not is_damage(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    assert is_out_of_reach(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+
+
+def test_where_all_are_damaged_no_run_begins_anew(trainer, states, tmp_path):
+    save_all(tmp_path, {step: states[step] for step in (1, 2)})
+    empty_description(tmp_path / "1")
+    lose_arrays(tmp_path / "2")
+    with (
+        open_folder(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match=r"none of the checkpoints .* can be read.*--workdir"),
+    ):
+        checkpoints.restore(trainer.abstract_state())
+    assert steps_in(tmp_path) == ["1", "2"]
 
 
 def test_one_that_was_never_finished_does_not_count(trainer, states, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -24,6 +25,7 @@ from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, tra
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer
+from grit_jax.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 MODEL = MistralConfig(
@@ -234,3 +236,22 @@ def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
         hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))
     with pytest.raises(NotFiniteError, match="last 3 steps up to step 7"):
         hook(StepReport(8, None, {"steps_skipped_in_a_row": 4}))
+
+
+class EndsWhileCleared(threading.Event):
+    """An event of a watchdog whose run ends just when it has seen the last step."""
+
+    def clear(self):
+        self.watchdog.__exit__()
+        super().clear()
+
+
+def test_a_run_that_ends_while_its_last_step_is_noted_is_not_taken_for_stuck(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watchdog = Watchdog(0.05)
+    watchdog._has_moved = EndsWhileCleared()
+    watchdog._has_moved.watchdog = watchdog
+    watchdog(StepReport(1, None, {}))
+    watchdog._watch()
+    assert not ended

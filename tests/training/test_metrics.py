@@ -43,3 +43,8 @@ def test_a_process_that_does_not_write_changes_nothing(workdir):
         assert (workdir / METRICS).read_text() == before
     assert len(list((workdir / TENSORBOARD).iterdir())) == 1
     assert json.loads(before) == {"step": 1, "loss": 1.0}
+
+
+def test_a_line_that_a_power_cut_has_garbled_is_left_out(workdir):
+    (workdir / METRICS).write_bytes(b'{"step": 1}\n\0\0\0\0\n{"st\xff\n{"step": 2}\n')
+    assert read_metrics(workdir / METRICS) == [{"step": 1}, {"step": 2}]

@@ -106,6 +106,7 @@ def test_a_run_stopped_and_continued_has_the_losses_of_an_undisturbed_one(
     assert other.returncode == 2
     assert "data.embedding.group_size was 2 and is 3" in other.stderr
     assert len(other.stderr.strip().splitlines()) == 1
+    assert json.loads((stopped / "config.json").read_text())["data"]["group_size"] == 2
 
 
 @pytest.mark.slow

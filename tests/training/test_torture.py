@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
-from grit_jax.training.checkpoints import DAMAGED
+from grit_jax.training.damage import DAMAGED
 from grit_jax.training.preemption import EXIT_CODE
 from grit_jax.training.watchdog import EXIT_CODE as HUNG
 
