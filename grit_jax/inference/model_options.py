@@ -8,10 +8,7 @@ from grit_jax.inference.gritlm import GritLM
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the model and how it was trained to what a command takes."""
-    parser.add_argument(
-        "model",
-        help="a Hugging Face folder, a GGUF file, a checkpoint or a run; gs:// of the last two",
-    )
+    parser.add_argument("model", help="a Hugging Face folder, a GGUF file, a checkpoint or a run")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--linear-dtype", choices=("int8",), help="of linear layers' weights")
     parser.add_argument("--attention", help="the pattern of its training (the model's own)")
