@@ -19,24 +19,23 @@ from grit_jax.conversion import open_model
 from grit_jax.conversion.embedding import how_it_embeds
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
+from grit_jax.inference.documents import join_documents
 from grit_jax.inference.encode import Embedding, Encoder
 from grit_jax.inference.generate import Generator, Request
 from grit_jax.inference.inputs import (
     InputError,
     TextLike,
     TokenIds,
-    as_continuations,
     as_stop_strings,
     as_texts,
     find_end_tokens,
     find_tokenizer,
     fit,
-    join_documents,
 )
 from grit_jax.inference.loading import load_module
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.inference.sampling import Sampling
-from grit_jax.inference.score import Scorer
+from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.models import Cache, Mistral
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
@@ -253,7 +252,7 @@ class GritLM:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int = 0,
         cache: Cache | Sequence[Cache] | None = None,
         add_special_tokens: bool = True,
@@ -314,7 +313,7 @@ class GritLM:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int = 0,
         cache: Cache | None = None,
         add_special_tokens: bool = True,
@@ -350,14 +349,17 @@ class GritLM:
 
         Args:
           prompts: strings or token ids; a prompt may be there several times.
-          continuations: one for each prompt, of the same kind. A string's tokens are those that
-            prompt and continuation have together, behind as many as the prompt has alone.
+          continuations: one for each prompt, of the same kind. Strings are tokenised together with
+            their prompt. The continuation has all tokens from the first on that is not the prompt's
+            alone, so that each of its characters is scored, once. Where a token has characters of
+            both, as of "The ab" and "stract", or of "is " and "Paris", those of the prompt are
+            scored with it.
           add_special_tokens: whether `<s>` goes before prompts that are strings.
           batch_size: bounds memory, as so many texts of 512 tokens do in `encode`.
 
         Raises:
-          InputError: a text is empty, no string nor token ids, or a pair is too long; the message
-            names it.
+          InputError: there are none; a text is empty, no string nor token ids, or a pair is too
+            long; the message names it.
         """
         context = self.model.config.max_position_embeddings
         pairs = as_continuations(

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from grit_jax.data.templates import ASSISTANT, EMBED, USER
-from grit_jax.inference.documents import Document
+from grit_jax.inference.documents import Document, join_documents
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import DocumentIndex
-from grit_jax.inference.inputs import InputError, join_documents
+from grit_jax.inference.inputs import InputError
 from grit_jax.models import Cache
 
 # The prompts are the paper's (its appendix on RAG): what stands before the answer.

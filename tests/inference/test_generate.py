@@ -157,6 +157,7 @@ def test_stop_strings_and_streams(model):
     pieces = list(model.stream(PROMPTS[0], NEW))
     assert "".join(pieces) == whole[0]
     assert len(pieces) > 5
+    assert model.generate(PROMPTS[:2], NEW, stop=None) == whole
     stop = whole[0][len(whole[0]) // 2 :][:6]
     before = whole[0][: whole[0].index(stop)]
     assert model.generate(PROMPTS[0], NEW, stop=stop) == before
@@ -199,6 +200,7 @@ def test_prompts_on_top_of_documents(reference_model):
     [
         ([], {}, "no texts were given"),
         (["a", ""], {}, "prompt 1 is empty"),
+        (["a", "\ud83d"], {}, "prompt 1 has half of a surrogate pair"),
         ([3.5], {}, "prompt 0 is of type float"),
         (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
          "max_new_tokens=20 is over the model's context of 700: shorten it"),

@@ -153,10 +153,11 @@ def test_documents_are_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": "cut', "a.jsonl:2 is no JSON object"),
+        ('{"text": "cut', r"a.jsonl:2 is no document \(broken JSON\): mend the line"),
         ('{"title": "only"}', "a.jsonl:2 has no string at 'text'"),
         ('{"text": " "}', "a.jsonl:2 has an empty text"),
-        ('["text"]', "a.jsonl:2 has no string at 'text'"),
+        ('["text"]', r"a.jsonl:2 is no document \(not a JSON object\)"),
+        ('{"text": "\\ud83d"}', "a.jsonl:2 has half of a surrogate pair at character 0"),
     ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path, line, words):
@@ -165,11 +166,24 @@ def test_a_line_that_is_no_document_is_named(tmp_path, line, words):
         list(read_documents(str(tmp_path / "a.jsonl")))
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="none does not exist: give a folder"):
-        list(read_documents(str(tmp_path / "none")))
-    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_a_file_that_is_not_whole_or_not_compressed_is_named(tmp_path, is_compressed):
+    content = b"".join(b'{"text": "%d"}\n' % (number**3) for number in range(3000))
+    if is_compressed:
+        content = gzip.compress(content)[:-3000]
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line \d+: .*: mend the file"):
         list(read_documents(str(tmp_path)))
+
+
+def test_a_source_that_is_not_there_is_named_at_once(tmp_path):
+    with pytest.raises(InputError, match="none does not exist: give a folder"):
+        read_documents(str(tmp_path / "none"))
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+        read_documents(str(tmp_path))
+    (tmp_path / "folder.md" / "a.txt").write_text("one")
+    assert list(read_documents(str(tmp_path))) == [{"text": "one"}]
 
 
 TFDS_MODULE = """
