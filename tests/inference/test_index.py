@@ -96,6 +96,14 @@ def test_caches_of_a_bfloat16_model_are_stored_in_any_form(tmp_path, model):
         assert stored.keys.dtype == alone.keys.dtype
 
 
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 1e3])
+def test_small_and_large_vectors_lose_as_little_in_int8(largest):
+    array = np.random.default_rng(0).uniform(-largest, largest, (8, 1, 1, 64)).astype(np.float32)
+    values, steps = quantize(array)
+    error = np.abs(values * steps.astype(np.float32) - array)
+    assert (error <= 0.01 * np.abs(array).max(axis=-1, keepdims=True)).all()
+
+
 def test_a_head_of_zeros_stays_zero():
     values, steps = quantize(np.zeros((2, 1, 1, 4), np.float32))
     assert not values.any() and not steps.any()
