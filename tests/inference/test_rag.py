@@ -16,6 +16,7 @@ from grit_jax.data.templates import EMBED
 from grit_jax.inference.index import DocumentIndex, build_index
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.rag import PROMPTS, WAYS, Answerer, turned
+from grit_jax.inference.rag_command import run
 
 DOCUMENTS = [
     {"title": "The sea", "text": "is salt, wide and deep, and nobody owns it."},
@@ -151,6 +152,13 @@ def test_what_cannot_be_asked_is_named(index, model):
         Answerer(model, index, num_documents=4).ask(QUESTIONS)
     with pytest.raises(InputError, match="text 0 is empty"):
         Answerer(model, index).ask("")
+
+
+def test_documents_are_looked_for_before_the_model(tmp_path):
+    command = ["build", "no_model", str(tmp_path / "typo"), "--index", str(tmp_path / "index")]
+    with pytest.raises(InputError, match="typo does not exist: give a folder"):
+        run(command)
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.slow
