@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_values
+from tokenizer_files import write_tokenizer
 
 from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
+from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.inputs import InputError
 from grit_jax.objectives.pooling import POOLINGS
 
@@ -140,6 +142,17 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
     np.testing.assert_allclose(pooled, cached, atol=1e-5)
     other = reference_model().encode(texts, instruction=instruction)
     assert np.abs(embeddings - other).max() > 1e-3
+
+
+def test_a_token_of_instruction_and_text_is_the_texts_in_a_partly_causal_pattern(tmp_path, model):
+    tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "llama3")))
+    partly_causal = GritLM(model.model, model.mesh, tokenizer, attention="cbcc")
+    texts = ["word", "\nword", "more"]  # The last line break of the instruction is the second's.
+    expected = partly_causal.encode(texts, instruction=INSTRUCTION)
+    found, caches = partly_causal.encode(texts, instruction=INSTRUCTION, get_cache=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    lengths = [1 + len(tokenizer.encode(INSTRUCTION + text)) for text in texts]
+    assert [int(cache.length) for cache in caches] == lengths
 
 
 def test_a_causal_model(model):
