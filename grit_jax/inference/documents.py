@@ -41,28 +41,35 @@ def read_documents(source: str) -> Iterator[Document]:
     return _of_files(files)
 
 
-def identity(document: Document) -> str:
-    """Returns what tells a document from others: a hash of its title and text."""
-    return fingerprint([*_title_and_text(document, "a document")])[:32]
+def identity(document: Mapping[str, Any], name: str = "a document") -> str:
+    """Returns what tells a document from others: a hash of its title and text.
+
+    Raises:
+      InputError: it has no text; the message begins with `name`.
+    """
+    return fingerprint([*_title_and_text(document, name)])[:32]
+
+
+def text_of(document: Mapping[str, Any], name: str) -> str:
+    """Returns what is read of a document: its text, with the title and a space before it.
+
+    Raises:
+      InputError: it has no text; the message begins with `name`.
+    """
+    return " ".join(part for part in _title_and_text(document, name) if part)
 
 
 def join_documents(corpus: Any) -> Any:
-    """Returns the texts of a corpus: of a document with a title, title and text with a space.
-
-    What is no dictionary, nor a list of them, is returned as it is.
+    """Returns the texts of a document, or of a list of them; anything else as it is.
 
     Raises:
       InputError: a document has no text.
     """
     if isinstance(corpus, Mapping):
-        return _join(corpus, 0)
+        return text_of(corpus, "document 0")
     if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
-        return [_join(document, number) for number, document in enumerate(corpus)]
+        return [text_of(document, f"document {i}") for i, document in enumerate(corpus)]
     return corpus
-
-
-def _join(document: Any, number: int) -> str:
-    return " ".join(part for part in _title_and_text(document, f"document {number}") if part)
 
 
 def _title_and_text(document: Any, name: str) -> tuple[str, str]:
