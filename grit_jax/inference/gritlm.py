@@ -257,6 +257,7 @@ class GritLM:
         cache: Cache | Sequence[Cache] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
+        first_number: int = 0,
     ) -> Any:
         """Returns the continuation of each prompt: a string of a string, token ids of token ids.
 
@@ -280,6 +281,7 @@ class GritLM:
             returns them. No `<s>` goes before the prompts then.
           add_special_tokens: whether `<s>` goes before strings.
           batch_size: prompts that are continued together.
+          first_number: of the first prompt, where a list is continued in several calls.
 
         Raises:
           InputError: a prompt is empty, no string nor token ids, or too long; the message names it.
@@ -292,7 +294,9 @@ class GritLM:
         sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
         caches = [cache] if isinstance(cache, Cache) else cache
         begin = add_special_tokens and caches is None
-        request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
+        request = self._request(
+            listed, max_new_tokens, sampling, seed, caches, begin=begin, first_number=first_number
+        )
         answers = [self._answer(isinstance(text, str), stop) for text in listed]
         for numbers in in_batches(request.prompts, batch_size):
             part = request.part(numbers, min(batch_size, len(listed)))
@@ -390,16 +394,18 @@ class GritLM:
         caches: Sequence[Cache] | None,
         *,
         begin: bool,
+        first_number: int = 0,
     ) -> Request:
+        numbers = range(first_number, first_number + len(prompts))
         ids = [
             self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
-            for number, prompt in enumerate(prompts)
+            for number, prompt in zip(numbers, prompts, strict=True)
         ]
-        check_room(ids, caches, max_new_tokens, self.model.config.max_position_embeddings)
-        numbers = range(len(ids))
-        return Request(
+        request = Request(
             ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
         )
+        check_room(request, self.model.config.max_position_embeddings)
+        return request
 
     def _answer(self, is_text: bool, stop: Sequence[str]) -> Answer:
         needs_text = is_text or stop

@@ -148,6 +148,7 @@ def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(referenc
     assert draw(prompts, seed=1) == found
     assert draw(prompts, seed=1, batch_size=2) == found
     assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
+    assert draw(prompts[2:], seed=1, first_number=2) == found[2:]
     assert draw(prompts, seed=2) != found
     assert found[0] != found[3]
 
