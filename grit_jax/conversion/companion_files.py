@@ -34,9 +34,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
       longest: the longest text that the model is made for, in tokens.
     """
     is_sentencepiece = tokenizer.file_name == SENTENCEPIECE
-    special = tokenizer.special_tokens
     # Few models have a token for padding, which has no part in any result.
-    special |= {"pad_token": special["eos_token"]}
+    special = tokenizer.special_tokens | {"pad_token": tokenizer.special_tokens["eos_token"]}
     settings: dict[str, Any] = {
         # The second takes tokenizer.json at its word, where others put their own rules above it.
         "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",

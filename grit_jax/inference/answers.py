@@ -11,7 +11,6 @@ from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.generate import Generator, Request
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.text_pieces import TextPieces
-from grit_jax.models import Cache
 
 
 class Answer:
@@ -83,31 +82,27 @@ def pieces(
         yield piece
 
 
-def check_room(
-    prompts: Sequence[np.ndarray],
-    caches: Sequence[Cache] | None,
-    max_new_tokens: int,
-    context: int,
-) -> None:
+def check_room(request: Request, context: int) -> None:
     """Checks that prompts and answers fit the model's context, and that caches are theirs.
 
     Raises:
       InputError: one does not; the message names it.
     """
+    prompts, caches, max_new_tokens = request.prompts, request.caches, request.max_new_tokens
     if caches is not None and len(caches) != len(prompts):
         raise InputError(
             f"there are {len(caches)} caches for {len(prompts)} prompts: give one each"
         )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be positive")
-    for number, prompt in enumerate(prompts):
-        cached = 0 if caches is None else int(caches[number].next_positions()[0])
+    for place, prompt in enumerate(prompts):
+        cached = 0 if caches is None else int(caches[place].next_positions()[0])
         if cached + len(prompt) + max_new_tokens > context:
             before = f" behind {cached} in its cache" if cached else ""
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens{before}, which with max_new_tokens="
-                f"{max_new_tokens} is over the model's context of {context}: shorten it, or lower "
-                "max_new_tokens"
+                f"prompt {request.numbers[place]} has {len(prompt)} tokens{before}, which with "
+                f"max_new_tokens={max_new_tokens} is over the model's context of {context}: "
+                "shorten it, or lower max_new_tokens"
             )
 
 

@@ -1,13 +1,13 @@
 """Documents to be searched: files of a folder, lines of a jsonl file, or a TFDS dataset."""
 
-from collections.abc import Iterator
-import gzip
-import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grit_jax.data.examples import RejectedExample
 from grit_jax.data.fingerprints import fingerprint
-from grit_jax.inference.inputs import InputError
+from grit_jax.data.jsonl import MEGABYTE, SourceError, parse_line, read_blocks
+from grit_jax.inference.inputs import InputError, check_unicode
 
 LINES, TEXTS = (".jsonl", ".jsonl.gz"), (".txt", ".md")
 TFDS = "tfds:"
@@ -17,7 +17,7 @@ Document = dict[str, str]
 
 
 def read_documents(source: str) -> Iterator[Document]:
-    """Yields the documents of a source, each once read.
+    """Returns an iterator over the documents of a source, each once read.
 
     Args:
       source: a folder with files .jsonl, .jsonl.gz, .txt and .md, or one such file, or a dataset of
@@ -26,18 +26,63 @@ def read_documents(source: str) -> Iterator[Document]:
         document.
 
     Raises:
-      InputError: there is none, or a document has no text; the message names file and line.
+      InputError: there is none, which is said at once; later, that a document has no text or a file
+        is damaged. The message names file and line.
     """
     if source.startswith(TFDS):
-        yield from _of_tfds(source.removeprefix(TFDS))
-        return
+        return _of_tfds(source.removeprefix(TFDS))
     path = Path(source)
     if not path.exists():
         raise InputError(f"{source} does not exist: give a folder, a .jsonl file, or tfds:NAME")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.name.endswith(LINES + TEXTS)]
+    files = [file for file in files if file.name.endswith(LINES + TEXTS) and file.is_file()]
     if not files:
         raise InputError(f"{source} has no files {', '.join(LINES + TEXTS)}")
+    return _of_files(files)
+
+
+def identity(document: Mapping[str, Any], name: str = "a document") -> str:
+    """Returns what tells a document from others: a hash of its title and text.
+
+    Raises:
+      InputError: it has no text; the message begins with `name`.
+    """
+    return fingerprint([*_title_and_text(document, name)])[:32]
+
+
+def text_of(document: Mapping[str, Any], name: str) -> str:
+    """Returns what is read of a document: its text, with the title and a space before it.
+
+    Raises:
+      InputError: it has no text; the message begins with `name`.
+    """
+    return " ".join(part for part in _title_and_text(document, name) if part)
+
+
+def join_documents(corpus: Any) -> Any:
+    """Returns the texts of a document, or of a list of them; anything else as it is.
+
+    Raises:
+      InputError: a document has no text.
+    """
+    if isinstance(corpus, Mapping):
+        return text_of(corpus, "document 0")
+    if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
+        return [text_of(document, f"document {i}") for i, document in enumerate(corpus)]
+    return corpus
+
+
+def _title_and_text(document: Any, name: str) -> tuple[str, str]:
+    """Returns both, "" without a title: it may be missing, None or empty."""
+    if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
+        raise InputError(f"{name} has no string at 'text'")
+    title = document.get("title") or ""
+    if not isinstance(title, str):
+        raise InputError(f"{name}: 'title' is no string")
+    return title, document["text"]
+
+
+def _of_files(files: Sequence[Path]) -> Iterator[Document]:
     for file in files:
         if file.name.endswith(LINES):
             yield from _of_lines(file)
@@ -45,21 +90,20 @@ def read_documents(source: str) -> Iterator[Document]:
             yield _checked({"text": _read_text(file)}, str(file))
 
 
-def identity(document: Document) -> str:
-    """Returns what tells a document from others: a hash of its title and text."""
-    return fingerprint([document.get("title", ""), document["text"]])[:32]
-
-
 def _of_lines(file: Path) -> Iterator[Document]:
-    opened = gzip.open if file.name.endswith(".gz") else open
-    with opened(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                try:
-                    fields = json.loads(line)
-                except ValueError:
-                    raise InputError(f"{file}:{number} is no JSON object: mend the line") from None
-                yield _checked(fields, f"{file}:{number}")
+    try:
+        for block in read_blocks(file, MEGABYTE):
+            for number, line in block.lines():
+                yield _checked(_parse(line, f"{file}:{number}"), f"{file}:{number}")
+    except SourceError as error:
+        raise InputError(f"{error}: mend the file, or leave it out") from None
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return parse_line(line)
+    except RejectedExample as reason:
+        raise InputError(f"{where} is no document ({reason}): mend the line") from None
 
 
 def _of_tfds(name: str) -> Iterator[Document]:
@@ -78,6 +122,12 @@ def _of_tfds(name: str) -> Iterator[Document]:
         except ValueError as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{TFDS}{name} is no dataset of TFDS: {reason}") from None
+    return _of_builder(builder, split, name)
+
+
+def _of_builder(builder: Any, split: str, name: str) -> Iterator[Document]:
+    import tensorflow_datasets as tfds
+
     builder.download_and_prepare()
     if split not in builder.info.splits:
         splits = ", ".join(builder.info.splits)
@@ -95,11 +145,8 @@ def _read_text(file: Path) -> str:
 
 
 def _checked(fields: Any, where: str) -> Document:
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-        raise InputError(f"{where} has no string at 'text'")
-    if not fields["text"].strip():
+    title, text = _title_and_text(fields, where)
+    if not text.strip():
         raise InputError(f"{where} has an empty text: leave it out")
-    title = fields.get("title") or ""
-    if not isinstance(title, str):
-        raise InputError(f"{where}: 'title' is no string")
-    return {"title": title, "text": fields["text"]} if title else {"text": fields["text"]}
+    check_unicode(title + text, where)
+    return {"title": title, "text": text} if title else {"text": text}

@@ -104,22 +104,22 @@ class Encoder:
         row_length = row_length_for(max(len(text) for text in texts))
         num_rows = max(1, places // row_length) * shards
         num_rows = min(num_rows, -(-len(texts) // shards) * shards)
-        instruction_length = 0
-        if embedding.attention[0] != embedding.attention[1]:
-            instruction_length = int(np.argmax(texts[0].mask))  # The same in front of all texts.
-        embeddings, caches = [], []
-        for start in range(0, len(texts), num_rows):
-            group = texts[start : start + num_rows]
-            packed = pack(group, [[i] for i in range(len(group))], num_rows, row_length, num_rows)
+        embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
+        caches: dict[int, Cache] = {}
+        for instruction_length, numbers in _read_alike(texts, embedding, num_rows):
+            rows = [[row] for row in range(len(numbers))]
+            group = [texts[number] for number in numbers]
+            packed = pack(group, rows, num_rows, row_length, num_rows)
             with jax.set_mesh(self._mesh):
-                rows, cache = self._embed_and_keep(
+                found, cache = self._embed_and_keep(
                     self.parameters, self._place(packed), embedding, instruction_length
                 )
-            embeddings.append(np.asarray(rows)[: len(group)])
+            embeddings[numbers] = np.asarray(found)[: len(numbers)]
             cache = jax.tree.map(np.asarray, cache)
-            caches += [_row_of(cache, row, len(text)) for row, text in enumerate(group)]
-            done(len(group))
-        return np.concatenate(embeddings), caches
+            for row, number in enumerate(numbers):
+                caches[number] = _row_of(cache, row, len(texts[number]))
+            done(len(numbers))
+        return embeddings, [caches[number] for number in range(len(texts))]
 
     def _ahead(
         self, texts: Sequence[Text], embedding: Embedding, places: int
@@ -168,6 +168,23 @@ class Encoder:
                 )
                 parts.append(hidden)
         return embedding.of(model, jnp.concatenate(parts, axis=1), texts), cache
+
+
+def _read_alike(
+    texts: Sequence[Text], embedding: Embedding, at_once: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields texts that can be read in one call: tokens to be read before the rest, and numbers.
+
+    An instruction may have a token less in front of one text than of another: what a token shares
+    with the text is the text's.
+    """
+    lengths = [0] * len(texts)
+    if embedding.attention[0] != embedding.attention[1]:
+        lengths = [int(np.argmax(text.mask)) for text in texts]
+    for length in sorted(set(lengths)):
+        numbers = [number for number, own in enumerate(lengths) if own == length]
+        for start in range(0, len(numbers), at_once):
+            yield length, numbers[start : start + at_once]
 
 
 def _pack_call(texts: Sequence[Text], call: Call) -> tuple[list[int], PackedTexts]:

@@ -19,24 +19,23 @@ from grit_jax.conversion import open_model
 from grit_jax.conversion.embedding import how_it_embeds
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
+from grit_jax.inference.documents import join_documents
 from grit_jax.inference.encode import Embedding, Encoder
 from grit_jax.inference.generate import Generator, Request
 from grit_jax.inference.inputs import (
     InputError,
     TextLike,
     TokenIds,
-    as_continuations,
     as_stop_strings,
     as_texts,
     find_end_tokens,
     find_tokenizer,
     fit,
-    join_documents,
 )
 from grit_jax.inference.loading import load_module
 from grit_jax.inference.rows import PLACES_OF_A_DEVICE
 from grit_jax.inference.sampling import Sampling
-from grit_jax.inference.score import Scorer
+from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.models import Cache, Mistral
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.processes import is_writer
@@ -253,11 +252,12 @@ class GritLM:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int = 0,
         cache: Cache | Sequence[Cache] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
+        first_number: int = 0,
     ) -> Any:
         """Returns the continuation of each prompt: a string of a string, token ids of token ids.
 
@@ -281,6 +281,7 @@ class GritLM:
             returns them. No `<s>` goes before the prompts then.
           add_special_tokens: whether `<s>` goes before strings.
           batch_size: prompts that are continued together.
+          first_number: of the first prompt, where a list is continued in several calls.
 
         Raises:
           InputError: a prompt is empty, no string nor token ids, or too long; the message names it.
@@ -293,7 +294,9 @@ class GritLM:
         sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
         caches = [cache] if isinstance(cache, Cache) else cache
         begin = add_special_tokens and caches is None
-        request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
+        request = self._request(
+            listed, max_new_tokens, sampling, seed, caches, begin=begin, first_number=first_number
+        )
         answers = [self._answer(isinstance(text, str), stop) for text in listed]
         for numbers in in_batches(request.prompts, batch_size):
             part = request.part(numbers, min(batch_size, len(listed)))
@@ -314,7 +317,7 @@ class GritLM:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         seed: int = 0,
         cache: Cache | None = None,
         add_special_tokens: bool = True,
@@ -350,14 +353,17 @@ class GritLM:
 
         Args:
           prompts: strings or token ids; a prompt may be there several times.
-          continuations: one for each prompt, of the same kind. A string's tokens are those that
-            prompt and continuation have together, behind as many as the prompt has alone.
+          continuations: one for each prompt, of the same kind. Strings are tokenised together with
+            their prompt. The continuation has all tokens from the first on that is not the prompt's
+            alone, so that each of its characters is scored, once. Where a token has characters of
+            both, as of "The ab" and "stract", or of "is " and "Paris", those of the prompt are
+            scored with it.
           add_special_tokens: whether `<s>` goes before prompts that are strings.
           batch_size: bounds memory, as so many texts of 512 tokens do in `encode`.
 
         Raises:
-          InputError: a text is empty, no string nor token ids, or a pair is too long; the message
-            names it.
+          InputError: there are none; a text is empty, no string nor token ids, or a pair is too
+            long; the message names it.
         """
         context = self.model.config.max_position_embeddings
         pairs = as_continuations(
@@ -388,16 +394,18 @@ class GritLM:
         caches: Sequence[Cache] | None,
         *,
         begin: bool,
+        first_number: int = 0,
     ) -> Request:
+        numbers = range(first_number, first_number + len(prompts))
         ids = [
             self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
-            for number, prompt in enumerate(prompts)
+            for number, prompt in zip(numbers, prompts, strict=True)
         ]
-        check_room(ids, caches, max_new_tokens, self.model.config.max_position_embeddings)
-        numbers = range(len(ids))
-        return Request(
+        request = Request(
             ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
         )
+        check_room(request, self.model.config.max_position_embeddings)
+        return request
 
     def _answer(self, is_text: bool, stop: Sequence[str]) -> Answer:
         needs_text = is_text or stop

@@ -1,6 +1,6 @@
 """What a user gives, strings or token ids, as token ids; what cannot be read is an error."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import os
 from pathlib import Path
@@ -17,7 +17,6 @@ from grit_jax.conversion.companion_files import copy_tokenizer
 from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer, tokenizer_in
-from grit_jax.inference.score import Continuation
 
 # A text or a prompt: a string, or token ids.
 TextLike = str | Sequence[int] | np.ndarray
@@ -124,7 +123,7 @@ class TokenIds:
           name: of the text, for messages.
 
         Raises:
-          InputError: the text is empty, or of another type; an id is not the model's.
+          InputError: the text is empty, not Unicode, or of another type; an id is not the model's.
         """
         if isinstance(text, str):
             if not text.strip():
@@ -134,24 +133,42 @@ class TokenIds:
                 raise InputError(
                     f"the instruction is token ids, so {name} must be too, not a string"
                 )
-            before = self._of_string(instruction, begin=False) if instruction else NO_IDS
-            ids, num_before = self.tokenizer.ids_after(instruction, before, text)
-            if begin:
-                ids = np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
-                num_before += 1 if instruction else 0
-            return Text(ids, np.arange(len(ids)) >= num_before)
+            return self.of_both(instruction, text, begin=begin, name=name)
         ids = self._of_ids(text, name)
         if not len(ids):
             raise InputError(f"{name} is empty: leave it out")
         before = NO_IDS
         if isinstance(instruction, str) and instruction:
-            before = self._of_string(instruction, begin)
+            before = self._of_string(instruction, begin, "the instruction")
         elif not isinstance(instruction, str):
             before = self._of_ids(instruction, "the instruction")
         tokens = np.concatenate([before, ids])
         return Text(tokens, np.arange(len(tokens)) >= len(before))
 
-    def _of_string(self, text: str, begin: bool) -> np.ndarray:
+    def of_both(self, before: str, text: str, *, begin: bool, name: str) -> Text:
+        """Returns two strings tokenised in one; the mask has what is not the first's alone.
+
+        A token with characters of both belongs to the second, so that it has all of its own.
+
+        Args:
+          before: may be empty.
+          text: follows it.
+          begin: whether `<s>` goes before them; it counts as the first's where there is one.
+          name: of `text`, for messages.
+
+        Raises:
+          InputError: the text is not Unicode.
+        """
+        own = self._of_string(before, begin=False, name="the instruction") if before else NO_IDS
+        check_unicode(text, name)
+        ids, num_before = self.tokenizer.ids_after(before, own, text)
+        if begin:
+            ids = np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
+            num_before += 1 if before else 0
+        return Text(ids, np.arange(len(ids)) >= num_before)
+
+    def _of_string(self, text: str, begin: bool, name: str) -> np.ndarray:
+        check_unicode(text, name)
         ids = self.tokenizer.ids(text)
         return np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32) if begin else ids
 
@@ -174,6 +191,20 @@ class TokenIds:
         return array.astype(np.int32)
 
 
+def check_unicode(text: str, name: str) -> None:
+    """Checks that a text can be tokenised; `name` is for the message.
+
+    Raises:
+      InputError: it has half of a surrogate pair, as JSON's "\\ud83d" is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has half of a surrogate pair at character {error.start}: mend the text"
+        ) from None
+
+
 def _kind(value: Any) -> str:
     return "None" if value is None else f"of type {type(value).__name__}"
 
@@ -184,7 +215,7 @@ def as_texts(texts: Any) -> tuple[list[TextLike], bool]:
     Raises:
       InputError: there are none.
     """
-    if isinstance(texts, str) or (isinstance(texts, np.ndarray) and texts.ndim == 1):
+    if isinstance(texts, str):
         return [texts], True
     if not isinstance(texts, Sequence | np.ndarray):
         raise InputError(f"texts are {_kind(texts)}: give a string, or a list of strings")
@@ -195,78 +226,17 @@ def as_texts(texts: Any) -> tuple[list[TextLike], bool]:
     return list(texts), False
 
 
-def as_stop_strings(stop: str | Sequence[str]) -> list[str]:
+def as_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     """Returns a list of the strings before which an answer ends.
 
     Raises:
       InputError: one is empty or no string.
     """
-    strings = [stop] if isinstance(stop, str) else list(stop)
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
     for string in strings:
         if not isinstance(string, str) or not string:
             raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
     return strings
-
-
-def as_continuations(
-    token_ids: TokenIds,
-    prompts: Sequence[TextLike],
-    continuations: Sequence[TextLike],
-    context: int,
-    *,
-    begin: bool,
-) -> list[Continuation]:
-    """Returns pairs of a prompt and what may follow it; the arguments are those of `GritLM.score`.
-
-    Raises:
-      InputError: see there.
-    """
-    if isinstance(prompts, str) or isinstance(continuations, str):
-        raise InputError("prompts and continuations are lists, of one each at least")
-    if len(prompts) != len(continuations):
-        raise InputError(
-            f"there are {len(continuations)} continuations for {len(prompts)} prompts: give one "
-            "each"
-        )
-    pairs = []
-    for number, (prompt, following) in enumerate(zip(prompts, continuations, strict=True)):
-        before = token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
-        name = f"continuation {number}"
-        if isinstance(prompt, str) and isinstance(following, str):
-            whole = token_ids.after("", prompt + following, begin=begin, name=name).tokens
-            tokens = whole[len(before) :]
-        elif isinstance(prompt, str) or isinstance(following, str):
-            raise InputError(f"prompt and {name} must both be strings, or both token ids")
-        else:
-            tokens = token_ids.after("", following, begin=False, name=name).tokens
-        if not len(tokens):
-            raise InputError(f"{name} has no token of its own behind its prompt: leave it out")
-        if len(before) + len(tokens) - 1 > context:
-            raise InputError(
-                f"prompt and {name} have {len(before) + len(tokens)} tokens, but this model reads "
-                f"{context} at most: shorten the prompt"
-            )
-        pairs.append(Continuation(before, tokens))
-    return pairs
-
-
-def join_documents(corpus: Any) -> Any:
-    """Returns the texts of a corpus: of a document with a title, title and text with a space.
-
-    Raises:
-      InputError: a document has no text.
-    """
-    if isinstance(corpus, Mapping):
-        return _join(corpus, 0)
-    if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
-        return [_join(document, number) for number, document in enumerate(corpus)]
-    return corpus
-
-
-def _join(document: Any, number: int) -> str:
-    if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
-        raise InputError(f"document {number} must be a dictionary with a string at 'text'")
-    return f"{document['title']} {document['text']}" if "title" in document else document["text"]
 
 
 def fit(texts: list[Text], max_length: int, context: int, *, truncate: bool) -> list[Text]:

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from grit_jax.data.templates import ASSISTANT, EMBED, USER
-from grit_jax.inference.documents import Document
+from grit_jax.inference.documents import join_documents
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index import DocumentIndex
-from grit_jax.inference.inputs import InputError, join_documents
+from grit_jax.inference.inputs import InputError, TokenIds
 from grit_jax.models import Cache
 
 # The prompts are the paper's (its appendix on RAG): what stands before the answer.
@@ -40,6 +40,8 @@ PROMPTS = {
 }
 WAYS = tuple(PROMPTS)
 ANSWER_PREFIX = "The answer is"
+# Questions whose caches exist at once: they take memory for each token of question and documents.
+QUESTIONS_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,33 @@ class Answerer:
           InputError: a question is empty, or with its documents too long for the model.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
+        self._check(questions)
+        at_once = min(len(questions), QUESTIONS_AT_ONCE if self._cached else len(questions))
+        answered: list[Answered] = []
+        for start in range(0, len(questions), at_once):
+            some = questions[start : start + at_once]
+            # The last are filled up with copies, so that no program is compiled for their number.
+            filled = some + some[-1:] * (at_once - len(some))
+            found = self._ask(filled, max_new_tokens, first_number=start, **options)
+            answered += found[: len(some)]
+        return answered
+
+    def _check(self, questions: Sequence[str]) -> None:
+        """Raises what is wrong with a question before the first is answered."""
+        if not questions:
+            raise InputError("no questions were given: there is nothing to answer")
+        config = self._model.model.config
+        token_ids = TokenIds(self._model.tokenizer, config.vocab_size)
+        for number, question in enumerate(questions):
+            name = f"question {number}"
+            num_tokens = len(token_ids.after(EMBED, question, begin=True, name=name))
+            if num_tokens > config.max_position_embeddings:
+                raise InputError(
+                    f"{name} has {num_tokens} tokens, instruction included, but this model reads "
+                    f"{config.max_position_embeddings} at most: shorten it"
+                )
+
+    def _ask(self, questions: list[str], max_new_tokens: int, **options: Any) -> list[Answered]:
         context = self._model.model.config.max_position_embeddings
         found = self._model.encode_queries(
             questions, instruction=EMBED, max_length=context, get_cache="query" in self._cached
@@ -116,10 +145,7 @@ class Answerer:
         embeddings, query_caches = found if has_caches else (found, [None] * len(questions))
         scores, numbers = self._index.search(embeddings, self._num_documents)
         prompts = [self._prompt_of(*each) for each in zip(questions, numbers, strict=True)]
-        caches = None
-        if self._cached:
-            pairs = zip(query_caches, numbers, strict=True)
-            caches = [self._cache_before(query, of_one) for query, of_one in pairs]
+        caches = self._caches_before(query_caches, numbers.tolist()) if self._cached else None
         answers = self._model.generate(prompts, max_new_tokens, cache=caches, **options)
         return [
             Answered(answer, of_one.tolist(), of_scores.tolist())
@@ -131,25 +157,26 @@ class Answerer:
         prompt = PROMPTS[self._way].format(query=question, documents="\n\n".join(documents))
         return prompt + self._answer_prefix
 
-    def _cache_before(self, query: Cache | None, numbers: np.ndarray) -> Cache:
-        blocks: list[Cache] = []
-        for what in self._cached:
-            if what == "document":
-                blocks += [self._document_cache(int(number)) for number in numbers]
-            elif query is not None:
-                blocks.append(query)
+    def _caches_before(
+        self, queries: Sequence[Cache | None], numbers: Sequence[Sequence[int]]
+    ) -> list[Cache]:
+        """Returns the cache before each prompt, given the question's own and its documents."""
+        documents: dict[int, Cache] = {}
+        if "document" in self._cached:  # Each is read once, for however many questions.
+            near = {number for of_one in numbers for number in of_one}
+            documents = {number: self._index.cache_of(number) for number in near}
         theta = self._model.model.config.rope_theta
-        return join_blocks(blocks, theta, are_continued=self._positions == "continued")
-
-    def _document_cache(self, number: int) -> Cache:
-        if self._index.has_caches:
-            return self._index.cache_of(number)
-        document: Document = self._index.documents[number]
-        context = self._model.model.config.max_position_embeddings
-        _, caches = self._model.encode_corpus(
-            [document], instruction=EMBED, max_length=context, get_cache=True
-        )
-        return caches[0]
+        caches = []
+        for query, of_one in zip(queries, numbers, strict=True):
+            blocks: list[Cache] = []
+            for what in self._cached:
+                if what == "document":
+                    blocks += [documents[number] for number in of_one]
+                elif query is not None:
+                    blocks.append(query)
+            joined = join_blocks(blocks, theta, are_continued=self._positions == "continued")
+            caches.append(joined)
+        return caches
 
 
 def join_blocks(blocks: Sequence[Cache], rope_theta: float, *, are_continued: bool) -> Cache:

@@ -19,14 +19,15 @@ def run(argv: Sequence[str]) -> None:
     from grit_jax.inference.model_options import load_model
     from grit_jax.inference.rag import Answerer
 
-    model = load_model(arguments)
     if arguments.action == "build":
-        caches = None if arguments.caches == "none" else arguments.caches
         documents = read_documents(arguments.documents)
+        model = load_model(arguments)
+        caches = None if arguments.caches == "none" else arguments.caches
         options = {"max_length": arguments.max_length, "truncate": arguments.truncate}
         count = build_index(model, documents, arguments.index, caches=caches, **options)
         print(f"{count} documents added to {arguments.index}")
         return
+    model = load_model(arguments)
     index = DocumentIndex(arguments.index, model)
     answerer = Answerer(
         model,

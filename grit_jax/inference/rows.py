@@ -71,10 +71,12 @@ def _calls(
     rows: list[list[int]], lengths: np.ndarray, row_length: int, num_shards: int, places: int
 ) -> Iterator[Call]:
     counts = _numbers_of_rows(row_length, num_shards, places)
-    while rows:
+    start = 0
+    while (left := len(rows) - start) > 0:
         # The largest number of rows of which at most a quarter stays empty.
-        count = next((count for count in counts if len(rows) >= count * 0.75), counts[-1])
-        taken, rows = rows[:count], rows[count:]
+        count = next((count for count in counts if left >= count * 0.75), counts[-1])
+        taken = rows[start : start + count]
+        start += count
         longest = max(int(lengths[row].sum()) for row in taken)
         length = row_length_for(longest) if len(taken) == 1 else row_length
         yield Call(taken, count, length)

@@ -16,6 +16,7 @@ import numpy as np
 
 from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
+from grit_jax.inference.inputs import InputError, TextLike, TokenIds
 from grit_jax.inference.rows import Call, plan_calls
 from grit_jax.models import Mistral
 from grit_jax.sharding import batch_shards, partition_spec
@@ -40,6 +41,62 @@ class Continuation:
     def read(self) -> Int[np.ndarray, "read_tokens"]:
         """What the model reads to score it: all but the last token."""
         return np.concatenate([self.prompt, self.tokens[:-1]]).astype(np.int32)
+
+
+def as_continuations(
+    token_ids: TokenIds,
+    prompts: Sequence[TextLike],
+    continuations: Sequence[TextLike],
+    context: int,
+    *,
+    begin: bool,
+) -> list[Continuation]:
+    """Returns pairs of a prompt and what may follow it; the arguments are those of `GritLM.score`.
+
+    Raises:
+      InputError: see there.
+    """
+    if isinstance(prompts, str) or isinstance(continuations, str):
+        raise InputError("prompts and continuations are lists, of one each at least")
+    if len(prompts) != len(continuations):
+        raise InputError(
+            f"there are {len(continuations)} continuations for {len(prompts)} prompts: give one "
+            "each"
+        )
+    if not len(prompts):
+        raise InputError("no prompts were given: there is nothing to read")
+    pairs = []
+    for number, (prompt, following) in enumerate(zip(prompts, continuations, strict=True)):
+        pair = _continuation(token_ids, prompt, following, number, begin=begin)
+        if len(pair.read) > context:
+            raise InputError(
+                f"prompt and continuation {number} have {len(pair.read) + 1} tokens, but this "
+                f"model reads {context} at most: shorten the prompt"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def _continuation(
+    token_ids: TokenIds, prompt: TextLike, following: TextLike, number: int, *, begin: bool
+) -> Continuation:
+    name = f"continuation {number}"
+    before = token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
+    if isinstance(prompt, str) and isinstance(following, str):
+        both = token_ids.of_both(prompt, following, begin=begin, name=name)
+        before, tokens = both.tokens[~both.mask], both.tokens[both.mask]
+    elif isinstance(prompt, str) or isinstance(following, str):
+        raise InputError(f"prompt and {name} must both be strings, or both token ids")
+    else:
+        tokens = token_ids.after("", following, begin=False, name=name).tokens
+    if not len(tokens):
+        raise InputError(f"{name} has no token of its own behind its prompt: leave it out")
+    if not len(before):
+        raise InputError(
+            f"prompt and {name} begin with one token, before which nothing is read: say "
+            "add_special_tokens=True"
+        )
+    return Continuation(before, tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,13 @@ FORMATS = ("float32", "bfloat16", "int8")
 def quantize(
     array: Float[np.ndarray, "N L K H"],
 ) -> tuple[Int8[np.ndarray, "N L K H"], Float[np.ndarray, "N L K 1"]]:
-    """Returns the nearest of 255 even steps to each number, and for each head's vector the step."""
+    """Returns the nearest of 255 even steps to each number, and for each head's vector the step.
+
+    A vector of numbers below 4e-6 has the step 0, and becomes zeros.
+    """
     wide = array.astype(np.float32)
     steps = (np.abs(wide).max(axis=-1, keepdims=True) / 127).astype(np.float16)
-    rounded = np.rint(wide / np.maximum(steps.astype(np.float32), np.finfo(np.float16).tiny))
+    rounded = np.rint(wide / np.where(steps, steps.astype(np.float32), 1))
     return np.clip(rounded, -127, 127).astype(np.int8), steps
 
 

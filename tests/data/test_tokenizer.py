@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies
 import pytest
 from tokenizer_files import BEGIN, END, SPLITS, STYLES, write_tokenizer
 
+from grit_jax.conversion import companion_files
 from grit_jax.data.examples import chat_text, embedding_text
 from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer, TokenizerError
@@ -116,6 +117,16 @@ def test_what_begins_and_ends_a_text_is_said_beside_the_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config\.json is not JSON"):
         Tokenizer(str(path))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_export_leaves_the_tokenizer_as_it_is(tmp_path, style):
+    own = tokenizer(style)
+    before = own.files, dict(own.special_tokens)
+    companion_files.write_tokenizer(own, tmp_path, 512)
+    assert (own.files, own.special_tokens) == before
+    written = json.loads((tmp_path / "special_tokens_map.json").read_text())
+    assert written == {**own.special_tokens, "pad_token": END}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_values
+from tokenizer_files import write_tokenizer
 
 from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
+from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.inputs import InputError
 from grit_jax.objectives.pooling import POOLINGS
 
@@ -142,6 +144,17 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
     assert np.abs(embeddings - other).max() > 1e-3
 
 
+def test_a_token_of_instruction_and_text_is_the_texts_in_a_partly_causal_pattern(tmp_path, model):
+    tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "llama3")))
+    partly_causal = GritLM(model.model, model.mesh, tokenizer, attention="cbcc")
+    texts = ["word", "\nword", "more"]  # The last line break of the instruction is the second's.
+    expected = partly_causal.encode(texts, instruction=INSTRUCTION)
+    found, caches = partly_causal.encode(texts, instruction=INSTRUCTION, get_cache=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    lengths = [1 + len(tokenizer.encode(INSTRUCTION + text)) for text in texts]
+    assert [int(cache.length) for cache in caches] == lengths
+
+
 def test_a_causal_model(model):
     causal = type(model)(model.model, model.mesh, model.tokenizer, attention="cccc")
     np.testing.assert_allclose(
@@ -170,7 +183,7 @@ def test_few_shapes_are_compiled(model):
 
 
 def test_documents_are_their_title_and_text(model):
-    corpus = [{"title": "Title", "text": "The text"}, {"text": "Only text"}]
+    corpus: list[dict] = [{"title": "Title", "text": "The text"}, {"text": "Only text"}]
     expected = model.encode(["Title The text", "Only text"], instruction=INSTRUCTION)
     np.testing.assert_array_equal(model.encode_corpus(corpus, instruction=INSTRUCTION), expected)
     np.testing.assert_array_equal(
@@ -179,8 +192,14 @@ def test_documents_are_their_title_and_text(model):
     np.testing.assert_array_equal(
         model.encode_queries(["Title The text", "Only text"], instruction=INSTRUCTION), expected
     )
-    with pytest.raises(InputError, match="document 1 must be a dictionary with a string at 'text'"):
+    for title in (None, ""):
+        corpus[1]["title"] = title
+        found = model.encode_corpus(corpus, instruction=INSTRUCTION)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="document 1 has no string at 'text'"):
         model.encode_corpus([{"text": "a"}, {"title": "b"}])
+    with pytest.raises(InputError, match="document 0: 'title' is no string"):
+        model.encode_corpus([{"text": "a", "title": 7}])
 
 
 def test_arrays_of_jax_and_of_the_models_type(model):
@@ -202,6 +221,7 @@ def test_token_ids_are_read_as_they_are(model):
     for form in (ids, np.array(ids)):
         np.testing.assert_allclose(model.encode(form), expected, atol=1e-6)
         np.testing.assert_allclose(model.encode([form, [9]])[0], expected, atol=1e-5)
+    np.testing.assert_array_equal(model.encode(np.array(["a", "b"])), model.encode(["a", "b"]))
     plain = model.encode(TEXTS[0], add_special_tokens=False)
     np.testing.assert_allclose(model.encode(ids[1:]), plain, atol=1e-6)
     assert np.abs(plain - expected).max() > 1e-3
@@ -224,6 +244,9 @@ def test_progress_is_shown_from_256_texts_on(model, capfd):
         (["a", 1.5], {}, "text 1 is of type float"),
         (["a", [[1]]], {}, "text 1 is of type list"),
         (7, {}, "texts are of type int: give a string"),
+        (["a", "b\ud83d"], {}, "text 1 has half of a surrogate pair at character 1: mend"),
+        (["a"], {"instruction": "\ud83d"}, "the instruction has half of a surrogate pair"),
+        (np.array([1.5]), {}, "text 0 is of type float64"),
         ([[5, 32000]], {}, "text 0 has the token id 32000, but this model's are 0 to 31999"),
         (["a"], {"instruction": None}, "the instruction is None"),
         (["a"], {"instruction": [5]}, "the instruction is token ids, so text 0 must be too"),

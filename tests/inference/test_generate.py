@@ -148,6 +148,7 @@ def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(referenc
     assert draw(prompts, seed=1) == found
     assert draw(prompts, seed=1, batch_size=2) == found
     assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
+    assert draw(prompts[2:], seed=1, first_number=2) == found[2:]
     assert draw(prompts, seed=2) != found
     assert found[0] != found[3]
 
@@ -157,6 +158,7 @@ def test_stop_strings_and_streams(model):
     pieces = list(model.stream(PROMPTS[0], NEW))
     assert "".join(pieces) == whole[0]
     assert len(pieces) > 5
+    assert model.generate(PROMPTS[:2], NEW, stop=None) == whole
     stop = whole[0][len(whole[0]) // 2 :][:6]
     before = whole[0][: whole[0].index(stop)]
     assert model.generate(PROMPTS[0], NEW, stop=stop) == before
@@ -199,6 +201,7 @@ def test_prompts_on_top_of_documents(reference_model):
     [
         ([], {}, "no texts were given"),
         (["a", ""], {}, "prompt 1 is empty"),
+        (["a", "\ud83d"], {}, "prompt 1 has half of a surrogate pair"),
         ([3.5], {}, "prompt 0 is of type float"),
         (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
          "max_new_tokens=20 is over the model's context of 700: shorten it"),

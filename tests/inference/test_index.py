@@ -3,6 +3,9 @@
 import dataclasses
 import gzip
 import json
+import os
+import resource
+import shutil
 
 from command_line import run_python
 import numpy as np
@@ -13,7 +16,8 @@ from grit_jax.data.templates import EMBED
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference import index as index_module
 from grit_jax.inference.documents import read_documents
-from grit_jax.inference.index import DocumentIndex, DocumentIndexError, build_index
+from grit_jax.inference.index import DocumentIndex, build_index
+from grit_jax.inference.index_folder import DocumentIndexError
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.stored_caches import quantize
 from grit_jax.models import make_model
@@ -46,6 +50,37 @@ def test_the_nearest_documents_are_found_on_any_devices(tmp_path, model):
         scores, numbers = DocumentIndex(tmp_path / "index", searching).search(queries, 5)
         np.testing.assert_array_equal(numbers, best)
         np.testing.assert_allclose(scores, np.take_along_axis(products, best, 1), atol=1e-5)
+
+
+def test_many_queries_are_compared_in_few_shapes(tmp_path, model):
+    build_index(model, DOCUMENTS, tmp_path / "index")
+    index = DocumentIndex(tmp_path / "index", model)
+    compiled = index_module._nearest._cache_size()
+    queries = np.random.default_rng(0).normal(size=(75, 32)).astype(np.float32)
+    products = queries @ embeddings_of(model, DOCUMENTS).T
+    for count in (75, 70, 33, 32, 31, 1, 0):
+        scores, numbers = index.search(queries[:count], 3)
+        best = np.argsort(-products[:count], axis=1)[:, :3]
+        np.testing.assert_array_equal(numbers, best)
+        expected = np.take_along_axis(products[:count], best, 1)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert index_module._nearest._cache_size() - compiled == 4  # 32, 16, 8 and 1.
+
+
+def test_an_index_may_have_more_parts_than_files_may_be_open(tmp_path, model):
+    folder = tmp_path / "index"
+    build_index(model, DOCUMENTS[:1], folder)
+    for number in range(1, 60):
+        shutil.copytree(folder / "part-00000", folder / f"part-{number:05d}")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 30, limits[1]))
+    try:
+        index = DocumentIndex(folder, model)
+        scores, _ = index.search(embeddings_of(model, DOCUMENTS[:1]), 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    np.testing.assert_allclose(scores, 1, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -96,6 +131,14 @@ def test_caches_of_a_bfloat16_model_are_stored_in_any_form(tmp_path, model):
         assert stored.keys.dtype == alone.keys.dtype
 
 
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 1e3])
+def test_small_and_large_vectors_lose_as_little_in_int8(largest):
+    array = np.random.default_rng(0).uniform(-largest, largest, (8, 1, 1, 64)).astype(np.float32)
+    values, steps = quantize(array)
+    error = np.abs(values * steps.astype(np.float32) - array)
+    assert (error <= 0.01 * np.abs(array).max(axis=-1, keepdims=True)).all()
+
+
 def test_a_head_of_zeros_stays_zero():
     values, steps = quantize(np.zeros((2, 1, 1, 4), np.float32))
     assert not values.any() and not steps.any()
@@ -120,22 +163,41 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
         build_index(model, DOCUMENTS, folder, caches="int8")
     with pytest.raises(InputError, match="caches='int4' must be None or one of float32"):
         build_index(model, DOCUMENTS, folder, caches="int4")
+    for name, value in {"max_length": 64, "truncate": True}.items():
+        with pytest.raises(DocumentIndexError, match=f"was made with {name}=.*, not {value}"):
+            build_index(model, DOCUMENTS, folder, **{name: value})
     path = folder / "part-00000" / "embeddings.npy"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DocumentIndexError, match="part-00000 is damaged"):
-        DocumentIndex(folder, model)
+    for content in (path.read_bytes()[:-100], b""):
+        path.write_bytes(content)
+        with pytest.raises(DocumentIndexError, match="part-00000 is damaged"):
+            DocumentIndex(folder, model)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear all")
     with pytest.raises(DocumentIndexError, match="has files in it, but no index"):
         build_index(model, DOCUMENTS, tmp_path / "full")
 
 
-def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model):
+def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model, monkeypatch):
     documents = [*DOCUMENTS[:2], {"text": "river " * 900}]
-    with pytest.raises(InputError, match="1 of 3 texts are longer than 700 tokens"):
-        build_index(model, documents, tmp_path / "index")
+    words = r"document 2, 'river .*', has 90\d tokens, instruction included, and 700 are allowed"
+    for at_once in (2, 128):
+        monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", at_once)
+        with pytest.raises(InputError, match=words):
+            build_index(model, documents, tmp_path / "index")
+    with pytest.raises(InputError, match="document 1 has half of a surrogate pair"):
+        build_index(model, [*DOCUMENTS[:1], {"text": "\ud83d"}], tmp_path / "index")
+    with pytest.raises(InputError, match="document 1 has no string at 'text'"):
+        build_index(model, [*DOCUMENTS[:1], {"title": "a"}], tmp_path / "index")
+    with pytest.raises(InputError, match="max_length=0 must be positive"):
+        build_index(model, documents, tmp_path / "other", max_length=0)
     with pytest.warns(UserWarning, match="1 of 3 texts were cut to 700 tokens"):
-        assert build_index(model, documents, tmp_path / "index", truncate=True) == 3
+        assert build_index(model, documents, tmp_path / "cut", truncate=True) == 3
+
+
+def test_a_title_of_none_is_no_title(tmp_path, model):
+    for title in (None, ""):
+        documents = [{"text": "one", "title": title}, {"text": "one"}]
+        assert build_index(model, documents, tmp_path / f"index {title}") == 1
 
 
 def test_documents_are_read_from_files(tmp_path):
@@ -153,10 +215,11 @@ def test_documents_are_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": "cut', "a.jsonl:2 is no JSON object"),
+        ('{"text": "cut', r"a.jsonl:2 is no document \(broken JSON\): mend the line"),
         ('{"title": "only"}', "a.jsonl:2 has no string at 'text'"),
         ('{"text": " "}', "a.jsonl:2 has an empty text"),
-        ('["text"]', "a.jsonl:2 has no string at 'text'"),
+        ('["text"]', r"a.jsonl:2 is no document \(not a JSON object\)"),
+        ('{"text": "\\ud83d"}', "a.jsonl:2 has half of a surrogate pair at character 0"),
     ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path, line, words):
@@ -165,11 +228,24 @@ def test_a_line_that_is_no_document_is_named(tmp_path, line, words):
         list(read_documents(str(tmp_path / "a.jsonl")))
 
 
-def test_a_source_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="none does not exist: give a folder"):
-        list(read_documents(str(tmp_path / "none")))
-    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+@pytest.mark.parametrize("is_compressed", [True, False])
+def test_a_file_that_is_not_whole_or_not_compressed_is_named(tmp_path, is_compressed):
+    content = b"".join(b'{"text": "%d"}\n' % (number**3) for number in range(3000))
+    if is_compressed:
+        content = gzip.compress(content)[:-3000]
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line \d+: .*: mend the file"):
         list(read_documents(str(tmp_path)))
+
+
+def test_a_source_that_is_not_there_is_named_at_once(tmp_path):
+    with pytest.raises(InputError, match="none does not exist: give a folder"):
+        read_documents(str(tmp_path / "none"))
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+        read_documents(str(tmp_path))
+    (tmp_path / "folder.md" / "a.txt").write_text("one")
+    assert list(read_documents(str(tmp_path))) == [{"text": "one"}]
 
 
 TFDS_MODULE = """

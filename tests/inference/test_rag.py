@@ -13,9 +13,11 @@ from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.data.templates import EMBED
+from grit_jax.inference import rag as rag_module
 from grit_jax.inference.index import DocumentIndex, build_index
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.rag import PROMPTS, WAYS, Answerer, turned
+from grit_jax.inference.rag_command import run
 
 DOCUMENTS = [
     {"title": "The sea", "text": "is salt, wide and deep, and nobody owns it."},
@@ -82,6 +84,45 @@ def test_without_stored_caches_they_are_made_on_the_way(tmp_path, index, model):
     assert [each.answer for each in made] == [each.answer for each in stored]
 
 
+def test_answers_do_not_change_where_few_are_asked_at_once(index, model, monkeypatch):
+    answerer = Answerer(model, index, "query-document-cache")
+    questions = [*QUESTIONS, QUESTIONS[0], "What is salt?", "Who?"]
+    expected = [answerer.ask(question)[0] for question in questions]
+    calls, read = [], []
+    generate, cache_of = model.generate, index.cache_of
+
+    def counted_generate(prompts, *arguments, **options):
+        calls.append((len(prompts), options["first_number"]))
+        return generate(prompts, *arguments, **options)
+
+    def counted_cache_of(number):
+        read.append(number)
+        return cache_of(number)
+
+    monkeypatch.setattr(rag_module, "QUESTIONS_AT_ONCE", 2)
+    monkeypatch.setattr(model, "generate", counted_generate)
+    monkeypatch.setattr(index, "cache_of", counted_cache_of)
+    found = answerer.ask(questions)
+    assert [one.answer for one in found] == [one.answer for one in expected]
+    assert [one.numbers for one in found] == [one.numbers for one in expected]
+    # The last call is as large as the others, and the numbers go on, with which tokens are drawn.
+    assert calls == [(2, 0), (2, 2), (2, 4)]
+    near = [one.numbers[0] for one in found]
+    each_once = [{*near[:2]}, {*near[2:4]}, {near[4]}]
+    assert sorted(read) == sorted(number for some in each_once for number in some)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 texts were cut to 64 tokens")
+def test_a_document_that_was_cut_is_read_as_it_was_embedded(tmp_path, model):
+    documents = [{"text": "word " * 900}]
+    answers = []
+    for caches in ("float32", None):
+        folder = tmp_path / str(caches)
+        build_index(model, documents, folder, caches=caches, max_length=64, truncate=True)
+        answers += Answerer(model, DocumentIndex(folder, model)).ask("What is it?", 8)
+    assert answers[0].answer == answers[1].answer
+
+
 def test_a_cache_stands_in_the_place_of_its_text(index, model):
     """The document's cache and the question's text, put together by hand."""
     (answered,) = Answerer(model, index, "document-cache").ask(QUESTIONS[0])
@@ -142,15 +183,31 @@ def test_braces_in_a_document_are_text(tmp_path, model):
     )
 
 
-def test_what_cannot_be_asked_is_named(index, model):
+def test_what_cannot_be_asked_is_named(index, model, monkeypatch):
     with pytest.raises(InputError, match="way='fast' must be one of query-prompt"):
         Answerer(model, index, "fast")
     with pytest.raises(InputError, match="positions='kept' must be"):
         Answerer(model, index, positions="kept")
     with pytest.raises(InputError, match="4 documents were asked for, of 3 in"):
         Answerer(model, index, num_documents=4).ask(QUESTIONS)
-    with pytest.raises(InputError, match="text 0 is empty"):
-        Answerer(model, index).ask("")
+    for questions, words in {
+        (): "no questions were given",
+        ("",): "question 0 is empty",
+        ("a", "\ud83d"): "question 1 has half of a surrogate pair",
+        ("a", "b " * 800): "question 1 has 8.. tokens, instruction included, but this model reads",
+    }.items():
+        with pytest.raises(InputError, match=words):
+            Answerer(model, index).ask(questions)
+    monkeypatch.setattr(rag_module, "QUESTIONS_AT_ONCE", 2)
+    with pytest.raises(InputError, match=r"prompt 2 has 6\d\d tokens behind"):
+        Answerer(model, index).ask([*QUESTIONS, "b " * 650])
+
+
+def test_documents_are_looked_for_before_the_model(tmp_path):
+    command = ["build", "no_model", str(tmp_path / "typo"), "--index", str(tmp_path / "index")]
+    with pytest.raises(InputError, match="typo does not exist: give a folder"):
+        run(command)
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """How likely continuations are: the logits' own sums, whatever is read beside a pair."""
 
+import functools
+from pathlib import Path
+import tempfile
+
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -7,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizer_files import write_tokenizer
 
-from grit_jax.inference.inputs import InputError
+from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.inputs import InputError, TokenIds
+from grit_jax.inference.score import as_continuations
 
 PROMPT = "The capital of France is"
 
@@ -64,6 +71,48 @@ def test_a_strings_tokens_are_those_of_the_whole(model):
         assert value == pytest.approx(by_logits(model, prompt, whole[len(prompt) :])[0], rel=1e-5)
 
 
+@functools.cache
+def bytes_tokenizer():
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer(str(write_tokenizer(Path(folder), "gpt2")))
+
+
+STRINGS = st.text("abst 12\n.é", min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(STRINGS.filter(str.strip), STRINGS, st.booleans())
+def test_every_character_of_a_continuation_is_scored_once(prompt, continuation, is_bytes):
+    tokenizer = bytes_tokenizer() if is_bytes else Tokenizer()
+    token_ids = TokenIds(tokenizer, tokenizer.vocab_size)
+    (pair,) = as_continuations(token_ids, [prompt], [continuation], 700, begin=True)
+    whole = [*pair.prompt, *pair.tokens]
+    assert whole == [tokenizer.bos_id, *tokenizer.encode(prompt + continuation)]
+    read = tokenizer.decode(pair.prompt[1:].tolist())
+    # What is read as the prompt is its beginning, less at most what shares a token with the rest.
+    assert prompt.encode().startswith(read.removesuffix("\ufffd").encode())
+    assert len(pair.tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "scored"),
+    [
+        ("a", "b", ["▁ab"]),
+        ("The ab", "stract", ["▁abstract"]),
+        ("The ab", "stract idea", ["▁abstract", "▁idea"]),
+        ("The capital is ", "Paris", ["▁Paris"]),
+        ("The capital is", " Paris", ["▁Paris"]),
+    ],
+)
+def test_a_token_of_prompt_and_continuation_is_scored(model, prompt, continuation, scored):
+    tokenizer = model.tokenizer
+    whole = [tokenizer.bos_id, *tokenizer.encode(prompt + continuation)]
+    assert tokenizer.decode(whole[-len(scored) :]) == "".join(scored).replace("▁", " ").strip()
+    expected, _ = by_logits(model, whole[: -len(scored)], whole[-len(scored) :])
+    values, _ = model.score([prompt], [continuation])
+    assert values[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(3, 300, 20), rng.integers(3, 300, n)) for n in (1, 50, 7)]
@@ -81,8 +130,15 @@ def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
         ([PROMPT], [""], "continuation 0 has no token of its own"),
         ([""], ["a"], "prompt 0 is empty"),
         ([[5, 6]], [[5] * 700], "continuation 0 have 702 tokens, but this model reads 700"),
+        ([], [], "no prompts were given"),
+        (["a", "b"], ["c", "\ud83d"], "continuation 1 has half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_scored_is_named(model, prompts, continuations, message):
     with pytest.raises(InputError, match=message):
         model.score(prompts, continuations)
+
+
+def test_a_token_before_which_nothing_stands_cannot_be_scored(model):
+    with pytest.raises(InputError, match="prompt and continuation 0 begin with one token"):
+        model.score(["a"], ["b"], add_special_tokens=False)

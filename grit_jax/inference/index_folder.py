@@ -1,0 +1,141 @@
+"""The folder of an index: what it was made with, and parts that are whole or not there.
+
+`part-00000/` has `documents.jsonl`, `embeddings.npy` and maybe caches (`stored_caches`). Nothing in
+it is changed once it is there, so that building may end at any moment and go on later.
+"""
+
+import json
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from grit_jax.inference.documents import Document
+from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.inputs import InputError
+from grit_jax.inference.stored_caches import write_caches
+from grit_jax.models import Cache
+
+VERSION = 2
+REMEDY = "remove it, and build again"
+# What tells models apart: how they embed these tokens. In bfloat16 the cosine is above .999.
+PROBE = list(range(3, 35))
+LEAST_COSINE = 0.99
+
+
+class DocumentIndexError(InputError):
+    """An index is missing, damaged, or another model's; the message says which and what to do."""
+
+
+# The documents of a part, their embeddings and caches.
+Part = tuple[list[Document], list[np.ndarray], list[Cache]]
+
+
+def write_part(folder: Path, part: Part, caches: str | None) -> None:
+    """Adds a part to an index, with its caches in this form if there is one."""
+    documents, embeddings, of_documents = part
+    numbers = [int(other.name.removeprefix("part-")) for other in folder.glob("part-*")]
+    number = max(numbers, default=-1) + 1
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as aside:
+        unfinished = Path(aside) / "part"
+        unfinished.mkdir()
+        lines = "".join(json.dumps(document) + "\n" for document in documents)
+        (unfinished / "documents.jsonl").write_text(lines)
+        np.save(unfinished / "embeddings.npy", np.concatenate(embeddings).astype(np.float32))
+        if caches is not None:
+            write_caches(unfinished, of_documents, caches)
+        unfinished.rename(folder / f"part-{number:05d}")
+
+
+def load_documents(part: Path) -> list[Document]:
+    """Returns the documents of a part, with as many embeddings beside them.
+
+    Raises:
+      DocumentIndexError: a file is missing or damaged.
+    """
+    try:
+        lines = (part / "documents.jsonl").read_text().splitlines()
+        documents = [json.loads(line) for line in lines]
+        num_embeddings = len(open_embeddings(part))
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise DocumentIndexError(f"{part} is damaged ({error}): {REMEDY}") from None
+    if num_embeddings != len(documents):
+        raise DocumentIndexError(f"{part} is damaged: {REMEDY}")
+    return documents
+
+
+def open_embeddings(part: Path) -> np.ndarray:
+    """Returns the embeddings of a part on the disk.
+
+    The file is open as long as there is the array, and an index may have more parts than a process
+    may open files: copy them, and let go.
+    """
+    return np.load(part / "embeddings.npy", mmap_mode="r")
+
+
+def prepare_folder(folder: Path, model: GritLM, made_with: dict[str, Any]) -> None:
+    """Makes the folder of an index, or checks that one is there that was made in this way.
+
+    Raises:
+      DocumentIndexError: it was made in another way or with another model, or is no index.
+    """
+    path = folder / "index.json"
+    if path.exists():
+        settings = read_settings(folder)
+        check_model(settings, model, folder)
+        for name, value in made_with.items():
+            if settings[name] != value:
+                raise DocumentIndexError(
+                    f"{folder} was made with {name}={settings[name]!r}, not {value!r}: add to it "
+                    "in the same way, or choose another folder"
+                )
+        for unfinished in folder.glob(".part-*"):
+            shutil.rmtree(unfinished)
+        return
+    if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+        raise DocumentIndexError(f"{folder} has files in it, but no index: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"version": VERSION, **made_with, "probe": _probe(model).tolist()}
+    incomplete = path.with_name(".incomplete-index.json")
+    incomplete.write_text(json.dumps(settings))
+    incomplete.replace(path)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns what an index was made with.
+
+    Raises:
+      DocumentIndexError: there is none, or it is of another version.
+    """
+    try:
+        settings = json.loads((folder / "index.json").read_text())
+    except FileNotFoundError:
+        raise DocumentIndexError(f"{folder} is no index: run grit-jax rag build") from None
+    except ValueError as error:
+        raise DocumentIndexError(f"{folder}/index.json is damaged ({error})") from None
+    if settings.get("version") != VERSION:
+        raise DocumentIndexError(f"{folder} has version {settings.get('version')}: build it again")
+    return settings
+
+
+def _probe(model: GritLM) -> np.ndarray:
+    """Returns how the model embeds some tokens, at length 1."""
+    ids = [number % model.model.config.vocab_size for number in PROBE]
+    embedding = model.encode(ids)
+    return embedding / np.linalg.norm(embedding)
+
+
+def check_model(settings: dict[str, Any], model: GritLM, folder: Path) -> None:
+    """Checks that a model is the one that an index was made with.
+
+    Raises:
+      DocumentIndexError: it is another one.
+    """
+    theirs, ours = np.array(settings["probe"], np.float32), _probe(model)
+    if theirs.shape != ours.shape or float(theirs @ ours) < LEAST_COSINE:
+        raise DocumentIndexError(
+            f"{folder} was made with another model, or with another pooling or attention: give the "
+            "same, or build it again"
+        )
