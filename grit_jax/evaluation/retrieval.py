@@ -5,6 +5,7 @@ Legend of dimensions: Q queries, P passages.
 
 from collections.abc import Sequence
 import logging
+import math
 from typing import Any
 
 from jaxtyping import Float
@@ -29,6 +30,12 @@ def retrieval_measures(
         gains.append(sum(1 / np.log2(2 + rank) for rank in ranks if rank < 10) / ideal)
         recalls.append(sum(rank < 1 for rank in ranks) / len(answers))
     return {"ndcg_at_10": float(np.mean(gains)), "recall_at_1": float(np.mean(recalls))}
+
+
+def chance_measures(num_passages: int) -> dict[str, float]:
+    """Returns what a random order of so many passages earns on average, with one answer a query."""
+    gain = sum(1 / math.log2(2 + rank) for rank in range(min(10, num_passages)))
+    return {"ndcg_at_10": gain / num_passages, "recall_at_1": 1 / num_passages}
 
 
 def _pessimistic_ranks(row: np.ndarray, answers: set[int]) -> list[int]:
