@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -187,7 +188,9 @@ def _call(script: str, arguments: Sequence[Any], log: Path) -> None:
         )
     if finished.returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise ExperimentError(f"{shlex.join(command[3:])} failed, see {log}:\n{last}")
+        code = finished.returncode
+        end = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        raise ExperimentError(f"{shlex.join(command[3:])} failed ({end}), see {log}:\n{last}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

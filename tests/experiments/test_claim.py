@@ -167,6 +167,9 @@ def test_presets_are_of_fields_that_there_are():
 def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(
-        claim.ExperimentError, match=r"(?s)one two failed, see .*log.*RuntimeError: why"
+        claim.ExperimentError,
+        match=r"(?s)one two failed \(exit code 1\), see .*log.*RuntimeError: why",
     ):
         claim._call("raise RuntimeError('why')", ["one", "two"], log)
+    with pytest.raises(claim.ExperimentError, match=r"failed \(SIGKILL\)"):
+        claim._call("import os; os.kill(os.getpid(), 9)", [], log)
