@@ -17,8 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_configure(config):
     """Keeps what is compiled, most of the tests' time, for other tests and for the next run."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("compiled"))
+    import jax
+
+    # Both for this process, whose other conftest.py may have imported jax, and for its children.
+    folder = str(config.cache.mkdir("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")
