@@ -112,6 +112,7 @@ def _train_and_measure(
     own = run_folder(folder, run, seed)
     if (own / "measures.json").is_file():
         return
+    own.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     path = folder / "base"
     if run.overrides is not None:
@@ -122,11 +123,9 @@ def _train_and_measure(
             **preset.overrides,
             **run.overrides,
         }
-        own.mkdir(parents=True, exist_ok=True)
         _train(own, fields)
         path = own
     trained = time.monotonic()
-    own.mkdir(parents=True, exist_ok=True)
     measured = own / "measured.json"
     command = [path, measured_on, f"--max-length={max(preset.lengths)}", f"--output={measured}"]
     script = "import sys; from experiments.measure_model import main; sys.exit(main())"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 import numpy as np
 from rich.console import Console
 
-from experiments.measure import TITLES, shown
+from experiments.measure import TITLES, Measures, shown
 from experiments.presets import ABLATIONS, MAIN, UNTRAINED
 
 matplotlib.use("Agg")
@@ -33,27 +33,26 @@ GENERATION = (
 RANKED = tuple(measure for measure in EMBEDDING if measure.endswith("ndcg_at_10"))
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
-COLORS = [f"C{number}" for number in range(10)]
-
 # Of each measure, its values over seeds.
 Columns = dict[str, dict[str, list[float]]]
 
 
 def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> None:
     """Writes `report.md` and `claim.svg`, and shows the former."""
-    columns = read_columns(folder)
-    text = report(columns, {**about, "device": read_devices(folder)})
+    runs = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/measures.json")]
+    columns = read_columns(json.loads((folder / "baselines.json").read_text()), runs)
+    devices = "; ".join(sorted({run["device"] for run in runs}))
+    text = report(columns, {**about, "device": devices})
     (folder / "report.md").write_text(text)
     draw(columns, folder / "claim.svg")
     console.print(text, markup=False)
 
 
-def read_columns(folder: Path) -> Columns:
-    """Returns the measures of baselines and runs, by name, as the folder has them."""
+def read_columns(baselines: Mapping[str, Measures], found: Sequence[Mapping[str, Any]]) -> Columns:
+    """Returns the measures by name: of baselines, and of runs as their files have them."""
     columns: Columns = {}
-    for name, measures in json.loads((folder / "baselines.json").read_text()).items():
+    for name, measures in baselines.items():
         columns[name] = {measure: [value] for measure, value in measures.items()}
-    found = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/measures.json")]
     for run in (UNTRAINED, *MAIN, *ABLATIONS):
         of_seeds = sorted((one for one in found if one["run"] == run.name), key=lambda x: x["seed"])
         if of_seeds:
@@ -61,12 +60,6 @@ def read_columns(folder: Path) -> Columns:
             values = {name: [one["measures"][name] for one in of_seeds] for name in names}
             columns[run.name] = values
     return columns
-
-
-def read_devices(folder: Path) -> str:
-    """Returns on what the runs were measured, and so trained."""
-    paths = (folder / "runs").glob("*/measures.json")
-    return "; ".join(sorted({json.loads(path.read_text())["device"] for path in paths}))
 
 
 def report(columns: Columns, about: Mapping[str, Any]) -> str:
@@ -129,7 +122,7 @@ def draw(columns: Columns, path: Path) -> None:
     figure, (joint, corpora) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
     runs = [run.name for run in (UNTRAINED, *MAIN) if run.name in columns]
     baselines = [name for name in ("BM25", "MiniLM") if name in columns]
-    colors = dict(zip([*runs, *baselines], COLORS, strict=False))
+    colors = {name: f"C{number}" for number, name in enumerate([*runs, *baselines])}
     for name in runs:
         mean = np.mean([columns[name][measure] for measure in RANKED], axis=0)
         joint.scatter(mean, columns[name]["all_chats/bits_per_byte"], color=colors[name])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from grit_jax.conversion.companion_files import write_json
 from grit_jax.inference.documents import Document
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.inputs import InputError
@@ -98,9 +99,7 @@ def prepare_folder(folder: Path, model: GritLM, made_with: dict[str, Any]) -> No
         raise DocumentIndexError(f"{folder} has files in it, but no index: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"version": VERSION, **made_with, "probe": _probe(model).tolist()}
-    incomplete = path.with_name(".incomplete-index.json")
-    incomplete.write_text(json.dumps(settings))
-    incomplete.replace(path)
+    write_json(path, settings)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
