@@ -1,15 +1,17 @@
 # make demo: prepare the embedded sample and train a small model on it.
-# make test: run every test.
+# make test: run every test, but for those of make torture.
 # make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
 # make claim: the paper's claim on a real model and public text, in an hour or two.
 # make docs: the documentation as a site, in the folder site; make docs-serve shows it as it is written.
 # make clean: .venv, what tests keep and the site go; data and runs stay.
-# make torture: the runs that are killed at random moments, killed twenty times.
+# make torture: runs of several processes that are killed at random moments, KILLS times (20).
 # All make .venv first, with the versions in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/gritlm_tiny
+KILLS ?= 20
+TORTURE := tests/training/test_torture.py
 # Two processes, each of which takes whole files, those that take longest first.
 SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=30
 
@@ -19,7 +21,7 @@ demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(SHARED) tests/training tests
+	$(BIN)/python -m pytest $(SHARED) --ignore=$(TORTURE) tests/training tests
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict
@@ -39,7 +41,7 @@ claim: .venv/.installed-test
 	$(BIN)/python -m experiments.rag runs/claim/runs/unified_0 runs/claim/data
 
 torture: .venv/.installed-test
-	KILLS=20 $(BIN)/python -m pytest -s tests/training/test_torture.py
+	KILLS=$(KILLS) $(BIN)/python -m pytest -s $(TORTURE)
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check .

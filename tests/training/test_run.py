@@ -22,15 +22,15 @@ from grit_jax.training.preemption import EXIT_CODE
 ROOT = Path(__file__).parents[2]
 
 
-def start_training(*arguments, devices=1):
-    process = start_in_background(*arguments, devices=devices)
+def start_training(*arguments, devices=1, **variables):
+    process = start_in_background(*arguments, devices=devices, **variables)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def start_in_background(*arguments, devices=1):
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": "",
+def start_in_background(*arguments, devices=1, **variables):
+    environment = os.environ | variables
+    environment |= {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
     }
@@ -124,6 +124,7 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         "--config.profile.num_steps=1",
         f"--workdir={tmp_path}",
         devices=4,
+        JAX_COMPILATION_CACHE_DIR="",  # So that the run keeps its programs itself.
     )
     assert finished.returncode == 0, finished.stderr
     config = json.loads((tmp_path / "config.json").read_text())

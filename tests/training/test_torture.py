@@ -1,6 +1,6 @@
 """Runs of several processes that are killed again and again, and lose nothing.
 
-`make torture` kills twenty times where the default run of the tests kills a few times.
+`make torture` kills twenty times, and pytest by itself a few times.
 """
 
 import json
