@@ -6,6 +6,7 @@ What fails for a moment is tried again; what is missing or damaged is an error t
 import bisect
 from collections.abc import Callable, Sequence
 import os
+import resource
 import threading
 import time
 from typing import Any, TypeVar
@@ -95,6 +96,7 @@ class Records:
         self._paths = [os.fspath(path) for path in paths]
         self._files: list[Any] = [None] * len(paths)
         self._lock = threading.Lock()
+        _allow_open_files()
         counts = [len(self._open(number)) for number in range(len(paths))]
         if sum(counts) != count:
             # A file that was cut off has lost its index, and seems to be empty.
@@ -142,3 +144,12 @@ class Records:
                     lambda: grain.sources.ArrayRecordDataSource(path), path
                 )
             return self._files[number]
+
+
+def _allow_open_files() -> None:
+    """Lets this process have as many open files as it may: a shard that was read stays open.
+
+    A shell usually asks for 1,024 of them, and a large collection has more shards.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,5 +1,8 @@
 """Storage: what fails for a moment is tried again, and what is broken is named."""
 
+import os
+import resource
+
 import numpy as np
 from prepared_data import chat_examples, write_prepared
 import pytest
@@ -133,6 +136,20 @@ def test_records_are_numbered_through_all_shards(folder):
     path = folder / "examples-00000.arrayrecord"
     records = Records([path, path], 8000)
     assert records.read([4000, 3999, 7, 4007]) == records.read([0, 7999, 7, 7])
+
+
+@pytest.mark.usefixtures("waited")
+def test_there_may_be_more_shards_than_a_shell_allows_open_files(tmp_path):
+    chats = chat_examples(np.random.default_rng(0), 60, 9)
+    write_prepared(tmp_path, "chats", chats, examples_a_shard=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 30, hard))
+    try:
+        read = PreparedDataset(tmp_path, "chats", "train").read(range(60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [len(example.chat) for example in read] == [len(example.chat) for example in chats]
 
 
 @pytest.mark.usefixtures("waited")
