@@ -58,7 +58,7 @@ class Job:
         try:
             manifests = {path.parent.name: read_manifest(path) for path in paths}
         except PreparedDataError:
-            return "of another version"
+            return "damaged, or of another version"
         for manifest in manifests.values():
             changed = [
                 n for n, own in self.fingerprints.items() if manifest.fingerprints.get(n) != own

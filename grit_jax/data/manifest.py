@@ -76,12 +76,22 @@ def read_manifest(path: epath.Path) -> Manifest:
     """Returns the manifest in a file.
 
     Raises:
-      PreparedDataError: there is none, or it is of another version.
+      PreparedDataError: there is none, or it is damaged or of another version.
     """
-    stored = json.loads(read_file(path))
+    stored = _read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise PreparedDataError(f"{path} is of another version: prepare it again")
     return Manifest(**stored)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    content = read_file(path)
+    try:
+        return json.loads(content)
+    except ValueError as error:  # Cut off, or zeros in the place of what was not yet on the disk.
+        raise PreparedDataError(
+            f"{path} is damaged: copy it again, or prepare the dataset again ({error})"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +177,7 @@ class PreparedDataset:
         try:
             with np.load(io.BytesIO(content)) as arrays:
                 return Lengths(**arrays)
-        except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise PreparedDataError(
                 f"{path} is damaged: copy it again, or prepare the dataset again ({error})"
             ) from error
@@ -203,11 +213,12 @@ def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, fi
       field: name of the configuration's field that asks for it, for messages.
 
     Raises:
-      PreparedDataError: it is missing, of the other kind, or none of its datasets has the split.
+      PreparedDataError: it is missing, damaged or of the other kind, or none of its datasets has
+        the split.
     """
     path = epath.Path(folder) / f"{mixture}.json"
     try:
-        stored = json.loads(read_file(path))
+        stored = _read_json(path)
     except PreparedDataError as error:
         raise PreparedDataError(
             f"config.data.{field}={mixture!r}: {error}; prepare it with: "

@@ -168,9 +168,21 @@ def test_files_of_two_preparations_are_told_apart(folder):
         open_chats(folder).read(range(100))
 
 
-def test_damaged_lengths_are_named(folder):
-    (folder / "lengths.npz").write_bytes(b"PK" + bytes(100))
+@pytest.mark.parametrize("left", [b"", b"PK" + bytes(100)])
+def test_damaged_lengths_are_named(folder, left):
+    (folder / "lengths.npz").write_bytes(left)
     with pytest.raises(PreparedDataError, match=r"lengths.npz is damaged"):
+        open_chats(folder)
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_manifest_or_a_mixture_that_was_cut_off_is_named(folder, left):
+    manifest, mixture = folder / "manifest.json", folder.parents[1] / "mine.json"
+    mixture.write_text(manifest.read_text()[:left])
+    with pytest.raises(PreparedDataError, match=r"mine.json is damaged.*grit-jax prepare mine"):
+        load_mixture(folder.parents[1], "mine", "train", "generative", "generative")
+    manifest.write_text(manifest.read_text()[:left])
+    with pytest.raises(PreparedDataError, match=r"manifest.json is damaged"):
         open_chats(folder)
 
 
