@@ -45,7 +45,7 @@ class SentencePieceTokenizer:
       model: the content of its file.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is none, or has no token that begins or ends a text.
     """
 
     def __init__(self, model: bytes):
@@ -57,6 +57,9 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        for token, verb in ((self.bos_id, "begins"), (self.eos_id, "ends")):
+            if token < 0:  # T5's has nothing that begins a text.
+                raise ValueError(f"it has no token that {verb} a text: take another tokenizer")
 
     def special_tokens(self) -> dict[str, str]:
         """Returns what begins and ends a text and stands for the unknown, as transformers says."""
