@@ -85,7 +85,8 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     with characters of both belongs to the text.
 
     Raises:
-      RejectedExample: the text is empty, or the instruction alone is over the length.
+      RejectedExample: the text is empty, or without a token, or the instruction alone is over the
+        length.
     """
     if not text.strip():
         raise RejectedExample("empty text")
@@ -93,6 +94,8 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     if 1 + len(prefix_ids) >= max_length:
         raise RejectedExample("instruction alone is over the length")
     ids, num_before = tokenizer.ids_after(prefix, prefix_ids, text)
+    if num_before == len(ids):  # A tokenizer may drop characters, such as those of no width.
+        raise RejectedExample("empty text")
     tokens = np.empty(min(1 + len(ids), max_length), np.int32)
     tokens[0], tokens[1:] = tokenizer.bos_id, ids[: max_length - 1]
     mask = np.empty(len(tokens), bool)

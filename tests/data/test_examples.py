@@ -289,3 +289,19 @@ def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
         assert other.ids(text).tolist() == other.encode(text)
         ids, _ = other.ids_after(prefix, other.ids(prefix), text)
         assert ids.tolist() == other.encode(prefix + text)
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_rejected(tmp_path):
+    """Nothing would be pooled: the embedding would be zeros, and no one would be told."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["<|user|> <|embed|> find the quick brown fox"] * 50),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    other = Tokenizer(str(tmp_path / "other.model"))
+    assert any(embedding_text(other, "find", "fox", 64).mask)
+    for instruction in ("find", ""):
+        with pytest.raises(RejectedExample, match="empty text"):
+            embedding_text(other, instruction, "\u200b", 64)
