@@ -5,7 +5,7 @@ A Task yields text, not tokens: embedding examples as `query` [instruction, text
 the same code that reads a user's text at inference. Only this file and `sources` need TensorFlow.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import os
 import re
 from typing import Any
@@ -213,23 +213,32 @@ def add_collection(
       seed: of the choice of held-out lines.
 
     Raises:
-      SourceError: there is no file, or one without an example.
+      SourceError: there is no file, or one without an example; or a name is taken.
     """
     if not re.fullmatch(r"[\w.:#]+", name):
         raise SourceError(f"{name!r} is no name: NAME={path} has letters, digits, '_' and '.'")
-    if name in seqio.MixtureRegistry.names():
-        raise SourceError(f"there is a mixture {name!r} already: say OTHER_NAME={path}")
     preprocess = COLLECTIONS.get(name)
-    tasks: dict[str, list[str]] = {}
+    tasks: dict[str, dict[str, seqio.DataSource]] = {}
     for task, files in _files_by_task(name, epath.Path(path)).items():
         kind = kind_of_files(files["train"], preprocess)
         source = jsonl_source(kind, files, preprocess, held_out, seed)
-        tasks.setdefault(kind, []).append(add_task(task, kind, source))
+        tasks.setdefault(kind, {})[task] = source
     suffixes = {"embedding": "_embedding", "generative": "_chat"} if len(tasks) == 2 else {}
-    mixtures = {name + suffixes.get(kind, ""): own for kind, own in tasks.items()}
-    for mixture, own in mixtures.items():
+    mixtures = {name + suffixes.get(kind, ""): kind for kind in tasks}
+    _check_free("mixture", mixtures, seqio.MixtureRegistry, path)
+    for own in tasks.values():
+        _check_free("dataset", own, seqio.TaskRegistry, path)
+    for mixture, kind in mixtures.items():
+        own = [add_task(task, kind, source) for task, source in tasks[kind].items()]
         seqio.MixtureRegistry.add(mixture, [(task, by_size) for task in own])
     return list(mixtures)
+
+
+def _check_free(what: str, names: Iterable[str], registry: Any, path: epath.PathLike) -> None:
+    taken = set(registry.names())
+    for name in names:
+        if name in taken:
+            raise SourceError(f"there is a {what} {name!r} already: say OTHER_NAME={path}")
 
 
 def _files_by_task(name: str, path: epath.Path) -> dict[str, dict[str, list[epath.Path]]]:
