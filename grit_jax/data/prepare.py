@@ -104,7 +104,7 @@ def _declare(names: Sequence[str], modules: Sequence[str], held_out: float, seed
         cloudpickle.register_pickle_by_value(importlib.import_module(module))
     mixtures = []
     for name in names:
-        given, _, path = name.rpartition("=")
+        given, path = _name_and_path(name)
         if not given and name in seqio.MixtureRegistry.names():
             mixtures.append(name)
         elif given or "/" in name or name.endswith(SUFFIXES) or epath.Path(name).exists():
@@ -118,6 +118,13 @@ def _declare(names: Sequence[str], modules: Sequence[str], held_out: float, seed
                 f"unknown mixture {name!r}, and no such file or folder; there are: {known}"
             )
     return [seqio.MixtureRegistry.get(name) for name in mixtures]
+
+
+def _name_and_path(source: str) -> tuple[str, str]:
+    """Returns NAME and PATH of NAME=PATH; of a PATH, which may have a "=" in it, no name."""
+    name, equals, path = source.partition("=")
+    is_path = not equals or "/" in name or epath.Path(source).exists()
+    return ("", source) if is_path else (name, path)
 
 
 def _stem(path: str) -> str:

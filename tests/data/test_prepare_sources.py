@@ -104,10 +104,10 @@ def test_plain_strings_are_texts_without_instruction(folder):
 
 @pytest.mark.slow
 def test_folders_train_and_held_out_are_the_splits(tmp_path):
-    write_lines(tmp_path / "mine" / "train" / "a.jsonl", [pair(n) for n in range(5)])
-    write_lines(tmp_path / "mine" / "held_out" / "a.jsonl", [pair(7), pair(8)])
-    write_lines(tmp_path / "mine" / "train" / "b.jsonl", [pair(n) for n in range(3)])
-    prepare("good=mine", "--output", "out", cwd=tmp_path)
+    write_lines(tmp_path / "of=me" / "train" / "a.jsonl", [pair(n) for n in range(5)])
+    write_lines(tmp_path / "of=me" / "held_out" / "a.jsonl", [pair(7), pair(8)])
+    write_lines(tmp_path / "of=me" / "train" / "b.jsonl", [pair(n) for n in range(3)])
+    prepare("good=of=me", "--output", "out", cwd=tmp_path)
     assert queries(PreparedDataset(tmp_path / "out", "good.a", "held_out")) == [
         "query 7",
         "query 8",
@@ -211,8 +211,8 @@ def test_every_kind_of_damage_costs_its_line_and_is_reported(tmp_path):
 @pytest.mark.slow
 def test_more_damage_than_allowed_fails_in_one_line_and_leaves_nothing(tmp_path):
     damaged_file(tmp_path / "pairs.jsonl", 5)
-    write_lines(tmp_path / "fine.jsonl", [pair(1)])
-    sources = ("pairs.jsonl", "fine.jsonl")
+    write_lines(tmp_path / "language=en" / "fine.jsonl", [pair(1)])
+    sources = ("pairs.jsonl", "language=en/fine.jsonl")
     finished = grit_jax("prepare", *sources, "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "out/pairs/train", "14 of 33", "--max-rejected", ":6")
     assert len(PreparedDataset(tmp_path / "out", "fine", "train")) == 1
