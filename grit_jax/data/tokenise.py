@@ -151,11 +151,14 @@ def _example(plan: TaskPlan, read: Any) -> Example | None:
 
 def _preprocessed(preprocess: Preprocess, raw: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        return preprocess(raw)
+        reformatted = preprocess(raw)
     except RejectedExample:
         raise
     except Exception as error:  # A user's code: what it cannot read costs that line.
         raise RejectedExample(f"preprocess raised {type(error).__name__}") from None
+    if reformatted is not None and not isinstance(reformatted, dict):
+        raise RejectedExample(f"preprocess returned a {type(reformatted).__name__}")
+    return reformatted
 
 
 def _decode(raw: Any) -> Any:

@@ -371,12 +371,16 @@ def wait(raw):
     time.sleep(600)
 
 
-def raises(raw):
-    return {} if raw["query"][1] == "query 7" else {**raw, "query": [PREFIX, raw["query"][1]]}
+def fails(raw):
+    text = raw["query"][1]
+    if text == "query 5":
+        raise KeyError(text)
+    wrong = {"query 6": True, "query 7": {}}
+    return wrong.get(text, {**raw, "query": [PREFIX, text]})
 
 
 PREFIX = "Another instruction"
-for function in (kill, wait, raises):
+for function in (kill, wait, fails):
     name = function.__name__
     add_task(name, "embedding", jsonl_source("embedding", "pairs.jsonl", preprocess=function))
     seqio.MixtureRegistry.add(name, [(name, 1.0)])
@@ -465,9 +469,14 @@ def is_running(pid):
 
 @pytest.mark.slow
 def test_a_function_that_fails_on_a_line_costs_that_line(killing):
-    prepare("raises", "--module", "killing", "--output", "out", cwd=killing)
-    dataset = PreparedDataset(killing / "out", "raises", "train")
-    assert dataset.manifest.rejected_lines == {"no 'query'": ["pairs.jsonl:8"]}
+    arguments = ("--module", "killing", "--max-rejected", 0.5, "--output", "out")
+    prepare("fails", *arguments, cwd=killing)
+    dataset = PreparedDataset(killing / "out", "fails", "train")
+    assert dataset.manifest.rejected_lines == {
+        "preprocess raised KeyError": ["pairs.jsonl:6"],
+        "preprocess returned a bool": ["pairs.jsonl:7"],
+        "no 'query'": ["pairs.jsonl:8"],
+    }
     whole = TOKENIZER.decode(dataset.read([0])[0].query.tokens.tolist())
     assert whole == "<|user|>\nAnother instruction\n<|embed|>\nquery 0"
 
