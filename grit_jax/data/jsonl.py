@@ -150,8 +150,9 @@ class JsonlFiles:
 
     def split_of(self, split: str, line: bytes) -> str:
         """Returns the split of a line in a file of `split`."""
-        is_held_out = self.held_out and falls_into(line, self.held_out, self.seed)
-        return "held_out" if is_held_out else split
+        if split != "train" or not self.held_out:
+            return split
+        return "held_out" if falls_into(line, self.held_out, self.seed) else split
 
 
 def find_files(path: epath.PathLike) -> list[epath.Path]:

@@ -10,6 +10,7 @@ import pytest
 from grit_jax.data import jsonl
 from grit_jax.data.examples import RejectedExample
 from grit_jax.data.jsonl import (
+    JsonlFiles,
     SourceError,
     falls_into,
     find_files,
@@ -105,6 +106,13 @@ def test_the_held_out_fraction_is_about_what_was_asked_and_falls_as_the_seed_say
     others = {line for line in lines if falls_into(line, 0.1, seed=4)}
     assert 100 < len(chosen & others) < 300
     assert falls_into(lines[0] + b"\r", 0.5, 0) == falls_into(lines[0], 0.5, 0)
+
+
+def test_lines_are_held_out_of_training_alone():
+    files = JsonlFiles({"train": (), "validation": ()}, held_out=0.5)
+    lines = [str(number).encode() for number in range(100)]
+    assert {files.split_of("train", line) for line in lines} == {"train", "held_out"}
+    assert {files.split_of("validation", line) for line in lines} == {"validation"}
 
 
 def test_files_are_found_in_subfolders_and_in_order(tmp_path):
