@@ -94,7 +94,7 @@ class Job:
           incomplete: where the shards are.
           max_rejected: fraction of the lines that may be rejected.
         """
-        for split in dict.fromkeys((*self.source.splits_with_sources, *self._splits)):
+        for split in self.source.splits_with_sources:
             self.error = self.error or self._why_unfit(split, max_rejected)
         if self.error is None:
             for split, own in self._splits.items():
@@ -103,18 +103,22 @@ class Job:
             put_in_place(incomplete / self.name, self.folder)
 
     def _why_unfit(self, split: str, max_rejected: float) -> str | None:
-        own = self._splits[split]
-        num_rejected = len(own.rejected)
-        num_lines = num_rejected + sum(len(part.lengths.first) - 1 for part in own.parts)
+        num_rejected = len(self._splits[split].rejected)
+        num_lines = num_rejected + self._num_examples(split)
+        if split == "train" and "held_out" not in self.source.splits_with_sources:
+            num_lines += self._num_examples("held_out")  # Of the same files.
         where = f"{self.folder / split}"
-        if not own.parts and (split in self.source.splits_with_sources):
-            return f"{where}: not one of {num_lines} examples can be used{self.reasons(split)}"
+        if not self._splits[split].parts:
+            return f"{where}: not one of {num_rejected} examples can be used{self.reasons(split)}"
         if num_rejected > max_rejected * num_lines:
             return (
                 f"{where}: {num_rejected} of {num_lines} examples cannot be used, and "
                 f"--max-rejected is {max_rejected:g}{self.reasons(split)}"
             )
         return None
+
+    def _num_examples(self, split: str) -> int:
+        return sum(len(part.lengths.first) - 1 for part in self._splits[split].parts)
 
     def reasons(self, split: str) -> str:
         """Returns the reasons of the rejects of a split, with the first lines of each."""

@@ -70,7 +70,8 @@ class SplitOutcome:
 
     Attributes:
       part: the shard, or None without an example.
-      rejected: number of the line and reason, for each line that could not be used.
+      rejected: number of the line and reason, for each line of the split's files that could not
+        be used.
       left_out: number of lines left out by `preprocess`.
     """
 
@@ -117,7 +118,8 @@ def tokenise(unit: Unit) -> dict[str, SplitOutcome]:
         try:
             example = _example(plan, read)
         except RejectedExample as reason:
-            outcomes[split].rejected.append((number, str(reason)))
+            # It counts among the lines of its file, of which few may be held out.
+            outcomes[unit.split].rejected.append((number, str(reason)))
             continue
         if example is None:
             outcomes[split].left_out += 1

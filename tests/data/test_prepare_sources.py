@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 from tokenizer_files import write_tokenizer
 
+from grit_jax.data.jsonl import falls_into
 from grit_jax.data.kept_tokenizer import kept_tokenizer
 from grit_jax.data.manifest import PreparedDataset, load_mixture
 from grit_jax.data.tokenizer import Tokenizer
@@ -60,6 +61,8 @@ def folder(tmp_path_factory):
     write_lines(folder / "My data" / "deep" / "strings.jsonl.gz", strings)
     write_lines(folder / "My data" / "talk.jsonl", [chat(n) for n in range(100)])
     write_lines(folder / "My data" / "tiny.jsonl", [pair(9)])
+    broken = next(n for n in range(1000) if falls_into(str(n).encode(), 0.1, 0))
+    write_lines(folder / "My data" / "few.jsonl", [*(pair(n) for n in range(20)), broken])
     prepare("My data", "--held-out", 0.1, "--output", "out", "--processes", 3, cwd=folder)
     return folder
 
@@ -69,7 +72,7 @@ def test_a_folder_of_both_kinds_makes_two_mixtures_with_rates_by_size(folder):
     assert {dataset.name: rate for dataset, rate in datasets.items()} == {
         dataset.name: len(dataset) for dataset in datasets
     }
-    names = {"My_data.news_views", "My_data.deep_strings", "My_data.tiny"}
+    names = {"My_data.news_views", "My_data.deep_strings", "My_data.tiny", "My_data.few"}
     assert {dataset.name for dataset in datasets} == names
     chats = load_mixture(folder / "out", "My_data_chat", "train", "generative", "x")
     assert [dataset.name for dataset in chats] == ["My_data.talk"]
@@ -91,6 +94,12 @@ def test_a_dataset_too_small_to_hold_anything_out_is_whole_in_training(folder):
     held_out = load_mixture(folder / "out", "My_data_embedding", "held_out", "embedding", "x")
     assert "My_data.tiny" not in {dataset.name for dataset in held_out}
     assert len(PreparedDataset(folder / "out", "My_data.tiny", "train")) == 1
+
+
+def test_a_line_that_would_be_held_out_and_cannot_be_used_counts_among_all_of_the_file(folder):
+    """Of the few lines that are held out of a small file, one may be a tenth or all."""
+    manifest = PreparedDataset(folder / "out", "My_data.few", "train").manifest
+    assert manifest.rejected_lines == {"not a JSON object": ["few.jsonl:21"]}
 
 
 def test_plain_strings_are_texts_without_instruction(folder):
