@@ -78,12 +78,15 @@ def prepare_mixtures(
     processes = processes or len(os.sched_getaffinity(0))
     mixtures = _declare(names, modules, held_out, seed)
     jobs = _jobs(mixtures, output, tokenizer, options)
-    with _workplace(output) as incomplete:
-        keep_tokenizer(tokenizer, output)
-        pending = [job for job in jobs if _is_to_do(job, redo)]
-        if pending:
-            with _pool(pending, tokenizer, options, incomplete, processes) as pool:
-                _run(pending, pool, incomplete, max_rejected, processes)
+    try:
+        with _workplace(output) as incomplete:
+            keep_tokenizer(tokenizer, output)
+            pending = [job for job in jobs if _is_to_do(job, redo)]
+            if pending:
+                with _pool(pending, tokenizer, options, incomplete, processes) as pool:
+                    _run(pending, pool, incomplete, max_rejected, processes)
+    except OSError as error:  # A disk that is full, a folder that may not be written to.
+        raise PreparedDataError(f"{output} cannot be written: {error}") from None
     failed = {job.name: job.error for job in jobs if job.error is not None}
     for mixture in mixtures:
         if not failed.keys() & {task.name for task in mixture.tasks}:
@@ -209,8 +212,6 @@ def _pool(
         for process in multiprocessing.active_children():
             process.terminate()
         raise
-    except OSError as error:  # A disk that is full, a folder that may not be written to.
-        raise PreparedDataError(f"cannot be written: {error}") from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -38,14 +38,21 @@ class Part:
 
 
 def write_part(folder: Path, number: int, examples: Sequence[Example]) -> Part:
-    """Writes one shard and returns what to remember of it."""
+    """Writes one shard and returns what to remember of it.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shard = SHARD_NAME.format(number)
-    # Groups of one record: each read decompresses what it asked for and no more.
-    writer = array_record_module.ArrayRecordWriter(str(folder / shard), "group_size:1")
-    for example in examples:
-        writer.write(to_bytes(example))
-    writer.close()
+    try:
+        # Groups of one record: each read decompresses what it asked for and no more.
+        writer = array_record_module.ArrayRecordWriter(str(folder / shard), "group_size:1")
+        for example in examples:
+            writer.write(to_bytes(example))
+        writer.close()
+    except RuntimeError as error:  # Its word for a disk that is full, among others.
+        raise OSError(str(error)) from None
     unread = [len(text) - np.count_nonzero(text.mask) for e in examples for text in e.texts]
     return Part(shard, Lengths.of(examples), np.array(unread, np.int32))
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from command_line import ROOT, assert_fails_in_one_line, grit_jax, run_python
+from command_line import COMMAND, ROOT, assert_fails_in_one_line, grit_jax, run_python
 from etils import epath
 import numpy as np
 from prepared_data import write_prepared
@@ -215,6 +215,38 @@ def test_an_interrupted_write_leaves_what_was_there_before_and_no_more(tmp_path,
     write(tmp_path, 5)
     assert len(PreparedDataset(tmp_path, "chats", "train")) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["chats"]
+
+
+def with_full_disk(script, num_bytes):
+    """Returns a script that may write files of so many bytes; Python ignores the signal."""
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
+    return f"import resource; {limit}; {script}"
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_in_one_line(project, tmp_path):
+    arguments = ("prepare", "pairs.jsonl", "--output", tmp_path / "out")
+    finished = run_python(with_full_disk(COMMAND[-1], 100_000), *arguments, cwd=project)
+    assert_fails_in_one_line(finished, f"{tmp_path}/out cannot be written", "File too large")
+
+
+WRITE_PART = """
+from pathlib import Path
+import numpy as np
+from grit_jax.data.examples import ChatExample, Text
+from grit_jax.data.writing import write_part
+
+tokens = np.random.default_rng(0).integers(2**16, size=10_000).astype(np.int32)
+try:
+    write_part(Path("shards"), 0, [ChatExample(Text(tokens, tokens > 0))])
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_shard_for_which_the_disk_has_no_room_is_an_error_of_the_system(tmp_path):
+    finished = run_python(with_full_disk(WRITE_PART, 10_000), cwd=tmp_path)
+    assert "File too large; writing shards/examples-00000" in finished.stdout, finished.stderr
 
 
 def test_on_a_bucket_a_dataset_is_copied_with_its_manifest_last(tmp_path, monkeypatch):
