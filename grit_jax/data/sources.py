@@ -51,8 +51,11 @@ class Source:
         if self.plan.files is not None:
             return describe_files(self.plan.files)
         source = self.task.source
+        shown = repr(source)
+        if isinstance(source, seqio.TfdsDataSource):  # It leaves out which parts of splits it is.
+            shown += repr(source.tfds_dataset)
         described: dict[str, Any] = {
-            "source": re.sub(r" at 0x[0-9a-f]+", "", repr(source)),
+            "source": re.sub(r" at 0x[0-9a-f]+", "", shown),
             "functions": describe_functions([v for v in vars(source).values() if callable(v)]),
             "preprocessors": describe_functions(self.task.preprocessors),
         }
