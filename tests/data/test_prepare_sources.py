@@ -553,8 +553,8 @@ def test_any_seqio_source_is_prepared_a_tfds_dataset_among_them(tmp_path):
     assert prepare(*arguments, cwd=tmp_path).count("there already") == 3
     with (tmp_path / "questions.py").open("a") as file:
         file.write("# A change.\n")
-    module = (tmp_path / "questions.py").read_text()
-    (tmp_path / "questions.py").write_text(module.replace('"train": "train"', '"train": "train[:4]"'))
+    module = (tmp_path / "questions.py").read_text().replace('"train",', '"train[:4]",')
+    (tmp_path / "questions.py").write_text(module)
     report = prepare(*arguments, cwd=tmp_path)
     assert "numbers: made again (changed source)" in report
     assert "questions: made again (changed source)" in report
