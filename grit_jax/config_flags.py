@@ -27,6 +27,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
     flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
     line = ["train", *argv]
     try:
+        _complete_sizes(config, _architecture(line, config.model.architecture))
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
         rest = values(line)[1:]
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -65,15 +66,22 @@ def _load(path: Path) -> Config:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={path}: its get_config() must return a ConfigDict")
     check_fields(config.to_dict())
-    _complete_sizes(config)
     return config
 
 
-def _complete_sizes(config: Config) -> None:
+def _architecture(line: Sequence[str], of_file: str) -> str:
+    """Returns the architecture that a command line asks for, by default that of the file."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("config.model.architecture", of_file, "", flag_values=values)
+    values(line, known_only=True)
+    return values["config.model.architecture"].value
+
+
+def _complete_sizes(config: Config, architecture: str) -> None:
     """Fills in the architecture's own sizes, so that each can be set on the command line."""
-    if config.model.architecture not in ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         return  # What makes the model says so.
-    config_class, _ = ARCHITECTURES[config.model.architecture]
+    config_class, _ = ARCHITECTURES[architecture]
     with config.unlocked():
         for field in dataclasses.fields(config_class):
             if any(field.name in section for section in (config, config.model, config.model.sizes)):

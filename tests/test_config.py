@@ -14,7 +14,7 @@ from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.from_config import make_batches, make_trainer, model_config, open_pretrained
-from grit_jax.models import config_to_hugging_face
+from grit_jax.models import MixtralConfig, config_to_hugging_face
 from grit_jax.training.optimizer import learning_rate_schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -108,6 +108,16 @@ def test_a_size_that_the_file_leaves_out_can_be_set():
     config = parse(config_flag("gritlm_7b"), *(f"--config.model.sizes.{size}" for size in sizes))
     assert model_config(config).num_hidden_layers == 4
     assert model_config(config).sliding_window == 4096
+
+
+@pytest.mark.parametrize("flag", ["architecture=mixtral", "architecture mixtral"])
+def test_the_sizes_are_those_of_the_architecture_of_the_command_line(flag):
+    argv = f"{config_flag('gritlm_7b')} --config.model.{flag} --config.model.sizes.vocab_size=99"
+    model = model_config(parse(*argv.split(" ")))
+    expected = MixtralConfig()
+    assert isinstance(model, MixtralConfig) and model.vocab_size == 99
+    for size in ("rope_theta", "num_local_experts", "intermediate_size"):
+        assert getattr(model, size) == getattr(expected, size)
 
 
 def test_the_working_directory_can_be_chosen():
