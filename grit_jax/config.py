@@ -170,6 +170,15 @@ def check_fields(config: Mapping[str, Any]) -> None:
     warmup = config["optimizer"]["warmup_fraction"]
     if not 0 <= warmup < 1:
         raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
+    clip_norm, moments = (config["optimizer"][name] for name in ("clip_norm", "moment_dtype"))
+    if clip_norm <= 0:
+        raise ConfigError(
+            f"config.optimizer.clip_norm={clip_norm} must be positive: nothing would be learned"
+        )
+    if moments not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"config.optimizer.moment_dtype={moments!r} must be one of float32, bfloat16"
+        )
     if config["hang_seconds"] < 0:
         raise ConfigError(f"config.hang_seconds={config['hang_seconds']} must not be negative")
     positive = {

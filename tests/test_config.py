@@ -275,6 +275,8 @@ def test_a_section_that_is_a_number_names_itself():
         ("--config.loss.temperature=0", "config.loss.temperature=0"),
         ("--config.optimizer.warmup_fraction=1.5", "config.optimizer.warmup_fraction"),
         ("--config.optimizer.warmup_fraction=-0.1", "config.optimizer.warmup_fraction"),
+        ("--config.optimizer.clip_norm=0", "config.optimizer.clip_norm=0.0 must be positive"),
+        ("--config.optimizer.moment_dtype=int8", "config.optimizer.moment_dtype='int8' must be"),
     ],
 )
 def test_an_impossible_model_loss_or_optimizer_names_its_field(flag, named):
