@@ -90,7 +90,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         return json.loads(content)
     except ValueError as error:  # Cut off, or zeros in the place of what was not yet on the disk.
         raise PreparedDataError(
-            f"{path} is damaged: copy it again, or prepare the dataset again ({error})"
+            f"{path} is damaged: copy it again, or prepare it anew, with --redo ({error})"
         ) from error
 
 
@@ -179,7 +179,7 @@ class PreparedDataset:
                 return Lengths(**arrays)
         except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise PreparedDataError(
-                f"{path} is damaged: copy it again, or prepare the dataset again ({error})"
+                f"{path} is damaged: copy it again, or prepare it anew, with --redo ({error})"
             ) from error
 
     def __len__(self) -> int:

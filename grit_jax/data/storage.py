@@ -71,7 +71,7 @@ def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:
                 ) from error
             if any(word in words for word in DAMAGED):
                 raise PreparedDataError(
-                    f"{path} is damaged: copy it again, or prepare the dataset again ({error})"
+                    f"{path} is damaged: copy it again, or prepare it anew, with --redo ({error})"
                 ) from error
             if wait is None:
                 raise PreparedDataError(
@@ -103,7 +103,7 @@ class Records:
             named = [path for path, found in zip(self._paths, counts, strict=True) if not found]
             raise PreparedDataError(
                 f"{', '.join(named or self._paths)}: {sum(counts)} examples are left of {count}; "
-                "copy the dataset again, or prepare it again"
+                "copy the dataset again, or prepare it anew, with --redo"
             )
         self._starts = [sum(counts[:number]) for number in range(len(counts))]
 
