@@ -170,8 +170,9 @@ def read_ahead(
       start: the first step.
       stop: one past the last step.
       threads: threads that read; nearly all of their work is outside of Python's lock.
-      ahead: batches held ready.
+      ahead: batches held ready, and at least one a thread.
     """
     source = grain.MapDataset.source(_FromStep(batches, start, stop))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    # A thread without a place for its batch would do nothing.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
     return iter(source.to_iter_dataset(options))

@@ -307,6 +307,12 @@ def test_reading_ahead_yields_the_steps_asked_for_in_order(folder, batches, star
     assert ahead == [to_bytes(batches[step]) for step in range(start, stop)]
 
 
+def test_every_thread_that_is_asked_for_reads(folder, batches, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        assert len(list(read_ahead(batches, 0, 3, threads=6))) == 3
+    assert "limit the number of threads" not in caplog.text
+
+
 def test_a_run_on_one_stream_has_no_other(folder):
     only_embedding = make_batches(folder, chat_rates={})[0]
     only_chats = make_batches(folder, rates={})[0]
