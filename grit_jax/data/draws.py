@@ -63,7 +63,8 @@ class MixedStream:
       seed: of every permutation and draw.
 
     Raises:
-      PreparedDataError: a rate is not positive, or a batch would hold an example twice.
+      PreparedDataError: a rate is not positive, or a dataset has fewer examples than its share of
+        a batch.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class MixedStream:
         drawn = self._draw(datasets, turns)
         batches = np.repeat(np.arange(self.window_batches), self.batch_size)
         if self.window_batches > 1:
-            # An epoch keeps to its own places: else a batch might have an example of both.
+            # An epoch keeps to its own places: so only a batch between two may have an example of
+            # both, and not any batch of the window.
             first_epoch = drawn.epochs.min()
             groups = drawn.datasets + len(self.datasets) * (drawn.epochs - first_epoch)
             batches = deal(batches, groups, _lengths_by_stream(drawn.lengths))
