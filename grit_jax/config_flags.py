@@ -74,7 +74,7 @@ def _architecture(line: Sequence[str], of_file: str) -> str:
     values = flags.FlagValues()
     flags.DEFINE_string("config.model.architecture", of_file, "", flag_values=values)
     values(line, known_only=True)
-    return values["config.model.architecture"].value
+    return values["config.model.architecture"].value or of_file
 
 
 def _complete_sizes(config: Config, architecture: str) -> None:
