@@ -67,26 +67,28 @@ class Batches:
         Raises:
           PreparedDataError: a shard of records is missing or damaged; the message names it.
         """
-        return self._read(self.plans[step])
+        return self._read(self.plans[step], self._held)
 
     def empty(self, shape: Shape) -> Batch:
-        """Returns a batch of a shape that holds no text: what a program can be traced with."""
-        return self._read(self.plans.empty(shape))
+        """Returns the whole batch of a shape, without texts: what a program can be traced with."""
+        return self._read(self.plans.empty(shape), range(self._limits.count_multiple))
 
-    def _read(self, plan: Plan) -> Batch:
+    def _read(self, plan: Plan, held: Sequence[int]) -> Batch:
         embedding = chats = None
         if "embedding" in plan.drawn:
-            queries, passages = self._pack(plan, "embedding", ("query", "passage"))
+            queries, passages = self._pack(plan, held, "embedding", ("query", "passage"))
             positives = np.arange(0, passages.num_texts, self._streams["embedding"].group_size)
             contents = self._passage_contents(plan)
             embedding = EmbeddingBatch(queries, passages, positives.astype(np.int32), contents)
         if "generative" in plan.drawn:
-            (chats,) = self._pack(plan, "generative", ("chat",))
+            (chats,) = self._pack(plan, held, "generative", ("chat",))
         return Batch(embedding, chats, np.array(plan.num_tokens, np.int32))
 
-    def _pack(self, plan: Plan, kind: str, names: tuple[str, ...]) -> list[PackedTexts]:
-        """Returns the rows that this host holds of some streams, whose examples are read once."""
-        rows = {name: self._held_rows(plan, name) for name in names}
+    def _pack(
+        self, plan: Plan, held: Sequence[int], kind: str, names: tuple[str, ...]
+    ) -> list[PackedTexts]:
+        """Returns the rows of held shards of some streams, whose examples are read once."""
+        rows = {name: self._held_rows(plan, held, name) for name in names}
         numbers = {name: sorted(itertools.chain.from_iterable(rows[name])) for name in names}
         draws = [plan.streams[name].draws[numbers[name]] for name in names]
         examples = self._read_examples(kind, plan.drawn[kind], np.unique(np.concatenate(draws)))
@@ -102,13 +104,13 @@ class Batches:
             )
         return packed
 
-    def _held_rows(self, plan: Plan, name: str) -> list[list[int]]:
-        """Returns the rows of this host's shards, empty ones too."""
+    def _held_rows(self, plan: Plan, held: Sequence[int], name: str) -> list[list[int]]:
+        """Returns the rows of held shards, empty ones too."""
         count = plan.shape[name].count
         rows = plan.streams[name].rows
         rows = [*rows, *([[]] * (count - len(rows)))]
         size = count // self._limits.count_multiple
-        return [row for shard in self._held for row in rows[shard * size : (shard + 1) * size]]
+        return [row for shard in held for row in rows[shard * size : (shard + 1) * size]]
 
     def _read_examples(
         self, kind: str, drawn: Draws, wanted: np.ndarray

@@ -219,9 +219,10 @@ def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder, monkeypat
     assert len({shape_of(batches[step]) for step in steps}) <= 4
 
 
-def test_an_empty_batch_has_the_shape_and_no_text(batches):
-    for shape in batches.shapes:
-        batch = batches.empty(shape)
+def test_an_empty_batch_has_the_rows_of_all_hosts_and_no_text(folder):
+    host = make_batches(folder, held_shards=[2])
+    for shape in host.shapes:
+        batch = host.empty(shape)
         rows = zip(shape.values(), shape_of(batch), strict=True)
         assert all((each.count, each.length) == found for each, found in rows)
         assert not np.any(batch.embedding.queries.segment_ids)
