@@ -243,11 +243,13 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
       MeshError: it cannot; the message names the model's field and the mesh's.
     """
     if config.remat == "offload":
-        device = mesh.devices.flat[0]
-        if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        # Those of other processes tell of no memory.
+        memories = [m.kind for device in mesh.devices.flat for m in device.addressable_memories()]
+        if HOST_MEMORY not in memories:
             raise MeshError(
                 f"config.model.remat='offload' needs devices with the memory {HOST_MEMORY}, which "
-                f"a {device.platform} has not; 'save_matmuls' saves the same on the device"
+                f"a {mesh.devices.flat[0].platform} has not; 'save_matmuls' saves the same on the "
+                "device"
             )
     split_by = {
         "hidden_size": "fsdp",

@@ -77,10 +77,28 @@ def test_offloading_moves_the_products_to_the_host():
     assert HOST_MEMORY in program.as_text()
 
 
+def mesh_of(*devices):
+    """A mesh of devices, each given by the memories that it tells of."""
+    devices = [
+        types.SimpleNamespace(
+            platform="abacus",
+            addressable_memories=lambda kinds=kinds: [
+                types.SimpleNamespace(kind=kind) for kind in kinds
+            ],
+        )
+        for kinds in devices
+    ]
+    return types.SimpleNamespace(devices=np.array(devices), shape=make_mesh().shape)
+
+
 def test_offloading_needs_a_memory_to_offload_to():
-    memories = [types.SimpleNamespace(kind="device")]
-    device = types.SimpleNamespace(platform="abacus", addressable_memories=lambda: memories)
-    mesh = types.SimpleNamespace(devices=np.array([device]), shape=make_mesh().shape)
+    mesh = mesh_of(["device"])
     check_model_fits_mesh(MistralConfig(**SIZES, remat="save_matmuls"), mesh)
     with pytest.raises(MeshError, match=r"config\.model\.remat='offload'.*abacus"):
         check_model_fits_mesh(MistralConfig(**SIZES, remat="offload"), mesh)
+
+
+def test_offloading_asks_the_devices_of_this_process():
+    # TPUs of other processes, which may come first, tell of no memory.
+    mesh = mesh_of([], ["device", HOST_MEMORY])
+    check_model_fits_mesh(MistralConfig(**SIZES, remat="offload"), mesh)
