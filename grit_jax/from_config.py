@@ -261,6 +261,7 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
 
     Raises:
       PreparedDataError: data is missing or does not fit; the message names it.
+      ConfigError: the best checkpoint is to be kept by what is not measured on them.
     """
     if not config.evaluation.enabled:
         return None
@@ -270,13 +271,19 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
             return []
         return list(load_mixture(config.data.folder, mixture, "held_out", kind, kind))
 
-    return HeldOut(
+    held_out = HeldOut(
         trainer,
         datasets("embedding", config.data.embedding),
         datasets("generative", config.data.generative),
         row_lengths(config),
         config.evaluation.batch_size,
     )
+    best = config.checkpoint.best_metric
+    if best and best not in held_out.names:
+        raise ConfigError(
+            f"config.checkpoint.best_metric={best!r} must be one of {', '.join(held_out.names)}"
+        )
+    return held_out
 
 
 def make_schedule(config: Config) -> optax.Schedule:

@@ -13,7 +13,13 @@ import reference_values
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
-from grit_jax.from_config import make_batches, make_trainer, model_config, open_pretrained
+from grit_jax.from_config import (
+    make_batches,
+    make_held_out,
+    make_trainer,
+    model_config,
+    open_pretrained,
+)
 from grit_jax.models import MixtralConfig, config_to_hugging_face
 from grit_jax.training.optimizer import learning_rate_schedule
 
@@ -417,3 +423,18 @@ def test_data_that_two_tokenizers_made_are_refused(prepared_sample, tmp_path):
     config = parse(TINY, f"--config.data.folder={folder}")
     with pytest.raises(PreparedDataError, match=r"different tokenizers: prepare them again"):
         make_batches(config, make_trainer(config))
+
+
+def test_the_best_checkpoint_is_kept_by_what_is_measured(prepared_sample):
+    def held_out(best):
+        config = parse(
+            TINY,
+            f"--config.data.folder={prepared_sample}",
+            "--config.evaluation.every_steps=50",
+            f"--config.checkpoint.best_metric={best}",
+        )
+        return make_held_out(config, make_trainer(config))
+
+    assert held_out("wordnet_senses/ndcg_at_10") and held_out("perplexity")
+    with pytest.raises(ConfigError, match=r"best_metric='ndcg' must be one of .*, perplexity"):
+        held_out("ndcg")

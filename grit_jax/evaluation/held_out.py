@@ -91,6 +91,11 @@ class HeldOut:
         self._embed = jax.jit(self._embed_batch, out_shardings=whole)
         self._cross_entropy = jax.jit(self._cross_entropy_batch, out_shardings=whole)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of what `measure` returns."""
+        return [*self.chance(), *(["perplexity"] if self._chats else [])]
+
     def measure(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""
         measures = {}
