@@ -303,6 +303,7 @@ def plan(argv: Sequence[str]) -> None:
 
     import jax
 
+    from grit_jax.bucket import BucketError
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.planning.chips import TopologyError, describe_topology, quiet
@@ -328,7 +329,7 @@ def plan(argv: Sequence[str]) -> None:
                 if not arguments.json:
                     show_tried(one)
             found = fastest(tried)
-    except (ConfigError, MeshError, TopologyError) as error:
+    except (BucketError, ConfigError, MeshError, TopologyError) as error:
         fail(f"{type(error).__name__}: {error}")
     if found is None:
         fail("none of them fits: take more chips, or a smaller batch")

@@ -21,7 +21,7 @@ from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.examples import Text
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
-from grit_jax.from_config import make_trainer, row_limits
+from grit_jax.from_config import make_trainer, open_pretrained, row_limits
 from grit_jax.models import MixtralConfig
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, Work, work_of
@@ -93,6 +93,8 @@ class Plan:
 def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Plan:
     """Compiles the step of a configuration for a topology and returns what it takes.
 
+    Of the weights that a run starts from, the sizes are read, and nothing else.
+
     Args:
       config: the configuration.
       topology: the chips.
@@ -100,8 +102,9 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
 
     Raises:
       ConfigError, MeshError: the configuration does not fit the chips; the message names the field.
+      BucketError: the weights are in a bucket that cannot be used.
     """
-    trainer = make_trainer(config, devices=topology.devices)
+    trainer = make_trainer(config, open_pretrained(config), topology.devices)
     batch = typical_batch(config, trainer, tokens)
     started = time.perf_counter()
     compiled, used = _compile(trainer, batch)

@@ -3,11 +3,13 @@
 import json
 
 from command_line import assert_fails_in_one_line, grit_jax
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
+import reference_values
 
 from grit_jax.config import default_config
 from grit_jax.planning import plan as plan_module
@@ -158,6 +160,22 @@ def test_the_step_compiles_for_each_chip(monkeypatch, name, architecture, mesh, 
         # Every matrix is gathered once forward and once backward, in bfloat16; nothing larger.
         gathered = [c for c in plan.collectives if c["kind"] == "all-gather" and c["bytes"] > 1e5]
         assert sum(c["bytes"] * c["times"] for c in gathered) < 2.2 * 2 * count
+
+
+def test_the_weights_that_a_run_starts_from_have_the_say_about_sizes(monkeypatch):
+    monkeypatch.setattr(plan_module, "_compile", lambda *a: (None, 0.0))
+    config = default_config()
+    config.data.embedding_batch_size, config.data.generative_batch_size = 8, 8
+    config.model.weights = str(reference_values.FOLDER / "tiny-mistral")
+    topology = describe_topology("v5e:2x2")
+    whole = make_plan(config, topology, TOKENS)
+    parameters = jax.tree.leaves(nnx.state(reference_values.load_model("mistral"), nnx.Param))
+    least = sum(leaf.nbytes for leaf in parameters) / 4
+    assert least <= whole.parameter_bytes_per_chip < 1.1 * least
+    config.lora.rank = 2
+    adapted = make_plan(config, topology, TOKENS)
+    assert adapted.parameter_bytes_per_chip > whole.parameter_bytes_per_chip
+    assert adapted.optimizer_bytes_per_chip < whole.optimizer_bytes_per_chip / 2
 
 
 def test_the_search_finds_what_fits(monkeypatch):
