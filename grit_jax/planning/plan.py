@@ -137,6 +137,9 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
     """Yields the plans of other meshes, remat policies and numbers of GradCache's chunks.
 
     For each mesh and policy, the fewest chunks that fit are sought, among powers of two.
+
+    Raises:
+      ConfigError, BucketError: see `make_plan`.
     """
     for tensor in (1, 2, 4):
         for remat in ("save_matmuls", "full"):
@@ -147,7 +150,7 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
                 tried.model.remat, tried.grad_cache_chunks = remat, chunks
                 try:
                     plan = make_plan(tried, topology, tokens)
-                except (ConfigError, MeshError):  # A mesh that does not divide the model.
+                except MeshError:  # One that does not divide the model.
                     break
                 yield plan
                 if plan.fits or _state_alone_is_too_large(plan):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference_values
 
-from grit_jax.config import default_config
+from grit_jax.config import ConfigError, default_config
 from grit_jax.planning import plan as plan_module
 from grit_jax.planning.chips import CHIPS, describe_topology, dimensions_spanned
 from grit_jax.planning.plan import fastest, make_plan, search
@@ -217,6 +217,12 @@ def test_the_search_finds_what_fits(monkeypatch):
     best = fastest(plans)
     assert (best.mesh["tensor"], best.remat, best.grad_cache_chunks) == (1, "save_matmuls", 4)
     assert fastest([plan for plan in plans if not plan.fits]) is None
+
+
+def test_the_search_does_not_pass_over_a_mistake():
+    # Nor does it say that nothing fits.
+    with pytest.raises(ConfigError, match=r"config\.data\.chat_row_length=512 is below"):
+        list(search(small_config(), describe_topology("v5e:2x2"), TOKENS | {"chat": 4000}))
 
 
 @pytest.mark.slow
