@@ -9,15 +9,17 @@ from collections.abc import Mapping
 import importlib.metadata
 from pathlib import Path
 import platform
+import secrets
 import socket
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from grit_jax.data.fingerprints import fingerprint
-from grit_jax.processes import ProcessError
+from grit_jax.processes import ProcessError, is_writer
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Bytes of a host's name that are told to the others.
@@ -54,30 +56,59 @@ def _check_devices() -> None:
         )
 
 
+def check_shared(folder: epath.Path) -> None:
+    """Checks that a folder is the same one for all processes; each saves its part of a checkpoint.
+
+    Raises:
+      ProcessError: it is not; the message names the hosts that have another.
+    """
+    # A name that no host has looked for before: a disk over a network remembers what was not there.
+    number = multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32))
+    mark = folder / f".shared-{number}"
+    if is_writer():
+        mark.write_text("")
+    multihost_utils.sync_global_devices("the mark is there")
+    (seen,), names = _of_all([mark.exists()])
+    if is_writer():
+        mark.unlink()
+    if others := [process for process, digest in enumerate(seen) if digest != seen[0]]:
+        raise ProcessError(
+            f"{_named(others, names)} has another folder {folder} than process 0: --workdir must "
+            "be on a file system that all share, or in a bucket"
+        )
+
+
 def _check(facts: Mapping[str, Any]) -> None:
-    digests = np.stack([_digest(value) for value in facts.values()])
-    name = np.zeros(NAME_BYTES, np.uint8)
-    encoded = socket.gethostname().encode()[:NAME_BYTES]
-    name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    # Of all processes: [processes, facts, bytes of a digest] and [processes, bytes of a name].
-    of_all, names = multihost_utils.process_allgather((digests, name))
+    of_all, names = _of_all(list(facts.values()))
     differing = {}
-    for number, fact in enumerate(facts):
-        if unusual := _unusual([digest.tobytes() for digest in of_all[:, number]]):
+    for fact, digests in zip(facts, of_all, strict=True):
+        if unusual := _unusual(digests):
             differing[fact] = unusual
     if not differing:
         return
     processes = sorted({process for unusual in differing.values() for process in unusual})
-    hosts = [
-        f"process {process} on {names[process].tobytes().rstrip(bytes(1)).decode()}"
-        for process in processes
-    ]
     listed = list(differing)[:MOST_LISTED]
     more = f" and {len(differing) - MOST_LISTED} more" if len(differing) > MOST_LISTED else ""
     raise ProcessError(
-        f"{', '.join(hosts)} differs from the other processes in {', '.join(listed)}{more}: start "
-        "all with the same command, code, packages and data"
+        f"{_named(processes, names)} differs from the other processes in "
+        f"{', '.join(listed)}{more}: start all with the same command, code, packages and data"
     )
+
+
+def _of_all(values: list[Any]) -> tuple[list[list[bytes]], list[str]]:
+    """Returns for each value its digests in all processes, and the names of their hosts."""
+    digests = np.stack([_digest(value) for value in values])
+    name = np.zeros(NAME_BYTES, np.uint8)
+    encoded = socket.gethostname().encode()[:NAME_BYTES]
+    name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    # Of all processes: [processes, values, bytes of a digest] and [processes, bytes of a name].
+    of_all, names = multihost_utils.process_allgather((digests, name))
+    by_value = [[digest.tobytes() for digest in of_all[:, n]] for n in range(len(values))]
+    return by_value, [each.tobytes().rstrip(bytes(1)).decode() for each in names]
+
+
+def _named(processes: list[int], names: list[str]) -> str:
+    return ", ".join(f"process {process} on {names[process]}" for process in processes)
 
 
 def _unusual(values: list[bytes]) -> list[int]:

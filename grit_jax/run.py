@@ -9,7 +9,7 @@ from etils import epath
 import jax
 from rich.console import Console
 
-from grit_jax.agreement import check_agreement
+from grit_jax.agreement import check_agreement, check_shared
 from grit_jax.bucket import check_writing, in_bucket
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
@@ -52,7 +52,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     Raises:
       ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
         what is wrong.
-      ProcessError: the processes of the run were not started alike.
+      ProcessError: the processes of the run were not started alike, or share no `workdir`.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
@@ -67,6 +67,8 @@ def run(config: Config, workdir: epath.Path) -> None:
         check_agreement(what_all_share(config, batches, pretrained))
     check_writing(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() > 1:
+        check_shared(workdir)
 
     with (
         _compiled_programs(workdir / "compiled"),

@@ -12,11 +12,14 @@ import pytest
 
 SCRIPT = """
 import json, sys
-from grit_jax.agreement import check_agreement
+from etils import epath
+from grit_jax.agreement import check_agreement, check_shared
 from grit_jax.processes import ProcessError, connect
 connect()
 try:
     check_agreement(json.loads(sys.argv[1]))
+    for folder in sys.argv[2:]:
+        check_shared(epath.Path(folder))
     print("agreed")
 except ProcessError as error:
     print(error)
@@ -24,14 +27,14 @@ except ProcessError as error:
 FACTS = ['{"config.seed": 0, "config.steps": 10}'] * 3
 
 
-def run_processes(facts, devices=(1, 1, 1), sources=(ROOT, ROOT, ROOT)):
+def run_processes(facts, devices=(1, 1, 1), sources=(ROOT, ROOT, ROOT), folders=((), (), ())):
     """Returns what each of three processes prints."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, facts[number]],
+            [sys.executable, "-c", SCRIPT, facts[number], *folders[number]],
             env=os.environ
             | {
                 "JAX_COORDINATOR_ADDRESS": address,
@@ -52,8 +55,18 @@ def run_processes(facts, devices=(1, 1, 1), sources=(ROOT, ROOT, ROOT)):
 
 
 @pytest.mark.slow
-def test_processes_that_are_alike_agree():
-    assert run_processes(FACTS) == ["agreed"] * 3
+def test_processes_that_are_alike_agree(tmp_path):
+    assert run_processes(FACTS, folders=[[tmp_path]] * 3) == ["agreed"] * 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_whose_folder_is_another_is_named(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    messages = run_processes(FACTS, folders=[[tmp_path], [tmp_path], [own]])
+    for message, folder in zip(messages, [tmp_path, tmp_path, own], strict=True):
+        assert f"process 2 on {socket.gethostname()} has another folder {folder}" in message
 
 
 @pytest.mark.slow
