@@ -163,6 +163,8 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
         settings["embedding_projection_size"] = projection
     try:
         settings["lora"] = _lora_config(config, pretrained)
+        if misplaced := ", ".join(sorted(settings.keys() & sizes.keys())):
+            raise ConfigError(f"config.model.sizes.{misplaced}: a field outside of sizes sets it")
         if pretrained is None:
             return make_config(config.model.architecture, **sizes, **settings)
         _check_sizes(sizes, pretrained)
