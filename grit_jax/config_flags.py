@@ -86,7 +86,7 @@ def _complete_sizes(config: Config, architecture: str) -> None:
         for field in dataclasses.fields(config_class):
             if any(field.name in section for section in (config, config.model, config.model.sizes)):
                 continue
-            unset = field.default is None  # Only the sliding window may be.
+            unset = field.default is None  # The sliding window, and the type of int8 weights.
             config.model.sizes[field.name] = placeholder(int) if unset else field.default
 
 
