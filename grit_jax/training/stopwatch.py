@@ -50,7 +50,7 @@ class Stopwatch:
     Args:
       every_steps: n.
       stop: the last step, which is reported in any case.
-      learning_rate: learning rate of a step.
+      learning_rate: learning rate by the number of steps before that were not skipped.
       receivers: called with the step and its metrics as numbers.
       goodput: told of the seconds in steps.
       peak_flops: operations a second of all devices, for the model's FLOPs utilization ("mfu");
@@ -98,7 +98,9 @@ class Stopwatch:
             del metrics[name]
         elapsed = time.perf_counter() - self._since
         seconds = elapsed - self._paused - self._sums["compile_seconds"]
-        metrics["learning_rate"] = float(self._learning_rate(report.step - 1))
+        # A step that is skipped does not move the schedule on.
+        moved = report.step - 1 - int(metrics.get("steps_skipped", 0))
+        metrics["learning_rate"] = float(self._learning_rate(moved))
         metrics["step_seconds"] = seconds / self._steps
         metrics["tokens_per_second"] = self._sums["tokens"] / seconds
         metrics["data_wait_fraction"] = self._sums["data_wait_seconds"] / seconds

@@ -3,6 +3,7 @@
 import time
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 from grit_jax.training.loop import StepReport
@@ -50,6 +51,22 @@ def test_compiling_and_pauses_are_no_steps(clock):
     assert first["goodput"] == 4 / 21 and first["wall_seconds"] == 21
     assert second["goodput"] == 8 / 30
     assert not {"data_wait_seconds", "compile_seconds", "useful_flops"} & first.keys()
+
+
+def test_skipped_steps_do_not_lower_the_learning_rate(clock):
+    # As the optimizer's schedule counts.
+    optimizer = optax.apply_if_finite(optax.scale_by_schedule(lambda count: 1.0 - count / 10), 9)
+    state, lines = optimizer.init(jnp.ones(())), []
+    stopwatch = Stopwatch(
+        1, 4, lambda count: 1.0 - count / 10, [lambda _, line: lines.append(line)], Goodput([])
+    )
+    for step, gradient in enumerate((1.0, jnp.nan, jnp.nan, 1.0), start=1):
+        clock.now += 1
+        update, state = optimizer.update(jnp.float32(gradient), state)
+        last = report(step)
+        last.metrics["steps_skipped"] = state.total_notfinite
+        stopwatch(last)
+    assert lines[-1]["learning_rate"] == pytest.approx(float(update)) == pytest.approx(0.9)
 
 
 def test_goodput_goes_on_where_the_kept_steps_end(clock):
