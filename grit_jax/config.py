@@ -173,7 +173,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
     clip_norm, moments = (config["optimizer"][name] for name in ("clip_norm", "moment_dtype"))
     if clip_norm <= 0:
         raise ConfigError(
-            f"config.optimizer.clip_norm={clip_norm} must be positive: nothing would be learned"
+            f"config.optimizer.clip_norm={clip_norm} must be positive: a large one, such as 1e9, "
+            "clips nothing"
         )
     if moments not in ("float32", "bfloat16"):
         raise ConfigError(
@@ -181,12 +182,6 @@ def check_fields(config: Mapping[str, Any]) -> None:
         )
     if config["hang_seconds"] < 0:
         raise ConfigError(f"config.hang_seconds={config['hang_seconds']} must not be negative")
-    clip_norm = config["optimizer"]["clip_norm"]
-    if clip_norm <= 0:
-        raise ConfigError(
-            f"config.optimizer.clip_norm={clip_norm} must be positive: a large one, such as 1e9, "
-            "clips nothing"
-        )
     positive = {
         "": ("steps", "log_every_steps", "grad_cache_chunks"),
         "data": (

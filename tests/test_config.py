@@ -146,7 +146,6 @@ def test_the_working_directory_can_be_chosen():
         ([TINY, "--config.stepss=1"], "stepss"),
         ([TINY, "--config.grad_cache_chunks=0"], "config.grad_cache_chunks=0"),
         ([TINY, "--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate=nan"),
-        ([TINY, "--config.optimizer.clip_norm=0"], "config.optimizer.clip_norm=0.0 must be posi"),
         ([TINY, "--config.loss.temperature=inf"], "config.loss.temperature=inf"),
         ([TINY, "--workdirr=x"], "workdirr"),
         ([TINY, "stray"], "stray"),
