@@ -19,11 +19,13 @@ from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.data.batches import Batches
 from grit_jax.data.draws import HomogeneousStream, MixedStream, Stream
-from grit_jax.data.kept_tokenizer import kept_files
+from grit_jax.data.kept_tokenizer import kept_files, kept_tokenizer
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
 from grit_jax.data.schedule import stable_seed
 from grit_jax.data.shapes import RowLimits
+from grit_jax.data.tokenizer import TokenizerError, tokenizer_in
 from grit_jax.evaluation.held_out import HeldOut
+from grit_jax.inference.inputs import find_tokenizer
 from grit_jax.models import (
     ARCHITECTURES,
     AttentionError,
@@ -49,6 +51,8 @@ MODEL_SETTINGS = (
     "attention_implementation",
     "splash_block_size",
 )
+# Two tokenizers that make the same tokens of it are taken for one in two formats.
+SAMPLE_TEXT = "What 3 words mean, in 2026: na\u00efve, \u0441\u043b\u043e\u0432\u043e, \u8a9e."
 
 
 def make_checkpoints(
@@ -348,6 +352,29 @@ def _check_tokenizers(datasets: Sequence[PreparedDataset]) -> None:
                 f"{first.folder} and {other.folder} were made with different tokenizers: prepare "
                 "them again with the same --tokenizer"
             )
+
+
+def check_tokenizer(batches: Batches, pretrained: Model | None) -> None:
+    """Checks that the data's tokens are those of the tokenizer that lies beside given weights.
+
+    Where there is none, or one that cannot be read here, nothing is compared.
+
+    Raises:
+      PreparedDataError: the two make other tokens of the same text.
+    """
+    if pretrained is None:
+        return
+    try:
+        path = tokenizer_in(pretrained.tokenizer_folder)
+        own = find_tokenizer(pretrained, path) if path else None
+        used = kept_tokenizer(batches.datasets[0])
+    except (ConversionError, FileNotFoundError, TokenizerError):
+        return
+    if own is not None and own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
+        raise PreparedDataError(
+            f"{batches.datasets[0].folder} was prepared with another tokenizer than {path}, which "
+            f"the weights were trained with: prepare it again with --tokenizer {path}"
+        )
 
 
 def check_attention(trainer: Trainer, batches: Batches) -> None:

@@ -19,6 +19,7 @@ from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.table import result_table
 from grit_jax.from_config import (
     check_attention,
+    check_tokenizer,
     make_batches,
     make_checkpoints,
     make_held_out,
@@ -61,6 +62,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
+    check_tokenizer(batches, pretrained)
     check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
     if jax.process_count() > 1:

@@ -9,11 +9,14 @@ import jax
 import numpy as np
 import pytest
 import reference_values
+from tokenizer_files import write_tokenizer
 
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
+from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.from_config import (
+    check_tokenizer,
     make_batches,
     make_held_out,
     make_trainer,
@@ -422,6 +425,26 @@ def test_data_that_two_tokenizers_made_are_refused(prepared_sample, tmp_path):
     config = parse(TINY, f"--config.data.folder={folder}")
     with pytest.raises(PreparedDataError, match=r"different tokenizers: prepare them again"):
         make_batches(config, make_trainer(config))
+
+
+def test_data_of_another_tokenizer_than_the_weights_have_are_refused(prepared_sample, tmp_path):
+    folder = shutil.copytree(TINY_MODELS / "tiny-mistral", tmp_path / "model")
+    config = parse(TINY, f"--config.data.folder={prepared_sample}")
+    batches = make_batches(config, make_trainer(config))
+    config.model.weights = str(folder)
+    pretrained = open_pretrained(config)
+    check_tokenizer(batches, None)
+    check_tokenizer(batches, pretrained)  # It has none.
+    path = write_tokenizer(folder, "smollm", size=300)
+    with pytest.raises(PreparedDataError, match=rf"again with --tokenizer {path}"):
+        check_tokenizer(batches, pretrained)
+    path.write_text("{}")
+    check_tokenizer(batches, pretrained)  # It cannot be read.
+
+    pretrained.config = dataclasses.replace(pretrained.config, vocab_size=32_000)
+    for name, content in Tokenizer().files.items():
+        (folder / name).write_bytes(content)
+    check_tokenizer(batches, pretrained)
 
 
 def test_the_best_checkpoint_is_kept_by_what_is_measured(prepared_sample):
