@@ -114,7 +114,7 @@ follow() {
       OUTCOME=stopped && return
     elif [[ $state != ACTIVE ]]; then
       OUTCOME=lost WHY=": its nodes are gone ($state)" && return
-    elif [[ -n $ended ]] && ((SECONDS - ended >= SETTLE_SECONDS)); then
+    elif [[ -n $ended ]] && ((ENDED > 0 && SECONDS - ended >= SETTLE_SECONDS)); then
       OUTCOME=$(verdict) WHY=" with the exit codes ${CODES//$'\n'/, }"
       # Nodes that are taken away may bring down the run before they are seen to be gone.
       [[ $OUTCOME != failed ]] || is_whole || OUTCOME=lost
@@ -154,7 +154,7 @@ read_launch() {
   OLDEST_LOG=$(awk '/\.log$/ { print $2 }' <<<"$listing" | sort | head -n 1)
   CODES=""
   if grep -q '\.exit_code$' <<<"$listing"; then
-    CODES=$(gcloud storage cat "$LAUNCH/*.exit_code" 2>/dev/null) || true
+    CODES=$(gcloud storage cat "$LAUNCH/*.exit_code" 2>/dev/null) || CODES=""
   fi
   ENDED=$(wc -w <<<"$CODES")
 }

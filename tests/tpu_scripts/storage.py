@@ -40,9 +40,11 @@ def copy(arguments: argparse.Namespace) -> None:
 
 
 def cat(arguments: argparse.Namespace) -> None:
-    with cloud() as state:
-        is_lost = state["cat_failures"] > 0 and arguments.url.endswith(".exit_code")
-        state["cat_failures"] -= is_lost
+    is_lost = False
+    if arguments.url.endswith("*.exit_code"):
+        with cloud() as state:
+            is_lost = state["cats"] in range(*state["cat_failures"])
+            state["cats"] += 1
     if is_lost:
         fail("storage.cat", "HTTPError 503: We encountered an internal error. Please try again.")
     for path in matches(arguments.url):

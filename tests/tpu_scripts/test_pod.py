@@ -81,11 +81,12 @@ def test_lost_worker_is_started_again_on_the_same_nodes(pod):
 
 
 @pytest.mark.slow
-def test_error_of_the_user_is_shown_and_not_repeated(pod):
-    """Even if the exit codes cannot be read at first."""
-    pod.change_cloud(cat_failures=2)
+@pytest.mark.parametrize("unread", [(0, 2), (2, 16)])
+def test_error_of_the_user_is_shown_and_not_repeated(pod, unread):
+    """Even if the exit codes cannot be read at first, or when they are to be judged."""
+    pod.change_cloud(cat_failures=unread)
     pod.plan("user error")
-    output = pod("watch", code=1)
+    output = pod("watch", code=1, SETTLE_SECONDS="1", SILENT_SECONDS="120")
     assert "ConfigError: config.mode is wrong" in output
     assert "the run failed with the exit codes 2, 2" in output
     assert pod.count("create") == 1
