@@ -82,7 +82,8 @@ do_create() {
 
 do_setup() {
   remind_of_nodes
-  setup_workers
+  install_on_workers
+  count_devices
 }
 
 do_launch() {

@@ -94,8 +94,9 @@ make_ready() {
     NONE) create_pod ;;
     *) wait_for_nodes ;;
   esac
-  setup_workers
-  [[ -z $is_used ]] || stop_run
+  install_on_workers
+  [[ -z $is_used ]] || stop_run # What is left of a run would keep its TPU.
+  count_devices
 }
 
 # Waits until the launch has an outcome.

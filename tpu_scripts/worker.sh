@@ -57,6 +57,8 @@ make_environment() {
 }
 
 check() {
+  # Another process does not get a TPU that is in use, and JAX ends a run that it tries to join.
+  ! is_going_on || fail "a run is going on, which has the TPU: tpu_scripts/pod.sh stop"
   cd "$CODE"
   .venv/bin/python tpu_scripts/check_devices.py "$1"
 }

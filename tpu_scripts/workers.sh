@@ -33,7 +33,7 @@ choose_commit() {
     fail "CONFIG=$CONFIG is not in the commit $COMMIT: git add it, and commit"
 }
 
-setup_workers() {
+install_on_workers() {
   [[ -n ${COMMIT:-} ]] || choose_commit
   local archive="${TMPDIR:-/tmp}/grit-jax-$COMMIT.tar.gz" code="$FOLDER/code/$COMMIT.tar.gz"
   run git archive --format=tar.gz --output="$archive" "$COMMIT"
@@ -43,6 +43,9 @@ setup_workers() {
   command="mkdir -p $place && gcloud storage cat $code | tar -xzf - -C $place &&"
   command+=" bash $place/tpu_scripts/worker.sh setup $COMMIT$(quoted ${WEIGHTS:+"$WEIGHTS"})"
   on_workers "$command" || fail_setup "could not be installed"
+}
+
+count_devices() {
   on_workers "bash $WORKER check $DEVICES" || fail_setup "does not find its $DEVICES devices"
   say "$NAME: $COMMIT is installed on all workers, with $DEVICES devices together"
 }

@@ -53,7 +53,8 @@ def test_each_verb_alone_on_two_slices(pod):
     workers = ["run-0-w-0", "run-0-w-1", "run-1-w-0", "run-1-w-1"]
     for worker in workers:
         wait_for(pod.cloud / f"training-{worker}")
-    assert "a run is going on" in pod("launch", code=2)
+    for verb in ("launch", "setup"):
+        assert "a run is going on" in pod(verb, code=2)
     status = pod("status")
     assert "queued resource run: ACTIVE" in status and "node run-1: READY" in status
     assert all(f"{worker}: training" in status for worker in workers)
