@@ -5,12 +5,17 @@ WORKER="grit-jax/code/tpu_scripts/worker.sh"
 
 # Runs a command on all workers. Exit code 255 is that of ssh: a worker was not reached.
 on_workers() {
-  local attempt code=0
+  local attempt code
   for attempt in 1 2 3; do
+    code=0
     # Some commands wait for each other, so that no worker may be left for a second batch.
-    tpus queued-resources ssh "$NAME" --node=all --worker=all --batch-size=all --quiet \
-      ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$1" && return
-    code=$?
+    {
+      tpus queued-resources ssh "$NAME" --node=all --worker=all --batch-size=all --quiet \
+        ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$1" 2>&1 >&4 | tee "$SCRATCH/ssh" >&2
+    } 4>&1 || code=$?
+    # Of a node that it cannot prepare, gcloud only says so: it goes on without it, and ends with 0.
+    ! grep -q 'Could not prepare all' "$SCRATCH/ssh" || code=255
+    ((code)) || return 0
     ((code == 255)) || return "$code"
     ((attempt == 3)) || sleep "$POLL_SECONDS"
   done

@@ -107,9 +107,12 @@ def ssh(arguments: argparse.Namespace) -> None:
         resource = state["queued_resources"].get(arguments.name)
         if resource is None:
             fail(command, f"NOT_FOUND: Resource '{arguments.name}' was not found")
-        nodes = resource["nodes"]
-        if any(state["nodes"].get(name, {}).get("state") != "READY" for name in nodes):
-            fail(command, "The TPU is in state PREEMPTED, and cannot be used")
+        nodes = [
+            name for name in resource["nodes"] if state["nodes"].get(name) == {"state": "READY"}
+        ]
+        if len(nodes) < (count := len(resource["nodes"])):  # This alone is no error of gcloud's.
+            warning = f"Could not prepare all {count} nodes, attempting to ssh into the rest."
+            print(f"WARNING: {warning}", file=sys.stderr)
         is_lost = state["ssh_failures"] > 0
         state["ssh_failures"] -= is_lost
     names = [f"{node}-w-{number}" for node in nodes for number in range(WORKERS_OF_A_NODE)]

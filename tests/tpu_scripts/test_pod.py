@@ -174,6 +174,20 @@ def test_ssh_that_is_lost(pod):
     pod.assert_nothing_is_left()
 
 
+@pytest.mark.slow
+def test_node_that_gcloud_goes_on_without(pod):
+    pod.set(NUM_SLICES="2")
+    pod.change_cloud(devices=32)
+    pod("create")
+    pod("setup")
+    nodes = pod.state()["nodes"]
+    for gone in ({"run-1"}, {"run-0", "run-1"}):
+        pod.change_cloud(nodes=nodes | {name: {"state": "PREEMPTED"} for name in gone})
+        for verb in ("setup", "launch", "stop"):
+            assert "ssh does not reach all workers of run" in pod(verb, code=75)
+    pod.change_cloud(nodes=nodes)
+
+
 def test_devices_that_are_missing(pod):
     pod("create")
     pod.change_cloud(devices=12)
