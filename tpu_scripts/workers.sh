@@ -42,7 +42,7 @@ install_on_workers() {
   [[ -n ${COMMIT:-} ]] || choose_commit
   local archive="${TMPDIR:-/tmp}/grit-jax-$COMMIT.tar.gz" code="$FOLDER/code/$COMMIT.tar.gz"
   run git archive --format=tar.gz --output="$archive" "$COMMIT"
-  run gcloud storage cp --quiet "$archive" "$code" 2>"$SCRATCH/errors" || fail_bucket
+  run gcloud storage cp --quiet "$archive" "$code" 2>"$SCRATCH/errors" || fail_bucket "written to"
   run rm "$archive"
   local place="grit-jax/$COMMIT" command
   command="mkdir -p $place && gcloud storage cat $code | tar -xzf - -C $place &&"
@@ -56,7 +56,7 @@ count_devices() {
 }
 
 fail_bucket() {
-  fail "the bucket gs://$BUCKET cannot be written to: docs/pods.md, 'The bucket'. $(last_error)"
+  fail "the bucket gs://$BUCKET cannot be $1: docs/pods.md, 'The bucket'. $(last_error)"
 }
 
 fail_setup() {
@@ -75,9 +75,11 @@ new_launch() {
   answer "$FOLDER/launches/$(date -u +%Y%m%dT%H%M%SZ)"
 }
 
+# Prints the newest launch, or nothing if there is none yet.
 newest_launch() {
   local found
-  found=$(run gcloud storage ls "$FOLDER/launches/" 2>/dev/null | sort | tail -n 1) || true
+  found=$(run gcloud storage ls "$FOLDER/launches/" 2>"$SCRATCH/errors" | sort | tail -n 1) ||
+    grep -q "matched no objects" "$SCRATCH/errors" || fail_bucket read
   answer "${found%/}"
 }
 
@@ -107,10 +109,14 @@ stop_run() {
 # So that a watch, wherever it is, does not start the run again. No bucket keeps nodes from being
 # deleted.
 mark_as_stopped() {
+  (mark_newest_launch) || say "a watch elsewhere is not told: end it, or it starts the run again"
+}
+
+mark_newest_launch() {
   local launch
-  launch=$(newest_launch)
-  [[ -n $DRY_RUN ]] && launch="$FOLDER/launches/NEWEST"
-  [[ -z $launch ]] || (put_text stopped "$launch/stopped") || say "a watch elsewhere is not told"
+  launch=$(newest_launch) || exit
+  [[ -z $DRY_RUN ]] || launch="$FOLDER/launches/NEWEST"
+  [[ -z $launch ]] || put_text stopped "$launch/stopped"
 }
 
 # Writes one line to an object.
@@ -118,7 +124,7 @@ put_text() {
   if [[ -n $DRY_RUN ]]; then
     answer "echo $1 | $(print_command gcloud storage cp - "$2")" >&3
   else
-    answer "$1" | gcloud storage cp --quiet - "$2" 2>"$SCRATCH/errors" || fail_bucket
+    answer "$1" | gcloud storage cp --quiet - "$2" 2>"$SCRATCH/errors" || fail_bucket "written to"
   fi
 }
 

@@ -203,8 +203,16 @@ def test_launch_before_setup_and_code_that_has_changed(pod):
 
 def test_bucket_that_is_not_there(pod):
     pod.set(BUCKET="elsewhere")
-    assert "the bucket gs://elsewhere cannot be written to" in pod("watch", code=2)
+    assert "the bucket gs://elsewhere cannot be read" in pod("watch", code=2)
+    assert "the bucket gs://elsewhere cannot be written to" in pod("launch", code=2)
     assert pod.count("create") == 0
+
+
+def test_bucket_that_cannot_be_read_keeps_no_node(pod):
+    pod("create")
+    pod.set(BUCKET="elsewhere")
+    assert "a watch elsewhere is not told" in pod("delete")
+    pod.assert_nothing_is_left()
 
 
 def test_bucket_that_cannot_be_written_to_keeps_no_node(pod):
