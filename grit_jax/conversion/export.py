@@ -68,7 +68,9 @@ def write_hugging_face(
         write_sentence_transformers(unfinished, model.config, **embedding)
         stored = write_weights(model, unfinished, dtype, shard_bytes)
         fields = model.fields | {"torch_dtype": stored, EMBEDDING: embedding}
+        fields["architectures"] = [f"{model.fields['model_type'].capitalize()}ForCausalLM"]
         fields.pop("dtype", None)  # Its newer name, which would win, has the source's type.
+        fields.pop("auto_map", None)  # Code that is not in the folder, nor needed.
         write_json(unfinished / "config.json", fields)
         ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", ends)

@@ -116,6 +116,24 @@ def test_transformers_reads_an_export_in_the_type_that_it_was_given(saved_models
     assert str(AutoConfig.from_pretrained(tmp_path / "exported").dtype) == "torch.float32"
 
 
+def test_an_export_needs_no_code_of_its_source(saved_models, tmp_path):
+    """GritLM 7B brings code of its own, and embedding models are saved as if without a head."""
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(saved_models["mistral"], source)
+    fields = json.loads((source / "config.json").read_text())
+    fields |= {
+        "architectures": ["MistralModel"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_gritlm7b.MistralForCausalLM"},
+    }
+    (source / "config.json").write_text(json.dumps(fields))
+    write_hugging_face(open_model(source), tmp_path / "exported")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["architectures"] == [type(theirs).__name__]
+
+
 @pytest.mark.slow
 def test_transformers_tokenizes_and_templates_as_the_original(exported):
     from transformers import AutoTokenizer
