@@ -37,7 +37,7 @@ class HuggingFaceModel:
 
     def __init__(self, folder: Path, head: str | Path | None = None):
         self.folder = self.tokenizer_folder = folder
-        self.fields = read_json(folder / "config.json")
+        self.fields: dict[str, Any] = read_json(folder / "config.json") | _end_tokens(folder)
         self._weights = SafetensorsFolder(folder)
         self._base: SafetensorsFolder | None = None
         self._choose_head(head)
@@ -121,6 +121,13 @@ class HuggingFaceModel:
                     f"{source.path(name)}: {name} is of type {source.dtype(name)}; a model's "
                     f"tensors must be of one of {', '.join(TYPES)}, the same in all layers"
                 )
+
+
+def _end_tokens(folder: Path) -> dict[str, Any]:
+    """Returns the field that says what ends an answer where it has a file, which may say more."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    return {name: value for name, value in generation.items() if name == "eos_token_id"}
 
 
 def load_by_parts(model: Any, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from etils import epath
 import numpy as np
 
 from grit_jax.bucket import in_bucket
-from grit_jax.conversion import ConversionError, HuggingFaceModel, Model
+from grit_jax.conversion import ConversionError, Model
 from grit_jax.conversion.companion_files import copy_tokenizer
-from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.data.examples import Text
 from grit_jax.data.tokenizer import MISTRAL, Tokenizer, tokenizer_in
 
@@ -72,15 +71,8 @@ def _on_disk(path: os.PathLike | str) -> Iterator[os.PathLike | str]:
 
 
 def find_end_tokens(stored: Model) -> list[int] | None:
-    """Returns the tokens that end an answer of the model, None where that is not said.
-
-    A Hugging Face folder says it in `generation_config.json`, or else in `config.json`.
-    """
-    generation: dict[str, Any] = {}
-    if isinstance(stored, HuggingFaceModel):
-        path = stored.folder / "generation_config.json"
-        generation = read_json(path) if path.is_file() else {}
-    end = generation.get("eos_token_id", stored.fields.get("eos_token_id"))
+    """Returns the tokens that end an answer of the model, None where that is not said."""
+    end = stored.fields.get("eos_token_id")
     return [end] if isinstance(end, int) else end
 
 

@@ -21,6 +21,7 @@ from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.data.examples import chat_text
 from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.inputs import find_end_tokens
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import Checkpoints, Retention
@@ -132,6 +133,19 @@ def test_an_export_needs_no_code_of_its_source(saved_models, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     written = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert written["architectures"] == [type(theirs).__name__]
+
+
+def test_what_ends_an_answer_goes_with_the_weights(saved_models, tmp_path):
+    """Llama 3's chat models end a turn with a token that config.json may not have."""
+    source = tmp_path / "source"
+    shutil.copytree(saved_models["llama"], source)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    write_orbax(HuggingFaceModel(source), tmp_path / "orbax")
+    write_hugging_face(open_model(tmp_path / "orbax"), tmp_path / "exported")
+    for folder in (source, tmp_path / "orbax", tmp_path / "exported"):
+        assert find_end_tokens(open_model(folder)) == [1, 7]
+    written = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [1, 7]
 
 
 @pytest.mark.slow
