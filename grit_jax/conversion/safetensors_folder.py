@@ -101,6 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     """Returns the paths of the folder's safetensors; all that the index names are there."""
+    if (folder / SINGLE).exists():  # Where both lie there, transformers reads this one too.
+        return [folder / SINGLE]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
         paths = [folder / name for name in sorted(set(weight_map.values()))]
@@ -108,8 +110,6 @@ def _files(folder: Path) -> list[Path]:
             if not path.exists():
                 raise ConversionError(f"{path} is missing: {folder / INDEX} names it")
         return paths
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
     pickles = sorted(
         path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending)
     )

@@ -103,6 +103,24 @@ def test_a_file_cut_off_and_files_missing(folder):
         HuggingFaceModel(folder)
 
 
+def test_of_two_sets_of_weights_the_one_that_transformers_reads(saved_models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "both"
+    shutil.copytree(saved_models["mixtral"], folder)  # in several files, with an index
+    tensors = {}
+    for path in sorted(folder.glob("model-*.safetensors")):
+        tensors |= load_file(path)
+    name = "model.norm.weight"
+    save_file(tensors | {name: tensors[name] + 1}, folder / WEIGHTS, metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(folder).model.norm.weight.detach().float()
+    model = open_model(folder)
+    (norm,) = (p for p in model.parameters if p.path == ("norm", "scale"))
+    ours = model.read(norm, (slice(None),)).astype(np.float32)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+    assert (ours > tensors[name].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("prefix", ["model.", None])
 def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
     def rename(tensors):
