@@ -40,8 +40,9 @@ setup() {
   fi
   if [[ -n $weights ]]; then
     mkdir -p "$BASE/weights"
-    gcloud storage rsync --recursive "$weights" "$BASE/weights" ||
-      fail "the weights $weights cannot be read"
+    # Of other weights that were there before, nothing may stay.
+    gcloud storage rsync --recursive --delete-unmatched-destination-objects "$weights" \
+      "$BASE/weights" || fail "the weights $weights cannot be copied to the disk"
   fi
   ln -sfn "$commit" "$CODE"
   say "$commit is installed"

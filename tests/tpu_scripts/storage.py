@@ -68,6 +68,8 @@ def rsync(arguments: argparse.Namespace) -> None:
         local(place) if place.startswith("gs://") else place
         for place in (arguments.source, arguments.destination)
     ]
+    if arguments.delete_unmatched_destination_objects:
+        shutil.rmtree(folders[1])
     shutil.copytree(*folders, dirs_exist_ok=True)
 
 
@@ -95,6 +97,7 @@ def rsync_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source")
     parser.add_argument("destination")
     parser.add_argument("--recursive", action="store_true", required=True)
+    parser.add_argument("--delete-unmatched-destination-objects", action="store_true")
 
 
 def bucket_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,8 +63,12 @@ def test_each_verb_alone_on_two_slices(pod):
     assert all(f"{worker}: ended with the exit code 75" in output for worker in workers)
     pod.assert_nothing_runs()
     assert pod.state()["nodes"].keys() == {"run-0", "run-1"}
+    weights = pod.bucket / "weights"
+    (weights / "config.json").rename(weights / "another.json")
     assert "installed" in pod("setup")  # again, and nothing is installed twice
     assert len((pod.cloud / "installs").read_text().splitlines()) == len(workers)
+    copies = [pod.cloud / "workers" / worker / "grit-jax" / "weights" for worker in workers]
+    assert [sorted(p.name for p in copy.iterdir()) for copy in copies] == [["another.json"]] * 4
     pod("delete")
     assert "there are no nodes" in pod("delete")
     assert "queued resource run: NONE" in pod("status")
