@@ -114,7 +114,7 @@ wait_for_nodes() {
 # Deletes the queued resource and its nodes, if they are there.
 delete_pod() {
   local attempt state
-  for attempt in 1 2 3; do
+  for ((attempt = 1; attempt <= ASK_ATTEMPTS; attempt++)); do
     state=$(queued_resource_state ACTIVE) || exit
     if [[ $state == NONE ]]; then
       say "$NAME: there are no nodes"
@@ -125,7 +125,8 @@ delete_pod() {
       say "$NAME: the nodes are deleted"
       return
     fi
-    ((attempt == 3)) || sleep "$POLL_SECONDS"
+    say "$(date '+%H:%M:%S') $NAME is not deleted yet: $(last_error)"
+    ((attempt == ASK_ATTEMPTS)) || sleep "$POLL_SECONDS"
   done
   fail "$NAME could not be deleted, and MAY STILL COST MONEY: $(last_error)"
 }

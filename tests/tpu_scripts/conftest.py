@@ -47,6 +47,7 @@ class Pod:
             quota=True,
             fails_to_come=False,
             ssh_failures=0,
+            delete_failures=0,
             cats=0,
             cat_failures=[0, 0],
             queued_resources={},

@@ -78,10 +78,15 @@ def delete(arguments: argparse.Namespace) -> None:
             fail(command, f"NOT_FOUND: Resource '{arguments.name}' was not found")
         elif resource["state"] == "ACTIVE" and not arguments.force:
             fail(command, "FAILED_PRECONDITION: it has nodes")
-        for name in resource["nodes"]:
+        is_lost = state["delete_failures"] > 0
+        state["delete_failures"] -= is_lost
+        for name in () if is_lost else resource["nodes"]:
             if state["nodes"].pop(name, None):
                 remove_machines(name)
-        del state["queued_resources"][arguments.name]
+        if not is_lost:
+            del state["queued_resources"][arguments.name]
+    if is_lost:
+        fail(command, "INTERNAL: an internal error has occurred")
 
 
 def describe_node(arguments: argparse.Namespace) -> None:

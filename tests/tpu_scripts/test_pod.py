@@ -123,6 +123,18 @@ def test_watch_does_not_undo_what_its_user_does_elsewhere(pod, verb):
 
 
 @pytest.mark.slow
+def test_nodes_that_are_hard_to_delete(pod):
+    pod.change_cloud(delete_failures=10)
+    assert "has finished" in pod("watch")
+    pod.assert_nothing_is_left()
+    pod("create")
+    pod.change_cloud(delete_failures=10)
+    assert "MAY STILL COST MONEY: ERROR: (gcloud.compute.tpus" in pod("delete", code=2)
+    assert pod.state()["nodes"].keys() == {"run"}
+    pod.change_cloud(delete_failures=0)
+
+
+@pytest.mark.slow
 def test_kept_nodes(pod):
     assert "cost money until you delete them" in pod("watch", "--keep")
     assert pod.state()["nodes"].keys() == {"run"}
