@@ -1,9 +1,12 @@
 """The experiment from data to tables, with a small model in SmolLM2's place; and its parts."""
 
 import argparse
+import http.server
 import json
 from pathlib import Path
+import threading
 
+from command_line import run_python
 import numpy as np
 import pytest
 from rich.console import Console
@@ -52,6 +55,26 @@ def test_some_layers_are_those_layers(small_llama, tmp_path):
         expected = values[[0, 3]] if parameter.stacked else values
         part = tuple(slice(0, size) for size in own.full_shape)
         np.testing.assert_array_equal(fewer.read(own, part), expected)
+
+
+@pytest.mark.slow
+def test_a_proxy_that_keeps_the_hub_out_is_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(403)
+
+        def log_message(self, *arguments):
+            """Says nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever).start()
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        script = "from experiments.base_model import Path, from_hub; print(from_hub(Path('.')))"
+        found = run_python(script, cwd=tmp_path)
+        server.shutdown()
+    assert found.stdout == "None\n", found.stderr
 
 
 def test_the_base_model_is_made_once_and_says_where_it_is_from(small_llama, tmp_path, monkeypatch):
