@@ -117,8 +117,8 @@ def prepare(argv: Sequence[str]) -> None:
     except (PreparedDataError, SourceError, TokenizerError, FileNotFoundError) as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
-        if error.name in arguments.module:
-            fail(f"--module {error.name}: there is no such module in this folder or installed")
+        if any(f"{module}.".startswith(f"{error.name}.") for module in arguments.module):
+            fail(f"--module: there is no module {error.name} in this folder or installed")
         fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
     except KeyboardInterrupt:
         fail("interrupted; finished datasets stay: run the command again to go on")

@@ -110,7 +110,7 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        if not f"{name}.".startswith(f"{error.name}."):
             raise
         raise InputError(
             f"--module {name}: there is no such module in this folder or installed"

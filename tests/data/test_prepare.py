@@ -168,7 +168,7 @@ def test_an_unknown_mixture_is_named_beside_those_there_are(project, tmp_path):
 
 
 def test_a_module_that_is_not_there_is_named(project, tmp_path):
-    names = ("mine", "--module", "my_datasetz", "--output", tmp_path / "out")
+    names = ("mine", "--module", "my_datasetz.mine", "--output", tmp_path / "out")
     finished = grit_jax("prepare", *names, cwd=project)
     assert_fails_in_one_line(finished, "my_datasetz")
     assert "pip install" not in finished.stderr, "no package of that name is to be had"

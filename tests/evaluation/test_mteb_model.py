@@ -200,7 +200,7 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
     [
         (["--tasks", "NoSuchTask"], "NoSuchTask"),
         ([], "say which tasks"),
-        (["--module", "no_such_module"], "no_such_module"),
+        (["--module", "no_such_module.tasks"], "no_such_module"),
     ],
 )
 def test_a_task_that_there_is_not_is_named_before_the_model_is_read(options, named):
