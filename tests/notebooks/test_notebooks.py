@@ -60,12 +60,15 @@ def test_the_badge_opens_the_notebook_of_the_repository_that_is_installed(path):
 def test_embed_generate_rag(tmp_path):
     settings = {"document_tokens": [60, 240], "repeats": 1, "new_tokens": 8}
     values = ("found", "list(QUESTIONS.values())", "agreeing", "answer", "pieces", "seconds")
+    (tmp_path / "rag").mkdir()
+    (tmp_path / "rag" / "mine").write_text("")
     printed, found = run("embed_generate_rag", tmp_path, settings, *values)
     assert found["found"] == found["list(QUESTIONS.values())"]
     assert found["agreeing"] == len(found["found"])
     assert found["answer"] == "".join(found["pieces"])
     assert found["answer"] in printed
     assert all(len(taken) == 2 and min(taken) > 0 for taken in found["seconds"].values())
+    assert (tmp_path / "rag" / "mine").exists(), "the folder of the settings may hold more"
 
 
 @pytest.mark.slow
