@@ -83,7 +83,7 @@ def write_weights(model: Model, folder: Path, dtype: str | None, shard_bytes: in
         for parameter in model.parameters
         for place, name in parameter.tensors()
     ]
-    check_space(folder, sum(_bytes(tensor) for tensor in tensors))
+    check_space(folder.parent, sum(_bytes(tensor) for tensor in tensors))
     _write_dense(model, folder, [tensor for tensor in tensors if _is_dense(tensor)])
     # Layer by layer, as transformers writes them.
     tensors = [tensor for tensor in tensors if not _is_dense(tensor)]

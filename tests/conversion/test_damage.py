@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference_values
 from safetensors.numpy import load_file, save_file
+from tokenizer_files import write_tokenizer
 
 from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
@@ -168,6 +169,17 @@ def test_what_keeps_a_destination_from_being_made_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer 'typo.model': no such file"):
         write_hugging_face(open_model(source), tmp_path / "new", tokenizer="typo.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_orbax, write_hugging_face])
+def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch, write):
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    model = HuggingFaceModel(reference_values.FOLDER / "tiny-mistral")
+    write_tokenizer(tmp_path, "gpt2", size=model.config.vocab_size)
+    model.tokenizer_folder = tmp_path
+    with pytest.raises(ConversionError, match=f"^{tmp_path} has 0.0 GB free"):
+        write(model, tmp_path / "new")
 
 
 @pytest.mark.slow
