@@ -170,7 +170,10 @@ class GgufModel:
         head_dim = self._setting("attention.key_length", sizes["hidden_size"] // heads)
         if self._setting("rope.dimension_count", head_dim) != head_dim:
             raise ConversionError(f"{self.folder} rotates a part of each head: not supported")
-        rope = {"rope_type": self._setting("rope.scaling.type", "none").replace("none", "default")}
+        # Old files have another name for the factor, and a factor alone means "linear".
+        factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 1.0))
+        kind = self._setting("rope.scaling.type", "none" if factor in (0, 1) else "linear")
+        rope = {"rope_type": kind.replace("none", "default")}
         end, end_of_turn = (self._value(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot"))
         ends = [token for token in dict.fromkeys((end, end_of_turn)) if token is not None]
         return {

@@ -221,6 +221,8 @@ def test_a_sentencepiece_model_is_the_one_that_it_was_made_of(tmp_path):
         ({"add": lambda writer: writer.add_expert_count(8)}, "has experts"),
         ({"add": lambda writer: writer.add_uint16("split.count", 2)}, "--merge"),
         ({"add": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "'yarn'"),
+        ({"add": lambda writer: writer.add_rope_scaling_factor(4.0)}, "'linear'"),
+        ({"add": lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0)}, "'linear'"),
         (
             {"add": lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32))},
             "scaled rotary frequencies",
