@@ -8,7 +8,8 @@ on_workers() {
   local attempt code
   for attempt in 1 2 3; do
     code=0
-    # Some commands wait for each other, so that no worker may be left for a second batch.
+    # Counting devices, workers wait for each other: none may be left for a second batch. (By its
+    # source gcloud takes 64 at a time even so.)
     {
       tpus queued-resources ssh "$NAME" --node=all --worker=all --batch-size=all --quiet \
         ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command="$1" 2>&1 >&4 | tee "$SCRATCH/ssh" >&2
