@@ -6,5 +6,7 @@ COPY configs configs
 COPY grit_jax grit_jax
 COPY models models
 RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tpu]"
+# A worker whose TPU is dead is to fail, and not to train on its CPU.
+ENV JAX_PLATFORMS=tpu,cpu
 ENTRYPOINT ["grit-jax"]
 CMD ["--help"]

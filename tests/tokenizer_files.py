@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -63,3 +64,15 @@ def write_tokenizer(folder, style, size=700):
     settings = {"bos_token": BEGIN, "eos_token": {"content": END}, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder / "tokenizer.json"
+
+
+def write_small_sentencepiece(folder):
+    """Writes a SentencePiece model that drops characters of no width; returns its path."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["<|user|> <|embed|> find the quick brown fox"] * 50),
+        model_prefix=str(folder / "small"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=3,
+    )
+    return folder / "small.model"

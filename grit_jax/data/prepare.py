@@ -30,7 +30,7 @@ from rich.progress import (
 from grit_jax.data.examples import TextOptions
 from grit_jax.data.jobs import Job
 from grit_jax.data.jsonl import SUFFIXES, SourceError
-from grit_jax.data.kept_tokenizer import keep_tokenizer
+from grit_jax.data.kept_tokenizer import TOKENIZERS, keep_tokenizer
 from grit_jax.data.manifest import Manifest, PreparedDataError
 from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
@@ -141,6 +141,8 @@ def _jobs(mixtures: list, output: epath.Path, tokenizer: Tokenizer, options: Tex
     from grit_jax.data.sources import source_of
 
     tasks = {task.name: task for mixture in mixtures for task in mixture.tasks}
+    if TOKENIZERS in tasks:
+        raise SourceError(f"no dataset can be called {TOKENIZERS!r}, as the tokenizer's folder is")
     return [Job(source_of(task), output, tokenizer, options) for task in tasks.values()]
 
 

@@ -115,7 +115,8 @@ class TokenIds:
           name: of the text, for messages.
 
         Raises:
-          InputError: the text is empty, not Unicode, or of another type; an id is not the model's.
+          InputError: the text is empty, without a token, not Unicode, or of another type; an id is
+            not the model's.
         """
         if isinstance(text, str):
             if not text.strip():
@@ -125,7 +126,10 @@ class TokenIds:
                 raise InputError(
                     f"the instruction is token ids, so {name} must be too, not a string"
                 )
-            return self.of_both(instruction, text, begin=begin, name=name)
+            both = self.of_both(instruction, text, begin=begin, name=name)
+            if both.mask.sum() == (begin and not instruction):  # It may drop some characters.
+                raise InputError(f"{name} has nothing that the tokenizer keeps: leave it out")
+            return both
         ids = self._of_ids(text, name)
         if not len(ids):
             raise InputError(f"{name} is empty: leave it out")

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies
 import numpy as np
 import pytest
 import sentencepiece
+from tokenizer_files import write_small_sentencepiece
 
 from grit_jax.data.examples import (
     ChatExample,
@@ -293,14 +294,7 @@ def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
 
 def test_a_text_of_which_the_tokenizer_leaves_nothing_is_rejected(tmp_path):
     """Nothing would be pooled: the embedding would be zeros, and no one would be told."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["<|user|> <|embed|> find the quick brown fox"] * 50),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=3,
-    )
-    other = Tokenizer(str(tmp_path / "other.model"))
+    other = Tokenizer(str(write_small_sentencepiece(tmp_path)))
     assert any(embedding_text(other, "find", "fox", 64).mask)
     for instruction in ("find", ""):
         with pytest.raises(RejectedExample, match="empty text"):

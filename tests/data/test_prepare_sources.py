@@ -254,6 +254,8 @@ def test_collections_without_a_folder_and_names_already_taken_are_explained(tmp_
     write_lines(tmp_path / "squad.jsonl", [pair(1)])
     finished = grit_jax("prepare", "squad.jsonl", "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "there is a dataset 'squad' already", "=squad.jsonl")
+    finished = grit_jax("prepare", "tokenizers=a.jsonl", "--output", "out", cwd=tmp_path)
+    assert_fails_in_one_line(finished, "no dataset can be called 'tokenizers'")
     finished = grit_jax("prepare", "nowhere/at_all", "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "nowhere/at_all: no such file or folder")
     finished = grit_jax("prepare", "a.jsonl", "--held-out", 1.5, "--output", "out", cwd=tmp_path)

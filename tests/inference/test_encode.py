@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_values
-from tokenizer_files import write_tokenizer
+from tokenizer_files import write_small_sentencepiece, write_tokenizer
 
 from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import InputError
+from grit_jax.inference.inputs import InputError, TokenIds
 from grit_jax.objectives.pooling import POOLINGS
 
 INSTRUCTION = embedding_prefix("Given a word, retrieve its meaning")
@@ -225,6 +225,15 @@ def test_token_ids_are_read_as_they_are(model):
     plain = model.encode(TEXTS[0], add_special_tokens=False)
     np.testing.assert_allclose(model.encode(ids[1:]), plain, atol=1e-6)
     assert np.abs(plain - expected).max() > 1e-3
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named(tmp_path):
+    tokenizer = Tokenizer(str(write_small_sentencepiece(tmp_path)))
+    ids = TokenIds(tokenizer, tokenizer.vocab_size)
+    for instruction in ("find", ""):
+        assert ids.after(instruction, "fox", begin=True, name="text 3").mask.any()
+        with pytest.raises(InputError, match="text 3 has nothing that the tokenizer keeps"):
+            ids.after(instruction, "\u200b", begin=True, name="text 3")
 
 
 def test_progress_is_shown_from_256_texts_on(model, capfd):

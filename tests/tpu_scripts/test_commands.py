@@ -146,6 +146,8 @@ def test_image_holds_what_it_installs():
     assert instructions["RUN"] == f"pip install --no-cache-dir {options}"
     assert f"pip install {options}" in (ROOT / "docs" / "training.md").read_text()
     assert f"pip install --quiet {options}" in (ROOT / "tpu_scripts" / "worker.sh").read_text()
+    assert instructions["ENV"] == "JAX_PLATFORMS=tpu,cpu"
+    assert f"export {instructions['ENV']}" in (ROOT / "tpu_scripts" / "worker.sh").read_text()
     assert instructions["ENTRYPOINT"] == '["grit-jax"]'
 
 
