@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 import time
 from types import TracebackType
 from typing import Any
@@ -56,13 +57,20 @@ class Retention:
         if self.best_metric:
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=lambda measures: measures[self.best_metric],
+                    get_metric_fn=self._measured,
                     reverse=self.best_mode == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         return checkpoint_managers.AnyPreservationPolicy(policies)
+
+    def _measured(self, measures: Mapping[str, float]) -> float:
+        """Returns what the best is chosen by; of what is no number, the worst there is."""
+        value = measures[self.best_metric]
+        if math.isnan(value):
+            return math.inf if self.best_mode == "min" else -math.inf
+        return value
 
 
 class Checkpoints:

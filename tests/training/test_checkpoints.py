@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import json
+import math
 import os
 from pathlib import Path
 import resource
@@ -72,7 +73,9 @@ def open_folder(folder, description=DESCRIPTION, config=CONFIG, **retention):
 def save_all(folder, states, **retention):
     with open_folder(folder, **retention) as checkpoints:
         for step, state in states.items():
-            checkpoints.save(step, state, measures={"recall": -abs(step - 3)})
+            recall = -abs(step - 3)
+            unsteady = math.nan if step == 4 else recall
+            checkpoints.save(step, state, measures={"recall": recall, "unsteady": unsteady})
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
@@ -123,6 +126,8 @@ def test_without_one_there_is_none(trainer, tmp_path):
         ({"keep": 1, "keep_every_steps": 2}, [2, 4, 6]),
         ({"keep": 1, "best_metric": "recall"}, [3, 6]),
         ({"keep": 1, "best_metric": "recall", "best_mode": "min"}, [6]),
+        ({"keep": 1, "best_metric": "unsteady"}, [3, 6]),
+        ({"keep": 1, "best_metric": "unsteady", "best_mode": "min"}, [6]),
         ({"keep": 1, "keep_every_steps": 4, "best_metric": "recall"}, [3, 4, 6]),
     ],
     ids=str,
