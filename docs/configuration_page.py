@@ -14,14 +14,12 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from grit_jax.config import default_config
+from grit_jax.config import NOT_TRAINED_WITH, default_config
 from grit_jax.models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- fields -->", "<!-- /fields -->"
-# Sizes of a model that is not trained: weights in int8.
-NOT_TRAINED_WITH = ("linear_dtype",)
 CONFIGS = ("gritlm_tiny", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
 FIELD = re.compile(r"    (config[\w.]*\.\w+) = [^#\"]*(?:\"[^\"]*\")?[^#\"]*(?:# (.*))?$")
 

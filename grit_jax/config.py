@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 # A ConfigDict, whose fields no type checker knows.
 Config = Any
 
+# Sizes of a model that is not trained: weights in int8.
+NOT_TRAINED_WITH = ("linear_dtype",)
+
 
 class ConfigError(ValueError):
     """A field of the configuration is unknown, of the wrong type, or impossible."""

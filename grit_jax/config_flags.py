@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from grit_jax.config import Config, ConfigError, check_fields
+from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError, check_fields
 from grit_jax.models import ARCHITECTURES
 
 
@@ -84,9 +84,10 @@ def _complete_sizes(config: Config, architecture: str) -> None:
     config_class, _ = ARCHITECTURES[architecture]
     with config.unlocked():
         for field in dataclasses.fields(config_class):
-            if any(field.name in section for section in (config, config.model, config.model.sizes)):
+            known = (config, config.model, config.model.sizes, NOT_TRAINED_WITH)
+            if any(field.name in names for names in known):
                 continue
-            unset = field.default is None  # The sliding window, and the type of int8 weights.
+            unset = field.default is None  # Only the sliding window may be.
             config.model.sizes[field.name] = placeholder(int) if unset else field.default
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import optax
 
 from grit_jax.bucket import in_bucket
-from grit_jax.config import Config, ConfigError
+from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.data.batches import Batches
@@ -169,6 +169,8 @@ def model_config(config: Config, pretrained: Model | None = None) -> MistralConf
         settings["lora"] = _lora_config(config, pretrained)
         if misplaced := ", ".join(sorted(settings.keys() & sizes.keys())):
             raise ConfigError(f"config.model.sizes.{misplaced}: a field outside of sizes sets it")
+        if not_trained := ", ".join(name for name in NOT_TRAINED_WITH if sizes.get(name)):
+            raise ConfigError(f"config.model.sizes.{not_trained} is of models that are not trained")
         if pretrained is None:
             return make_config(config.model.architecture, **sizes, **settings)
         _check_sizes(sizes, pretrained)

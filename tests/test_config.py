@@ -294,7 +294,9 @@ def test_an_impossible_model_loss_or_optimizer_names_its_field(flag, named):
     assert named in one_line(error)
 
 
-@pytest.mark.parametrize("size", ["num_local_experts", "hidden_sise", "dtype", "lora"])
+@pytest.mark.parametrize(
+    "size", ["num_local_experts", "hidden_sise", "dtype", "lora", "linear_dtype"]
+)
 def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
     flag = own_file(f"config.model.sizes = {{{size!r}: 4}}")
     with pytest.raises(ConfigError, match=size):
