@@ -1,7 +1,7 @@
 # make demo: prepare the embedded sample and train a small model on it.
 # make test: run every test, but for those of make torture.
 # make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
-# make claim: the paper's claim on a real model and public text, in an hour.
+# make claim: the paper's claim on a real model and public text, in little more than an hour.
 # make docs: the documentation as a site, in the folder site; make docs-serve shows it as it is written.
 # make clean: .venv, what tests keep and the site go; data and runs stay.
 # make torture: runs of several processes that are killed at random moments, KILLS times (20).
