@@ -8,6 +8,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = Path(__file__).parents[1] / "README.md"
+# What SentencePiece models are trained on.
+LINES = ["<|user|> <|embed|> find the quick brown fox"] * 50
 BEGIN, END, OTHER = "<|begin|>", "<|end|>", "<|other|>"
 # How Llama 3 splits text into words: up to three digits, line breaks with what stands before them.
 LLAMA_3 = (
@@ -66,13 +68,14 @@ def write_tokenizer(folder, style, size=700):
     return folder / "tokenizer.json"
 
 
-def write_small_sentencepiece(folder):
-    """Writes a SentencePiece model that drops characters of no width; returns its path."""
+def write_sentencepiece(folder, vocab_size, lines=LINES, **options):
+    """Writes a SentencePiece model of at most so many pieces; returns its path."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["<|user|> <|embed|> find the quick brown fox"] * 50),
-        model_prefix=str(folder / "small"),
-        vocab_size=60,
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "other"),
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         minloglevel=3,
+        **options,
     )
-    return folder / "small.model"
+    return folder / "other.model"

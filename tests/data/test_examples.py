@@ -7,8 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings, strategies
 import numpy as np
 import pytest
-import sentencepiece
-from tokenizer_files import write_small_sentencepiece
+from tokenizer_files import write_sentencepiece
 
 from grit_jax.data.examples import (
     ChatExample,
@@ -270,21 +269,14 @@ def test_the_ids_of_long_text_are_the_same_however_often_it_is_read(tokenizer):
 def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
     """Where pieces go beyond a word, or spaces are changed, words are not taken one by one."""
     lines = [f"the quick brown fox {number} of the same  kind" for number in range(200)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=350,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=3,
-        **{
-            "model_type": "bpe",
-            "remove_extra_whitespaces": False,
-            "normalization_rule_name": "identity",
-            **options,
-        },
-    )
-    other = Tokenizer(str(tmp_path / "other.model"))
+    options = {
+        "byte_fallback": True,
+        "model_type": "bpe",
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        **options,
+    }
+    other = Tokenizer(str(write_sentencepiece(tmp_path, 350, lines, **options)))
     prefix = "<|user|>\nof the same\n<|embed|>\n"
     for text in ("the quick", " the  same ", "of the same kind\n\n of", "<|a b|> fox", "\n", ""):
         assert other.ids(text).tolist() == other.encode(text)
@@ -294,7 +286,7 @@ def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
 
 def test_a_text_of_which_the_tokenizer_leaves_nothing_is_rejected(tmp_path):
     """Nothing would be pooled: the embedding would be zeros, and no one would be told."""
-    other = Tokenizer(str(write_small_sentencepiece(tmp_path)))
+    other = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
     assert any(embedding_text(other, "find", "fox", 64).mask)
     for instruction in ("find", ""):
         with pytest.raises(RejectedExample, match="empty text"):

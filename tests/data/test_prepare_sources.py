@@ -10,8 +10,7 @@ import time
 
 from command_line import COMMAND, assert_fails_in_one_line, environment, grit_jax, run_python
 import pytest
-import sentencepiece
-from tokenizer_files import write_tokenizer
+from tokenizer_files import write_sentencepiece, write_tokenizer
 
 from grit_jax.data.jsonl import falls_into
 from grit_jax.data.kept_tokenizer import kept_tokenizer
@@ -330,14 +329,7 @@ def test_only_what_has_changed_is_made_again(tmp_path, again):
     assert json.loads((tmp_path / "out" / "b.json").read_text())["rates"] == {"b": 11}
     assert "out/a: made again (changed options)" in again("mistral", 65)
 
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["find it the query answer"] * 50),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=3,
-    )
+    write_sentencepiece(tmp_path, 300, byte_fallback=True)
     assert "out/a: made again (changed tokenizer)" in again("other.model", 65)
     (tmp_path / "out" / "a" / "train" / "lengths.npz").unlink()
     report = again("other.model", 65)

@@ -7,8 +7,7 @@ import tempfile
 
 from hypothesis import given, settings, strategies
 import pytest
-import sentencepiece
-from tokenizer_files import BEGIN, END, SPLITS, STYLES, write_tokenizer
+from tokenizer_files import BEGIN, END, SPLITS, STYLES, write_sentencepiece, write_tokenizer
 
 from grit_jax.conversion import companion_files
 from grit_jax.data.examples import chat_text, embedding_text
@@ -139,14 +138,6 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "verb"), [("bos", "begins"), ("eos", "ends")])
 def test_a_sentencepiece_model_without_begin_or_end_is_named(tmp_path, name, verb):
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox"] * 50),
-        model_prefix=str(tmp_path / "other"),
-        vocab_size=300,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=3,
-        **{f"{name}_id": -1},
-    )
+    path = write_sentencepiece(tmp_path, 300, byte_fallback=True, **{f"{name}_id": -1})
     with pytest.raises(TokenizerError, match=rf"other\.model: it has no token that {verb} a text"):
-        Tokenizer(str(tmp_path / "other.model"))
+        Tokenizer(str(path))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_values
-from tokenizer_files import write_small_sentencepiece, write_tokenizer
+from tokenizer_files import write_sentencepiece, write_tokenizer
 
 from grit_jax import GritLM
 from grit_jax.data.templates import embedding_prefix
@@ -228,7 +228,7 @@ def test_token_ids_are_read_as_they_are(model):
 
 
 def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named(tmp_path):
-    tokenizer = Tokenizer(str(write_small_sentencepiece(tmp_path)))
+    tokenizer = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
     ids = TokenIds(tokenizer, tokenizer.vocab_size)
     for instruction in ("find", ""):
         assert ids.after(instruction, "fox", begin=True, name="text 3").mask.any()
