@@ -151,8 +151,6 @@ def empty_description(folder):
         path.write_text("")
 
 
-# Orbax leaves tensorstore's reads to finish into an event loop that is closed by then.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [cut_off, lose_arrays, empty_description])
 def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trainer, states, tmp_path, damage):
     save_all(tmp_path, {step: states[step] for step in (1, 2)})
