@@ -49,7 +49,7 @@ class Measured:
 
     def likelihoods(
         self, chats: Sequence[tuple[str, str]]
-    ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
         """Returns the log-likelihood of each answer with its `</s>`, in nats, and its tokens."""
         texts = [chat_text(self._model.tokenizer, chat, self._chat_length) for chat in chats]
         starts = [int(np.argmax(text.mask)) for text in texts]

@@ -24,7 +24,7 @@ Score = Callable[[str, Sequence[str], Sequence[str]], Float[np.ndarray, "Q P"]]
 # Chats of a user's and the assistant's turn to the log-likelihood of the latter, in nats, and the
 # number of tokens that it is a sum over: both [N].
 Likelihoods = Callable[
-    [Sequence[tuple[str, str]]], tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]
+    [Sequence[tuple[str, str]]], tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]
 ]
 # What users say to the assistant's answers.
 Generate = Callable[[Sequence[str]], Sequence[str]]

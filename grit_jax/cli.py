@@ -93,9 +93,10 @@ def prepare(argv: Sequence[str]) -> None:
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.data.prepare import prepare_mixtures
     from grit_jax.data.tokenizer import Tokenizer, TokenizerError
+    from grit_jax.named_module import ModuleError
 
     arguments = _prepare_parser().parse_args(argv)
-    sys.path.insert(0, "")  # A user's module lies in the current folder.
+    known = (ModuleError, PreparedDataError, SourceError, TokenizerError, FileNotFoundError)
     try:
         mixtures = prepare_mixtures(
             arguments.sources,
@@ -114,11 +115,9 @@ def prepare(argv: Sequence[str]) -> None:
             max_rejected=arguments.max_rejected,
             redo=arguments.redo,
         )
-    except (PreparedDataError, SourceError, TokenizerError, FileNotFoundError) as error:
+    except known as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
-        if any(f"{module}.".startswith(f"{error.name}.") for module in arguments.module):
-            fail(f"--module: there is no module {error.name} in this folder or installed")
         fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
     except KeyboardInterrupt:
         fail("interrupted; finished datasets stay: run the command again to go on")
@@ -350,9 +349,10 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measures a model by MTEB and by lm-eval, beside the paper's table"""
     from grit_jax.evaluation.evaluate_command import run
     from grit_jax.evaluation.results import ResultsError
+    from grit_jax.named_module import ModuleError
 
     try:
-        _use_model(run, argv, ResultsError)
+        _use_model(run, argv, ResultsError, ModuleError)
     except ModuleNotFoundError as error:
         if error.name not in ("mteb", "lm_eval"):
             raise

@@ -40,7 +40,7 @@ class Cache:
         """Number of slots in a row, taken or not."""
         return self.segment_ids.shape[1]
 
-    def next_positions(self) -> Int[Array, B]:
+    def next_positions(self) -> Int[Array, " B"]:
         """Returns the position that follows the last token of each row."""
         return jnp.max(jnp.where(self.segment_ids > 0, self.positions + 1, 0), axis=1)
 

@@ -143,7 +143,7 @@ def _feed_forward(
     gate: Weight,
     up: Weight,
     down: Weight,
-    group_sizes: Int[Array, "E"],
+    group_sizes: Int[Array, " E"],
 ) -> Float[Array, "R D"]:
     def product(rows: jax.Array, weight: Weight) -> jax.Array:
         matrix, *update = weight
@@ -162,15 +162,15 @@ def _feed_forward(
 class Routes(NamedTuple):
     """Which slices of rows go where, for each device: the arguments of `ragged_all_to_all`."""
 
-    input_offsets: Int[Array, "E"]
-    send_sizes: Int[Array, "E"]
-    output_offsets: Int[Array, "E"]
-    recv_sizes: Int[Array, "E"]
+    input_offsets: Int[Array, " E"]
+    send_sizes: Int[Array, " E"]
+    output_offsets: Int[Array, " E"]
+    recv_sizes: Int[Array, " E"]
 
 
 def plan_routes(
-    group_sizes: Int[Array, "E"], axis: str
-) -> tuple[Routes, Routes, Int[Array, "E/P"]]:
+    group_sizes: Int[Array, " E"], axis: str
+) -> tuple[Routes, Routes, Int[Array, " E/P"]]:
     """Returns the routes to the experts' devices and back, and the rows that each own expert gets.
 
     Two devices, four experts; a slice "1c" is what device 1 sends to expert c:
@@ -237,10 +237,10 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 def gather_slices(
     rows: Float[Array, "R D"],
     output: Float[Array, "num_rows D"],
-    input_offsets: Int[Array, "E"],
-    send_sizes: Int[Array, "E"],
-    output_offsets: Int[Array, "E"],
-    recv_sizes: Int[Array, "E"],
+    input_offsets: Int[Array, " E"],
+    send_sizes: Int[Array, " E"],
+    output_offsets: Int[Array, " E"],
+    recv_sizes: Int[Array, " E"],
     *,
     axis: str,
 ) -> Float[Array, "num_rows D"]:
@@ -263,7 +263,7 @@ def gather_slices(
 
 @jax.custom_vjp
 def grouped_matmul(
-    rows: Float[Array, "R K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, "E"]
+    rows: Float[Array, "R K"], weights: Float[Array, "E K N"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "R N"]:
     """Returns rows times the weight of their group; rows after the last group give 0.
 

@@ -59,7 +59,7 @@ def out_of_branch(fan_in: int, config: MistralConfig) -> float:
 # that takes less time than to write and read what lies in between.
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
 def rms_norm(
-    hidden: Float[Array, "... D"], scale: Float[Array, D], epsilon: float
+    hidden: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
 ) -> Float[Array, "... D"]:
     """Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
     wide = hidden.astype(jnp.float32)
@@ -166,7 +166,7 @@ class MLP(LinearLayers):
         self.adapt("feed_forward", rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "M D"], is_token: Bool[Array, M]
+        self, hidden: Float[Array, "M D"], is_token: Bool[Array, " M"]
     ) -> tuple[Float[Array, "M D"], None]:
         """Returns the transformed states, and None in the place of a router's statistics."""
         del is_token  # Padding costs nothing here that could be left out.

@@ -336,7 +336,7 @@ class Mistral(nnx.Module):
         numbers = jnp.arange(self.config.num_hidden_layers)
         return jax.lax.scan(read_scanned, carried, (numbers, layers))
 
-    def embed(self, tokens: Sequence[Int[Array, M]]) -> list[Float[Array, "M D"]]:
+    def embed(self, tokens: Sequence[Int[Array, " M"]]) -> list[Float[Array, "M D"]]:
         """Returns the embedding of each token of some streams, in the type of the computation."""
         table = self.embedding[...].astype(self.config.dtype)
         if jax.sharding.get_abstract_mesh().empty:
@@ -371,7 +371,9 @@ class Mistral(nnx.Module):
         return self.embedding_projection(pooled)
 
 
-def look_up(table: Float[Array, "V D"], tokens: list[Int[Array, M]]) -> list[Float[Array, "M D"]]:
+def look_up(
+    table: Float[Array, "V D"], tokens: list[Int[Array, " M"]]
+) -> list[Float[Array, "M D"]]:
     """Returns the rows of these numbers; the gradients of a row are added up in float32."""
     wide = table.astype(jnp.float32)
     return [wide[numbers].astype(table.dtype) for numbers in tokens]

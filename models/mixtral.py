@@ -77,7 +77,7 @@ class Experts(LinearLayers):
         self.adapt("feed_forward", rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "M D"], is_token: Bool[Array, "M"]
+        self, hidden: Float[Array, "M D"], is_token: Bool[Array, " M"]
     ) -> tuple[Float[Array, "M D"], RouterStatistics]:
         """Returns the transformed states, and what the load-balancing loss needs of the router.
 
@@ -103,7 +103,7 @@ class Experts(LinearLayers):
 
 
 def router_statistics(
-    probabilities: Float[Array, "M E"], experts: Int[Array, "M C"], is_token: Bool[Array, "M"]
+    probabilities: Float[Array, "M E"], experts: Int[Array, "M C"], is_token: Bool[Array, " M"]
 ) -> RouterStatistics:
     """Returns the sums that the load-balancing loss is made of, over the tokens that are real."""
     real = is_token.astype(jnp.float32)

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def deal(
-    batches: Int[np.ndarray, "N"], groups: Int[np.ndarray, "N"], lengths: Int[np.ndarray, "N K"]
-) -> Int[np.ndarray, "N"]:
+    batches: Int[np.ndarray, " N"], groups: Int[np.ndarray, " N"], lengths: Int[np.ndarray, "N K"]
+) -> Int[np.ndarray, " N"]:
     """Returns a batch for each example, such that the sums of lengths of the batches are close.
 
     Examples change places within their group alone, so each batch keeps its number of examples of
@@ -45,7 +45,7 @@ def deal(
     return dealt
 
 
-def _rounds(batches: Int[np.ndarray, "N"]) -> list[np.ndarray]:
+def _rounds(batches: Int[np.ndarray, " N"]) -> list[np.ndarray]:
     """Returns the batches in rounds; a batch is in as many rounds as it has places.
 
     One with few places is in rounds spread over all of them: it gets long and short examples.
@@ -60,11 +60,11 @@ def _rounds(batches: Int[np.ndarray, "N"]) -> list[np.ndarray]:
 
 
 def _match(
-    taken: Int[np.ndarray, "M"],
-    places: Int[np.ndarray, "M"],
+    taken: Int[np.ndarray, " M"],
+    places: Int[np.ndarray, " M"],
     differences: Float[np.ndarray, "N K"],
     loads: Float[np.ndarray, "B K"],
-) -> Int[np.ndarray, "M"]:
+) -> Int[np.ndarray, " M"]:
     """Returns a batch of `places` for each example of `taken`, and adds it to the loads."""
     own_loads = loads[places]
     kind = np.argmax(np.ptp(own_loads, axis=0))

@@ -49,8 +49,8 @@ class EmbeddingBatch:
 
     queries: PackedTexts
     passages: PackedTexts
-    positives: Int[Array, "Q"]
-    passage_contents: Int[Array, "P"]
+    positives: Int[Array, " Q"]
+    passage_contents: Int[Array, " P"]
 
 
 @jax.tree_util.register_dataclass

@@ -36,9 +36,9 @@ class Draws:
       lengths: tokens of the texts, 0 where there is none.
     """
 
-    datasets: Int[np.ndarray, "N"]
-    examples: Int[np.ndarray, "N"]
-    epochs: Int[np.ndarray, "N"]
+    datasets: Int[np.ndarray, " N"]
+    examples: Int[np.ndarray, " N"]
+    epochs: Int[np.ndarray, " N"]
     texts: Int[np.ndarray, "N T"]
     lengths: Int[np.ndarray, "N T"]
 
@@ -130,7 +130,7 @@ class MixedStream:
             batches = deal(batches, groups, _lengths_by_stream(drawn.lengths))
         return drawn[np.argsort(batches, kind="stable")]
 
-    def _draw(self, datasets: Int[np.ndarray, "N"], turns: Int[np.ndarray, "N"]) -> Draws:
+    def _draw(self, datasets: Int[np.ndarray, " N"], turns: Int[np.ndarray, " N"]) -> Draws:
         count, num_texts = len(datasets), 1 + self.group_size
         examples, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
         texts = np.empty((count, num_texts), np.int64)
@@ -212,8 +212,8 @@ def _lengths_by_stream(lengths: Int[np.ndarray, "N T"]) -> Int[np.ndarray, "N K"
 
 def choose_texts(
     lengths: Lengths,
-    examples: Int[np.ndarray, "N"],
-    epochs: Int[np.ndarray, "N"],
+    examples: Int[np.ndarray, " N"],
+    epochs: Int[np.ndarray, " N"],
     group_size: int,
     seed: int,
 ) -> Int[np.ndarray, "N T"]:
@@ -251,14 +251,14 @@ def choose_texts(
     return texts
 
 
-def _ragged(counts: Int[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+def _ragged(counts: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
     """Returns for each of `counts[n]` things, n after n, its n and its number from 0."""
     owners = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return owners, np.arange(len(owners)) - starts[owners]
 
 
-def hash_of(*parts: Int[np.ndarray, "N"]) -> UInt64[np.ndarray, "N"]:
+def hash_of(*parts: Int[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
     """Returns 64 bits for each place of the arrays, which depend on all of them.
 
     It is the finalizer of SplitMix64 (Steele et al., "Fast splittable pseudorandom number

@@ -62,13 +62,13 @@ class HuggingFaceTokenizer:
         """Returns the text of `ids`; special ids leave no trace."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-    def ids(self, text: str) -> Int[np.ndarray, "tokens"]:
+    def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `encode` as an array."""
         return np.array(self.encode(text), np.int32)
 
     def ids_after(
-        self, prefix: str, prefix_ids: Int[np.ndarray, "prefix_tokens"], text: str
-    ) -> Int[np.ndarray, "tokens"]:
+        self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
+    ) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `prefix + text`."""
         del prefix_ids  # They may not be the first of them.
         return self.ids(prefix + text)

@@ -105,10 +105,10 @@ class Lengths:
       fingerprints: of all texts, alike for two texts if and only if they are the same to the token.
     """
 
-    tokens: Int[np.ndarray, "texts"]
-    first: Int[np.ndarray, "examples+1"]
-    num_positives: Int[np.ndarray, "examples"]
-    fingerprints: UInt64[np.ndarray, "texts"]
+    tokens: Int[np.ndarray, " texts"]
+    first: Int[np.ndarray, " examples+1"]
+    num_positives: Int[np.ndarray, " examples"]
+    fingerprints: UInt64[np.ndarray, " texts"]
 
     @classmethod
     def of(cls, examples: Iterable[EmbeddingExample | ChatExample]) -> "Lengths":

@@ -30,9 +30,9 @@ class StreamPlan:
       rows: for each row the numbers of its texts.
     """
 
-    draws: Int[np.ndarray, "texts"]
-    texts: Int[np.ndarray, "texts"]
-    lengths: Int[np.ndarray, "texts"]
+    draws: Int[np.ndarray, " texts"]
+    texts: Int[np.ndarray, " texts"]
+    lengths: Int[np.ndarray, " texts"]
     rows: list[list[int]]
 
 
@@ -174,8 +174,8 @@ def _texts_of(draws: Draws, columns: slice) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def number_contents(
-    fingerprints: UInt64[np.ndarray, "P"], used: Sequence[bool] | np.ndarray | None = None
-) -> Int[np.ndarray, "P"]:
+    fingerprints: UInt64[np.ndarray, " P"], used: Sequence[bool] | np.ndarray | None = None
+) -> Int[np.ndarray, " P"]:
     """Returns for each text the number of the first that is the same; -1 where none is used."""
     places = np.arange(len(fingerprints)) if used is None else np.flatnonzero(used)
     _, first, alike = np.unique(fingerprints[places], return_index=True, return_inverse=True)

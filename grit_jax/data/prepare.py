@@ -6,7 +6,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import fcntl
-import importlib
 import json
 import multiprocessing
 import os
@@ -35,6 +34,7 @@ from grit_jax.data.manifest import Manifest, PreparedDataError
 from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.writing import is_remote, write_atomically
+from grit_jax.named_module import import_named
 
 
 def prepare_mixtures(
@@ -104,7 +104,7 @@ def _declare(names: Sequence[str], modules: Sequence[str], held_out: float, seed
 
     for module in modules:
         # Its functions are sent to the processes themselves: they do not import it, nor seqio.
-        cloudpickle.register_pickle_by_value(importlib.import_module(module))
+        cloudpickle.register_pickle_by_value(import_named(module))
     mixtures = []
     for name in names:
         given, path = _name_and_path(name)

@@ -45,7 +45,7 @@ class Turns:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, turns: Int[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, turns: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns whose turns these are, and how many that dataset has had before each."""
         blocks, places = np.divmod(turns, len(self))
         numbers = self._numbers[places]
@@ -92,7 +92,7 @@ class Order:
             raise ValueError(f"{size} examples are more than {MOST_EXAMPLES}: split the dataset")
         self._size, self._seed = size, seed
 
-    def __getitem__(self, places: Int[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, places: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the examples at these places of the endless order, and their epochs."""
         epochs, places = np.divmod(places, self._size)
         seeds = {epoch: stable_seed(self._seed, epoch) for epoch in np.unique(epochs).tolist()}

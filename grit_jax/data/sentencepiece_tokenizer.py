@@ -78,7 +78,7 @@ class SentencePieceTokenizer:
         """Returns the text of `ids`; special ids leave no trace."""
         return self._processor.decode(ids)
 
-    def ids(self, text: str) -> Int[np.ndarray, "tokens"]:
+    def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `encode`, sooner: most words have been seen before."""
         if not self._words_stand_apart:
             return np.array(self.encode(text), np.int32)
@@ -89,8 +89,8 @@ class SentencePieceTokenizer:
         return np.frombuffer(self._line_break.join(lines), np.int32)
 
     def ids_after(
-        self, prefix: str, prefix_ids: Int[np.ndarray, "prefix_tokens"], text: str
-    ) -> Int[np.ndarray, "tokens"]:
+        self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
+    ) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `prefix + text`, given those of `prefix`."""
         if not self._words_stand_apart or not prefix.endswith("\n"):
             return self.ids(prefix + text)

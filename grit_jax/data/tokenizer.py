@@ -120,13 +120,13 @@ class Tokenizer:
         """Returns the text of `ids`; special ids leave no trace."""
         return self._kind.decode(ids)
 
-    def ids(self, text: str) -> Int[np.ndarray, "tokens"]:
+    def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `encode` as an array, maybe sooner."""
         return self._kind.ids(text)
 
     def ids_after(
-        self, prefix: str, prefix_ids: Int[np.ndarray, "prefix_tokens"], text: str
-    ) -> tuple[Int[np.ndarray, "tokens"], int]:
+        self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
+    ) -> tuple[Int[np.ndarray, " tokens"], int]:
         """Returns the ids of `prefix + text`, and how many of them belong to the prefix alone.
 
         The ids are those of the two strings in one, which a tokenizer may split elsewhere than

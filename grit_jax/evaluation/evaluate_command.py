@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-import importlib
 import inspect
 import json
 from pathlib import Path
@@ -18,13 +17,14 @@ from grit_jax.evaluation.paper_table import paper_tables
 from grit_jax.evaluation.results import Results, settings_of
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.model_options import add_model_options, load_model
+from grit_jax.named_module import import_named
 
 
 def run(argv: Sequence[str]) -> None:
     """Measures a model by MTEB or lm-eval, or prints the paper's table with its column
 
     Raises:
-      InputError, ResultsError, ConversionError: the message names what is wrong.
+      InputError, ModuleError, ResultsError, ConversionError: the message names what is wrong.
       ImportError: a harness is not installed.
     """
     arguments = _parser().parse_args(argv)
@@ -75,7 +75,7 @@ def _mteb_tasks(arguments: argparse.Namespace) -> list[Any]:
 
     own = {}
     for name in arguments.module:
-        for _, found in inspect.getmembers(_module(name), inspect.isclass):
+        for _, found in inspect.getmembers(import_named(name), inspect.isclass):
             if issubclass(found, AbsTask) and found.__module__ == name:
                 own[found.metadata.name] = found()
     if arguments.preset == "paper":
@@ -103,18 +103,6 @@ def _read_instructions(path: Path | None) -> dict[str, str] | None:
     if not isinstance(content, dict):
         raise InputError(f"--instructions {path} does not hold an object of instructions by task")
     return content
-
-
-def _module(name: str) -> Any:
-    sys.path.insert(0, "")  # A user's module lies in the current folder.
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise InputError(
-            f"--module {name}: there is no such module in this folder or installed"
-        ) from None
 
 
 def _run_lm_eval(arguments: argparse.Namespace) -> None:

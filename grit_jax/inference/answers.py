@@ -30,7 +30,7 @@ class Answer:
         self._ids: list[int] = []
         self.is_ended = False
 
-    def push(self, tokens: Int[np.ndarray, new]) -> str:
+    def push(self, tokens: Int[np.ndarray, " new"]) -> str:
         """Adds the next tokens, and returns the text that is certain with them."""
         text = ""
         for token in tokens.tolist():
@@ -53,7 +53,7 @@ class Answer:
         return "" if self._pieces is None else self._pieces.text
 
     @property
-    def ids(self) -> Int[np.ndarray, tokens]:
+    def ids(self) -> Int[np.ndarray, " tokens"]:
         """The tokens so far, with those that complete a stop string."""
         return np.array(self._ids, np.int32)
 

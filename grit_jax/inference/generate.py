@@ -44,10 +44,10 @@ class State:
     """
 
     cache: Cache
-    tokens: Int[Array, B]
+    tokens: Int[Array, " B"]
     count: Int[Array, ""]
-    is_done: Bool[Array, B]
-    keys: Key[Array, B]
+    is_done: Bool[Array, " B"]
+    keys: Key[Array, " B"]
     seen: Bool[Array, "B V"] | None
 
 
@@ -107,7 +107,7 @@ class Generator:
         self._empty_cache = jax.jit(model.make_cache, static_argnums=(0, 1))
 
     def tokens(
-        self, request: Request, ended: Bool[np.ndarray, B], at_once: int = TOKENS_AT_ONCE
+        self, request: Request, ended: Bool[np.ndarray, " B"], at_once: int = TOKENS_AT_ONCE
     ) -> Iterator[Int[np.ndarray, "B S"]]:
         """Yields the next tokens of all prompts; what follows the end of an answer means nothing.
 
@@ -136,7 +136,7 @@ class Generator:
                 )
             tokens, made = np.asarray(tokens)[:, :steps], made + steps
 
-    def _start(self, request: Request, end_tokens: Int[np.ndarray, E]) -> State:
+    def _start(self, request: Request, end_tokens: Int[np.ndarray, " E"]) -> State:
         """Reads the prompts, and returns the state after the first token of each answer."""
         num_rows = round_up(request.num_rows, batch_shards(self._mesh))
         tokens, is_token = pad_in_front(request.prompts, num_rows)
@@ -192,7 +192,7 @@ class Generator:
         state: State,
         tokens: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
-        end_tokens: Int[Array, E],
+        end_tokens: Int[Array, " E"],
         sampling: Sampling,
         is_last: bool,
     ) -> State:
@@ -208,7 +208,7 @@ class Generator:
         parameters: Any,
         state: State,
         steps: Int[Array, ""],
-        end_tokens: Int[Array, E],
+        end_tokens: Int[Array, " E"],
         sampling: Sampling,
     ) -> tuple[Int[Array, "B S"], State]:
         """Makes so many tokens for each row, fewer if all rows end."""
@@ -236,7 +236,7 @@ def next_state(
     state: State,
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
-    end_tokens: Int[Array, E],
+    end_tokens: Int[Array, " E"],
     sampling: Sampling,
 ) -> State:
     """Reads tokens, and chooses the one that follows the last of each row."""
@@ -269,7 +269,7 @@ def pad_in_front(
     return tokens, is_token
 
 
-def row_keys(seed: int, numbers: Sequence[int], num_rows: int) -> Key[Array, B]:
+def row_keys(seed: int, numbers: Sequence[int], num_rows: int) -> Key[Array, " B"]:
     """Returns the key of each row, by the number of its prompt: not by what is beside it."""
     padded = jnp.array([*numbers, *[0] * (num_rows - len(numbers))], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), padded)

@@ -343,7 +343,7 @@ class GritLM:
         *,
         add_special_tokens: bool = True,
         batch_size: int = 256,
-    ) -> tuple[Float64[np.ndarray, "pairs"], Bool[np.ndarray, "pairs"]]:
+    ) -> tuple[Float64[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
         """Returns of each pair how likely the continuation is behind the prompt, read causally.
 
         The first array has log-likelihoods in nats, summed over the continuation's tokens. The

@@ -117,8 +117,8 @@ def choose_tokens(
     logits: Float[Array, "B V"],
     sampling: Sampling,
     seen: Bool[Array, "B V"] | None,
-    keys: Key[Array, B],
-) -> Int[Array, B]:
+    keys: Key[Array, " B"],
+) -> Int[Array, " B"]:
     """Returns a next token for each row, the likeliest or one drawn with the row's own key."""
     logits = filter_logits(logits.astype(jnp.float32), sampling, seen)
     if sampling.temperature is None:

@@ -34,11 +34,11 @@ class Continuation:
       tokens: the token ids that follow them, at least one.
     """
 
-    prompt: Int[np.ndarray, "prompt_tokens"]
-    tokens: Int[np.ndarray, "tokens"]
+    prompt: Int[np.ndarray, " prompt_tokens"]
+    tokens: Int[np.ndarray, " tokens"]
 
     @property
-    def read(self) -> Int[np.ndarray, "read_tokens"]:
+    def read(self) -> Int[np.ndarray, " read_tokens"]:
         """What the model reads to score it: all but the last token."""
         return np.concatenate([self.prompt, self.tokens[:-1]]).astype(np.int32)
 
@@ -129,7 +129,7 @@ class Scorer:
 
     def score(
         self, continuations: Sequence[Continuation], places: int, done: Callable[[int], None]
-    ) -> tuple[Float64[np.ndarray, "C"], Bool[np.ndarray, "C"]]:
+    ) -> tuple[Float64[np.ndarray, " C"], Bool[np.ndarray, " C"]]:
         """Returns the log-likelihood of each continuation in nats, and whether it is greedy.
 
         It is greedy if each of its tokens is the likeliest in its place. What several of them have

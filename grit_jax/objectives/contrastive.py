@@ -19,8 +19,8 @@ BLOCK_ROWS = 512
 def contrastive_loss(
     query_embeddings: Float[Array, "Q D"],
     passage_embeddings: Float[Array, "P D"],
-    positives: Int[Array, "Q"],
-    passage_contents: Int[Array, "P"],
+    positives: Int[Array, " Q"],
+    passage_contents: Int[Array, " P"],
     temperature: float | Float[Array, ""],
     *,
     is_symmetric: bool = False,
@@ -55,9 +55,9 @@ def contrastive_loss(
 def _info_nce(
     row_embeddings: Float[Array, "R D"],
     column_embeddings: Float[Array, "C D"],
-    own_columns: Int[Array, "R"],
-    row_contents: Int[Array, "R"],
-    column_contents: Int[Array, "C"],
+    own_columns: Int[Array, " R"],
+    row_contents: Int[Array, " R"],
+    column_contents: Int[Array, " C"],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, ""]:
     """Returns the mean over rows of -log p(own column), among the columns of other content.

@@ -133,7 +133,7 @@ def _sum_on_mesh(
 def _sum_over_chunks(
     projection: Float[Array, "D V"],
     inputs: tuple[jax.Array, ...],
-    counts: Bool[Array, "chunks"],
+    counts: Bool[Array, " chunks"],
     logits_dtype: str,
 ) -> Float[Array, ""]:
     """Returns the weighted sum over chunks of hidden states, targets and weights.

@@ -12,7 +12,7 @@ POOLINGS = ("mean", "weightedmean", "lasttoken", "cls")
 
 def sum_by_text(
     values: Float[Array, "B S *D"], segment_ids: Int[Array, "B S"], num_texts: int
-) -> Float[Array, "T *D"]:
+) -> Float[Array, " T *D"]:
     """Returns the sum of each text's values; text t has segment id t + 1, in whatever row."""
     rows = values.reshape(-1, *values.shape[2:])
     return jax.ops.segment_sum(rows, segment_ids.reshape(-1), num_texts + 1)[1:]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def load_balancing_loss(
-    choices: Float[Array, "L C E"], probabilities: Float[Array, "L E"], tokens: Float[Array, "L"]
+    choices: Float[Array, "L C E"], probabilities: Float[Array, "L E"], tokens: Float[Array, " L"]
 ) -> Float[Array, ""]:
     """Switch Transformer's auxiliary loss (arXiv 2101.03961), as Hugging Face's Mixtral takes it.
 

@@ -22,6 +22,7 @@ from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
 from grit_jax.evaluation.results import Results, ResultsError
 from grit_jax.evaluation.retrieval import retrieval_measures
 from grit_jax.inference.inputs import InputError
+from grit_jax.named_module import ModuleError
 
 INSTRUCTIONS = {
     "ArguAna": "Given a claim, find documents that refute the claim",
@@ -204,7 +205,7 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
     ],
 )
 def test_a_task_that_there_is_not_is_named_before_the_model_is_read(options, named):
-    with pytest.raises(InputError, match=named):
+    with pytest.raises((InputError, ModuleError), match=named):
         evaluate_command.run(["mteb", "nowhere", "--output", "out", *options])
 
 
