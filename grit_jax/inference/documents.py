@@ -34,7 +34,7 @@ def read_documents(source: str) -> Iterator[Document]:
     path = Path(source)
     if not path.exists():
         raise InputError(f"{source} does not exist: give a folder, a .jsonl file, or tfds:NAME")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = _files_below(path) if path.is_dir() else [path]
     files = [file for file in files if file.name.endswith(LINES + TEXTS) and file.is_file()]
     if not files:
         raise InputError(f"{source} has no files {', '.join(LINES + TEXTS)}")
@@ -80,6 +80,15 @@ def _title_and_text(document: Any, name: str) -> tuple[str, str]:
     if not isinstance(title, str):
         raise InputError(f"{name}: 'title' is no string")
     return title, document["text"]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Returns what is in a folder and below, without what is hidden, as an editor's copies are."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _of_files(files: Sequence[Path]) -> Iterator[Document]:
@@ -139,7 +148,7 @@ def _of_builder(builder: Any, split: str, name: str) -> Iterator[Document]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8-sig")  # Files from Windows begin with a mark.
     except UnicodeDecodeError:
         raise InputError(f"{file} is no UTF-8 text: convert it, or leave it out") from None
 

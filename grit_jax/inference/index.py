@@ -24,9 +24,10 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.index_folder import (
     Part,
     check_model,
+    damage_named,
     load_documents,
     open_embeddings,
-    prepare_folder,
+    open_to_add,
     read_settings,
     write_part,
 )
@@ -115,7 +116,8 @@ class DocumentIndex:
             return cache
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         dtype = self._model.model.config.dtype
-        return read_cache(self._parts[part], number - int(self._starts[part]), dtype)
+        with damage_named(self._parts[part]):
+            return read_cache(self._parts[part], number - int(self._starts[part]), dtype)
 
     @functools.cached_property
     def _placed(self) -> tuple[jax.Array, jax.Array]:
@@ -164,7 +166,7 @@ def build_index(
       truncate: cut those that are longer, with a warning.
 
     Raises:
-      DocumentIndexError: the index was made in another way.
+      DocumentIndexError: the index was made in another way, or another process adds to it.
       InputError: a document cannot be read, or is too long; the message has its place, from 0 on.
     """
     folder = Path(folder)
@@ -175,13 +177,14 @@ def build_index(
     if limit < 1:
         raise InputError(f"max_length={max_length} must be positive")
     options = {"max_length": limit, "truncate": truncate}
-    prepare_folder(folder, model, {"caches": caches, **options})
-    known = {identity(d) for part in folder.glob("part-*") for d in load_documents(part)}
-    new = _unknown(model, documents, known, **options)
-    count = 0
     shown = TextColumn("{task.completed:,.0f} documents added")
-    with Progress(SpinnerColumn(), shown, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
+    with (
+        open_to_add(folder, model, {"caches": caches, **options}),
+        Progress(SpinnerColumn(), shown, console=Console(stderr=True)) as progress,
+    ):
+        known = {identity(d) for part in folder.glob("part-*") for d in load_documents(part)}
+        new = _unknown(model, documents, known, **options)
+        count, task = 0, progress.add_task("", total=None)
         for part in _parts(model, new, caches, options):
             write_part(folder, part, caches)
             count += len(part[0])

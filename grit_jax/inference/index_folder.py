@@ -4,6 +4,9 @@
 it is changed once it is there, so that building may end at any moment and go on later.
 """
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 from pathlib import Path
 import shutil
@@ -23,7 +26,7 @@ VERSION = 2
 REMEDY = "remove it, and build again"
 # What tells models apart: how they embed these tokens. In bfloat16 the cosine is above .999.
 PROBE = list(range(3, 35))
-LEAST_COSINE = 0.99
+LEAST_COSINE, LEAST_RATIO_OF_LENGTHS = 0.99, 0.9
 
 
 class DocumentIndexError(InputError):
@@ -56,15 +59,26 @@ def load_documents(part: Path) -> list[Document]:
     Raises:
       DocumentIndexError: a file is missing or damaged.
     """
-    try:
+    with damage_named(part):
         lines = (part / "documents.jsonl").read_text().splitlines()
         documents = [json.loads(line) for line in lines]
         num_embeddings = len(open_embeddings(part))
-    except (FileNotFoundError, ValueError, EOFError) as error:
-        raise DocumentIndexError(f"{part} is damaged ({error}): {REMEDY}") from None
     if num_embeddings != len(documents):
         raise DocumentIndexError(f"{part} is damaged: {REMEDY}")
     return documents
+
+
+@contextlib.contextmanager
+def damage_named(part: Path) -> Iterator[None]:
+    """Says which part it is where one of its files cannot be read.
+
+    Raises:
+      DocumentIndexError: a file is missing or damaged.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise DocumentIndexError(f"{part} is damaged ({error}): {REMEDY}") from None
 
 
 def open_embeddings(part: Path) -> np.ndarray:
@@ -76,30 +90,62 @@ def open_embeddings(part: Path) -> np.ndarray:
     return np.load(part / "embeddings.npy", mmap_mode="r")
 
 
-def prepare_folder(folder: Path, model: GritLM, made_with: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def open_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> Iterator[None]:
     """Makes the folder of an index, or checks that one is there that was made in this way.
 
+    Until the end of the `with` no other process can add to it.
+
     Raises:
-      DocumentIndexError: it was made in another way or with another model, or is no index.
+      DocumentIndexError: it was made in another way or with another model, is no index, or another
+        process adds to it.
     """
     path = folder / "index.json"
-    if path.exists():
-        settings = read_settings(folder)
-        check_model(settings, model, folder)
-        for name, value in made_with.items():
-            if settings[name] != value:
-                raise DocumentIndexError(
-                    f"{folder} was made with {name}={settings[name]!r}, not {value!r}: add to it "
-                    "in the same way, or choose another folder"
-                )
+    if not path.exists():
+        if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+            raise DocumentIndexError(
+                f"{folder} has files in it, but no index: choose another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if path.exists():
+            settings = _settings_to_add(folder, model, made_with)
+        else:
+            settings = {"version": VERSION, **made_with, "probe": _probe(model).tolist()}
+        write_json(path, settings)
         for unfinished in folder.glob(".part-*"):
             shutil.rmtree(unfinished)
-        return
-    if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
-        raise DocumentIndexError(f"{folder} has files in it, but no index: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"version": VERSION, **made_with, "probe": _probe(model).tolist()}
-    write_json(path, settings)
+        yield
+
+
+def _settings_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an index, with longer limits where those change nothing in it."""
+    settings = read_settings(folder)
+    check_model(settings, model, folder)
+    # None of its documents was cut: with more room each is what it was.
+    if not settings["truncate"] and made_with["max_length"] >= settings["max_length"]:
+        settings |= {name: made_with[name] for name in ("max_length", "truncate")}
+    for name, value in made_with.items():
+        if settings[name] != value:
+            raise DocumentIndexError(
+                f"{folder} was made with {name}={settings[name]!r}, not {value!r}: add to it "
+                "in the same way, or choose another folder"
+            )
+    return settings
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DocumentIndexError(
+                f"another process is adding to {folder}: wait until it has ended"
+            ) from None
+        except OSError:  # The file system knows no locks.
+            pass
+        yield
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -120,10 +166,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _probe(model: GritLM) -> np.ndarray:
-    """Returns how the model embeds some tokens, at length 1."""
-    ids = [number % model.model.config.vocab_size for number in PROBE]
-    embedding = model.encode(ids)
-    return embedding / np.linalg.norm(embedding)
+    """Returns how the model embeds some tokens."""
+    return model.encode([number % model.model.config.vocab_size for number in PROBE])
 
 
 def check_model(settings: dict[str, Any], model: GritLM, folder: Path) -> None:
@@ -133,8 +177,13 @@ def check_model(settings: dict[str, Any], model: GritLM, folder: Path) -> None:
       DocumentIndexError: it is another one.
     """
     theirs, ours = np.array(settings["probe"], np.float32), _probe(model)
-    if theirs.shape != ours.shape or float(theirs @ ours) < LEAST_COSINE:
-        raise DocumentIndexError(
-            f"{folder} was made with another model, or with another pooling or attention: give the "
-            "same, or build it again"
-        )
+    if theirs.shape == ours.shape:
+        lengths = np.linalg.norm(theirs), np.linalg.norm(ours)
+        cosine = theirs @ ours / np.prod(lengths)
+        ratio = min(lengths) / max(lengths)
+        if cosine >= LEAST_COSINE and ratio >= LEAST_RATIO_OF_LENGTHS:
+            return
+    raise DocumentIndexError(
+        f"{folder} was made with another model, or with another pooling, attention or scaling of "
+        "its embeddings: give the same, or build it again"
+    )

@@ -99,9 +99,34 @@ def test_an_interrupted_index_goes_on_and_is_added_to(tmp_path, model):
     index = DocumentIndex(tmp_path / "index", model)
     assert index.documents == DOCUMENTS
     names = {path.name for path in (tmp_path / "index").iterdir()}
-    assert names == {"index.json", "part-00000", "part-00001", "part-00002"}
+    assert names == {".lock", "index.json", "part-00000", "part-00001", "part-00002"}
     _, numbers = index.search(embeddings_of(model, DOCUMENTS))
     np.testing.assert_array_equal(numbers[:, 0], np.arange(11))
+
+
+def test_one_process_at_a_time_adds_to_an_index(tmp_path, model):
+    def documents():
+        yield DOCUMENTS[0]
+        with pytest.raises(DocumentIndexError, match=r"another process is adding to .*index: wait"):
+            build_index(model, DOCUMENTS, tmp_path / "index")
+        yield DOCUMENTS[1]
+
+    assert build_index(model, documents(), tmp_path / "index") == 2
+    assert build_index(model, DOCUMENTS, tmp_path / "index") == len(DOCUMENTS) - 2
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 texts were cut to 64 tokens")
+def test_with_more_room_an_index_goes_on_of_which_nothing_was_cut(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", 1)
+    monkeypatch.setattr(index_module, "PART_DOCUMENTS", 1)
+    documents, folder = [DOCUMENTS[0], {"text": "river " * 100}, DOCUMENTS[1]], tmp_path / "index"
+    with pytest.raises(InputError, match="or say truncate=True to cut it"):
+        build_index(model, documents, folder, max_length=64)
+    assert build_index(model, documents, folder, max_length=64, truncate=True) == 2
+    assert DocumentIndex(folder, model).settings["truncate"]
+    for options in ({"max_length": 64}, {"max_length": 128, "truncate": True}):
+        with pytest.raises(DocumentIndexError, match="add to it in the same way, or choose"):
+            build_index(model, documents, folder, **options)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -147,7 +172,8 @@ def test_a_head_of_zeros_stays_zero():
 def test_another_model_is_refused(tmp_path, model):
     build_index(model, DOCUMENTS[:2], tmp_path / "index")
     other = GritLM(make_model(model.model.config, 1), model.mesh, Tokenizer())
-    for wrong in (other, GritLM(model.model, model.mesh, Tokenizer(), pooling="cls")):
+    by_first_token = GritLM(model.model, model.mesh, Tokenizer(), pooling="cls")
+    for wrong in (other, by_first_token, model.unnormalized()):
         with pytest.raises(DocumentIndexError, match="was made with another model"):
             DocumentIndex(tmp_path / "index", wrong)
         with pytest.raises(DocumentIndexError, match="was made with another model"):
@@ -163,14 +189,18 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
         build_index(model, DOCUMENTS, folder, caches="int8")
     with pytest.raises(InputError, match="caches='int4' must be None or one of float32"):
         build_index(model, DOCUMENTS, folder, caches="int4")
-    for name, value in {"max_length": 64, "truncate": True}.items():
-        with pytest.raises(DocumentIndexError, match=f"was made with {name}=.*, not {value}"):
-            build_index(model, DOCUMENTS, folder, **{name: value})
+    with pytest.raises(DocumentIndexError, match="was made with max_length=700, not 64"):
+        build_index(model, DOCUMENTS, folder, max_length=64)
     path = folder / "part-00000" / "embeddings.npy"
     for content in (path.read_bytes()[:-100], b""):
         path.write_bytes(content)
         with pytest.raises(DocumentIndexError, match="part-00000 is damaged"):
             DocumentIndex(folder, model)
+    build_index(model, DOCUMENTS[:1], tmp_path / "caches", caches="int8")
+    path = tmp_path / "caches" / "part-00000" / "keys.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DocumentIndexError, match="part-00000 is damaged"):
+        DocumentIndex(tmp_path / "caches", model).cache_of(0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear all")
     with pytest.raises(DocumentIndexError, match="has files in it, but no index"):
@@ -205,7 +235,10 @@ def test_documents_are_read_from_files(tmp_path):
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps({"text": "two", "title": None}) + "\n")
     (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "c.txt").write_text("three\n")
+    (tmp_path / "inner" / "c.txt").write_text("three\n", encoding="utf-8-sig")  # As Windows has it.
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "copy.txt").write_text("one")
+    (tmp_path / "inner" / "._c.txt").write_bytes(b"\xa3")
     (tmp_path / "inner" / "d.png").write_bytes(b"\x89PNG")
     found = list(read_documents(str(tmp_path)))
     assert found == [{"title": "first", "text": "one"}, {"text": "two"}, {"text": "three\n"}]
