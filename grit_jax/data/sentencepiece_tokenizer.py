@@ -75,8 +75,8 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`; special ids leave no trace."""
-        return self._processor.decode(ids)
+        """Returns the text of `ids`; special and unknown ids leave no trace."""
+        return self._processor.decode([number for number in ids if number < self.vocab_size])
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `encode`, sooner: most words have been seen before."""

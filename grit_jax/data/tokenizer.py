@@ -117,7 +117,10 @@ class Tokenizer:
         return self._kind.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`; special ids leave no trace."""
+        """Returns the text of `ids`; special ids, and those it does not have, leave no trace.
+
+        A model may have more ids than its tokenizer.
+        """
         return self._kind.decode(ids)
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:

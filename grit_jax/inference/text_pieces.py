@@ -26,6 +26,7 @@ class TextPieces:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, stop
         self._before = tokenizer.encode(BEFORE)
+        self._length_before = len(tokenizer.decode(self._before))  # Some put a space before it.
         self._ids: list[int] = []  # Of a character whose bytes have not all come.
         self._held = ""  # What may be the beginning of a stop string.
         self.text = ""
@@ -45,7 +46,7 @@ class TextPieces:
         return piece + rest
 
     def _text_of_ids(self) -> str:
-        return self._tokenizer.decode([*self._before, *self._ids])[len(BEFORE) :]
+        return self._tokenizer.decode([*self._before, *self._ids])[self._length_before :]
 
     def _take(self, text: str) -> str:
         self._ids = []

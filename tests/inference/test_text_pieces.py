@@ -1,6 +1,7 @@
 """Text from tokens as they come: the same as all at once, whole characters, and stop strings."""
 
 import functools
+import json
 from pathlib import Path
 import tempfile
 
@@ -71,6 +72,22 @@ def test_tokens_of_bytes_give_what_they_give_at_once(style, text, ids):
 
 def test_the_space_before_a_first_word_is_kept():
     assert run(TOKENIZER.encode("word"))[0] == " word"
+
+
+def test_a_tokenizer_that_keeps_a_space_before_every_text(tmp_path):
+    path = write_tokenizer(tmp_path, "gpt2")
+    content = json.loads(path.read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(content))
+    tokenizer = Tokenizer(str(path))
+    text, shown = run(tokenizer.encode("one more word"), tokenizer=tokenizer)
+    assert text == " one more word" and len(shown) > 3
+
+
+def test_tokens_that_only_the_model_has_leave_no_trace():
+    ids = TOKENIZER.encode("word")
+    assert run([32_000, *ids, 40_000])[0] == " word"
+    assert TOKENIZER.decode([32_000, *ids, 40_000]) == "word"
 
 
 @settings(deadline=None)
