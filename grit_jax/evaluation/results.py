@@ -7,6 +7,7 @@ from typing import Any
 
 from grit_jax.conversion.companion_files import write_json
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.lock import locked
 from grit_jax.training.checkpoints import describe_differences
 
 SCORES = "scores.json"
@@ -59,11 +60,12 @@ class Results:
         Raises:
           ResultsError: by now the folder holds what cannot stand beside it.
         """
-        content = self._read()  # The other harness may have added to it.
-        content[harness] |= scores
-        content["settings"] |= self._settings
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, content)
+        with locked(self.folder):
+            content = self._read()  # The other harness may have added to it.
+            content[harness] |= scores
+            content["settings"] |= self._settings
+            write_json(self._path, content)
         self._content = content
 
     def _read(self) -> dict[str, Any]:

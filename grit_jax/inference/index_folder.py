@@ -6,7 +6,6 @@ it is changed once it is there, so that building may end at any moment and go on
 
 from collections.abc import Iterator
 import contextlib
-import fcntl
 import json
 from pathlib import Path
 import shutil
@@ -20,6 +19,7 @@ from grit_jax.inference.documents import Document
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.inputs import InputError
 from grit_jax.inference.stored_caches import write_caches
+from grit_jax.lock import locked
 from grit_jax.models import Cache
 
 VERSION = 2
@@ -107,7 +107,8 @@ def open_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> Itera
                 f"{folder} has files in it, but no index: choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    busy = f"another process is adding to {folder}: wait until it has ended"
+    with locked(folder, DocumentIndexError(busy)):
         if path.exists():
             settings = _settings_to_add(folder, model, made_with)
         else:
@@ -132,20 +133,6 @@ def _settings_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> 
                 "in the same way, or choose another folder"
             )
     return settings
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DocumentIndexError(
-                f"another process is adding to {folder}: wait until it has ended"
-            ) from None
-        except OSError:  # The file system knows no locks.
-            pass
-        yield
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The paper's numbers, and one's own beside them."""
 
+from concurrent.futures import ThreadPoolExecutor
 import json
 import sys
 
@@ -65,7 +66,7 @@ def test_results_are_those_of_one_model_and_whole(tmp_path):
         "mteb": {"STS12": 0.5},
         "lm_eval": {"mmlu": {"acc,none": 0.25}},
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "scores.json"}
     with pytest.raises(ResultsError, match=r"results of another model \(one, and this is two\)"):
         Results(tmp_path, "two")
     (tmp_path / "scores.json").write_text("{")
@@ -80,6 +81,18 @@ def test_two_evaluations_at_once_keep_each_others_scores(tmp_path):
     embedding.add("mteb", {"STS13": 0.5})
     found = Results(tmp_path)
     assert found.mteb == {"STS12": 0.5, "STS13": 0.5} and found.lm_eval.keys() == {"mmlu"}
+
+
+def test_scores_that_are_added_in_one_moment_all_stay(tmp_path):
+    def add(harness):
+        results = Results(tmp_path, "one")
+        for number in range(50):
+            results.add(harness, {f"task {number}": 0.5})
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(add, ("mteb", "lm_eval")))
+    found = Results(tmp_path)
+    assert len(found.mteb) == len(found.lm_eval) == 50
 
 
 def test_scores_of_one_harness_are_measured_in_one_way(tmp_path):

@@ -1,0 +1,25 @@
+"""A lock on a folder, for what only one process may do in it at a time."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(folder: Path, refusal: Exception | None = None) -> Iterator[None]:
+    """Keeps a folder's lock until the end of the `with`; it is let go with the process, too.
+
+    Args:
+      folder: is there; the lock is the file `.lock` in it.
+      refusal: is raised where another process has the lock; None waits for it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            assert refusal is not None
+            raise refusal from None
+        except OSError:  # A file system without locks.
+            pass
+        yield
