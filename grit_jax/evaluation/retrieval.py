@@ -60,8 +60,10 @@ def bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Float[np.nda
     def words(texts: Sequence[str]) -> Any:
         return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
 
-    index = bm25s.BM25()
-    index.index(words(passages), show_progress=False)
+    index, words_of_passages = bm25s.BM25(), words(passages)
+    if not any(words_of_passages):  # Such as "A" and "B": nothing to index.
+        return np.zeros((len(queries), len(passages)))
+    index.index(words_of_passages, show_progress=False)
     known = index.vocab_dict
     rows = []
     for query in words(queries):

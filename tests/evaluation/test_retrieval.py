@@ -72,6 +72,7 @@ def test_bm25_finds_shared_words_and_gives_nothing_for_unknown_ones():
     assert scores.shape == (2, 3)
     assert np.argmax(scores[0]) == 1 and scores[0, 0] == 0
     assert not scores[1].any()
+    assert not bm25_scores(["the vessel", "A"], ["A", "the"]).any()  # Passages without a word.
 
 
 @pytest.fixture
