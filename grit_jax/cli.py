@@ -367,8 +367,9 @@ def _use_model(
     from grit_jax.conversion import ConversionError
     from grit_jax.data.tokenizer import TokenizerError
     from grit_jax.inference.inputs import InputError
+    from grit_jax.sharding import MeshError
 
-    known = (BucketError, ConversionError, InputError, TokenizerError, OSError)
+    known = (BucketError, ConversionError, InputError, MeshError, TokenizerError, OSError)
     try:
         run(argv)
     except (*known, *own) as error:

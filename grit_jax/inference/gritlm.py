@@ -125,6 +125,7 @@ class GritLM:
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
           TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
+          MeshError: the mesh does not divide the model.
           ValueError: the type, the pattern or the pooling is unknown.
         """
         _check_choices(**how_it_embeds({}, attention, pooling))

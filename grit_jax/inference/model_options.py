@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.objectives.pooling import POOLINGS
+from grit_jax.training.joint_loss import PATTERNS
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -11,8 +13,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder, a GGUF file, a checkpoint or a run")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--linear-dtype", choices=("int8",), help="of linear layers' weights")
-    parser.add_argument("--attention", help="the pattern of its training (the model's own)")
-    parser.add_argument("--pooling", help="of its embeddings (the model's own)")
+    pattern = "the pattern of its training (the model's own)"
+    parser.add_argument("--attention", choices=PATTERNS, help=pattern)
+    parser.add_argument("--pooling", choices=POOLINGS, help="of its embeddings (the model's own)")
     parser.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
     parser.add_argument("--base", type=Path, help="where LoRA's base model lies, if it moved")
 

@@ -263,5 +263,6 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
         size, ways = getattr(config, field, 1 if axis == "expert" else None), mesh.shape[axis]
         if size % ways:
             raise MeshError(
-                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}"
+                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}: choose "
+                "other sizes of the mesh, or fewer devices"
             )

@@ -20,6 +20,7 @@ from grit_jax.data.templates import embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.inputs import InputError, TokenIds
 from grit_jax.objectives.pooling import POOLINGS
+from grit_jax.sharding import MeshError, make_mesh
 
 INSTRUCTION = embedding_prefix("Given a word, retrieve its meaning")
 TEXTS = ["A short one", "ünïcödé 🙂", "one\nmore line  and spaces", "word " * 300, "x" * 500, "Hm"]
@@ -281,6 +282,12 @@ def test_texts_are_cut_where_that_is_asked_for(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.encode(["word " * 100], truncate=True)
+
+
+def test_devices_that_do_not_divide_a_model_are_refused():
+    folder, three = reference_values.FOLDER / "tiny-mistral", make_mesh(devices=jax.devices()[:3])
+    with pytest.raises(MeshError, match=r"fsdp=3 does not divide config.model hidden_size=32: "):
+        GritLM.from_pretrained(folder, mesh=three)
 
 
 def test_unknown_choices_and_a_missing_tokenizer(reference_model):

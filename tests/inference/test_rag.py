@@ -210,6 +210,13 @@ def test_documents_are_looked_for_before_the_model(tmp_path):
     assert not (tmp_path / "index").exists()
 
 
+def test_unknown_choices_of_a_model_are_named_before_it_is_loaded(capsys):
+    for option in ("--attention", "--pooling"):
+        with pytest.raises(SystemExit):
+            run(["ask", "no_model", "--index=index", "Who?", option, "max"])
+        assert f"argument {option}: invalid choice: 'max'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_builds_an_index_and_answers(tmp_path, exported):
     _, folder = exported
