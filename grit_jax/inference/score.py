@@ -172,21 +172,20 @@ class Scorer:
         """Returns how likely each target is behind its place, and if it is the likeliest."""
         model = nnx.merge(self._graph, parameters)
         hidden = model(tokens, positions, segment_ids, is_causal=True)
-        hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)  # [B, N, D]
 
         def of_some(some: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            hidden, targets = some
-            logits = model.logits(hidden).astype(jnp.float32)
+            places, targets = some
+            behind = jnp.take_along_axis(hidden, places[..., None], axis=1)
+            logits = model.logits(behind).astype(jnp.float32)
             own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             is_greedy = jnp.argmax(logits, axis=-1) == targets
             return own - jax.nn.logsumexp(logits, axis=-1), is_greedy
 
         def in_parts(array: jax.Array) -> jax.Array:
-            """[B, N, ...] -> [N / PLACES_AT_ONCE, B, PLACES_AT_ONCE, ...]"""
-            split = array.reshape(len(array), -1, PLACES_AT_ONCE, *array.shape[2:])
-            return jnp.moveaxis(split, 1, 0)
+            """[B, N] -> [N / PLACES_AT_ONCE, B, PLACES_AT_ONCE]"""
+            return jnp.moveaxis(array.reshape(len(array), -1, PLACES_AT_ONCE), 1, 0)
 
-        found = jax.lax.map(of_some, (in_parts(hidden), in_parts(targets)))
+        found = jax.lax.map(of_some, (in_parts(places), in_parts(targets)))
         return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(places.shape), found)
 
 

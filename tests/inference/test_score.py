@@ -62,6 +62,19 @@ def test_what_is_generated_is_greedy(reference_model, architecture):
     assert are_greedy.tolist() == [True, False] and values[0] > values[1]
 
 
+def test_no_hidden_state_is_copied_for_each_of_many_continuations(reference_model):
+    scorer = reference_model()._scorer
+    rows, places = np.zeros((2, 64), np.int32), np.zeros((2, 4096), np.int32)
+    program = jax.make_jaxpr(scorer._score_rows)(scorer._parameters, *[rows] * 3, places, places)
+    largest = max(
+        variable.aval.size
+        for equation in program.eqns
+        for variable in equation.outvars
+        if variable.aval.ndim == 3
+    )
+    assert largest < 4096 * 32  # A hidden state has 32 numbers.
+
+
 def test_a_strings_tokens_are_those_of_the_whole(model):
     tokenizer = model.tokenizer
     values, _ = model.score([PROMPT, PROMPT], [" Paris.", " Rome, of course"])
