@@ -203,7 +203,7 @@ class GritLM:
         """
         listed, is_one = as_texts(texts)
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be positive")
+            raise InputError(f"batch_size={batch_size} must be positive")
         read = [
             self._token_ids.after(instruction, text, begin=add_special_tokens, name=f"text {i}")
             for i, text in enumerate(listed)
@@ -290,13 +290,12 @@ class GritLM:
         """
         listed, is_one = as_texts(prompts)
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be positive")
+            raise InputError(f"batch_size={batch_size} must be positive")
         stop = as_stop_strings(stop)
         sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
-        caches = [cache] if isinstance(cache, Cache) else cache
-        begin = add_special_tokens and caches is None
+        begin = add_special_tokens and cache is None
         request = self._request(
-            listed, max_new_tokens, sampling, seed, caches, begin=begin, first_number=first_number
+            listed, max_new_tokens, sampling, seed, cache, begin=begin, first_number=first_number
         )
         answers = [self._answer(isinstance(text, str), stop) for text in listed]
         for numbers in in_batches(request.prompts, batch_size):
@@ -320,7 +319,7 @@ class GritLM:
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = (),
         seed: int = 0,
-        cache: Cache | None = None,
+        cache: Cache | Sequence[Cache] | None = None,
         add_special_tokens: bool = True,
     ) -> Iterator[str]:
         """Returns an iterator over the text that `generate` would return, piece after piece.
@@ -332,9 +331,8 @@ class GritLM:
         if len(listed) != 1:
             raise InputError(f"one prompt is streamed at a time, not {len(listed)}")
         sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
-        caches = None if cache is None else [cache]
-        begin = add_special_tokens and caches is None
-        request = self._request(listed, max_new_tokens, sampling, seed, caches, begin=begin)
+        begin = add_special_tokens and cache is None
+        request = self._request(listed, max_new_tokens, sampling, seed, cache, begin=begin)
         return pieces(self._generator, request, self._answer(True, stop), TOKENS_STREAMED)
 
     def score(
@@ -376,7 +374,7 @@ class GritLM:
     def unnormalized(self) -> "GritLM":
         """Returns this model with embeddings as they are pooled, whatever their length.
 
-        Parameters and compiled programs are shared.
+        Parameters are shared, and what has been compiled by now.
         """
         other = copy.copy(self)
         other._embedding = dataclasses.replace(self._embedding, normalized=False)
@@ -392,7 +390,7 @@ class GritLM:
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
-        caches: Sequence[Cache] | None,
+        cache: Cache | Sequence[Cache] | None,
         *,
         begin: bool,
         first_number: int = 0,
@@ -402,6 +400,7 @@ class GritLM:
             self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
+        caches = [cache] if isinstance(cache, Cache) else cache
         request = Request(
             ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
         )

@@ -164,6 +164,10 @@ def test_stop_strings_and_streams(model):
     assert model.generate(PROMPTS[0], NEW, stop=stop) == before
     assert model.generate(PROMPTS[:2], NEW, stop=["never", stop]) == [before, whole[1]]
     assert "".join(model.stream(PROMPTS[0], NEW, stop=stop)) == before
+    _, caches = model.encode([PROMPTS[2]], get_cache=True)
+    behind = model.generate(PROMPTS[0], NEW, cache=caches)
+    for cache in (caches, caches[0]):
+        assert "".join(model.stream(PROMPTS[0], NEW, cache=cache)) == behind != whole[0]
     ids = model.generate(prompt_ids(model, PROMPTS[0]), NEW, stop=stop)
     assert stop in model.tokenizer.decode(ids.tolist())
     assert stop not in model.tokenizer.decode(ids[:-1].tolist())
