@@ -17,9 +17,11 @@ import numpy as np
 
 from grit_jax.data.templates import ASSISTANT, chat_prompt
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.inputs import InputError
 
-# What a task may ask of generation, beside where it ends.
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# What a task may ask of generation, beside where it ends; the first of them, of what is drawn.
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING = (*DRAWING, "repetition_penalty")
 
 
 class LmEvalModel(TemplateLM):
@@ -93,7 +95,7 @@ class LmEvalModel(TemplateLM):
             # The last token is not read.
             room = self.max_length + 1 - len(continuation)
             if room < 1:
-                raise ValueError(
+                raise InputError(
                     f"a continuation of {len(continuation)} tokens does not fit the model's "
                     f"context of {self.max_length}"
                 )
@@ -151,17 +153,21 @@ class LmEvalModel(TemplateLM):
         max_new_tokens = int(asked.pop("max_gen_toks"))
         is_drawn = asked.pop("do_sample")
         sampling = {name: asked.pop(name) for name in SAMPLING if name in asked}
+        if not is_drawn:  # The harness' own model passes over them, too.
+            sampling = {name: sampling[name] for name in sampling if name not in DRAWING}
         if sampling.get("top_k", 1) < 1:  # The harness' way to say: of all.
             del sampling["top_k"]
+        if asked.get("num_beams") == 1:  # The harness' way to say: no search.
+            del asked["num_beams"]
         if asked:
-            raise ValueError(
+            raise InputError(
                 f"a task asks for {', '.join(asked)} in its generation_kwargs; there are "
                 f"{', '.join((*SAMPLING, 'do_sample', 'until', 'max_gen_toks'))}"
             )
         sampling["temperature"] = (sampling.get("temperature") or 1.0) if is_drawn else 0.0
         room = self.max_length - max_new_tokens
         if room < 1:
-            raise ValueError(
+            raise InputError(
                 f"a task asks for {max_new_tokens} new tokens, but the model's context is "
                 f"{self.max_length}: say max_gen_toks in its generation_kwargs"
             )

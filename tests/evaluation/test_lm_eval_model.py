@@ -10,6 +10,7 @@ import yaml
 
 from grit_jax.evaluation.lm_eval_model import LmEvalModel
 from grit_jax.evaluation.paper import GENERATIVE, NUM_FEWSHOT
+from grit_jax.inference.inputs import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -159,9 +160,10 @@ def test_what_a_task_asks_of_generation_reaches_the_model(sides):
     greedy = ours._generate(["A text"], draw | {"do_sample": False})
     assert ours._generate(["A text"], draw) != greedy
     assert ours._generate(["A text"], draw | {"top_k": 1}) == greedy
-    with pytest.raises(ValueError, match=r"num_beams.*there are temperature"):
+    assert ours._generate(["A text"], {"max_gen_toks": 8, "top_p": 0.9, "num_beams": 1}) == greedy
+    with pytest.raises(InputError, match=r"num_beams.*there are temperature"):
         ours._generate(["A text"], draw | {"num_beams": 4})
-    with pytest.raises(ValueError, match=r"512 new tokens.*max_gen_toks"):
+    with pytest.raises(InputError, match=r"512 new tokens.*max_gen_toks"):
         ours._generate(["A text"], {"max_gen_toks": 512})
 
 
