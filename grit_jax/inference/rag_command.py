@@ -16,6 +16,7 @@ def run(argv: Sequence[str]) -> None:
 
     from grit_jax.inference.documents import read_documents
     from grit_jax.inference.index import DocumentIndex, build_index
+    from grit_jax.inference.index_folder import read_settings
     from grit_jax.inference.model_options import load_model
     from grit_jax.inference.rag import Answerer
 
@@ -27,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
         count = build_index(model, documents, arguments.index, caches=caches, **options)
         print(f"{count} documents added to {arguments.index}")
         return
+    read_settings(arguments.index)  # Says that there is none before the model is loaded.
     model = load_model(arguments)
     index = DocumentIndex(arguments.index, model)
     answerer = Answerer(

@@ -203,11 +203,13 @@ def test_what_cannot_be_asked_is_named(index, model, monkeypatch):
         Answerer(model, index).ask([*QUESTIONS, "b " * 650])
 
 
-def test_documents_are_looked_for_before_the_model(tmp_path):
+def test_documents_and_index_are_looked_for_before_the_model(tmp_path):
     command = ["build", "no_model", str(tmp_path / "typo"), "--index", str(tmp_path / "index")]
     with pytest.raises(InputError, match="typo does not exist: give a folder"):
         run(command)
     assert not (tmp_path / "index").exists()
+    with pytest.raises(InputError, match="index is no index: run grit-jax rag build"):
+        run(["ask", "no_model", "Who?", "--index", str(tmp_path / "index")])
 
 
 def test_unknown_choices_of_a_model_are_named_before_it_is_loaded(capsys):
