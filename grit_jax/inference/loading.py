@@ -17,7 +17,7 @@ from grit_jax.conversion.layout import Index, Parameter
 from grit_jax.models import Mistral, make_model
 from grit_jax.models.linear import round_to_int8
 from grit_jax.sharding import variable_shardings
-from grit_jax.training.train_step import check_model_fits_mesh
+from grit_jax.training.train_step import check_sizes_fit_mesh
 
 
 def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None = None) -> Mistral:
@@ -29,7 +29,7 @@ def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None 
     config = dataclasses.replace(
         stored.config, dtype=dtype, param_dtype=dtype, linear_dtype=linear_dtype
     )
-    check_model_fits_mesh(config, mesh)
+    check_sizes_fit_mesh(config, mesh)
     graph, state = abstract_module(config, mesh)
     shapes = nnx.to_pure_dict(state)
     loaded = stored.load(shapes) if linear_dtype is None else _load_rounded(stored, shapes)

@@ -251,6 +251,18 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
                 f"a {mesh.devices.flat[0].platform} has not; 'save_matmuls' saves the same on the "
                 "device"
             )
+    ways = mesh.shape["expert"]
+    if ways > 1 and not hasattr(config, "num_local_experts"):
+        raise MeshError(f"config.mesh.expert={ways} is for a Mixtral: leave it at 1")
+    check_sizes_fit_mesh(config, mesh)
+
+
+def check_sizes_fit_mesh(config: MistralConfig, mesh: Mesh) -> None:
+    """Checks that the mesh divides what it splits of the model.
+
+    Raises:
+      MeshError: it does not; the message names the model's field and the mesh's.
+    """
     split_by = {
         "hidden_size": "fsdp",
         "num_attention_heads": "tensor",
@@ -260,7 +272,7 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
         "num_local_experts": "expert",
     }
     for field, axis in split_by.items():
-        size, ways = getattr(config, field, 1 if axis == "expert" else None), mesh.shape[axis]
+        size, ways = getattr(config, field, 0), mesh.shape[axis]  # A Mistral has no experts.
         if size % ways:
             raise MeshError(
                 f"config.mesh.{axis}={ways} does not divide config.model {field}={size}: choose "
