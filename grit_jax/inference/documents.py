@@ -142,8 +142,9 @@ def _of_builder(builder: Any, split: str, name: str) -> Iterator[Document]:
         splits = ", ".join(builder.info.splits)
         raise InputError(f"{TFDS}{name} has no split {split!r}: there are {splits}")
     for number, fields in enumerate(tfds.as_numpy(builder.as_dataset(split=split))):
-        decoded = {key: value.decode() for key, value in fields.items() if key in ("title", "text")}
-        yield _checked(decoded, f"{TFDS}{name}, example {number}")
+        found = {key: fields.get(key) for key in ("title", "text")}
+        strings = {key: value.decode() for key, value in found.items() if isinstance(value, bytes)}
+        yield _checked(strings, f"{TFDS}{name}, example {number}")
 
 
 def _read_text(file: Path) -> str:

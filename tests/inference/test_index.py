@@ -282,6 +282,7 @@ def test_a_source_that_is_not_there_is_named_at_once(tmp_path):
 
 
 TFDS_MODULE = """
+import numpy as np
 import tensorflow_datasets as tfds
 
 
@@ -300,6 +301,20 @@ class Shelf(tfds.core.GeneratorBasedBuilder):
         for number in range(3):
             title = self.builder_config.name if number else ""
             yield number, {"title": title, "text": f"{split} {number} ü"}
+
+
+class Numbers(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"text": tfds.features.Tensor(shape=(2,), dtype=np.int64)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"text": [3, 4]}
 """
 TFDS_SCRIPT = """
 import shelf
@@ -309,7 +324,7 @@ from grit_jax.inference.inputs import InputError
 for source in ("shelf", "shelf/test", "shelf/maps", "shelf/maps/test"):
     found = list(read_documents(f"tfds:{source}"))
     print(source, sorted((one.get("title", ""), one["text"]) for one in found))
-for source in ("shelf/none", "nothing/at/all"):
+for source in ("shelf/none", "nothing/at/all", "numbers"):
     try:
         list(read_documents(f"tfds:{source}"))
     except InputError as error:
@@ -323,7 +338,7 @@ def test_documents_come_from_a_dataset_of_tfds(tmp_path, monkeypatch):
     (tmp_path / "shelf.py").write_text(TFDS_MODULE)
     finished = run_python(TFDS_SCRIPT, cwd=tmp_path)
     lines = [line for line in finished.stdout.splitlines() if line.startswith(("shelf", "tfds:"))]
-    assert len(lines) == 6, finished.stderr
+    assert len(lines) == 7, finished.stderr
     for line, split, title in zip(
         lines, ["train", "test"] * 2, ["books"] * 2 + ["maps"] * 2, strict=False
     ):
@@ -331,3 +346,4 @@ def test_documents_come_from_a_dataset_of_tfds(tmp_path, monkeypatch):
         assert line.partition(" ")[2] == str(expected)
     assert "tfds:shelf/none has no split 'none': there are" in lines[4]
     assert "tfds:nothing/at/all is no dataset of TFDS" in lines[5]
+    assert lines[6] == "tfds:numbers, example 0 has no string at 'text'"
