@@ -57,7 +57,7 @@ class Retention:
         if self.best_metric:
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=self._measured,
+                    get_metric_fn=self.measured,
                     reverse=self.best_mode == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -65,7 +65,7 @@ class Retention:
             )
         return checkpoint_managers.AnyPreservationPolicy(policies)
 
-    def _measured(self, measures: Mapping[str, float]) -> float:
+    def measured(self, measures: Mapping[str, float]) -> float:
         """Returns what the best is chosen by; of what is no number, the worst there is."""
         value = measures[self.best_metric]
         if math.isnan(value):
@@ -114,7 +114,10 @@ class Checkpoints:
         self._every_steps = every_steps
         self._base_model = {"folder": base_folder} if base_folder else None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=retention.policy(), enable_async_checkpointing=True
+            preservation_policy=retention.policy(),
+            # Orbax writes measures down only where it has this: a run that is continued reads them.
+            best_fn=retention.measured if retention.best_metric else None,
+            enable_async_checkpointing=True,
         )
         try:
             self._manager = ocp.CheckpointManager(folder, options=options)

@@ -136,6 +136,12 @@ def test_those_are_kept_that_any_rule_keeps(states, tmp_path, retention, kept):
     assert save_all(tmp_path, states, **retention) == kept
 
 
+def test_the_best_is_kept_in_a_run_that_is_continued(states, tmp_path):
+    best = {"keep": 1, "best_metric": "recall"}
+    assert save_all(tmp_path, {step: states[step] for step in (2, 3, 4)}, **best) == [3, 4]
+    assert save_all(tmp_path, {step: states[step] for step in (5, 6)}, **best) == [3, 6]
+
+
 def cut_off(folder):
     for path in sorted(folder.rglob("d/*")):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
