@@ -170,22 +170,14 @@ def check_fields(config: Mapping[str, Any]) -> None:
         value = config["data"][name]
         if value not in ("homogeneous", "mixed"):
             raise ConfigError(f"config.data.{name}={value!r} must be one of homogeneous, mixed")
-    warmup = config["optimizer"]["warmup_fraction"]
-    if not 0 <= warmup < 1:
-        raise ConfigError(f"config.optimizer.warmup_fraction={warmup} must be from 0 to below 1")
-    clip_norm, moments = (config["optimizer"][name] for name in ("clip_norm", "moment_dtype"))
-    if clip_norm <= 0:
+    _check_optimizer(config["optimizer"])
+    _check_best(config)
+    if config["profile"]["first_step"] < 2:
         raise ConfigError(
-            f"config.optimizer.clip_norm={clip_norm} must be positive: a large one, such as 1e9, "
-            "clips nothing"
+            f"config.profile.first_step={config['profile']['first_step']} must be at least 2: the "
+            "first step compiles"
         )
-    if moments not in ("float32", "bfloat16"):
-        raise ConfigError(
-            f"config.optimizer.moment_dtype={moments!r} must be one of float32, bfloat16"
-        )
-    if config["hang_seconds"] < 0:
-        raise ConfigError(f"config.hang_seconds={config['hang_seconds']} must not be negative")
-    positive = {
+    at_least_1 = {
         "": ("steps", "log_every_steps", "grad_cache_chunks"),
         "data": (
             "embedding_batch_size",
@@ -198,18 +190,41 @@ def check_fields(config: Mapping[str, Any]) -> None:
         "checkpoint": ("every_steps", "keep"),
         "evaluation": ("batch_size",),
     }
-    _check_best(config)
-    if config["profile"]["first_step"] < 2:
+    at_least_0 = {
+        "": ("hang_seconds",),
+        "optimizer": ("learning_rate", "weight_decay", "token_embedding_factor"),
+        "evaluation": ("every_steps",),
+    }
+    for least, sections in ((1, at_least_1), (0, at_least_0)):
+        for section, names in sections.items():
+            for name in names:
+                value = config[section][name] if section else config[name]
+                if value < least:
+                    where = f"config.{section}.{name}" if section else f"config.{name}"
+                    raise ConfigError(f"{where}={value} must be at least {least}")
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    for name in ("warmup_fraction", "beta1", "beta2"):
+        if not 0 <= optimizer[name] < 1:
+            raise ConfigError(
+                f"config.optimizer.{name}={optimizer[name]} must be from 0 to below 1"
+            )
+    if optimizer["epsilon"] <= 0:
         raise ConfigError(
-            f"config.profile.first_step={config['profile']['first_step']} must be at least 2: the "
-            "first step compiles"
+            f"config.optimizer.epsilon={optimizer['epsilon']} must be positive: what has no "
+            "gradient is divided by it"
         )
-    for section, names in positive.items():
-        for name in names:
-            value = config[section][name] if section else config[name]
-            if value < 1:
-                where = f"config.{section}.{name}" if section else f"config.{name}"
-                raise ConfigError(f"{where}={value} must be at least 1")
+    if optimizer["clip_norm"] <= 0:
+        raise ConfigError(
+            f"config.optimizer.clip_norm={optimizer['clip_norm']} must be positive: a large one, "
+            "such as 1e9, clips nothing"
+        )
+    if optimizer["moment_dtype"] not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"config.optimizer.moment_dtype={optimizer['moment_dtype']!r} must be one of float32, "
+            "bfloat16"
+        )
 
 
 def _check_best(config: Mapping[str, Any]) -> None:

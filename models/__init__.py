@@ -1,7 +1,7 @@
 """The Flax modules: they know nothing of data, losses or training."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 from flax import nnx
 
@@ -36,16 +36,24 @@ def make_config(architecture: str, **fields: Any) -> MistralConfig:
     """Returns the configuration of a "mistral" or "mixtral" with these fields.
 
     Raises:
-      ValueError: the architecture or a field is unknown, or a size impossible.
+      ValueError: the architecture or a field is unknown, of another type, or a size impossible.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(
             f"config.model.architecture={architecture!r} must be one of {sorted(ARCHITECTURES)}"
         )
     config_class, _ = ARCHITECTURES[architecture]
-    unknown = set(fields) - {field.name for field in dataclasses.fields(config_class)}
-    if unknown:
+    hints = get_type_hints(config_class)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+    if unknown := fields.keys() - types.keys():
         raise ValueError(f"config.model: a {architecture} has no {', '.join(sorted(unknown))}")
+    for name, value in fields.items():
+        wanted = types[name]
+        allowed = (int, float) if wanted is float else wanted
+        # To Python, True is a number as well.
+        if not isinstance(value, allowed) or isinstance(value, bool) != (wanted is bool):
+            in_words = getattr(wanted, "__name__", wanted)
+            raise ValueError(f"config.model.{name}={value!r} must be of type {in_words}")
     return config_class(**fields)
 
 

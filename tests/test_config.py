@@ -243,6 +243,10 @@ def test_the_default_configuration_has_its_own_fields():
         ("mesh", "tensor", True, "config.mesh.tensor=True must be of type int"),
         ("evaluation", "enabled", 1, "config.evaluation.enabled=1 must be of type bool"),
         ("evaluation", "batch_size", 0, "config.evaluation.batch_size=0 must be at least 1"),
+        ("evaluation", "every_steps", -1, "config.evaluation.every_steps=-1 must be at least 0"),
+        ("optimizer", "learning_rate", -1e-5, "config.optimizer.learning_rate=-1e-05 must be"),
+        ("optimizer", "beta2", 1.0, "config.optimizer.beta2=1.0 must be from 0 to below 1"),
+        ("optimizer", "epsilon", 0.0, "config.optimizer.epsilon=0.0 must be positive"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_size_names_its_field(section, field, value, named):
@@ -301,6 +305,23 @@ def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
     flag = own_file(f"config.model.sizes = {{{size!r}: 4}}")
     with pytest.raises(ConfigError, match=size):
         model_config(parse(flag))
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "wanted"),
+    [
+        ("hidden_size", 256.0, "int"),
+        ("hidden_size", "256", "int"),
+        ("num_hidden_layers", True, "int"),
+        ("rms_norm_eps", "1e-5", "float"),
+        ("tie_word_embeddings", 1, "bool"),
+        ("sliding_window", 4.5, r"int \| None"),
+    ],
+)
+def test_a_size_of_the_wrong_type_is_named(own_file, size, value, wanted):
+    config = parse(own_file(f"config.model.sizes = {{{size!r}: {value!r}}}"))
+    with pytest.raises(ConfigError, match=f"{size}={value!r} must be of type {wanted}$"):
+        model_config(config)
 
 
 @pytest.mark.parametrize(
