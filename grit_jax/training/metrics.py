@@ -25,13 +25,15 @@ class RunRecord:
 
     Args:
       workdir: the run's folder.
-      from_step: lines of later steps are dropped: a run that was stopped makes them again.
+      from_step: lines of later steps are dropped: a run that was stopped makes them again. At 0
+        all are: the run begins anew, maybe from other weights.
       is_written: whether this process writes it; if not, nothing is.
     """
 
     def __init__(self, workdir: epath.Path, from_step: int, is_written: bool = True):
         self.workdir = workdir
-        self.kept = [line for line in read_metrics(workdir / METRICS) if line["step"] <= from_step]
+        before = read_metrics(workdir / METRICS) if from_step else []
+        self.kept = [line for line in before if line["step"] <= from_step]
         self._from_step, self._is_written = from_step, is_written
         self._mirror, self._opened = Mirror(workdir), contextlib.ExitStack()
         self._path = self._mirror.local / METRICS
@@ -47,7 +49,7 @@ class RunRecord:
         self._opened.enter_context(self._mirror)
         self._events = SummaryWriter(
             str(self._mirror.local / TENSORBOARD),
-            purge_step=self._from_step + 1 if self.kept else None,
+            purge_step=self._from_step + 1 if self._from_step else 0,
             flush_secs=int(SECONDS),
             filename_suffix=f".from-{self._from_step}",  # Else a file of the same second is lost.
         )

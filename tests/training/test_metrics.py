@@ -34,6 +34,18 @@ def test_a_continued_record_has_each_step_once(workdir):
     assert shown == [(1, 0.1), (2, 0.2), (3, 0.03), (4, 0.04)]
 
 
+def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(workdir):
+    for loss in (0.5, 0.7):  # It was stopped before its first checkpoint, and has other weights.
+        with RunRecord(workdir, from_step=0) as record:
+            assert record.kept == []
+            record.write(0, {"held_out/loss": loss})
+    assert read_metrics(workdir / METRICS) == [{"step": 0, "held_out/loss": 0.7}]
+    events = EventAccumulator(str(workdir / TENSORBOARD))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("held_out/loss")]
+    assert shown == [pytest.approx(0.7)]
+
+
 def test_a_process_that_does_not_write_changes_nothing(workdir):
     with RunRecord(workdir, from_step=0) as record:
         record.write(1, {"loss": 1.0})
