@@ -194,7 +194,9 @@ class Trainer:
             gradient, state.optimizer_state, state.trained
         )
         trained: dict[str, Any] = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
-        metrics = {**parts, "gradient_norm": optax.tree.norm(gradient)}
+        # Squares of bfloat16 would be added up in bfloat16.
+        gradient_norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
+        metrics = {**parts, "gradient_norm": gradient_norm}
         for name, field in COUNTS_OF_SKIPPED_STEPS.items():
             if (count := optax.tree.get(optimizer_state, field)) is not None:
                 metrics[name] = count

@@ -332,6 +332,7 @@ def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
         for _ in range(2):
             state, metrics = trainer.step(state, trainer.to_devices(batch))
     assert np.isfinite(metrics["loss"])
+    assert metrics["gradient_norm"].dtype == "float32"
     moments = {name: optax.tree.get(state.optimizer_state, name) for name in ("mu", "nu")}
     for tree, dtype in (
         (state.parameters, "bfloat16"),
