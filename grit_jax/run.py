@@ -57,7 +57,7 @@ def run(config: Config, workdir: epath.Path) -> None:
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
-    console = Console(quiet=not is_writer())
+    console = Console(quiet=not is_writer(), markup=False)  # A folder may be named [so].
     check_fields(config.to_dict())
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
@@ -73,6 +73,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         check_shared(workdir)
 
     with (
+        contextlib.ExitStack() as until_closed,
         _compiled_programs(workdir / "compiled"),
         make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
     ):
@@ -84,7 +85,11 @@ def run(config: Config, workdir: epath.Path) -> None:
             if held_out is not None and not as_writer_says(is_measured):
                 _measure(held_out, state, record, console.print)
             if int(state.step) < config.steps:
-                _train(config, trainer, state, batches, saved, record, held_out, console)
+                # The last checkpoint is written when `saved` is closed.
+                preemption = until_closed.enter_context(Preemption())
+                _train(
+                    config, trainer, state, batches, saved, record, held_out, preemption, console
+                )
     if is_writer():
         _show_results(workdir, held_out, console)
 
@@ -160,12 +165,12 @@ def _train(
     saved: Checkpoints,
     record: RunRecord,
     held_out: HeldOut | None,
+    preemption: Preemption,
     console: Console,
 ) -> None:
     start = int(state.step)
     with (
         ProgressReport(start, config.steps, console) as progress,
-        Preemption() as preemption,
         Watchdog(config.hang_seconds) as watchdog,
         Mirror(record.workdir / "profile") as traces,
         Profile(traces.local, **config.profile.to_dict()) as profile,

@@ -255,3 +255,37 @@ assert not loaded & unwanted, loaded & unwanted
     )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(prepared_sample, tmp_path):
+    workdir = tmp_path / "[run]"
+    arguments = [
+        *SMALL,
+        f"--config.data.folder={prepared_sample}",
+        "--config.steps=1",
+        "--config.mode=generative",
+        "--config.evaluation.enabled=False",
+        f"--workdir={workdir}",
+    ]
+    script = """
+import os, signal, sys
+from grit_jax.cli import train
+from grit_jax.training.checkpoints import Checkpoints
+close = Checkpoints.__exit__
+def tell_and_close(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(*arguments)
+Checkpoints.__exit__ = tell_and_close
+train(sys.argv[1:])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (workdir / "checkpoints" / "1").is_dir()
+    assert str(workdir / "checkpoints") in finished.stdout
