@@ -66,8 +66,11 @@ class Retention:
         return checkpoint_managers.AnyPreservationPolicy(policies)
 
     def measured(self, measures: Mapping[str, float]) -> float:
-        """Returns what the best is chosen by; of what is no number, the worst there is."""
-        value = measures[self.best_metric]
+        """Returns what the best is chosen by: the worst there is where it is no number or missing.
+
+        A checkpoint from before this run was continued may have been measured on other data.
+        """
+        value = measures.get(self.best_metric, math.nan)
         if math.isnan(value):
             return math.inf if self.best_mode == "min" else -math.inf
         return value
