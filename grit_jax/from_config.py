@@ -379,13 +379,19 @@ def check_tokenizer(batches: Batches, pretrained: Model | None) -> None:
         )
 
 
-def check_attention(trainer: Trainer, batches: Batches) -> None:
-    """Checks that the implementation of attention serves the rows of a step, which it traces."""
+def check_attention(trainer: Trainer, batches: Batches, held_out: HeldOut | None) -> None:
+    """Checks that the implementation of attention serves all rows of a run: it traces programs.
+
+    Raises:
+      ConfigError: it does not; the message names the case.
+    """
     if trainer.model_config.attention_implementation == "auto":
         return  # It serves all, and tracing takes seconds.
     try:
         with jax.set_mesh(trainer.mesh):
             for shape in batches.shapes:
                 jax.eval_shape(trainer.step, trainer.abstract_state(), batches.empty(shape))
+            if held_out is not None:
+                held_out.trace()
     except AttentionError as error:
         raise ConfigError(str(error)) from None

@@ -63,8 +63,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
     check_tokenizer(batches, pretrained)
-    check_attention(trainer, batches)
     held_out = make_held_out(config, trainer)
+    check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
         check_agreement(what_all_share(config, batches, pretrained))
     check_writing(workdir)

@@ -16,6 +16,7 @@ from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.from_config import (
+    check_attention,
     check_tokenizer,
     make_batches,
     make_held_out,
@@ -483,3 +484,20 @@ def test_the_best_checkpoint_is_kept_by_what_is_measured(prepared_sample):
     assert held_out("wordnet_senses/ndcg_at_10") and held_out("perplexity")
     with pytest.raises(ConfigError, match=r"best_metric='ndcg' must be one of .*, perplexity"):
         held_out("ndcg")
+
+
+def test_attention_that_serves_the_rows_of_training_alone_is_refused(prepared_sample):
+    config = parse(
+        TINY,
+        f"--config.data.folder={prepared_sample}",
+        "--config.mode=embedding",
+        "--config.model.attention_implementation=splash",
+        "--config.data.row_length_multiple=128",
+        "--config.data.query_row_length=200",  # Training takes 128, measuring all of it.
+    )
+    trainer = make_trainer(config)
+    batches = make_batches(config, trainer)
+    assert {shape["query"].length for shape in batches.shapes} == {128}
+    check_attention(trainer, batches, None)
+    with pytest.raises(ConfigError, match="does not serve rows of 200 positions"):
+        check_attention(trainer, batches, make_held_out(config, trainer))

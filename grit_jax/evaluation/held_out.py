@@ -108,6 +108,20 @@ class HeldOut:
                 measures["perplexity"] = self._perplexity(parameters)
         return measures
 
+    def trace(self) -> None:
+        """Traces the programs of `measure`, for rows of each stream.
+
+        Raises:
+          AttentionError: the implementation that was asked for does not serve them.
+        """
+        parameters = self._trainer.abstract_state().model_parameters
+        for task in self._tasks[:1]:  # All have rows of the same lengths.
+            for stream, texts in (("query", task.queries), ("passage", task.passages)):
+                jax.eval_shape(self._embed, parameters, next(self._batches(texts, stream)))
+        if self._chats:
+            batch = next(self._batches(self._chats, "chat"))
+            jax.eval_shape(self._cross_entropy, parameters, batch)
+
     def bm25_baseline(self) -> dict[str, float]:
         """Returns the retrieval measures of BM25 on the same queries and passages.
 
