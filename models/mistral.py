@@ -6,7 +6,7 @@ T texts, P embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import dataclasses
 from typing import Any, ClassVar, cast, overload
 
@@ -47,7 +47,7 @@ class MistralConfig:
     scale for each output (`linear.round_to_int8`); None leaves them in `param_dtype`.
 
     `linear_layers` has the names of a decoder layer's linear layers, and how many axes of the
-    weight of each are inputs.
+    weight of each are inputs. `may_be_zero` has the fields that need not be positive.
 
     Raises:
       ValueError: a size is impossible; the message names it.
@@ -85,11 +85,14 @@ class MistralConfig:
         "feed_forward.up": 1,
         "feed_forward.down": 1,
     }
+    may_be_zero: ClassVar[Collection[str]] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value <= 0 and not isinstance(value, bool):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if value < 0 or (value == 0 and field.name not in self.may_be_zero):
                 raise ValueError(f"config.model.{field.name} must be positive, not {value}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

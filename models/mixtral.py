@@ -4,7 +4,7 @@ Legend of dimensions: M tokens, D hidden, F feed-forward, E experts,
 C experts chosen for a token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
 from typing import ClassVar
@@ -37,6 +37,7 @@ class MixtralConfig(MistralConfig):
         **MistralConfig.linear_layers,
         "feed_forward.router": 1,
     }
+    may_be_zero: ClassVar[Collection[str]] = ("router_aux_loss_coef",)
 
     def __post_init__(self):
         super().__post_init__()

@@ -325,6 +325,17 @@ def test_a_size_of_the_wrong_type_is_named(own_file, size, value, wanted):
         model_config(config)
 
 
+def test_a_mixtral_may_go_without_the_loss_of_its_router():
+    def coefficient(value):
+        flag = f"--config.model.sizes.router_aux_loss_coef={value}"
+        config = parse(TINY, "--config.model.architecture=mixtral", flag)
+        return model_config(config).router_aux_loss_coef
+
+    assert coefficient(0) == 0
+    with pytest.raises(ConfigError, match="router_aux_loss_coef must be positive, not -1"):
+        coefficient(-1)
+
+
 @pytest.mark.parametrize(
     ("schedule", "halfway"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)]
 )

@@ -75,6 +75,6 @@ def pool(
 
 
 def normalize(embeddings: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Returns the embeddings scaled to length 1 (zeros stay zeros, with a gradient of zero)."""
+    """Returns the embeddings scaled to length 1 (zeros stay zeros)."""
     squared = jnp.sum(embeddings**2, axis=-1, keepdims=True)
     return embeddings * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
