@@ -17,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from grit_jax.bucket import in_short
 from grit_jax.conversion.embedding import EMBEDDING
 from grit_jax.models import MistralConfig, config_to_hugging_face
-from grit_jax.training.damage import is_damage, set_aside
+from grit_jax.training.damage import forget_garbled_measures, is_damage, set_aside
 from grit_jax.training.files_item import Files
 from grit_jax.training.train_step import TrainState
 
@@ -123,6 +123,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         try:
+            forget_garbled_measures(folder)
             self._manager = ocp.CheckpointManager(folder, options=options)
         except Exception as error:  # Whatever the file system's library makes of it.
             raise CheckpointError(f"{folder} cannot be written to: {in_short(error)}") from error

@@ -51,6 +51,21 @@ def set_aside(checkpoint: epath.Path, failure: Exception) -> epath.Path:
     return destination
 
 
+def forget_garbled_measures(checkpoints: epath.Path) -> None:
+    """Removes measures that cannot be read: Orbax reads all when it opens a folder of checkpoints.
+
+    The best is then chosen among the others.
+    """
+    for checkpoint in checkpoints.glob("*"):
+        measures = checkpoint / "metrics" / "metrics"
+        try:
+            json.loads(measures.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # It has none, or another process has removed them.
+        except ValueError:
+            measures.unlink(missing_ok=True)
+
+
 def _free_place(checkpoint: epath.Path) -> epath.Path:
     step = checkpoint.name
     names = itertools.chain([step], (f"{step}-{n}" for n in itertools.count(2)))

@@ -139,7 +139,9 @@ def test_those_are_kept_that_any_rule_keeps(states, tmp_path, retention, kept):
 def test_the_best_is_kept_in_a_run_that_is_continued(states, tmp_path):
     best = {"keep": 1, "best_metric": "recall"}
     assert save_all(tmp_path, {step: states[step] for step in (2, 3, 4)}, **best) == [3, 4]
-    assert save_all(tmp_path, {step: states[step] for step in (5, 6)}, **best) == [3, 6]
+    assert save_all(tmp_path, {5: states[5]}, **best) == [3, 5]
+    (tmp_path / "3" / "metrics" / "metrics").write_bytes(b"\0\0")  # As a power cut leaves it.
+    assert save_all(tmp_path, {6: states[6]}, **best) == [5, 6]
 
 
 def cut_off(folder):
