@@ -133,9 +133,11 @@ def gather_for_rows(weight: jax.Array, axis: int) -> jax.Array:
       weight: the device's part.
       axis: the number of its axis "embed".
     """
-    gathered = jax.lax.all_gather(weight, mesh_axes("embed"), axis=axis, tiled=True)
+    # XLA for CPUs ends the process where it is to sum up bfloat16 here, as the gradient does.
+    dtype = jnp.float32 if platform() == "cpu" else weight.dtype
+    gathered = jax.lax.all_gather(weight.astype(dtype), mesh_axes("embed"), axis=axis, tiled=True)
     same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
-    return jax.lax.pcast(gathered, same_along, to="varying")
+    return jax.lax.pcast(gathered, same_along, to="varying").astype(weight.dtype)
 
 
 def batch_shards(mesh: Mesh) -> int:
