@@ -189,22 +189,28 @@ def kind_of_files(files: Iterable[epath.Path], preprocess: Preprocess | None) ->
       SourceError: no line is an example.
     """
     files = list(files)
+    first = ""
     for file in files:
         for block in read_blocks(file, MEGABYTE):
-            for _, line in block.lines():
-                kind = _kind_of_line(line, preprocess)
+            for number, line in block.lines():
+                kind, reason = _kind_of_line(line, preprocess)
                 if kind is not None:
                     return kind
+                first = first or f" (line {number}: {reason})"
     raise SourceError(
-        f"{', '.join(map(str, files))}: not one line is an example; a line is "
-        '{"query": ..., "pos": [...], "neg": [...]} or {"text": [user, assistant, ...]}'
+        f"{', '.join(map(str, files))}: not one line is an example{first}; a line is "
+        '{"query": ..., "pos": [...], "neg": [...]}, {"messages": [...]}, '
+        '{"text": [user, assistant, ...]} or {"text": "..."}'
     )
 
 
-def _kind_of_line(line: bytes, preprocess: Preprocess | None) -> str | None:
+def _kind_of_line(line: bytes, preprocess: Preprocess | None) -> tuple[str | None, str]:
+    """Returns the kind of a line's example, or None and what is wrong with the line."""
     try:
         raw = parse_line(line)
         raw = raw if preprocess is None else preprocess(raw)
-    except Exception:  # Whatever is wrong with the line is reported when it is prepared.
-        return None
-    return None if raw is None else kind_of_line(raw)
+    except Exception as error:  # Of a single line it is reported when it is prepared.
+        return None, str(error)
+    if raw is None:
+        return None, "left out"
+    return kind_of_line(raw), f"it has {', '.join(map(repr, raw)) or 'nothing'}"[:200]

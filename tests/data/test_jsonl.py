@@ -135,6 +135,13 @@ def test_the_kind_of_a_file_is_that_of_its_first_example(tmp_path):
     path.write_text('broken\n{"title": 1}\n\n{"text": ["u", "a"]}\n{"query": "q"}\n')
     assert kind_of_files([path], None) == "generative"
     path.write_text('{"title": 1}\n')
-    with pytest.raises(SourceError, match=r"a\.jsonl: not one line is an example"):
+    with pytest.raises(
+        SourceError,
+        match=r"a\.jsonl: not one line is an example \(line 1: it has 'title'\); .*\"messages\"",
+    ):
         kind_of_files([path], None)
+    path.write_bytes('{"query": "q"}\n'.encode("utf-16"))
+    with pytest.raises(SourceError, match=r"\(line 1: NUL character\)"):
+        kind_of_files([path], None)
+    path.write_text('{"title": 1}\n')
     assert kind_of_files([path], lambda raw: {"query": raw["title"]}) == "embedding"
