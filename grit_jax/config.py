@@ -17,6 +17,31 @@ Config = Any
 # Sizes of a model that is not trained: weights in int8.
 NOT_TRAINED_WITH = ("linear_dtype",)
 
+# The least that a field may be, by its section and name.
+LEAST = {
+    ("", "steps"): 1,
+    ("", "log_every_steps"): 1,
+    ("", "hang_seconds"): 0,
+    ("", "grad_cache_chunks"): 1,
+    ("loss", "embedding_weight"): 0,
+    ("loss", "generative_weight"): 0,
+    ("optimizer", "learning_rate"): 0,
+    ("optimizer", "weight_decay"): 0,
+    ("optimizer", "most_skipped_in_a_row"): 1,
+    ("optimizer", "token_embedding_factor"): 0,
+    ("data", "embedding_batch_size"): 1,
+    ("data", "generative_batch_size"): 1,
+    ("data", "group_size"): 1,
+    ("data", "row_length_multiple"): 1,
+    ("data", "reading_threads"): 1,
+    ("checkpoint", "every_steps"): 1,
+    ("checkpoint", "keep"): 1,
+    ("checkpoint", "keep_every_steps"): 0,
+    ("evaluation", "every_steps"): 0,
+    ("evaluation", "batch_size"): 1,
+    ("profile", "num_steps"): 0,
+}
+
 
 class ConfigError(ValueError):
     """A field of the configuration is unknown, of the wrong type, or impossible."""
@@ -177,31 +202,11 @@ def check_fields(config: Mapping[str, Any]) -> None:
             f"config.profile.first_step={config['profile']['first_step']} must be at least 2: the "
             "first step compiles"
         )
-    at_least_1 = {
-        "": ("steps", "log_every_steps", "grad_cache_chunks"),
-        "data": (
-            "embedding_batch_size",
-            "generative_batch_size",
-            "group_size",
-            "row_length_multiple",
-            "reading_threads",
-        ),
-        "optimizer": ("most_skipped_in_a_row",),
-        "checkpoint": ("every_steps", "keep"),
-        "evaluation": ("batch_size",),
-    }
-    at_least_0 = {
-        "": ("hang_seconds",),
-        "optimizer": ("learning_rate", "weight_decay", "token_embedding_factor"),
-        "evaluation": ("every_steps",),
-    }
-    for least, sections in ((1, at_least_1), (0, at_least_0)):
-        for section, names in sections.items():
-            for name in names:
-                value = config[section][name] if section else config[name]
-                if value < least:
-                    where = f"config.{section}.{name}" if section else f"config.{name}"
-                    raise ConfigError(f"{where}={value} must be at least {least}")
+    for (section, name), least in LEAST.items():
+        value = config[section][name] if section else config[name]
+        if value < least:
+            where = f"config.{section}.{name}" if section else f"config.{name}"
+            raise ConfigError(f"{where}={value} must be at least {least}")
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:

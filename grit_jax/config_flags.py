@@ -30,7 +30,9 @@ def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
         _complete_sizes(config, _architecture(line, config.model.architecture))
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=line)
         rest = values(line)[1:]
-    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError) as error:
+        raise ConfigError(f"there is no field {_in_one_line(error)}") from None
+    except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(_in_one_line(error)) from None
     if rest:
         raise ConfigError(f"what is {rest[0]!r}? Fields are set as --config.FIELD=VALUE")

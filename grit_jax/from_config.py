@@ -118,10 +118,12 @@ def open_pretrained(config: Config) -> Model | None:
         pretrained = open_model(config.model.weights)
     except ConversionError as error:
         raise ConfigError(f"config.model.weights: {error}") from None
-    if type(pretrained.config) is not ARCHITECTURES[config.model.architecture][0]:
+    kind = type(pretrained.config)
+    architecture = next(name for name, (own, _) in ARCHITECTURES.items() if own is kind)
+    if config.model.architecture != architecture:
         raise ConfigError(
-            f"config.model.architecture={config.model.architecture!r}, but "
-            f"{config.model.weights} holds a {type(pretrained.config).__name__}"
+            f"config.model.architecture={config.model.architecture!r}, but of "
+            f"{config.model.weights} it is {architecture!r}"
         )
     return pretrained
 
@@ -215,7 +217,8 @@ def _check_sizes(sizes: dict[str, Any], pretrained: Model) -> None:
         if size not in (theirs, getattr(defaults, name, None)):
             raise ConfigError(
                 f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {theirs!r}; with "
-                "config.model.weights, leave sizes out"
+                "config.model.weights, leave sizes out, in the --config file, too (as "
+                "configs/gritlm_7b.py does)"
             )
 
 

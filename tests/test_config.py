@@ -140,6 +140,8 @@ def test_the_working_directory_can_be_chosen():
         ([TINY, "--config.optimizer.learning_rat=1"], "learning_rat"),
         ([TINY, "--config.optimiser.learning_rate=1"], "optimiser"),
         ([TINY, "--config.model.sizes.hidden_siz=1"], "hidden_siz"),
+        ([TINY, "--config.lr=1"], "there is no field 'lr'"),
+        ([TINY, "--config.optimizer.adam.beta=1"], "there is no field 'adam'"),
         ([TINY, "--config.steps=abc"], "config.steps=abc"),
         ([TINY, "--config.steps=1.5"], "config.steps=1.5"),
         ([TINY, "--config.optimizer.learning_rate=abc"], "config.optimizer.learning_rate=abc"),
@@ -248,6 +250,7 @@ def test_the_default_configuration_has_its_own_fields():
         ("optimizer", "learning_rate", -1e-5, "config.optimizer.learning_rate=-1e-05 must be"),
         ("optimizer", "beta2", 1.0, "config.optimizer.beta2=1.0 must be from 0 to below 1"),
         ("optimizer", "epsilon", 0.0, "config.optimizer.epsilon=0.0 must be positive"),
+        ("loss", "generative_weight", -0.1, "config.loss.generative_weight=-0.1 must be at least"),
     ],
 )
 def test_a_value_of_the_wrong_type_or_size_names_its_field(section, field, value, named):
@@ -362,6 +365,13 @@ def test_an_unknown_schedule_is_named():
         (
             [f"--config.model.weights={TINY_MODELS / 'tiny-mixtral'}"],
             ["config.model.architecture='mistral'", "tiny-mixtral"],
+        ),
+        (
+            [
+                f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}",
+                "--config.model.architecture=llama",
+            ],
+            ["config.model.architecture='llama', but of", "it is 'mistral'"],
         ),
         (
             [

@@ -54,7 +54,10 @@ def open_model(
         _check_has_no_base(path, base)
         return GgufModel(path)
     if not path.is_dir():
-        raise ConversionError(f"{path} is not there, or neither a folder nor a {SUFFIX} file")
+        raise ConversionError(
+            f"{path} is not there, or neither a folder nor a {SUFFIX} file (hf download NAME "
+            "--local-dir FOLDER gets a model of the Hugging Face hub)"
+        )
     checkpoints = path / "checkpoints"
     steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and _is_whole(step)]
     if steps:

@@ -220,10 +220,11 @@ def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, fi
     try:
         stored = _read_json(path)
     except PreparedDataError as error:
-        raise PreparedDataError(
-            f"config.data.{field}={mixture!r}: {error}; prepare it with: "
-            f"grit-jax prepare {mixture} --output {folder}"
-        ) from error
+        remedy = f"prepare it with: grit-jax prepare {mixture} --output {folder}"
+        if isinstance(error.__cause__, FileNotFoundError):
+            others = sorted(p.stem for p in path.parent.glob("*.json") if p.name[0] != ".")
+            remedy = f"there are {', '.join(others)}" if others else remedy
+        raise PreparedDataError(f"config.data.{field}={mixture!r}: {error}; {remedy}") from error
     splits = stored.get("splits", {})
     # A dataset may be without held-out examples; that it has some is not to be guessed from files.
     rates = {n: rate for n, rate in stored["rates"].items() if split in splits.get(n, [split])}

@@ -192,3 +192,7 @@ def test_a_missing_mixture_names_the_field_and_the_command(tmp_path):
         PreparedDataError, match=r"config.data.embedding='mine'.*grit-jax prepare mine"
     ):
         load_mixture(tmp_path, "mine", "train", "embedding", "embedding")
+    (tmp_path / "own_embedding.json").write_text("{}")
+    (tmp_path / "own_chat.json").write_text("{}")
+    with pytest.raises(PreparedDataError, match=r"'mine'.*there are own_chat, own_embedding$"):
+        load_mixture(tmp_path, "mine", "train", "embedding", "embedding")
