@@ -3,11 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+import signal
 import sys
 import traceback
 from typing import Any
 
 USAGE_ERROR = 2
+INTERRUPTED = 128 + signal.SIGINT  # As shells have it.
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if argv[0] not in commands:
         fail(f"grit-jax: unknown command {argv[0]!r}; there are: {', '.join(commands)}")
-    commands[argv[0]](argv[1:])
+    try:
+        commands[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _summaries(commands: dict) -> str:
@@ -81,6 +87,9 @@ def train(argv: Sequence[str] | None = None) -> None:
         if is_writer():
             print(f"{reason}; the same command continues", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        abandon(INTERRUPTED)
     except BaseException:
         traceback.print_exc()
         abandon(1)

@@ -3,18 +3,24 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import os
 from pathlib import Path
 
 
 @contextlib.contextmanager
-def locked(folder: Path, refusal: Exception | None = None) -> Iterator[None]:
+def locked(folder: str | os.PathLike[str], refusal: Exception | None = None) -> Iterator[None]:
     """Keeps a folder's lock until the end of the `with`; it is let go with the process, too.
 
+    A file system without locks keeps nobody out.
+
     Args:
-      folder: is there; the lock is the file `.lock` in it.
+      folder: is there, on a disk; the lock is the file `.lock` in it.
       refusal: is raised where another process has the lock; None waits for it.
+
+    Raises:
+      OSError: the folder cannot be written to.
     """
-    with (folder / ".lock").open("w") as file:
+    with (Path(folder) / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if refusal is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from grit_jax.agreement import check_agreement, check_shared
-from grit_jax.bucket import check_writing, in_bucket
+from grit_jax.bucket import check_writing, in_bucket, in_short
 from grit_jax.config import Config, check_fields
 from grit_jax.conversion import Model
 from grit_jax.conversion.companion_files import write_json
@@ -28,9 +28,10 @@ from grit_jax.from_config import (
     open_pretrained,
     what_all_share,
 )
+from grit_jax.lock import locked
 from grit_jax.models import MistralConfig
 from grit_jax.processes import as_writer_says, is_writer
-from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.checkpoints import CheckpointError, Checkpoints, StartAgain
 from grit_jax.training.flops import peak_flops
 from grit_jax.training.loop import SkippedSteps, StepReport, train
 from grit_jax.training.metrics import METRICS, RunRecord, draw_curves, read_metrics
@@ -54,6 +55,7 @@ def run(config: Config, workdir: epath.Path) -> None:
       ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
         what is wrong.
       ProcessError: the processes of the run were not started alike, or share no `workdir`.
+      StartAgain: another run is at work in `workdir`.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
@@ -67,12 +69,8 @@ def run(config: Config, workdir: epath.Path) -> None:
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
         check_agreement(what_all_share(config, batches, pretrained))
-    check_writing(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_count() > 1:
-        check_shared(workdir)
-
     with (
+        _own_folder(workdir),
         contextlib.ExitStack() as until_closed,
         _compiled_programs(workdir / "compiled"),
         make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
@@ -92,6 +90,36 @@ def run(config: Config, workdir: epath.Path) -> None:
                 )
     if is_writer():
         _show_results(workdir, held_out, console)
+
+
+@contextlib.contextmanager
+def _own_folder(workdir: epath.Path) -> Iterator[None]:
+    """Makes the working directory; a context in which no other run on its disk is at work there.
+
+    Raises:
+      BucketError, CheckpointError: it cannot be written to.
+      ProcessError: it is not the same for all processes.
+      StartAgain: another run is at work there.
+    """
+    check_writing(workdir)
+    busy = StartAgain(
+        f"{workdir}: another run is at work there; wait for its end, or take another --workdir"
+    )
+    with contextlib.ExitStack() as until_the_end:
+        is_free = True
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if is_writer() and not in_bucket(workdir):
+                until_the_end.enter_context(locked(workdir, busy))
+        except StartAgain:
+            is_free = False
+        except OSError as error:
+            raise CheckpointError(f"{workdir} cannot be written to: {in_short(error)}") from error
+        if jax.process_count() > 1:
+            check_shared(workdir)
+        if not as_writer_says(is_free):
+            raise busy
+        yield
 
 
 def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from grit_jax.data.manifest import Manifest, PreparedDataError
 from grit_jax.data.tokenise import Unit, start_worker, tokenise
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.data.writing import is_remote, write_atomically
+from grit_jax.lock import locked
 from grit_jax.named_module import import_named
 
 
@@ -168,14 +168,11 @@ def _workplace(output: epath.Path) -> Iterator[Path]:
             yield Path(folder)
         return
     output.mkdir(parents=True, exist_ok=True)
-    with Path(output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PreparedDataError(
-                f"{output}: another grit-jax prepare is at work there; wait for it, or take "
-                "another --output"
-            ) from None
+    busy = PreparedDataError(
+        f"{output}: another grit-jax prepare is at work there; wait for it, or take another "
+        "--output"
+    )
+    with locked(output, busy):
         folder = Path(output / ".incomplete")
         # What a run that was killed left behind.
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,19 +4,26 @@ import json
 import os
 from pathlib import Path
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
+from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
 from small_run import SMALL
 
+from grit_jax import cli
+from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import open_model
 from grit_jax.conversion.embedding import how_it_embeds
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.inputs import find_end_tokens, find_tokenizer
+from grit_jax.lock import locked
+from grit_jax.run import run
+from grit_jax.training.checkpoints import CheckpointError, StartAgain
 from grit_jax.training.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -289,3 +296,28 @@ train(sys.argv[1:])
     assert finished.returncode == 0, finished.stderr
     assert (workdir / "checkpoints" / "1").is_dir()
     assert str(workdir / "checkpoints") in finished.stdout
+
+
+def test_a_folder_that_another_run_has_or_that_cannot_be_made_is_named(
+    prepared_sample, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    flags = [f"--config.data.folder={prepared_sample}", "--config.evaluation.enabled=False"]
+    config, _ = parse_flags([*SMALL, *flags])
+    with locked(tmp_path), pytest.raises(StartAgain, match=f"{tmp_path}: another run is at work"):
+        run(config, epath.Path(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    workdir = epath.Path(tmp_path / ".lock" / "run")
+    with pytest.raises(CheckpointError, match=f"{workdir} cannot be written to"):
+        run(config, workdir)
+
+
+def test_a_run_that_is_interrupted_says_how_to_go_on_in_one_line(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("grit_jax.run.run", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        cli.train(SMALL)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == (
+        "interrupted; the same command goes on from the newest checkpoint\n"
+    )
