@@ -80,7 +80,7 @@ class LmEvalModel(TemplateLM):
         for turn in chat_history:
             content = turn["content"]
             if turn["role"] == "system":
-                system = f"{content}\n"
+                system += f"{content}\n\n"
             elif turn["role"] == "user":
                 prompt = chat_prompt(system + content, is_first=not text)
                 text, system = text + prompt.removesuffix(ASSISTANT), ""

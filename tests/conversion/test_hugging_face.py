@@ -19,6 +19,7 @@ from grit_jax.conversion import HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.data.examples import chat_text
+from grit_jax.data.formats import turns_of_messages
 from grit_jax.data.templates import chat_prompt, embedding_prefix
 from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.inference.inputs import find_end_tokens
@@ -164,6 +165,13 @@ def test_transformers_tokenizes_and_templates_as_the_original(exported):
     shown = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     first, second = chat_prompt("Hi!", is_first=True), chat_prompt("Who?", is_first=False)
     assert shown == f"<s>{first}Hello.</s>{second}"
+    # As `prepare` reads such messages.
+    said = [{"role": "system", "content": "Be kind."}, *chat[:2]]
+    said += [{"role": "system", "content": "Be brief."}, chat[2]]
+    first, _, second = turns_of_messages(said)
+    shown = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    first, second = chat_prompt(first, is_first=True), chat_prompt(second, is_first=False)
+    assert shown == f"<s>{first}Hello.</s>{second}" and "Be brief.\n\nWho?" in shown
 
 
 @pytest.mark.slow

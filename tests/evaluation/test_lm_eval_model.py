@@ -151,7 +151,7 @@ def test_a_turn_of_the_chat_is_the_export_s_template(sides):
     begun = [*chat, {"role": "assistant", "content": "I am"}]
     assert ours.apply_chat_template(begun, False).endswith("<|assistant|>\nI am")
     said = [{"role": "system", "content": "Be kind."}, *chat]
-    assert ours.apply_chat_template(said).startswith("<|user|>\nBe kind.\nHi!\n<|assistant|>\n")
+    assert f"<s>{ours.apply_chat_template(said)}" == theirs.apply_chat_template(said)
 
 
 def test_what_a_task_asks_of_generation_reaches_the_model(sides):
