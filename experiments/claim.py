@@ -56,10 +56,12 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
     Raises:
       FileNotFoundError, ImportError: a baseline is not installed.
       MissingModelError: the base model cannot be had.
-      ExperimentError: a command failed, or the folder has another preset.
+      ExperimentError: a command failed, the folder has another preset, or --data is not there.
     """
     folder, preset = options.folder.resolve(), PRESETS[options.preset]
-    data = options.data or folder / "data"
+    data = (options.data or folder / "data").resolve()
+    if options.data and not data.is_dir():
+        raise ExperimentError(f"no folder {data}: make it with python -m experiments.build_data")
     folder.mkdir(parents=True, exist_ok=True)
     _keep_preset(folder, options.preset)
     if not data.is_dir() and build_data.main([str(data)]):

@@ -20,11 +20,15 @@ from experiments.measure import (
     measures_table,
 )
 from grit_jax import GritLM
+from grit_jax.conversion import ConversionError
 from grit_jax.conversion.companion_files import write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table, and writes the measures and the device to a file if one is named."""
+    """Prints a table, and writes the measures and the device to a file if one is named.
+
+    Returns 1, with a line, if the model or the data cannot be read.
+    """
     parser = argparse.ArgumentParser(description="Measure a model on the held-out data.")
     parser.add_argument("model", type=Path, help="a run's folder, or any other model")
     parser.add_argument("data", type=Path, help="made by experiments.build_data")
@@ -33,8 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     options = parser.parse_args(arguments)
-    model = GritLM.from_pretrained(options.model, dtype="float32")
-    measures = measure_model(model, options.data, options.max_length)
+    try:
+        model = GritLM.from_pretrained(options.model, dtype="float32")
+        measures = measure_model(model, options.data, options.max_length)
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if options.output:
         write_json(options.output, {"measures": measures, "device": device()})
     Console().print(measures_table({options.model.name: measures}))

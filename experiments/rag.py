@@ -16,6 +16,7 @@ import time
 
 from experiments.files import SUFFIX, read_lines
 from grit_jax import GritLM
+from grit_jax.conversion import ConversionError
 from grit_jax.data.templates import chat_prompt
 from grit_jax.inference.index import DocumentIndex, build_index
 from grit_jax.inference.rag import WAYS, Answerer
@@ -28,14 +29,18 @@ TIMED = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints both tables in Markdown."""
+    """Prints both tables in Markdown; returns 1, with a line, if there is no model or no data."""
     parser = argparse.ArgumentParser(description="Answer held-out questions by each way of RAG.")
     parser.add_argument("model", type=Path, help="a run's folder, or any other model")
     parser.add_argument("data", type=Path, help="made by experiments.build_data")
     parser.add_argument("--most", type=int, default=100, help="questions (100)")
     options = parser.parse_args(arguments)
-    model = GritLM.from_pretrained(options.model, dtype="float32")
-    questions, documents = read_questions(options.data, options.most)
+    try:
+        questions, documents = read_questions(options.data, options.most)
+        model = GritLM.from_pretrained(options.model, dtype="float32")
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         indexes = {}
         for form in FORMATS:

@@ -105,7 +105,7 @@ def prepare(argv: Sequence[str]) -> None:
     from grit_jax.named_module import ModuleError
 
     arguments = _prepare_parser().parse_args(argv)
-    known = (ModuleError, PreparedDataError, SourceError, TokenizerError, FileNotFoundError)
+    known = (ModuleError, PreparedDataError, SourceError, TokenizerError, OSError)
     try:
         mixtures = prepare_mixtures(
             arguments.sources,

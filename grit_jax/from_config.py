@@ -116,7 +116,7 @@ def open_pretrained(config: Config) -> Model | None:
         return None
     try:
         pretrained = open_model(config.model.weights)
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:
         raise ConfigError(f"config.model.weights: {error}") from None
     kind = type(pretrained.config)
     architecture = next(name for name, (own, _) in ARCHITECTURES.items() if own is kind)

@@ -362,6 +362,7 @@ def test_an_unknown_schedule_is_named():
     ("flags", "named"),
     [
         (["--config.model.weights=nowhere"], ["config.model.weights", "nowhere is not there"]),
+        ([f"--config.model.weights={'long' * 99}"], ["config.model.weights", "too long"]),
         (
             [f"--config.model.weights={TINY_MODELS / 'tiny-mixtral'}"],
             ["config.model.architecture='mistral'", "tiny-mixtral"],

@@ -119,7 +119,7 @@ def _role_and_content(message: Any) -> tuple[str, str]:
         (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     )
     if not isinstance(role, str) or not isinstance(content, str):
-        raise RejectedExample("a message without role or content")
+        raise RejectedExample("a message whose role or content is no text")
     return role, _readable(content)
 
 

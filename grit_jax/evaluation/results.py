@@ -48,11 +48,14 @@ class Results:
     def measure_with(self, harness: str, settings: Mapping[str, Any]) -> None:
         """Takes note of what the scores of a harness depend on, beside the model's weights.
 
+        The folder is there from then on: one that cannot be made is known before it is measured.
+
         Raises:
           ResultsError: those in the folder were measured with other settings.
         """
         self._settings[harness] = dict(settings)
         self._content = self._read()
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, harness: str, scores: Mapping[str, Any]) -> None:
         """Adds what a harness ("mteb" or "lm_eval") measured; the file is whole at any time.

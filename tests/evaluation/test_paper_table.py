@@ -104,6 +104,8 @@ def test_scores_of_one_harness_are_measured_in_one_way(tmp_path):
     again.measure_with("lm_eval", {"dtype": "bfloat16"})
     with pytest.raises(ResultsError, match=r"pooling was 'cls' and is 'mean'. Say another --out"):
         again.measure_with("mteb", {"dtype": "float32", "pooling": "mean"})
+    with pytest.raises(FileExistsError):  # Before anything is measured.
+        Results(tmp_path / "scores.json", "one").measure_with("mteb", {})
 
 
 def test_a_part_of_a_task_is_no_number_of_the_table(tmp_path):

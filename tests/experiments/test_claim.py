@@ -143,9 +143,14 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
         seeds=[1],
         runs=["embedding only"],
         ablations=False,
-        data=whole_data,
+        data=Path("nowhere"),
     )
     console = Console(record=True, width=200)
+    with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: make it"):
+        claim.run_experiment(options, console)
+    assert not options.folder.exists()
+    monkeypatch.chdir(whole_data.parent)
+    options.data = Path(whole_data.name)
     claim.run_experiment(options, console)
     text = (tmp_path / "claim" / "report.md").read_text()
     assert "| foldoc_entries | nDCG@10 | 0.500 |" in text and "embedding only" in text

@@ -3,7 +3,7 @@
 import pytest
 from small_model import small_model
 
-from experiments import rag
+from experiments import measure_model, rag
 from experiments.files import read_lines
 from grit_jax.inference.rag import Answered
 
@@ -42,3 +42,12 @@ def test_all_ways_and_forms_have_a_line(whole_data, monkeypatch, capsys):
     assert names[2:5] == ["without documents", "document-prompt", "document-cache"]
     assert names[7:] == ["float32", "bfloat16", "int8"]
     assert "| 0 of 2 |" in next(line for line in lines if "float32" in line)
+
+
+def test_a_model_or_data_that_is_not_there_is_named_in_a_line(whole_data, tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    for command in (rag.main, measure_model.main):
+        assert command([nowhere, str(whole_data)]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {nowhere} is not there")
+    assert rag.main([nowhere, nowhere]) == 1
+    assert "experiments.build_data" in capsys.readouterr().err
