@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+import os
 from pathlib import Path
 import signal
 import sys
@@ -88,8 +89,10 @@ def train(argv: Sequence[str] | None = None) -> None:
             print(f"{reason}; the same command continues", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        abandon(INTERRUPTED)
+        line = "interrupted; the same command goes on from the newest checkpoint"
+        print(line, file=sys.stderr, flush=True)
+        # All is closed. In an orderly end, what was interrupted in compiling would crash.
+        os._exit(INTERRUPTED)
     except BaseException:
         traceback.print_exc()
         abandon(1)

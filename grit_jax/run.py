@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import errno
 import os
 
 from etils import epath
@@ -97,7 +98,7 @@ def _own_folder(workdir: epath.Path) -> Iterator[None]:
     """Makes the working directory; a context in which no other run on its disk is at work there.
 
     Raises:
-      BucketError, CheckpointError: it cannot be written to.
+      BucketError, CheckpointError: it cannot be written to, or its disk is full.
       ProcessError: it is not the same for all processes.
       StartAgain: another run is at work there.
     """
@@ -119,7 +120,15 @@ def _own_folder(workdir: epath.Path) -> Iterator[None]:
             check_shared(workdir)
         if not as_writer_says(is_free):
             raise busy
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"{workdir} has no room left: make some, and the same command goes on from the "
+                "newest checkpoint, which is whole"
+            ) from error
 
 
 def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:

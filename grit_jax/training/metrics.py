@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 import contextlib
 import json
+import os
+import time
 from types import TracebackType
 from typing import Any
 
 from etils import epath
 from matplotlib.figure import Figure
 
-from grit_jax.training.mirror import SECONDS, Mirror
+from grit_jax.training.mirror import Mirror
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -41,19 +43,24 @@ class RunRecord:
     def __enter__(self) -> "RunRecord":
         if not self._is_written:
             return self
-        from tensorboardX import SummaryWriter  # Where torch is installed it takes seconds.
+        # Where torch is installed it takes seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         incomplete = self._path.with_name(f".incomplete-{METRICS}")
         incomplete.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
         incomplete.replace(self._path)
         self._opened.enter_context(self._mirror)
-        self._events = SummaryWriter(
-            str(self._mirror.local / TENSORBOARD),
-            purge_step=self._from_step + 1 if self._from_step else 0,
-            flush_secs=int(SECONDS),
-            filename_suffix=f".from-{self._from_step}",  # Else a file of the same second is lost.
-        )
-        self._opened.enter_context(self._events)
+        events = self._mirror.local / TENSORBOARD / "events"
+        events.parent.mkdir(exist_ok=True)
+        # Not in the background, as by SummaryWriter, which waits for ever when its thread has
+        # ended, as on a disk that is full. The suffix: else a file of the same second is lost.
+        self._events = EventsWriter(os.fspath(events), f".from-{self._from_step}")
+        self._opened.enter_context(contextlib.closing(self._events))
+        # Events from here on that a run before has left do not count any more.
+        start = SessionLog(status=SessionLog.START)
+        first = self._from_step + 1 if self._from_step else 0
+        self._events.write_event(Event(step=first, session_log=start))
         return self
 
     def __exit__(
@@ -65,13 +72,22 @@ class RunRecord:
         self._opened.__exit__(kind, error, trace)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line with `step` and the values, and the events."""
+        """Adds a line with `step` and the values, and the events.
+
+        Raises:
+          OSError: the disk is full, for example.
+        """
         if not self._is_written:
             return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            summary = scalar(name, value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
 
     def flush(self) -> None:
         """Returns when all lines are in place: a checkpoint of a later step would leave a gap.

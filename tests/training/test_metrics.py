@@ -1,6 +1,8 @@
 """What a run writes down: lines and TensorBoard's events, continued without gaps or doubles."""
 
+import contextlib
 import json
+import resource
 
 from etils import epath
 import pytest
@@ -44,6 +46,27 @@ def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(workdir):
     events.Reload()
     shown = [event.value for event in events.Scalars("held_out/loss")]
     assert shown == [pytest.approx(0.7)]
+
+
+@contextlib.contextmanager
+def no_file_over(num_bytes):
+    """In place of a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_ends_the_run_and_does_not_hold_it(workdir):
+    def write_much():
+        with RunRecord(workdir, from_step=0) as record, no_file_over(4096):
+            for step in range(1000):
+                record.write(step, {"loss": 1.0, "learning_rate": 1.0})
+
+    with pytest.raises(OSError, match="too large"):
+        write_much()
 
 
 def test_a_process_that_does_not_write_changes_nothing(workdir):

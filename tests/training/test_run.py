@@ -4,18 +4,17 @@ import json
 import os
 from pathlib import Path
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
+from command_line import run_python
 from etils import epath
 import numpy as np
 from PIL import Image
 import pytest
 from small_run import SMALL
 
-from grit_jax import cli
 from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import open_model
 from grit_jax.conversion.embedding import how_it_embeds
@@ -312,12 +311,9 @@ def test_a_folder_that_another_run_has_or_that_cannot_be_made_is_named(
         run(config, workdir)
 
 
-def test_a_run_that_is_interrupted_says_how_to_go_on_in_one_line(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("grit_jax.run.run", lambda *arguments: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as end:
-        cli.train(SMALL)
-    assert end.value.code == 130
-    assert capsys.readouterr().err == (
-        "interrupted; the same command goes on from the newest checkpoint\n"
-    )
+def test_a_run_that_is_interrupted_says_how_to_go_on_in_one_line():
+    script = "import signal, sys, grit_jax.run, grit_jax.cli\n"
+    script += "grit_jax.run.run = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+    finished = run_python(f"{script}grit_jax.cli.train(sys.argv[1:])", *SMALL, cwd=ROOT)
+    assert finished.returncode == 130
+    assert finished.stderr == "interrupted; the same command goes on from the newest checkpoint\n"
