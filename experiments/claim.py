@@ -37,7 +37,10 @@ class ExperimentError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does what of the experiment is not done yet; returns 1, with a line, if it cannot be."""
+    """Does what of the experiment is not done yet; returns 1, with a line, if it cannot be.
+
+    It returns 130 if it is interrupted.
+    """
     options = _parse(arguments)
     console = Console(highlight=False)
     # The device is for the processes that train and measure.
@@ -47,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FileNotFoundError, ImportError, MissingModelError, ExperimentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

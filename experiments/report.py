@@ -45,7 +45,7 @@ def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> No
     text = report(columns, {**about, "device": devices})
     (folder / "report.md").write_text(text)
     draw(columns, folder / "claim.svg")
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def read_columns(baselines: Mapping[str, Measures], found: Sequence[Mapping[str, Any]]) -> Columns:

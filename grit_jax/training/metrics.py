@@ -45,7 +45,6 @@ class RunRecord:
             return self
         # Where torch is installed it takes seconds.
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         incomplete = self._path.with_name(f".incomplete-{METRICS}")
         incomplete.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
@@ -58,9 +57,8 @@ class RunRecord:
         self._events = EventsWriter(os.fspath(events), f".from-{self._from_step}")
         self._opened.enter_context(contextlib.closing(self._events))
         # Events from here on that a run before has left do not count any more.
-        start = SessionLog(status=SessionLog.START)
         first = self._from_step + 1 if self._from_step else 0
-        self._events.write_event(Event(step=first, session_log=start))
+        self._events.write_event(_event(first, session_log={"status": "START"}))
         return self
 
     def __exit__(
@@ -79,14 +77,12 @@ class RunRecord:
         """
         if not self._is_written:
             return
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            summary = scalar(name, value)
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._events.write_event(_event(step, summary=scalar(name, value)))
         self._events.flush()
 
     def flush(self) -> None:
@@ -97,6 +93,14 @@ class RunRecord:
         """
         if self._is_written:
             self._mirror.flush()
+
+
+def _event(step: int, **content: Any) -> Any:
+    """Returns an event of TensorBoard's."""
+    from tensorboardX.proto import event_pb2
+
+    messages: Any = event_pb2  # Made when it is imported, so that no type checker knows them.
+    return messages.Event(wall_time=time.time(), step=step, **content)
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:

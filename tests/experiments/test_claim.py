@@ -145,7 +145,7 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
         ablations=False,
         data=Path("nowhere"),
     )
-    console = Console(record=True, width=200)
+    console = Console(record=True, width=20)
     with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: make it"):
         claim.run_experiment(options, console)
     assert not options.folder.exists()
@@ -153,6 +153,7 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     options.data = Path(whole_data.name)
     claim.run_experiment(options, console)
     text = (tmp_path / "claim" / "report.md").read_text()
+    assert text in console.export_text()
     assert "| foldoc_entries | nDCG@10 | 0.500 |" in text and "embedding only" in text
     assert (tmp_path / "claim" / "claim.svg").stat().st_size > 1000
     measures = {
@@ -175,6 +176,15 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     monkeypatch.setattr(claim, "_train", lambda *arguments: 1 / 0)
     claim.run_experiment(options, console)
     assert (tmp_path / "claim" / "report.md").read_text() == text
+
+
+def test_an_experiment_that_is_interrupted_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claim, "run_experiment", interrupted)
+    assert claim.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
 
 
 def test_presets_are_of_fields_that_there_are():
