@@ -14,6 +14,8 @@ from grit_jax.conversion.layout import DENSE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# What a file begins with that git cloned without lfs.
+GIT_LFS = b"version https://git-lfs"
 
 
 class ConversionError(Exception):
@@ -125,6 +127,11 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise ConversionError(
+                    f"{path} only says where git lfs has its content: git lfs pull gets it"
+                ) from None
         raise ConversionError(f"{path} is damaged or cut off: {error}") from None
 
 

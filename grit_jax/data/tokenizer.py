@@ -33,6 +33,10 @@ def tokenizer_path(name: str) -> Path:
     """
     if name != MISTRAL:
         path = Path(name)
+        if path.is_dir():
+            raise FileNotFoundError(
+                f"tokenizer {name!r} is a folder: name the {SENTENCEPIECE} or {HUGGING_FACE} in it"
+            )
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer {name!r}: no such file (or use {MISTRAL!r})")
         return path

@@ -89,6 +89,9 @@ def test_a_file_cut_off_and_files_missing(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConversionError, match=f"{WEIGHTS} is damaged or cut off"):
         HuggingFaceModel(folder)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ConversionError, match=f"{WEIGHTS} only says where .*: git lfs pull"):
+        HuggingFaceModel(folder)
     path.unlink()
     with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
         HuggingFaceModel(folder)

@@ -227,6 +227,8 @@ def test_records_give_back_their_example(query, positives, negatives):
 def test_a_tokenizer_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.model"):
         tokenizer_path(str(tmp_path / "missing.model"))
+    with pytest.raises(FileNotFoundError, match=r"is a folder: name the tokenizer\.model or"):
+        tokenizer_path(str(tmp_path))
 
 
 spaced = strategies.text("ab<|.é日🙂 \n\t\u2581", max_size=40)
