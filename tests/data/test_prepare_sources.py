@@ -247,7 +247,8 @@ def test_a_damaged_archive_and_a_file_of_something_else_are_named(tmp_path):
 def test_collections_without_a_folder_and_names_already_taken_are_explained(tmp_path):
     finished = grit_jax("prepare", "medi2", "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "medi2=FOLDER")
-    finished = grit_jax("prepare", "long" * 99, "--output", "out", cwd=tmp_path)
+    long = ["--tokenizer", "long" * 99]
+    finished = grit_jax("prepare", "sample_chat", "--output", "out", *long, cwd=tmp_path)
     assert_fails_in_one_line(finished, "OSError", "too long")
     write_lines(tmp_path / "a.jsonl", [pair(1)])
     finished = grit_jax("prepare", "sample_chat=a.jsonl", "--output", "out", cwd=tmp_path)
