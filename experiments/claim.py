@@ -26,6 +26,7 @@ from experiments.baselines import find_minilm, measure_baselines
 from experiments.presets import ABLATIONS, MAIN, PRESETS, UNTRAINED, Preset, Run
 from experiments.report import write_report
 from experiments.smaller import write_smaller
+from grit_jax.cli import INTERRUPTED
 from grit_jax.conversion.companion_files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     return 0
 
 

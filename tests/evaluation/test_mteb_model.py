@@ -197,15 +197,15 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "error", "named"),
     [
-        (["--tasks", "NoSuchTask"], "NoSuchTask"),
-        ([], "say which tasks"),
-        (["--module", "no_such_module.tasks"], "no_such_module"),
+        (["--tasks", "NoSuchTask"], InputError, "NoSuchTask"),
+        ([], InputError, "say which tasks"),
+        (["--module", "no_such_module.tasks"], ModuleError, "no_such_module"),
     ],
 )
-def test_a_task_that_there_is_not_is_named_before_the_model_is_read(options, named):
-    with pytest.raises((InputError, ModuleError), match=named):
+def test_a_task_that_there_is_not_is_named_before_the_model_is_read(options, error, named):
+    with pytest.raises(error, match=named):
         evaluate_command.run(["mteb", "nowhere", "--output", "out", *options])
 
 

@@ -252,13 +252,7 @@ assert "jax" in loaded
 unwanted = {"tensorflow", "seqio", "tensorflow_text", "tensorflow_datasets"}
 assert not loaded & unwanted, loaded & unwanted
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_python(script, *arguments, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
@@ -285,13 +279,7 @@ def tell_and_close(*arguments):
 Checkpoints.__exit__ = tell_and_close
 train(sys.argv[1:])
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    finished = run_python(script, *arguments, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     assert (workdir / "checkpoints" / "1").is_dir()
     assert str(workdir / "checkpoints") in finished.stdout
