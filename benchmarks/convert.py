@@ -27,7 +27,7 @@ from grit_jax.conversion.layout import parameters
 from grit_jax.models import MistralConfig, config_to_hugging_face
 
 SHARD_BYTES = 4 * 2**30
-COMMAND = [sys.executable, "-c", "from grit_jax.cli import main; main()", "convert"]
+COMMAND = [sys.executable, "-m", "grit_jax", "convert"]
 
 
 def main() -> None:

@@ -137,8 +137,7 @@ def _train_and_measure(
     trained = time.monotonic()
     measured = own / "measured.json"
     command = [path, measured_on, f"--max-length={max(preset.lengths)}", f"--output={measured}"]
-    script = "import sys; from experiments.measure_model import main; sys.exit(main())"
-    _call(script, command, own / "measure.log")
+    _call("experiments.measure_model", command, own / "measure.log")
     content = {
         "run": run.name,
         "seed": seed,
@@ -172,23 +171,24 @@ def _prepare(data: Path, base: Path, prepared: Path, preset: Preset) -> None:
     command += ["--tokenizer", base / "tokenizer" / "tokenizer.json"]
     command += [f"--{name}-length={length}" for name, length in lengths]
     command += ["--max-rejected=0.7"]  # Of short forms, which have no room for long prompts.
-    _call("from grit_jax.cli import main; main()", command, prepared.with_suffix(".log"))
+    _call("grit_jax", command, prepared.with_suffix(".log"))
     whole.touch()
 
 
 def _train(workdir: Path, fields: Mapping[str, Any]) -> None:
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    command = [f"--config={ROOT / 'experiments' / 'config.py'}", f"--workdir={workdir}", *overrides]
-    _call("from grit_jax.cli import train; train()", command, workdir / "train.log")
+    config = ROOT / "experiments" / "config.py"
+    command = ["train", f"--config={config}", f"--workdir={workdir}", *overrides]
+    _call("grit_jax", command, workdir / "train.log")
 
 
-def _call(script: str, arguments: Sequence[Any], log: Path) -> None:
-    """Runs a command in a process of its own, which gives its memory back; its words go to `log`.
+def _call(module: str, arguments: Sequence[Any], log: Path) -> None:
+    """Runs a module in a process of its own, which gives its memory back; its words go to `log`.
 
     Raises:
       ExperimentError: it failed.
     """
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     with log.open("ab") as file:
         finished = subprocess.run(

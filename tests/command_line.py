@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from grit_jax.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "grit_jax"]
+MAIN = "from grit_jax.cli import main; main()"  # The same in a script, for what comes before it.
 
 
 def environment():
@@ -15,8 +16,16 @@ def environment():
 
 
 def run_python(script, *arguments, cwd):
+    return _run([sys.executable, "-c", script, *arguments], cwd)
+
+
+def grit_jax(*arguments, cwd):
+    return _run([*COMMAND, *arguments], cwd)
+
+
+def _run(command, cwd):
     return subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
+        [str(part) for part in command],
         cwd=cwd,
         env=environment(),
         capture_output=True,
@@ -25,8 +34,10 @@ def run_python(script, *arguments, cwd):
     )
 
 
-def grit_jax(*arguments, cwd):
-    return run_python(COMMAND[-1], *arguments, cwd=cwd)
+def with_full_disk(script, num_bytes):
+    """Returns a script that may write files of so many bytes; Python ignores the signal."""
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
+    return f"import resource; {limit}; {script}"
 
 
 def assert_fails_in_one_line(finished, *named):

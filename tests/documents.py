@@ -82,7 +82,7 @@ class Reader:
                 (folder / name).symlink_to(ROOT / name)
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
-        grit_jax = f"{sys.executable} -c 'from grit_jax.cli import main; main()'"
+        grit_jax = f"{sys.executable} -m grit_jax"
         # The interpreter is that of the tests, into which nothing is to be installed.
         refusal = 'case "$*" in *"-m pip"*) echo "pip is not run here" >&2; exit 1;; esac'
         for name, command in {"python": sys.executable, "grit-jax": grit_jax}.items():

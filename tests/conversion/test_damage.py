@@ -1,11 +1,9 @@
 """What is wrong with a checkpoint is named, and no half-made folder is left."""
 
 import json
-from pathlib import Path
 import shutil
-import subprocess
-import sys
 
+from command_line import MAIN, assert_fails_in_one_line, run_python, with_full_disk
 import numpy as np
 import pytest
 import reference_values
@@ -17,7 +15,6 @@ from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import config_from_hugging_face, config_to_hugging_face
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 
 
@@ -193,22 +190,9 @@ def test_a_full_disk_leaves_nothing_behind(saved_models, tmp_path, direction):
         write_orbax(HuggingFaceModel(source), tmp_path / "checkpoint")
         source = tmp_path / "checkpoint"
 
-    # A limit on the size of files stands for the end of the disk.
-    script = (
-        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000)); "
-        "from grit_jax.cli import main; main()"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", script, "convert", direction, source, destination],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 2, finished.stderr
-    assert str(destination) in finished.stderr.splitlines()[-1]
-    assert "ConversionError" in finished.stderr.splitlines()[-1]
+    arguments = ("convert", direction, source, destination)
+    finished = run_python(with_full_disk(MAIN, 700_000), *arguments, cwd=tmp_path)
+    assert_fails_in_one_line(finished, "ConversionError", str(destination))
     assert list(destination.parent.iterdir()) == []
 
 

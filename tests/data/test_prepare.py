@@ -4,7 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from command_line import COMMAND, ROOT, assert_fails_in_one_line, grit_jax, run_python
+from command_line import (
+    MAIN,
+    ROOT,
+    assert_fails_in_one_line,
+    grit_jax,
+    run_python,
+    with_full_disk,
+)
 from etils import epath
 import numpy as np
 from prepared_data import write_prepared
@@ -217,16 +224,10 @@ def test_an_interrupted_write_leaves_what_was_there_before_and_no_more(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["chats"]
 
 
-def with_full_disk(script, num_bytes):
-    """Returns a script that may write files of so many bytes; Python ignores the signal."""
-    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
-    return f"import resource; {limit}; {script}"
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_named_in_one_line(project, tmp_path):
     arguments = ("prepare", "pairs.jsonl", "--output", tmp_path / "out")
-    finished = run_python(with_full_disk(COMMAND[-1], 100_000), *arguments, cwd=project)
+    finished = run_python(with_full_disk(MAIN, 100_000), *arguments, cwd=project)
     assert_fails_in_one_line(finished, f"{tmp_path}/out cannot be written", "File too large")
 
 

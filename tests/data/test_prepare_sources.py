@@ -8,7 +8,14 @@ import subprocess
 import sys
 import time
 
-from command_line import COMMAND, assert_fails_in_one_line, environment, grit_jax, run_python
+from command_line import (
+    COMMAND,
+    MAIN,
+    assert_fails_in_one_line,
+    environment,
+    grit_jax,
+    run_python,
+)
 import pytest
 from tokenizer_files import write_sentencepiece, write_tokenizer
 
@@ -288,7 +295,7 @@ for line in sys.stdin:
 @pytest.fixture
 def again(tmp_path):
     """A function that prepares two files with a tokenizer and a length, and returns the report."""
-    command = [*COMMAND[:2], AGAIN]
+    command = [sys.executable, "-c", AGAIN]
     with subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -441,8 +448,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
 @pytest.mark.slow
 def test_an_interrupted_run_ends_at_once_in_one_line(killing):
     # As in a terminal: what a shell starts in the background ignores the signal.
-    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script += "from grit_jax.cli import main; main()"
+    script = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
     command = [sys.executable, "-c", script, "prepare", "pairs.jsonl", "wait"]
     command += ["--module", "killing", "--output", "out"]
     with subprocess.Popen(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from command_line import run_python
+from command_line import grit_jax, run_python
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -163,11 +163,9 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     assert 0 < steps[-1]["goodput"] < 1
 
     # Its newest checkpoint goes to Hugging Face, with the values that training left.
-    script = "from grit_jax.cli import main; main()"
     exported = tmp_path / "exported"
-    subprocess.run(
-        [sys.executable, "-c", script, "convert", "to-hf", tmp_path, exported], cwd=ROOT, check=True
-    )
+    finished = grit_jax("convert", "to-hf", tmp_path, exported, cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
     trained, written = open_model(tmp_path), open_model(exported)
     assert trained.folder == tmp_path / "checkpoints" / "3"
     for parameter in written.parameters:
