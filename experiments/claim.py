@@ -198,7 +198,7 @@ def _call(module: str, arguments: Sequence[Any], log: Path) -> None:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         code = finished.returncode
         end = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-        raise ExperimentError(f"{shlex.join(command[3:])} failed ({end}), see {log}:\n{last}")
+        raise ExperimentError(f"{shlex.join(command[2:])} failed ({end}), see {log}:\n{last}")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -73,7 +73,7 @@ def report(columns: Columns, about: Mapping[str, Any]) -> str:
     lines += ["", "### The claim", "", *verdict(columns)]
     ablated = [run.name for run in ABLATIONS if run.name in columns]
     if ablated:
-        chosen = ["unified", *ablated]
+        chosen = [name for name in ("unified", *ablated) if name in columns]
         lines += ["", "### Ablations", "", *table(columns, chosen, (*EMBEDDING, *GENERATION))]
     every = list(dict.fromkeys(name for one in columns.values() for name in one))
     lines += ["", "### All measures", "", *table(columns, list(columns), every)]

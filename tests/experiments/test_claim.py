@@ -117,6 +117,12 @@ def test_the_claim_is_held_against_the_noise_of_seeds():
     assert words([0.5], [0.6]) == ("one seed", "one seed")
 
 
+def test_ablations_are_shown_without_the_run_that_they_stand_beside():
+    values = {name: [0.5] for name in (*report.EMBEDDING, *report.GENERATION)}
+    text = report.report({"embedding only": values, ABLATIONS[0].name: values}, {})
+    assert f"| dataset | measure | {ABLATIONS[0].name} |" in text
+
+
 def test_runs_differ_in_what_they_are_called_for():
     runs = claim.planned([3, 4], [run.name for run in MAIN], ablations=True)
     names = [run.name for run, _ in runs]
@@ -202,12 +208,15 @@ def test_presets_are_of_fields_that_there_are():
             check_fields(config.to_dict())
 
 
-def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path):
+def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path, monkeypatch):
+    (tmp_path / "that_raises.py").write_text("raise RuntimeError('why')")
+    (tmp_path / "that_is_killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     log = tmp_path / "log"
     with pytest.raises(
         claim.ExperimentError,
-        match=r"(?s)one two failed \(exit code 1\), see .*log.*RuntimeError: why",
+        match=r"(?s)that_raises one two failed \(exit code 1\), see .*log.*RuntimeError: why",
     ):
-        claim._call("raise RuntimeError('why')", ["one", "two"], log)
+        claim._call("that_raises", ["one", "two"], log)
     with pytest.raises(claim.ExperimentError, match=r"failed \(SIGKILL\)"):
-        claim._call("import os; os.kill(os.getpid(), 9)", [], log)
+        claim._call("that_is_killed", [], log)
