@@ -4,6 +4,7 @@ Legend of dimensions: N texts or chats, D embedding.
 """
 
 from collections.abc import Sequence
+import sys
 
 from jaxtyping import Float
 import numpy as np
@@ -19,21 +20,12 @@ class Measured:
     Args:
       model: the model.
       max_length: tokens of a text that is embedded; what is longer is cut.
-      chat_length: tokens of a chat, likewise.
       max_new_tokens: of an answer to a task.
     """
 
-    def __init__(
-        self,
-        model: GritLM,
-        *,
-        max_length: int = 512,
-        chat_length: int = 512,
-        max_new_tokens: int = 48,
-    ):
+    def __init__(self, model: GritLM, *, max_length: int = 512, max_new_tokens: int = 48):
         self._model = model
-        self._max_length, self._chat_length = max_length, chat_length
-        self._max_new_tokens = max_new_tokens
+        self._max_length, self._max_new_tokens = max_length, max_new_tokens
 
     def encode(self, texts: Sequence[str], instruction: str) -> Float[np.ndarray, "N D"]:
         """Returns the embeddings of texts with an instruction, or "" for none."""
@@ -50,8 +42,13 @@ class Measured:
     def likelihoods(
         self, chats: Sequence[tuple[str, str]]
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-        """Returns the log-likelihood of each answer with its `</s>`, in nats, and its tokens."""
-        texts = [chat_text(self._model.tokenizer, chat, self._chat_length) for chat in chats]
+        """Returns the log-likelihood of each answer with its `</s>`, in nats, and its tokens.
+
+        Raises:
+          InputError: a chat is longer than the model's context.
+        """
+        # None is cut: bits are held against the bytes of whole answers.
+        texts = [chat_text(self._model.tokenizer, chat, sys.maxsize) for chat in chats]
         starts = [int(np.argmax(text.mask)) for text in texts]
         nats, _ = self._model.score(
             [text.tokens[:start] for text, start in zip(texts, starts, strict=True)],

@@ -159,19 +159,19 @@ def _above_negatives(
     places = {text: place for place, text in enumerate(sorted(passages))}
     scores = score(instruction, [query["text"] for query in queries], list(places))
     right = [
-        row[places[answer]] > max(row[places[text]] for text in query["negatives"])
+        all(row[places[answer]] > row[places[text]] for text in query["negatives"])
         for row, query, answer in zip(scores, queries, answers, strict=True)
     ]
     return float(np.mean(right))
 
 
 def _share_right(items: Sequence[Line], scores: np.ndarray) -> float:
-    """Returns how often the right choice has the highest score; the first of several that do."""
+    """Returns how often the right choice has a higher score than each of the others."""
     right, start = 0, 0
     for item in items:
-        end = start + len(item["choices"])
-        right += int(np.argmax(scores[start:end])) == item["answer"]
-        start = end
+        own = scores[start : start + len(item["choices"])]
+        right += bool(np.all(own[item["answer"]] > np.delete(own, item["answer"])))
+        start += len(own)
     return right / len(items)
 
 

@@ -22,6 +22,7 @@ from experiments.measure import (
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError
 from grit_jax.conversion.companion_files import write_json
+from grit_jax.inference.inputs import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = GritLM.from_pretrained(options.model, dtype="float32")
         measures = measure_model(model, options.data, options.max_length)
-    except (ConversionError, OSError) as error:
+    except (ConversionError, InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if options.output:

@@ -13,6 +13,7 @@ from experiments.files import read_lines, write_lines
 from experiments.gritlm import Measured
 from grit_jax.data.examples import chat_text
 from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.inference.inputs import InputError
 
 DOCUMENTS = ["alpha", "beta", "gamma", "delta"]
 
@@ -84,6 +85,20 @@ def test_choices(folder):
     assert measures["wordnet_choices/accuracy_per_character"] == 1.0
 
 
+def test_a_choice_that_ties_and_what_is_no_number_are_not_right(folder):
+    for value in (1.0, np.nan):
+        measures = measure.measure_choices(lambda _, v=value: (np.full(5, v), np.ones(5)), folder)
+        assert measures["wordnet_choices/accuracy"] == 0
+    values = {"right": 2.0, "low": 1.0, "none": np.nan}
+
+    def score(_, queries, texts):
+        return np.array([[values[text] for text in texts]])
+
+    for negatives in (["low", "none"], ["none", "low"]):
+        query = {"text": "?", "relevant": [0], "negatives": negatives}
+        assert measure._above_negatives(score, "", [query], ["right"]) == 0
+
+
 def test_exact_match(folder):
     answers = {"1+1": " 2.\n", "1+2": "3 or 4", "abc": "cba"}
     measures = measure.measure_reasoning(lambda asked: [answers[q] for q in asked], folder)
@@ -140,6 +155,15 @@ def test_likelihoods_of_a_gritlm_are_those_of_each_chat_read_alone(model):
             total += row[text.tokens[place]] - np.log(np.sum(np.exp(row)))
         assert nats[number] == pytest.approx(total, rel=1e-4)
         assert tokens[number] == text.mask.sum()
+
+
+def test_a_chat_that_is_scored_is_whole_or_refused(model):
+    chat = ("What?", "Nothing " * 600)
+    whole = chat_text(Tokenizer(), chat, 10_000)
+    _, tokens = Measured(model).likelihoods([chat])
+    assert tokens == [whole.mask.sum()] and len(whole) > 600
+    with pytest.raises(InputError, match="this model reads"):
+        Measured(model).likelihoods([("What?", "Nothing " * 1000)])
 
 
 def test_a_gritlm_embeds_with_the_instruction_and_answers_prompts(model):
