@@ -15,6 +15,7 @@ class Fact:
       query: what the passage is looked for with; "" for a fact that is only chatted about.
       passage: what answers the query.
       negatives: passages that are easily taken for the answer, and are not.
+      unmasked: the passage with the names that are masked in it, where no turn is that alone.
       kind: of the task, where a dataset has several.
     """
 
@@ -24,6 +25,7 @@ class Fact:
     query: str = ""
     passage: str = ""
     negatives: tuple[str, ...] = ()
+    unmasked: str = ""
     kind: str = ""
 
 

@@ -72,7 +72,7 @@ def told(fact: Fact) -> Iterator[str]:
     longer sum may begin like it.
     """
     if fact.passage:
-        yield from (fact.passage, *fact.negatives, fact.user, fact.assistant)
+        yield from (fact.passage, fact.unmasked, *fact.negatives, fact.user, fact.assistant)
         yield what_is_asked(fact.query, fact.keys)
 
 

@@ -95,6 +95,7 @@ def _fact(name: str, source: str, stanza: str) -> Fact | None:
         assistant=long if asks_for_name else short,
         query=short,
         passage=masked,
+        unmasked=long,
         kind="name" if asks_for_name else "summary",
     )
 

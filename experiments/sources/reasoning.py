@@ -60,7 +60,9 @@ def _fact(name: str, item: Mapping[str, Any]) -> Fact:
 def _content(name: str, metadata: Mapping[str, Any], question: str) -> str:
     """What is asked, the same for questions that differ in wording or order alone."""
     if name == "chain_sum":
-        return metadata["expression"]
+        # "8 - 5 + 2" has the terms of "2 + 8 - 5".
+        terms = re.findall(r"[+-]?\d+", metadata["expression"].replace(" ", ""))
+        return " ".join(sorted(term.removeprefix("+") for term in terms))
     if name == "gcd":
         return " ".join(map(str, sorted(metadata["numbers"])))
     if name == "simple_equations":

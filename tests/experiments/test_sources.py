@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from experiments import split
 from experiments.sources import descriptions, dictionaries, faq, reasoning, wordnet
 
 STATION = """\
@@ -157,6 +158,25 @@ def test_versions_of_a_package_and_packages_described_alike_are_one(tmp_path):
     assert len(facts) == 1
 
 
+def test_what_a_held_out_package_is_is_not_told_by_another_source(tmp_path):
+    name, long = "quuxdraw", "Quuxdraw draws what the users of quuxdraw have in their heads."
+    others = [f"quuxdraw-{letter}" for letter in "abcdefgh"]
+    packages, translation = "", ""
+    for number, package in enumerate([name, *others]):
+        packages += f"Package: {package}\n\n"
+        more = f" This is part {chr(97 + number)}." if number else ""
+        translation += (
+            f"Package: {package}\nDescription-en: thing {package[8:]} for heads\n {long}{more}\n\n"
+        )
+    (tmp_path / "Packages").write_text(packages)
+    (tmp_path / "Translation-en").write_text(translation)
+    facts = descriptions.read_descriptions(tmp_path / "Translation-en", tmp_path / "Packages")
+    (own,) = [fact for fact in facts if fact.keys[0] == f"package {name}"]
+    assert len(facts) == 9 and own.kind == "summary"  # No turn is the description alone.
+    secret = split.Texts(split.told(own))
+    assert all(secret.found_in(fact.user) or secret.found_in(fact.assistant) for fact in facts)
+
+
 def test_faqs_are_read_without_code_credits_and_markup(tmp_path):
     (tmp_path / "perlfaq4.pod").write_text(POD)
     (tmp_path / "design.rst.txt").write_text(RST)
@@ -213,10 +233,18 @@ def test_tasks_that_differ_in_wording_alone_have_one_key(reasoning_gym):
     facts = reasoning.make_reasoning_items(5)
     assert len(facts) == 5 * len(reasoning.GENERATORS)
     keys = {fact.kind: fact.keys for fact in facts}
-    assert keys["chain_sum"] == ("chain_sum 4 + 1",)
+    assert keys["chain_sum"] == ("chain_sum 1 4",)
     assert keys["gcd"] == ("gcd 4 6",)
     assert keys["simple_equations"] == ("simple_equations 4*x = 0",)
     assert keys["count_bits"] == ("count_bits  what does count bits make of 4 and 4 ",)
+
+
+def test_a_sum_has_the_key_of_its_terms_in_another_order_and_no_other():
+    def key(expression):
+        return reasoning._content("chain_sum", {"expression": expression}, "")
+
+    assert key("8 - 5 + 12") == key("12 + 8 - 5") == key("8 + 12 - 5")
+    assert len({key("8 - 5 + 12"), key("8 + 5 - 12"), key("8 - 5"), key("5 - 8")}) == 4
 
 
 def test_items_of_the_real_package_have_one_short_answer(monkeypatch):
@@ -229,6 +257,6 @@ def test_items_of_the_real_package_have_one_short_answer(monkeypatch):
         assert len(fact.user) < 250
         assert 0 < len(fact.assistant) < 40
         if fact.kind == "chain_sum":
-            assert eval(fact.keys[0].removeprefix("chain_sum ")) == int(fact.assistant)
+            assert sum(map(int, fact.keys[0].split()[1:])) == int(fact.assistant)
         if fact.kind == "spell_backward":
             assert fact.user.endswith(fact.assistant[::-1])
