@@ -27,6 +27,7 @@ from experiments.presets import ABLATIONS, MAIN, PRESETS, UNTRAINED, Preset, Run
 from experiments.report import write_report
 from experiments.smaller import write_smaller
 from grit_jax.cli import INTERRUPTED
+from grit_jax.conversion import ConversionError
 from grit_jax.conversion.companion_files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jax.config.update("jax_platforms", "cpu")
     try:
         run_experiment(options, console)
-    except (FileNotFoundError, ImportError, MissingModelError, ExperimentError) as error:
+    except (ConversionError, ExperimentError, ImportError, MissingModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -61,8 +62,8 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
     """Makes data and base model, trains and measures every run, and writes the report.
 
     Raises:
-      FileNotFoundError, ImportError: a baseline is not installed.
-      MissingModelError: the base model cannot be had.
+      OSError, ImportError: a baseline is not installed, or a file cannot be read or written.
+      MissingModelError, ConversionError: the base model cannot be had, or not be read.
       ExperimentError: a command failed, the folder has another preset, or --data is not there.
     """
     folder, preset = options.folder.resolve(), PRESETS[options.preset]

@@ -4,6 +4,7 @@ import argparse
 import http.server
 import json
 from pathlib import Path
+import re
 import threading
 
 from command_line import run_python
@@ -191,6 +192,21 @@ def test_an_experiment_that_is_interrupted_says_how_to_go_on(monkeypatch, capsys
     monkeypatch.setattr(claim, "run_experiment", interrupted)
     assert claim.main([str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+
+
+def test_what_is_no_folder_and_a_model_that_is_damaged_are_named_in_a_line(
+    whole_data, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    assert claim.main([str(tmp_path / "file" / "claim")]) == 1
+    assert "file/claim" in capsys.readouterr().err
+    (tmp_path / "half" / "hub").mkdir(parents=True)  # As an interrupted download leaves it.
+    monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: tmp_path / "half/hub")
+    monkeypatch.setattr(claim, "find_minilm", lambda: None)
+    monkeypatch.setattr(claim, "measure_baselines", lambda folder, minilm: {})
+    arguments = [str(tmp_path / "claim"), "--preset", "tiny", "--data", str(whole_data)]
+    assert claim.main(arguments) == 1
+    assert re.fullmatch(r"error: .*half/hub.*\n", capsys.readouterr().err)
 
 
 def test_presets_are_of_fields_that_there_are():
