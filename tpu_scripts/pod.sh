@@ -35,7 +35,7 @@ main() {
     "" | -h | --help | help) answer "$USAGE" && return ;;
     *) fail "there is no verb '$verb': pod.sh --help" ;;
   esac
-  DRY_RUN="" KEEP=""
+  DRY_RUN="" KEEP="" COMMIT="" REMINDER="" # They are not the environment's.
   while (($#)); do
     case $1 in
       --settings) file=${2:?"pod.sh: --settings needs a file"} && shift ;;
@@ -67,7 +67,7 @@ main() {
 at_exit() {
   local code=$?
   rm -rf "$SCRATCH"
-  if ((code)) && [[ -n ${REMINDER:-} ]]; then answer "pod.sh: $REMINDER" >&2; fi
+  if ((code)) && [[ -n $REMINDER ]]; then answer "pod.sh: $REMINDER" >&2; fi
 }
 
 remind_of_nodes() {

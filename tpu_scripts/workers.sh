@@ -40,8 +40,11 @@ choose_commit() {
 }
 
 install_on_workers() {
-  [[ -n ${COMMIT:-} ]] || choose_commit
-  local archive="${TMPDIR:-/tmp}/grit-jax-$COMMIT.tar.gz" code="$FOLDER/code/$COMMIT.tar.gz"
+  [[ -n $COMMIT ]] || choose_commit
+  # In a folder of its own: another run of this commit may be set up from here at the same time.
+  local folder=$SCRATCH
+  [[ -z $DRY_RUN ]] || folder=${TMPDIR:-/tmp}
+  local archive="$folder/grit-jax-$COMMIT.tar.gz" code="$FOLDER/code/$COMMIT.tar.gz"
   run git archive --format=tar.gz --output="$archive" "$COMMIT"
   run gcloud storage cp --quiet "$archive" "$code" 2>"$SCRATCH/errors" || fail_bucket "written to"
   run rm "$archive"

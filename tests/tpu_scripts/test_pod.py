@@ -1,6 +1,7 @@
 """pod.sh from nodes to a finished run, against a cloud in a folder, with real processes in it."""
 
 import re
+import subprocess
 import time
 
 import pytest
@@ -215,6 +216,20 @@ def test_launch_before_setup_and_code_that_has_changed(pod):
     (pod.clone / "configs" / "gritlm_7b.py").write_text("changed")
     for verb in ("setup", "launch", "watch"):
         assert " M configs/gritlm_7b.py" in pod(verb, code=2)
+
+
+def test_setup_is_of_this_clone_and_leaves_other_files_alone(pod, tmp_path):
+    """Whatever the environment holds, and another run of the same commit has in /tmp."""
+    words = ["git", "rev-parse", "--short=12", "HEAD"]
+    commit = subprocess.check_output(words, cwd=pod.clone, text=True).strip()
+    of_another = tmp_path / "tmp" / f"grit-jax-{commit}.tar.gz"
+    of_another.parent.mkdir()
+    of_another.write_text("half written")
+    pod("create")
+    output = pod("setup", TMPDIR=str(of_another.parent), COMMIT="main")
+    assert f"{commit} is installed on all workers" in output
+    assert of_another.read_text() == "half written"
+    assert list(of_another.parent.iterdir()) == [of_another]
 
 
 def test_bucket_that_is_not_there(pod):
