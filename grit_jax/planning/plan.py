@@ -22,7 +22,7 @@ from grit_jax.data.examples import Text
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
 from grit_jax.from_config import make_trainer, open_pretrained, row_limits
-from grit_jax.models import MixtralConfig
+from grit_jax.models import AttentionError, MixtralConfig
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, Work, work_of
 from grit_jax.sharding import MeshError
@@ -140,7 +140,9 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
 
     Raises:
       ConfigError, BucketError: see `make_plan`.
+      MeshError: none of the meshes can be laid over the chips, or divides the model.
     """
+    problem, is_tried = None, False
     for tensor in (1, 2, 4):
         for remat in ("save_matmuls", "full"):
             chunks = 1
@@ -150,12 +152,16 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
                 tried.model.remat, tried.grad_cache_chunks = remat, chunks
                 try:
                     plan = make_plan(tried, topology, tokens)
-                except MeshError:  # One that does not divide the model.
+                except MeshError as error:  # One that does not divide the model.
+                    problem = problem or error
                     break
+                is_tried = True
                 yield plan
                 if plan.fits or _state_alone_is_too_large(plan):
                     break
                 chunks *= 2
+    if problem is not None and not is_tried:
+        raise problem
 
 
 def fastest(plans: list[Plan]) -> Plan | None:
@@ -210,7 +216,10 @@ def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:
     """Returns the compiled step, None if it does not fit, and the main memory that it takes."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
     with jax.set_mesh(trainer.mesh):
-        lowered = trainer.step.lower(trainer.abstract_state(), shapes)
+        try:
+            lowered = trainer.step.lower(trainer.abstract_state(), shapes)
+        except AttentionError as error:
+            raise ConfigError(str(error)) from None
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -221,8 +221,18 @@ def test_the_search_finds_what_fits(monkeypatch):
 
 def test_the_search_does_not_pass_over_a_mistake():
     # Nor does it say that nothing fits.
+    topology = describe_topology("v5e:2x2")
     with pytest.raises(ConfigError, match=r"config\.data\.chat_row_length=512 is below"):
-        list(search(small_config(), describe_topology("v5e:2x2"), TOKENS | {"chat": 4000}))
+        list(search(small_config(), topology, TOKENS | {"chat": 4000}))
+    with pytest.raises(MeshError, match=r"config\.mesh\.expert=4 is for a Mixtral"):
+        list(search(small_config(expert=4), topology, TOKENS))
+
+
+def test_attention_that_does_not_serve_a_step_is_named():
+    config = small_config()
+    config.model.attention_implementation = "cudnn"
+    with pytest.raises(ConfigError, match="'cudnn' does not serve the platform tpu"):
+        make_plan(config, describe_topology("v5e:2x2"), TOKENS)
 
 
 @pytest.mark.slow
