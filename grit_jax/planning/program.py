@@ -48,6 +48,8 @@ SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 # XLA's kernel for products of rows with their group's weight, and megablox's for their gradient.
 EXPERTS_KERNELS = ("ragged-dot-none", "tgmm")
 SLICING = {"dynamic-slice", "slice", "gather"}
+# Those whose result is what is given and what is made of it: a copy's two ends.
+BOTH_ENDS = {"copy-start", "collective-permute-start", "all-gather-start", "send"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +243,12 @@ class _Program:
                 for parameter, name in zip(_parameters(inside), i.operands, strict=True)
             )
             return read + _bytes_written(inside, i)
-        if i.opcode in SLICING:
-            return 2 * _in_hbm(i)
+        if i.opcode.removesuffix("-start") in SLICING:
+            given = by_name[i.operands[0]].shapes[0]
+            part = i.shapes[-2 if i.opcode.endswith("-start") else 0]
+            return part.num_bytes * (given.is_in_hbm + part.is_in_hbm)
+        if i.opcode in BOTH_ENDS:
+            return _in_hbm(i)
         if i.opcode == "dynamic-update-slice":
             return 2 * _in_hbm(by_name[i.operands[1]])
         return _in_hbm(i) + sum(_in_hbm(by_name[name]) for name in i.operands)

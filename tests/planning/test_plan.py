@@ -90,6 +90,23 @@ def test_a_loop_whose_counter_goes_by_twos_counts_its_turns():
     assert work_of(compile_for(None, loop, rows, rows), 1).flops == 8 * 2 * 256**3
 
 
+def test_a_copy_beside_other_work_moves_what_it_copies_once():
+    # As the compiler writes it: of eight matrices in main memory one is brought in, and back.
+    main, fast = "{2,1,0:T(8,128)(2,1)}", "{2,1,0:T(8,128)(2,1)S(1)}"
+    all_of_them, one = f"bf16[8,128,128]{main}", f"bf16[1,128,128]{main}"
+    near = f"bf16[1,128,128]{fast}"
+    text = f"""HloModule step
+ENTRY %main (given: bf16[8,128,128]) -> bf16[1,128,128] {{
+  %given = {all_of_them} parameter(0)
+  %slice-start = (({all_of_them}), {near}, s32[]{{:S(2)}}) slice-start(%given), slice={{[3:4]}}
+  %slice-done = {near} slice-done(%slice-start)
+  %copy-start = ({one}, {near}, u32[]{{:S(2)}}) copy-start(%slice-done)
+  ROOT %copy-done = {one} copy-done(%copy-start)
+}}
+"""
+    assert work_of(text, 1).hbm_bytes == 2 * 128 * 128 * 2
+
+
 def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     topology = describe_topology("v5e:2x2", num_slices=2)
     mesh = make_mesh(slice=2, devices=topology.devices)
