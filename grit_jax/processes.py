@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import threading
 from typing import NoReturn
 
 import jax
@@ -10,6 +11,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# JAX ends a process that the others have not joined after 300 seconds, with a dump of its stack.
+PATIENCE_SECONDS = 270.0
 
 
 class ProcessError(Exception):
@@ -21,10 +24,11 @@ def connect() -> None:
 
     Where the environment has JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES
     and JAX_PROCESS_ID, it says who they are; on TPUs the machine does, unless JAX_NUM_PROCESSES is
-    1; elsewhere this process is alone.
+    1; elsewhere this process is alone. If the others do not come, JAX ends it after five minutes;
+    before that, a line says what it waits for.
 
     Raises:
-      ProcessError: the environment is incomplete or wrong, or process 0 does not answer.
+      ProcessError: the environment is incomplete or wrong.
     """
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)}
     if given == {COUNT: "1"} or not (given or _has_tpu()):
@@ -34,7 +38,13 @@ def connect() -> None:
             jax.distributed.initialize()
         else:
             address, count, number = _check_environment(given)
-            jax.distributed.initialize(address, count, number)
+            overdue = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, (address, count))
+            overdue.daemon = True
+            overdue.start()
+            try:
+                jax.distributed.initialize(address, count, number)
+            finally:
+                overdue.cancel()
     except (RuntimeError, ValueError, OSError) as error:  # What JAX and its look at the machine do.
         reason = " ".join(str(error).split())[:300]
         raise ProcessError(
@@ -67,12 +77,23 @@ def abandon(exit_code: int) -> NoReturn:
     raise SystemExit(exit_code)
 
 
+def _say_what_is_missing(address: str, count: int) -> None:
+    print(
+        f"the processes of this run have not found each other for {PATIENCE_SECONDS:.0f} seconds, "
+        f"and will not be waited for much longer: {COUNT}={count} of them must be running, and all "
+        f"reach {ADDRESS}={address}, which is HOST:PORT of process 0",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _check_environment(given: dict[str, str]) -> tuple[str, int, int]:
     missing = [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]
     if missing:
         raise ValueError(f"{', '.join(given)} is set, but not {', '.join(missing)}")
     address = given[ADDRESS]
-    if not address.rpartition(":")[2].isdecimal():
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) >= 2**16:
         raise ValueError(f"{ADDRESS}={address} is not of the form HOST:PORT")
     for name in (COUNT, NUMBER):
         if not given[name].isdecimal():

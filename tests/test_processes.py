@@ -1,6 +1,6 @@
 """Processes that cannot find each other say what is missing, before anything else is done."""
 
-from command_line import assert_fails_in_one_line, grit_jax
+from command_line import assert_fails_in_one_line, grit_jax, run_python
 import pytest
 
 
@@ -15,6 +15,14 @@ import pytest
                 "JAX_PROCESS_ID": "0",
             },
             "JAX_COORDINATOR_ADDRESS=localhost is not of the form HOST:PORT",
+        ),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:123456",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_COORDINATOR_ADDRESS=localhost:123456 is not of the form HOST:PORT",
         ),
         (
             {
@@ -42,3 +50,22 @@ def test_a_mistake_in_the_environment_is_named(tmp_path, monkeypatch, environmen
     finished = grit_jax("train", f"--config={config}", cwd=tmp_path)
     assert_fails_in_one_line(finished, "ProcessError", named)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
+
+
+def test_a_process_that_the_others_do_not_join_says_what_it_waits_for(tmp_path, monkeypatch):
+    # As in five minutes, in a few seconds; then JAX ends the process.
+    program = (
+        "import functools, jax\n"
+        "from grit_jax import processes\n"
+        "initialize = functools.partial(jax.distributed.initialize, initialization_timeout=3)\n"
+        "jax.distributed.initialize, processes.PATIENCE_SECONDS = initialize, 0.5\n"
+        "processes.connect()\n"
+    )
+    for name, value in {"COORDINATOR_ADDRESS": "localhost:1", "NUM_PROCESSES": "2"}.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    finished = run_python(program, cwd=tmp_path)
+    assert finished.returncode != 0
+    first_line = finished.stderr.splitlines()[0]
+    assert "JAX_NUM_PROCESSES=2 of them" in first_line
+    assert "JAX_COORDINATOR_ADDRESS=localhost:1, which is HOST:PORT" in first_line
