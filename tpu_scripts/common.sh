@@ -31,6 +31,7 @@ load_settings() {
     fail "there is no $file: cp tpu_scripts/settings.example.sh $file, and fill it in"
   NUM_SLICES=1 WEIGHTS="" MAX_TRIES=5 VALID_UNTIL_DURATION="" RUNTIME_VERSION=""
   OVERRIDES=() CREATE_FLAGS=() SSH_FLAGS=()
+  [[ $file == */* ]] || file=./$file # A name alone would be looked for in PATH.
   # shellcheck source=settings.example.sh
   source "$file"
   for name in PROJECT ZONE NAME BUCKET ACCELERATOR_TYPE PROVISIONING CONFIG; do

@@ -273,6 +273,13 @@ def test_settings_that_cannot_be(pod, changes, message):
     pod.set()
 
 
+def test_settings_are_those_of_the_folder_and_not_of_the_path(pod):
+    (pod.cloud / "bin" / "mine.sh").write_text("exit 3\n")
+    settings = (pod.clone / "tpu_scripts" / "settings.sh").read_text()
+    (pod.clone / "mine.sh").write_text(settings)
+    assert "v6e-16" in pod("create", "--settings", "mine.sh", "--dry-run")
+
+
 def test_arguments_that_cannot_be(pod):
     assert "there is no verb 'start'" in pod("start", code=2)
     assert "there is no option '--force'" in pod("create", "--force", code=2)
