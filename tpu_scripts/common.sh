@@ -102,7 +102,7 @@ ask() {
   shift
   for ((attempt = 1; attempt <= ASK_ATTEMPTS; attempt++)); do
     if found=$(tpus "$@" 2>"$SCRATCH/errors"); then
-      answer "${found:-$assumed}"
+      answer "${DRY_RUN:+$assumed}$found"
       return
     fi
     case $(<"$SCRATCH/errors") in

@@ -168,6 +168,12 @@ def test_node_of_somebody_else_stays(pod, verb, code):
     pod.change_cloud(nodes={})
 
 
+def test_a_request_that_has_no_state_yet_is_there(pod):
+    pod.change_cloud(queued_resources={"run": {"state": "", "nodes": []}})
+    assert "the queued resource run exists already" in pod("create", code=2)
+    assert pod.count("create") == 0
+
+
 def test_nodes_that_do_not_come_are_not_waited_for(pod):
     pod.change_cloud(fails_to_come=True)
     assert "the nodes of run did not come (FAILED" in pod("create", code=75)
