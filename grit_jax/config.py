@@ -78,7 +78,8 @@ def default_config() -> Config:
     # What a layer's backward pass finds saved: "none" computes no product again, "save_matmuls" and
     # "offload" (the same, in the host's memory) all but the products with weights, "full" all.
     config.model.remat = "full"
-    # "splash" (TPU), "cudnn" (GPU), "xla", or "auto": the platform's kernel where it can serve.
+    # "splash" (TPU), "cudnn" (GPU), "xla", or "auto": "splash" on a TPU where it can serve, else
+    # "xla".
     config.model.attention_implementation = "auto"
     # Positions in a block of the kernel for TPUs, at most; a row's own block divides the row.
     config.model.splash_block_size = 1024

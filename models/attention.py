@@ -100,8 +100,8 @@ def attention(
       visibility: which keys each query may see.
       implementation: "xla" serves every case. "splash" is the kernel for TPUs (interpreted, and
         slow, on a CPU), which tells before from after by the place in the row: positions have to
-        rise by one within a segment. "cudnn" is the kernel for NVIDIA GPUs. "auto" takes the
-        platform's kernel for the cases that it serves.
+        rise by one within a segment. "cudnn" is the kernel for NVIDIA GPUs. "auto" takes
+        "splash" on a TPU for the cases that it serves, and "xla" for all others.
       splash_block_size: positions that a block of the kernel for TPUs has at most.
 
     Raises:
