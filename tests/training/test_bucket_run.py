@@ -104,6 +104,21 @@ def checkpoints(server, run):
     return whole, {int(name.split("/")[0]) for name in names if name[0].isdigit()} - whole
 
 
+def kill_while_saving(server, run, process):
+    """Kills a process that has begun a checkpoint, well before its end; returns whether it has."""
+    with server.lock:  # Nothing is stored meanwhile.
+        unfinished = checkpoints(server, run)[1]
+        is_early = not any(
+            COMMITTED in name
+            for step in unfinished
+            for name in server.names(f"{run}/checkpoints/{step}/")
+        )
+        if unfinished and is_early:
+            process.send_signal(signal.SIGKILL)
+            return True
+    return False
+
+
 def share_compiled(server, run):
     """Gives another run the programs of the undisturbed one, as its own start would find them."""
     for name in server.names("whole/compiled/"):
@@ -142,8 +157,7 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     # Killed while a checkpoint is written: its objects are there, and what says it is whole not.
     processes = start(server, *common)
     wait_until(processes, lambda: max(checkpoints(server, "stopped")[0], default=0) >= 2)
-    wait_until(processes, lambda: checkpoints(server, "stopped")[1])
-    processes[0].send_signal(signal.SIGKILL)
+    wait_until(processes, lambda: kill_while_saving(server, "stopped", processes[0]))
     finish(processes, -signal.SIGKILL)
     whole, cut_off = checkpoints(server, "stopped")
     assert max(cut_off) > max(whole)
