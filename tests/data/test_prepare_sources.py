@@ -464,7 +464,7 @@ def test_an_interrupted_run_ends_at_once_in_one_line(killing):
 
 
 def wait_for(condition):
-    for _ in range(2000):
+    for _ in range(6000):
         if value := condition():
             return value
         time.sleep(0.05)

@@ -45,9 +45,10 @@ def preempt(state: dict, resource_state: str) -> None:
 
 def remove_machines(node: str) -> None:
     for home in (CLOUD / "workers").glob(f"{node}-w-*"):
-        for process in processes_of(home.name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        while processes := processes_of(home.name):  # One may just have started another.
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         shutil.rmtree(home, ignore_errors=True)
 
 

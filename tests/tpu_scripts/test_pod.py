@@ -8,7 +8,7 @@ import pytest
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.05)
@@ -20,7 +20,8 @@ def test_run_that_is_preempted_twice_is_finished_and_deleted(pod):
     pod("create")
     pod("setup")
     pod("launch")
-    output = pod("watch", HF_TOKEN="hf_secret")
+    # Of the crash, the preemption must be seen before it is judged.
+    output = pod("watch", HF_TOKEN="hf_secret", SETTLE_SECONDS="5")
     assert "run has finished: gs://bucket/run/run" in output
     assert pod.steps() == [1, 2, 3, 4, 5, 6]
     assert pod.count("create") == pod.count("delete") == 3
@@ -78,7 +79,7 @@ def test_each_verb_alone_on_two_slices(pod):
 @pytest.mark.slow
 def test_lost_worker_is_started_again_on_the_same_nodes(pod):
     pod.plan("lose a worker", "vanish", "finish")
-    output = pod("watch")
+    output = pod("watch", SETTLE_SECONDS="4", SILENT_SECONDS="6")
     assert "lost with the exit codes 134, 137" in output and "no word from a worker" in output
     assert pod.steps() == [1, 2, 3, 4, 5, 6]
     assert pod.count("create") == 1
@@ -92,7 +93,7 @@ def test_error_of_the_user_is_shown_and_not_repeated(pod, unread):
     """Even if the exit codes cannot be read at first, or when they are to be judged."""
     pod.change_cloud(cat_failures=unread)
     pod.plan("user error")
-    output = pod("watch", code=1, SETTLE_SECONDS="1", SILENT_SECONDS="120")
+    output = pod("watch", code=1, SETTLE_SECONDS="3", SILENT_SECONDS="120")
     assert "ConfigError: config.mode is wrong" in output
     assert "the run failed with the exit codes 2, 2" in output
     assert pod.count("create") == 1

@@ -77,7 +77,7 @@ def is_writer() -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    aside = path.with_suffix(".aside")
+    aside = path.with_name(f"{path.name}.{WORKER}")  # Both workers may write it.
     aside.write_text(text)
     aside.replace(path)
 
@@ -88,7 +88,7 @@ def finish() -> None:
 
 def preempted() -> None:
     write_whole(CLOUD / "preempt", "SUSPENDED")
-    time.sleep(60)
+    time.sleep(600)
 
 
 def preempted_with_a_crash() -> None:
@@ -96,7 +96,7 @@ def preempted_with_a_crash() -> None:
     if is_writer():
         time.sleep(1)
         write_whole(CLOUD / "preempt", "ACTIVE")
-        time.sleep(60)
+        time.sleep(600)
     raise RuntimeError("a peer is gone")
 
 
@@ -127,7 +127,7 @@ def wait_for_sigterm() -> None:
 
     signal.signal(signal.SIGTERM, save)
     (CLOUD / f"training-{WORKER}").touch()
-    time.sleep(60)
+    time.sleep(600)
 
 
 if __name__ == "__main__":

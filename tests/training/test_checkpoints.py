@@ -178,6 +178,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trainer, states, tm
 @contextlib.contextmanager
 def no_more_files():
     """A context in which this process may open no further file."""
+    gc.collect()  # Else files that nobody holds any more may be closed, and others opened.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open(os.devnull) as file:
         resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 1, hard))
@@ -298,9 +299,12 @@ def test_a_full_disk_is_an_error_that_leaves_the_older_ones_whole(trainer, state
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         import test_checkpoints as t
         trainer = t.trainer.__wrapped__()
-        with t.open_folder(FOLDER) as checkpoints:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-            checkpoints.save(2, trainer.initial_state(2))
+        try:
+            with t.open_folder(FOLDER) as checkpoints:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+                checkpoints.save(2, trainer.initial_state(2))
+        except t.CheckpointError as error:
+            print(error)  # Orbax's threads write to the other stream, in between.
     """
     script = textwrap.dedent(script).replace("FOLDER", repr(str(tmp_path)))
     here = Path(__file__)
@@ -311,11 +315,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_older_ones_whole(trainer, state
         text=True,
         check=False,
     )
-    assert finished.returncode != 0
-    # Orbax's threads print as well, in any order.
-    messages = [line for line in finished.stderr.splitlines() if "CheckpointError: " in line]
-    assert messages, finished.stderr
-    assert f"a checkpoint could not be written to {tmp_path}" in messages[0]
-    assert "newest: step 1" in messages[0]
+    assert f"a checkpoint could not be written to {tmp_path}" in finished.stdout, finished.stderr
+    assert "newest: step 1" in finished.stdout
     with open_folder(tmp_path) as checkpoints:
         assert_same(checkpoints.restore(trainer.abstract_state()), states[1])
