@@ -99,7 +99,7 @@ class Reader:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             check=False,
         )
 

@@ -26,7 +26,7 @@ def run(name, folder, settings, *values):
     show = f"print(json.dumps({{name: eval(name) for name in {values}}}))"
     notebook.cells.append(nbformat.v4.new_code_cell(f"{clean}\n{show}"))
     changed = environment() | ONE_DEVICE | NO_NETWORK | {"GRIT_JAX_NOTEBOOK": json.dumps(settings)}
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3")
     client.execute(cwd=str(folder), env=changed)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", ()) for output in outputs)
