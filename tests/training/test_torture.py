@@ -196,7 +196,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undisturbed")  # It has compiled the step, for which no second is counted.
+@pytest.mark.usefixtures("undisturbed")  # Else compiling would take of the seconds.
 def test_a_process_that_is_stuck_does_not_keep_the_others_waiting(start, tmp_path):
     processes = start(tmp_path, 2, 2, "--config.hang_seconds=20")
     wait_until(processes, lambda: read_losses(tmp_path))
