@@ -51,7 +51,7 @@ def run_processes(facts, devices=(1, 1, 1), sources=(ROOT, ROOT, ROOT), folders=
         )
         for number in range(3)
     ]
-    return [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    return [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
 
 
 @pytest.mark.slow

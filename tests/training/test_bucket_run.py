@@ -77,7 +77,7 @@ def start(server, *arguments, count=1):
 
 def finish(processes, code=0):
     """Waits for the end; returns what the first process has printed."""
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), outputs
     return outputs[0]
 

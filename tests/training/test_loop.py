@@ -224,7 +224,7 @@ def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
         for process in range(2)
     ]
     for host, shards in zip(hosts, held, strict=True):
-        output, errors = host.communicate(timeout=300)
+        output, errors = host.communicate(timeout=900)
         assert host.returncode == 0, errors
         assert json.loads(output.splitlines()[-1]) == list(shards)
 

@@ -80,12 +80,12 @@ class Processes:
 
     def end_of(self, number):
         """Returns the exit code of one that ends by itself, and its output."""
-        output = self._processes[number].communicate(timeout=120)[0]
+        output = self._processes[number].communicate(timeout=300)[0]
         return self._processes[number].returncode, output
 
     def wait(self):
         """Returns exit codes and outputs."""
-        outputs = [process.communicate(timeout=300)[0] for process in self._processes]
+        outputs = [process.communicate(timeout=900)[0] for process in self._processes]
         return [process.returncode for process in self._processes], outputs
 
 
