@@ -122,7 +122,7 @@ def test_a_users_instruction_takes_the_place_of_mtebs(model):
     assert own.instruction(metadata, None) == "Of the same meaning"
 
 
-def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported):
+def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported, tmp_path):
     variants = [
         MtebModel(model, "small", "1"),
         MtebModel(model, "small", "1", instructions={"BIOSSES": "Of the same meaning"}),
@@ -133,7 +133,7 @@ def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported):
         ),
     ]
     places = {
-        mteb.ResultCache("cache").get_task_result_path("BIOSSES", one.mteb_model_meta)
+        mteb.ResultCache(tmp_path).get_task_result_path("BIOSSES", one.mteb_model_meta)
         for one in variants
     }
     assert len(places) == len(variants)
