@@ -117,8 +117,7 @@ def read_plans() -> dict[str, dict]:
 def compile_row(row: Row) -> dict:
     """Returns the plan of a row, without its list of collectives."""
     print("compiling", *row.command, file=sys.stderr, flush=True)
-    grit_jax = Path(sys.executable).with_name("grit-jax")
-    command = [grit_jax, "plan", "--json", *row.command]
+    command = [sys.executable, "-m", "grit_jax", "plan", "--json", *row.command]
     plan = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     del plan["collectives"]
     return {"libtpu": importlib.metadata.version("libtpu"), **plan}

@@ -1,16 +1,14 @@
 """The notebooks as they are, each run from a clean kernel, made small by their own settings."""
 
 import json
-from pathlib import Path
 import re
 
-from command_line import environment
+from command_line import ROOT, environment
 import nbclient
 import nbformat
 import pytest
 from small_run import SMALL
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ONE_DEVICE = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 # Nothing answers there.

@@ -2,13 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 import shutil
 import subprocess
 import sys
 import time
 
-from command_line import grit_jax, run_python
+from command_line import ROOT, grit_jax, run_python
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -24,8 +23,6 @@ from grit_jax.lock import locked
 from grit_jax.run import run
 from grit_jax.training.checkpoints import CheckpointError, StartAgain
 from grit_jax.training.preemption import EXIT_CODE
-
-ROOT = Path(__file__).parents[2]
 
 
 def start_training(*arguments, devices=1, **variables):
