@@ -4,7 +4,6 @@ WORKDIR /grit-jax
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE train.py ./
 COPY configs configs
 COPY grit_jax grit_jax
-COPY models models
 RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tpu]"
 # A worker whose TPU is dead is to fail, and not to train on its CPU.
 ENV JAX_PLATFORMS=tpu,cpu

@@ -49,7 +49,7 @@ lint: .venv/.installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --check-sourced tpu_scripts/pod.sh tpu_scripts/worker.sh tpu_scripts/settings.example.sh
 
-data/sample/.prepared: $(wildcard grit_jax/data/sample/*/*.gz grit_jax/data/*.py) | .venv/.installed-demo
+data/sample/.prepared: $(wildcard grit_jax/sample/*/*.gz grit_jax/prepare/*.py grit_jax/text/*.py) | .venv/.installed-demo
 	$(BIN)/grit-jax prepare sample_embedding sample_chat --output data/sample
 	touch $@
 

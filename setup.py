@@ -83,13 +83,12 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE", "grit_jax/data/sample/LICENSES.md"],
+    license_files=["LICENSE", "grit_jax/sample/LICENSES.md"],
     python_requires=">=3.11",
-    # grit_jax/models is a link to models/, which so never collides with a user's own `models`.
     packages=find_packages(include=["grit_jax", "grit_jax.*"]),
     package_data={
         "grit_jax.conversion": ["files/*"],
-        "grit_jax.data.sample": ["*.md", "*/*.jsonl.gz"],
+        "grit_jax.sample": ["*.md", "*/*.jsonl.gz"],
     },
     install_requires=CORE,
     extras_require={

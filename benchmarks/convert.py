@@ -24,7 +24,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from grit_jax.conversion.layout import parameters
-from grit_jax.models import MistralConfig, config_to_hugging_face
+from grit_jax.models import ModelConfig, config_to_hugging_face
 
 SHARD_BYTES = 4 * 2**30
 COMMAND = [sys.executable, "-m", "grit_jax", "convert"]
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of 32")
     parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
     options = parser.parse_args()
-    config = dataclasses.replace(MistralConfig(), num_hidden_layers=options.layers)
+    config = dataclasses.replace(ModelConfig(), num_hidden_layers=options.layers)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
         # In a process of its own: a command counts the memory of the process that starts it.
@@ -60,7 +60,7 @@ def main() -> None:
         Console().print(table)
 
 
-def make_checkpoint(config: MistralConfig, folder: Path) -> int:
+def make_checkpoint(config: ModelConfig, folder: Path) -> int:
     """Writes a random checkpoint in files of 4 GB; returns its bytes."""
     folder.mkdir()
     random = np.random.default_rng(0)

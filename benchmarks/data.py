@@ -16,13 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from grit_jax.data.batch_plan import Plan
 from grit_jax.data.batches import Batches, read_ahead
-from grit_jax.data.draws import HomogeneousStream, MixedStream
-from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
 from grit_jax.data.manifest import PreparedDataset
-from grit_jax.data.plan import Plan
+from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
-from grit_jax.data.writing import write_dataset, write_part
+from grit_jax.prepare.writing import write_dataset, write_part
+from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
 
 STREAMS = {"query": "queries", "passage": "passages", "chat": "chats"}
 # Median and spread (of the logarithm) of tokens in queries and in passages, and rates.
@@ -48,10 +48,10 @@ class Case:
         def datasets(rates: dict[str, float]) -> dict[PreparedDataset, float]:
             return {PreparedDataset(self.folder, n, "train"): rate for n, rate in rates.items()}
 
-        embedding = HomogeneousStream if self.homogeneous else MixedStream
+        embedding = SingleDatasetSampler if self.homogeneous else MixedSampler
         streams = {
             "embedding": embedding(datasets(self.pairs), self.batch_sizes[0], 2, seed=0),
-            "generative": MixedStream(datasets(self.chats), self.batch_sizes[1], 0, seed=1),
+            "generative": MixedSampler(datasets(self.chats), self.batch_sizes[1], 0, seed=1),
         }
         return Batches(streams, self.limits)
 

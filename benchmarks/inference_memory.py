@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.inference.encode import Embedding, Encoder
+from grit_jax.inference.batch_packing import PLACES_OF_A_TEXT, TOKENS_PER_DEVICE
+from grit_jax.inference.encode import Encoder
 from grit_jax.inference.generate import PART_LENGTHS, Generator, State
 from grit_jax.inference.loading import abstract_module
-from grit_jax.inference.rows import PLACES_OF_A_DEVICE, PLACES_OF_A_TEXT
 from grit_jax.inference.sampling import Sampling
-from grit_jax.models import MistralConfig
+from grit_jax.models import ModelConfig
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.planning.chips import describe_topology, quiet
 from grit_jax.sharding import make_mesh
 
@@ -42,7 +43,7 @@ def main() -> None:
     with quiet():
         devices = describe_topology(options.topology).devices[:1]
     mesh = make_mesh(devices=devices)
-    config = MistralConfig(
+    config = ModelConfig(
         dtype="bfloat16", param_dtype="bfloat16", linear_dtype=options.linear_dtype
     )
     model = nnx.merge(*abstract_module(config, mesh))
@@ -71,11 +72,11 @@ def compile_programs(model: Any, mesh: Any, rows: int, slots: int) -> Any:
     def texts(*shape: int) -> Any:
         return of(shape, jnp.int32)
 
-    encoder, packed = Encoder(model, mesh), (PLACES_OF_A_DEVICE // ROW_LENGTH, ROW_LENGTH)
-    count = PLACES_OF_A_DEVICE // PLACES_OF_A_TEXT
+    encoder, packed = Encoder(model, mesh), (TOKENS_PER_DEVICE // ROW_LENGTH, ROW_LENGTH)
+    count = TOKENS_PER_DEVICE // PLACES_OF_A_TEXT
     batch = PackedTexts(*(texts(*packed) for _ in range(3)), of(packed, bool), count)
-    lowered = encoder.program.lower(encoder.parameters, batch, Embedding("bbcc", "mean", True))
-    yield f"embed {PLACES_OF_A_DEVICE:,} tokens", lowered.compile()
+    lowered = encoder.program.lower(encoder.parameters, batch, EmbeddingSpec())
+    yield f"embed {TOKENS_PER_DEVICE:,} tokens", lowered.compile()
 
     generator, end_tokens = Generator(model, mesh), texts(1)
     cache = jax.eval_shape(lambda: model.make_cache(rows, slots))

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from step_work import TEMPERATURE, Setting, StepTexts, pack_steps
 
-from grit_jax.models import MistralConfig
+from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.flops import peak_flops, useful_flops
 from grit_jax.training.joint_loss import LossConfig, joint_loss
@@ -30,7 +30,7 @@ class JaxSide:
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         device = jax.devices()[0]
         on_gpu = device.platform == "gpu"
-        config = MistralConfig(
+        config = ModelConfig(
             **setting.sizes,
             dtype=setting.dtype,
             param_dtype=setting.dtype,
@@ -130,9 +130,9 @@ def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransforma
         beta2=0.999,
         epsilon=1e-8,
         weight_decay=0.0,
-        clip_norm=1.0,
-        token_embedding_factor=1.0,
-        moment_dtype=setting.dtype,
+        max_grad_norm=1.0,
+        embedding_lr_multiplier=1.0,
+        mu_dtype=setting.dtype,
     )
 
 

@@ -28,9 +28,9 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from grit_jax.data.examples import TextOptions
-from grit_jax.data.sample import SAMPLE_FOLDER
-from grit_jax.data.tokenizer import Tokenizer, tokenizer_path
+from grit_jax.sample import SAMPLE_FOLDER
+from grit_jax.text.examples import TextOptions
+from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
 
 TEXTS = ("wordnet_senses", "jargon_entries")
 
@@ -116,7 +116,7 @@ def ours(file: Path, processes: int) -> dict[str, float]:
     """Prepares the file in a temporary folder."""
     import seqio  # noqa: F401  Before the clock starts.
 
-    from grit_jax.data.prepare import prepare_mixtures
+    from grit_jax.prepare.prepare import prepare_mixtures
 
     with tempfile.TemporaryDirectory() as folder:
         with Clock() as clock:

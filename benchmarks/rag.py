@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 
 from grit_jax import GritLM
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.index import DocumentIndex, build_index
-from grit_jax.inference.rag import WAYS, Answerer
-from grit_jax.inference.stored_caches import FORMATS
-from grit_jax.models import MistralConfig, make_model
+from grit_jax.models import ModelConfig, make_model
+from grit_jax.rag.cache_store import FORMATS
+from grit_jax.rag.index import DocumentIndex, build_index
+from grit_jax.rag.pipeline import CACHE_MODES, RagPipeline
 from grit_jax.sharding import make_mesh
+from grit_jax.text.tokenizer import Tokenizer
 
 SIZES = [250, 500, 1000, 2000, 4000]
 SHORT, NEW_TOKENS, NUM_DOCUMENTS, TIMES = 16, 16, 4, 3
 WORDS = ("time", "year", "people", "day", "hand", "part", "place", "week", "water", "room", "money")
-CONFIG = MistralConfig(
+CONFIG = ModelConfig(
     hidden_size=768,
     intermediate_size=2048,
     num_hidden_layers=12,
@@ -47,7 +47,7 @@ def main() -> None:
     words = Words(model.tokenizer)
     for long in ("document", "question"):
         table = Table(title=f"seconds to an answer, by tokens of the {long}")
-        for column in (long, *WAYS, "saved by its cache"):
+        for column in (long, *CACHE_MODES, "saved by its cache"):
             table.add_column(column, justify="right")
         for size in sizes:
             lengths = {"document": SHORT, "question": SHORT} | {long: size}
@@ -56,7 +56,9 @@ def main() -> None:
             if long == "question":
                 plain, cached = ("query-prompt", "query-cache")
             saved = 1 - seconds[cached] / seconds[plain]
-            table.add_row(f"{size:,}", *(f"{seconds[way]:.2f}" for way in WAYS), f"{saved:.0%}")
+            table.add_row(
+                f"{size:,}", *(f"{seconds[way]:.2f}" for way in CACHE_MODES), f"{saved:.0%}"
+            )
         Console(width=140).print(table)
     Console().print(stored_forms(model, words, sizes[0]))
 
@@ -82,8 +84,8 @@ def measure(
         documents = [{"text": words.text(document_tokens)} for _ in range(NUM_DOCUMENTS)]
         build_index(model, documents, f"{folder}/index", caches="float32")
         index = DocumentIndex(f"{folder}/index", model)
-        answerers = {way: Answerer(model, index, way) for way in WAYS}
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        answerers = {way: RagPipeline(model, index, way) for way in CACHE_MODES}
+        seconds: dict[str, list[float]] = {way: [] for way in CACHE_MODES}
         for turn, (way, answerer) in itertools.product(range(TIMES + 1), answerers.items()):
             taken = timed(answerer, words.text(question_tokens))
             if turn:  # The first compiles.
@@ -91,7 +93,7 @@ def measure(
     return {way: statistics.median(taken) for way, taken in seconds.items()}
 
 
-def timed(answerer: Answerer, question: str) -> float:
+def timed(answerer: RagPipeline, question: str) -> float:
     """Returns the seconds that an answer takes."""
     started = time.perf_counter()
     answerer.ask(question, NEW_TOKENS)
@@ -110,7 +112,7 @@ def stored_forms(model: GritLM, words: Words, document_tokens: int) -> Table:
         with tempfile.TemporaryDirectory() as folder:
             build_index(model, documents, f"{folder}/index", caches=form)
             index = DocumentIndex(f"{folder}/index", model)
-            answers = Answerer(model, index, "document-cache").ask(questions, NEW_TOKENS)
+            answers = RagPipeline(model, index, "document-cache").ask(questions, NEW_TOKENS)
         pieces = [each.answer for each in answers]
         expected = expected or pieces
         same = np.mean([one == other for one, other in zip(pieces, expected, strict=True)])
@@ -120,10 +122,10 @@ def stored_forms(model: GritLM, words: Words, document_tokens: int) -> Table:
     return table
 
 
-SEVEN_B = MistralConfig()
+SEVEN_B = ModelConfig()
 
 
-def token_bytes(config: MistralConfig, form: str) -> int:
+def token_bytes(config: ModelConfig, form: str) -> int:
     """Returns the bytes that a token's keys and values take on disk, steps of int8 included."""
     of_head = {"float32": 4 * config.head_dim, "bfloat16": 2 * config.head_dim}
     of_head["int8"] = config.head_dim + 2

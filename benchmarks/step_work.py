@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import fit_rows, pack
-from grit_jax.data.shapes import KindOfStep, RowLimits, Shape, choose_shapes
+from grit_jax.data.shapes import RowLimits, Shape, StepProfile, choose_row_shapes
+from grit_jax.text.examples import Text
 
 LENGTHS_FILE = Path(__file__).with_name("sample_lengths.npz")
 STREAMS = ("query", "passage", "chat")
@@ -156,14 +156,14 @@ def measure_lengths(prepared: Path) -> None:
     """Stores the lengths of batches of the prepared sample, as training would draw them."""
     # What reads prepared data is not needed otherwise.
     from grit_jax.data.batches import Batches
-    from grit_jax.data.draws import HomogeneousStream, MixedStream
     from grit_jax.data.manifest import load_mixture
+    from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 
     pairs = load_mixture(prepared, "sample_embedding", "train", "embedding", "embedding")
     chats = load_mixture(prepared, "sample_chat", "train", "generative", "generative")
     streams = {
-        "embedding": HomogeneousStream(pairs, SAMPLE_QUERIES, GROUP_SIZE, seed=0),
-        "generative": MixedStream(chats, SAMPLE_CHATS, 0, seed=1),
+        "embedding": SingleDatasetSampler(pairs, SAMPLE_QUERIES, GROUP_SIZE, seed=0),
+        "generative": MixedSampler(chats, SAMPLE_CHATS, 0, seed=1),
     }
     batches = Batches(streams, LIMITS)
     stored: dict[str, list[np.ndarray]] = {}
@@ -204,12 +204,12 @@ def _shapes(steps: Sequence[StepTexts]) -> list[Shape]:
     """Returns the shapes for steps, each of which is a kind of its own."""
     lengths = [{name: texts.lengths for name, texts in step.items()} for step in steps]
     kinds = [
-        KindOfStep(1 / len(steps), {name: [tokens] for name, tokens in step.items()})
+        StepProfile(1 / len(steps), {name: [tokens] for name, tokens in step.items()})
         for step in lengths
     ]
     longest = {name: max(max(step[name]) for step in lengths) for name in STREAMS}
     most = {name: len(lengths[0][name]) for name in STREAMS}
-    return choose_shapes(kinds, longest, most, LIMITS)
+    return choose_row_shapes(kinds, longest, most, LIMITS)
 
 
 def _pack(texts: StepTexts, shapes: Sequence[Shape]) -> dict[str, PackedTexts]:

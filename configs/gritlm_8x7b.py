@@ -17,7 +17,7 @@ def get_config():
     config.loss.generative_reduction = "token"
 
     config.optimizer.learning_rate = 2e-5
-    config.optimizer.warmup_fraction = 0.03
+    config.optimizer.warmup_ratio = 0.03
 
     config.data.embedding_batch_size = 256
     config.data.generative_batch_size = 256

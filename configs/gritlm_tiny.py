@@ -27,8 +27,8 @@ def get_config():
 
     config.optimizer.learning_rate = 5e-4
     # The embeddings start at a standard deviation of 3, the layers' matrices at 1/16.
-    config.optimizer.token_embedding_factor = 180.0
-    config.optimizer.warmup_fraction = 0.1
+    config.optimizer.embedding_lr_multiplier = 180.0
+    config.optimizer.warmup_ratio = 0.1
     # A rare word's first gradients would move it far if they counted as a thousandth of its past.
     config.optimizer.beta2 = 0.95
 

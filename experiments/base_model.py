@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.conversion import Model, open_model
-from grit_jax.conversion.layout import Index, Parameter, parameters
+from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import config_from_hugging_face
 
@@ -103,11 +103,11 @@ class FewerLayers:
         self.fields = model.fields | {"num_hidden_layers": len(layers)}
         self.parameters = parameters(config_from_hugging_face(self.fields))
 
-    def dtype(self, parameter: Parameter) -> np.dtype:
+    def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter is read in."""
         return self._model.dtype(self._whole[parameter.path])
 
-    def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
+    def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, whose layers are numbered anew."""
         whole = self._whole[parameter.path]
         if not parameter.stacked:

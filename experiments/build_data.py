@@ -26,7 +26,7 @@ from experiments.sources.faq import read_faqs
 from experiments.sources.reasoning import MissingPackageError, make_reasoning_items
 from experiments.sources.wordnet import read_senses
 from experiments.split import Facts, split_facts
-from grit_jax.data.sample.build import JARGON_IN_PACKAGE, WORDNET_IN_PACKAGE
+from tools.sample.build import JARGON_IN_PACKAGE, WORDNET_IN_PACKAGE
 
 FOLDOC_IN_PACKAGE = Path("usr/share/dictd/foldoc.dict.dz")
 PERL_FAQ = "usr/share/perl/*/pod"

@@ -28,7 +28,7 @@ from experiments.report import write_report
 from experiments.smaller import write_smaller
 from grit_jax.cli import INTERRUPTED
 from grit_jax.conversion import ConversionError
-from grit_jax.conversion.companion_files import write_json
+from grit_jax.files import write_json
 
 ROOT = Path(__file__).parents[1]
 BASELINES = "baselines.json"

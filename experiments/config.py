@@ -13,7 +13,7 @@ def get_config():
     config.loss.generative_reduction = "mixed"
 
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_fraction = 0.1
+    config.optimizer.warmup_ratio = 0.1
 
     config.data.embedding = "claim_embedding"
     config.data.generative = "claim_chat"

@@ -1,7 +1,7 @@
 """The datasets of the experiment: what a model is asked for, and how much of each is held out."""
 
 from experiments.facts import Dataset
-from grit_jax.data.sample.build import JARGON_INSTRUCTION, WORDNET_INSTRUCTION
+from tools.sample.build import JARGON_INSTRUCTION, WORDNET_INSTRUCTION
 
 DATASETS = (
     Dataset("wordnet", "senses", WORDNET_INSTRUCTION, held_out=1 / 10),

@@ -11,8 +11,8 @@ from typing import Any
 from experiments.datasets import DATASETS, FILLING, SMALLEST_CORPUS
 from experiments.facts import Dataset, Fact, normalised
 from experiments.split import Split
-from grit_jax.data.sample.build import WORDNET_QUESTIONS, compress
-from grit_jax.data.sample.text import pick, stable_number
+from tools.sample.build import WORDNET_QUESTIONS, compress
+from tools.sample.text import pick, stable_number
 
 SUFFIX = ".jsonl.gz"
 NUM_CHOICES = 4

@@ -10,8 +10,8 @@ from jaxtyping import Float
 import numpy as np
 
 from grit_jax import GritLM
-from grit_jax.data.examples import chat_text
-from grit_jax.data.templates import chat_prompt, embedding_prefix
+from grit_jax.text.examples import chat_text
+from grit_jax.text.templates import chat_prompt, embedding_prefix
 
 
 class Measured:

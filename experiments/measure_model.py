@@ -21,8 +21,8 @@ from experiments.measure import (
 )
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError
-from grit_jax.conversion.companion_files import write_json
-from grit_jax.inference.inputs import InputError
+from grit_jax.files import write_json
+from grit_jax.inference.prompt_encoder import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,10 +17,10 @@ import time
 from experiments.files import SUFFIX, read_lines
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError
-from grit_jax.data.templates import chat_prompt
-from grit_jax.inference.index import DocumentIndex, build_index
-from grit_jax.inference.rag import WAYS, Answerer
-from grit_jax.inference.stored_caches import FORMATS
+from grit_jax.rag.cache_store import FORMATS
+from grit_jax.rag.index import DocumentIndex, build_index
+from grit_jax.rag.pipeline import CACHE_MODES, RagPipeline
+from grit_jax.text.templates import chat_prompt
 
 NEW_TOKENS = 32
 EXACT = "float32"  # The form of stored caches that the others are held against.
@@ -63,8 +63,8 @@ def ways_table(
     lines = ["| way | match | right document | seconds an answer |", "|---|---|---|---|"]
     match = answered_alone(model, questions)
     lines.append(f"| without documents | {match:.3f} | | |")
-    for way in WAYS:
-        answerer = Answerer(model, index, way, answer_prefix="")
+    for way in CACHE_MODES:
+        answerer = RagPipeline(model, index, way, answer_prefix="")
         match, found = measure(answerer, questions, documents)
         seconds = time_of_an_answer(answerer, [question for question, _ in questions])
         lines.append(f"| {way} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
@@ -77,7 +77,7 @@ def forms_table(
     """Returns the lines of a table of all forms of stored caches, for the way document-cache."""
     answers = {}
     for form, index in indexes.items():
-        answerer = Answerer(model, index, "document-cache", answer_prefix="")
+        answerer = RagPipeline(model, index, "document-cache", answer_prefix="")
         asked = answerer.ask([question for question, _ in questions], NEW_TOKENS)
         answers[form] = [one.answer for one in asked]
     lines = ["| stored as | answers that changed | match |", "|---|---|---|"]
@@ -111,7 +111,7 @@ def answered_alone(model: GritLM, questions: Sequence[tuple[str, str]]) -> float
 
 
 def measure(
-    answerer: Answerer, questions: Sequence[tuple[str, str]], documents: Sequence[str]
+    answerer: RagPipeline, questions: Sequence[tuple[str, str]], documents: Sequence[str]
 ) -> tuple[float, float]:
     """Returns how often the answer, and how often the document, is the right one."""
     answered = answerer.ask([question for question, _ in questions], NEW_TOKENS)
@@ -121,7 +121,7 @@ def measure(
     return match, found
 
 
-def time_of_an_answer(answerer: Answerer, questions: Sequence[str]) -> float:
+def time_of_an_answer(answerer: RagPipeline, questions: Sequence[str]) -> float:
     """Returns the median of seconds, of questions that are asked one by one."""
     answerer.ask(questions[0], NEW_TOKENS)
     seconds = []

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 
 from experiments.facts import Dataset, Fact, normalised
-from grit_jax.data.sample.text import stable_number
+from tools.sample.text import stable_number
 
 Facts = dict[str, list[Fact]]
 # Texts of fewer words are found everywhere, and tell nothing by themselves.

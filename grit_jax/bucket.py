@@ -36,7 +36,7 @@ def in_bucket(path: epath.PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def reach(path: epath.PathLike) -> epath.Path:
+def open_bucket(path: epath.PathLike) -> epath.Path:
     """Returns the path of a folder in a bucket, which can be read and written from then on.
 
     Raises:
@@ -105,16 +105,16 @@ def _in_one_line(bucket: str) -> Iterator[None]:
         reason = "it does not exist"
     except (exceptions.Unauthorized, exceptions.Forbidden) as error:
         reason = (
-            f"{in_short(error)} (storage.buckets.get is in the role storage.legacyBucketReader)"
+            f"{one_line(error)} (storage.buckets.get is in the role storage.legacyBucketReader)"
         )
     except GoogleAuthError as error:
-        reason = f"{in_short(error)} (gcloud auth application-default login)"
+        reason = f"{one_line(error)} (gcloud auth application-default login)"
     except (exceptions.GoogleAPIError, OSError) as error:
-        reason = in_short(error)
+        reason = one_line(error)
     raise BucketError(f"{SCHEME}{bucket} cannot be used: {reason}")
 
 
-def is_out_of_reach(error: BaseException | None) -> bool:
+def is_transient_storage_error(error: BaseException | None) -> bool:
     """Returns whether an error is about reaching a bucket or a disk, not about what lies there."""
     while error is not None:
         library = type(error).__module__.partition(".")[0]
@@ -124,6 +124,6 @@ def is_out_of_reach(error: BaseException | None) -> bool:
     return False
 
 
-def in_short(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Returns the beginning of what an error says, in one line."""
     return " ".join(str(error).split())[:300]

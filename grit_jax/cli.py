@@ -55,16 +55,16 @@ def train(argv: Sequence[str] | None = None) -> None:
         return
     from etils import epath
 
-    from grit_jax.bucket import BucketError, in_bucket, is_out_of_reach, reach
+    from grit_jax.bucket import BucketError, in_bucket, is_transient_storage_error, open_bucket
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
     from grit_jax.data.manifest import PreparedDataError
-    from grit_jax.processes import ProcessError, abandon, connect, is_writer
+    from grit_jax.processes import ProcessError, connect, exit_now, is_primary
     from grit_jax.run import run
     from grit_jax.sharding import MeshError
-    from grit_jax.training.checkpoints import CheckpointError, StartAgain
+    from grit_jax.training.checkpoints import CheckpointError, RestartRequired
+    from grit_jax.training.hooks.preemption import EXIT_CODE, Preempted
     from grit_jax.training.loop import NotFiniteError
-    from grit_jax.training.preemption import EXIT_CODE, Preempted
 
     known = (
         BucketError,
@@ -78,14 +78,16 @@ def train(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_flags(argv)
         connect()
-        run(config, reach(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
+        run(config, open_bucket(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
     except known as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         # A bucket that was there at the start may be there again.
-        is_passing = isinstance(error, StartAgain) or is_out_of_reach(error.__cause__)
-        abandon(EXIT_CODE if is_passing else USAGE_ERROR)
+        is_passing = isinstance(error, RestartRequired) or is_transient_storage_error(
+            error.__cause__
+        )
+        exit_now(EXIT_CODE if is_passing else USAGE_ERROR)
     except Preempted as reason:
-        if is_writer():
+        if is_primary():
             print(f"{reason}; the same command continues", file=sys.stderr)
         raise SystemExit(EXIT_CODE) from None
     except KeyboardInterrupt:
@@ -95,17 +97,17 @@ def train(argv: Sequence[str] | None = None) -> None:
         os._exit(INTERRUPTED)
     except BaseException:
         traceback.print_exc()
-        abandon(1)
+        exit_now(1)
 
 
 def prepare(argv: Sequence[str]) -> None:
     """Makes token ids of datasets, once, so that training reads them at random."""
-    from grit_jax.data.examples import TextOptions
-    from grit_jax.data.jsonl import SourceError
     from grit_jax.data.manifest import PreparedDataError
-    from grit_jax.data.prepare import prepare_mixtures
-    from grit_jax.data.tokenizer import Tokenizer, TokenizerError
-    from grit_jax.named_module import ModuleError
+    from grit_jax.prepare.prepare import prepare_mixtures
+    from grit_jax.text.examples import TextOptions
+    from grit_jax.text.jsonl import SourceError
+    from grit_jax.text.tokenizer import Tokenizer, TokenizerError
+    from grit_jax.user_modules import ModuleError
 
     arguments = _prepare_parser().parse_args(argv)
     known = (ModuleError, PreparedDataError, SourceError, TokenizerError, OSError)
@@ -138,8 +140,8 @@ def prepare(argv: Sequence[str]) -> None:
 
 
 def _prepare_parser() -> argparse.ArgumentParser:
-    from grit_jax.data.examples import CHAT_LABELS, TextOptions
-    from grit_jax.data.tokenizer import MISTRAL
+    from grit_jax.text.examples import CHAT_LABELS, TextOptions
+    from grit_jax.text.tokenizer import MISTRAL
 
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
@@ -261,7 +263,7 @@ def convert(argv: Sequence[str]) -> None:
     from grit_jax.conversion import ConversionError, GgufModel, HuggingFaceModel, open_model
     from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
-    from grit_jax.data.tokenizer import TokenizerError
+    from grit_jax.text.tokenizer import TokenizerError
 
     try:
         if arguments.direction == "from-hf":
@@ -352,7 +354,7 @@ def plan(argv: Sequence[str]) -> None:
 
 def rag(argv: Sequence[str]) -> None:
     """Builds an index of documents, or answers questions from one"""
-    from grit_jax.inference.rag_command import run
+    from grit_jax.rag.command import run
 
     _use_model(run, argv)
 
@@ -361,7 +363,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """Measures a model by MTEB and by lm-eval, beside the paper's table"""
     from grit_jax.evaluation.evaluate_command import run
     from grit_jax.evaluation.results import ResultsError
-    from grit_jax.named_module import ModuleError
+    from grit_jax.user_modules import ModuleError
 
     try:
         _use_model(run, argv, ResultsError, ModuleError)
@@ -377,9 +379,9 @@ def _use_model(
     """Runs a command that reads a model; what can be wrong with one is said in a line."""
     from grit_jax.bucket import BucketError
     from grit_jax.conversion import ConversionError
-    from grit_jax.data.tokenizer import TokenizerError
-    from grit_jax.inference.inputs import InputError
+    from grit_jax.inference.prompt_encoder import InputError
     from grit_jax.sharding import MeshError
+    from grit_jax.text.tokenizer import TokenizerError
 
     known = (BucketError, ConversionError, InputError, MeshError, TokenizerError, OSError)
     try:

@@ -18,22 +18,22 @@ Config = Any
 NOT_TRAINED_WITH = ("linear_dtype",)
 
 # The least that a field may be, by its section and name.
-LEAST = {
+MINIMUMS = {
     ("", "steps"): 1,
     ("", "log_every_steps"): 1,
-    ("", "hang_seconds"): 0,
+    ("", "watchdog_timeout_seconds"): 0,
     ("", "grad_cache_chunks"): 1,
     ("loss", "embedding_weight"): 0,
     ("loss", "generative_weight"): 0,
     ("optimizer", "learning_rate"): 0,
     ("optimizer", "weight_decay"): 0,
-    ("optimizer", "most_skipped_in_a_row"): 1,
-    ("optimizer", "token_embedding_factor"): 0,
+    ("optimizer", "max_consecutive_skips"): 1,
+    ("optimizer", "embedding_lr_multiplier"): 0,
     ("data", "embedding_batch_size"): 1,
     ("data", "generative_batch_size"): 1,
     ("data", "group_size"): 1,
     ("data", "row_length_multiple"): 1,
-    ("data", "reading_threads"): 1,
+    ("data", "data_threads"): 1,
     ("checkpoint", "every_steps"): 1,
     ("checkpoint", "keep"): 1,
     ("checkpoint", "keep_every_steps"): 0,
@@ -59,7 +59,7 @@ def default_config() -> Config:
     config.seed = 0  # Of random parameters, the order of the data, and what is drawn from it.
     config.log_every_steps = 10  # Steps between two that are shown and written to metrics.jsonl.
     # A process ends, to be started again, when no step follows for so long; 0: never.
-    config.hang_seconds = 1800.0
+    config.watchdog_timeout_seconds = 1800.0
     # Parts in which a step reads its batch, when memory needs it: the embedding texts are then read
     # a second time, for the gradient (GradCache, see training/grad_cache.py).
     config.grad_cache_chunks = 1
@@ -115,17 +115,17 @@ def default_config() -> Config:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 2e-5  # The highest learning rate.
     config.optimizer.schedule = "linear"  # Its decay to 0: "linear", "cosine", or "constant": none.
-    config.optimizer.warmup_fraction = 0.03  # Share of the steps in which it grows linearly.
+    config.optimizer.warmup_ratio = 0.03  # Share of the steps in which it grows linearly.
     config.optimizer.beta1 = 0.9  # Of the first moment.
     config.optimizer.beta2 = 0.999  # Of the second moment.
     config.optimizer.epsilon = 1e-8  # Added to the root of the second moment.
     config.optimizer.weight_decay = 0.0  # Of the model's parameters, times the learning rate.
-    config.optimizer.clip_norm = 1.0  # Of the gradient of all parameters together, at most.
+    config.optimizer.max_grad_norm = 1.0  # Of the gradient of all parameters together, at most.
     # A step whose gradient is not finite is skipped; more than so many in a row end the run.
-    config.optimizer.most_skipped_in_a_row = 10
-    config.optimizer.moment_dtype = "float32"  # Of the first moment: "float32" or "bfloat16".
+    config.optimizer.max_consecutive_skips = 10
+    config.optimizer.mu_dtype = "float32"  # Of the first moment: "float32" or "bfloat16".
     # Learning rate of the token embeddings, in units of that of the rest.
-    config.optimizer.token_embedding_factor = 1.0
+    config.optimizer.embedding_lr_multiplier = 1.0
 
     config.data = ConfigDict()
     config.data.folder = "data/prepared"  # What grit-jax prepare wrote.
@@ -140,7 +140,7 @@ def default_config() -> Config:
     config.data.generative_batches = "mixed"  # Likewise, of chats: "homogeneous" or "mixed".
     # Copies of a query's positive among a step's passages are no negatives to it, unless this is
     # set, as it was in the original.
-    config.data.copies_are_negatives = False
+    config.data.duplicate_positives_are_negatives = False
     # Tokens of a row of queries, at most. Several texts share one; the longest must fit. Within
     # that, rows are as long as leaves the fewest places empty.
     config.data.query_row_length = 512
@@ -148,7 +148,7 @@ def default_config() -> Config:
     config.data.chat_row_length = 2560  # Likewise, of chats.
     # The length of a row is a multiple of this; the kernel for TPUs needs multiples of 128.
     config.data.row_length_multiple = 128
-    config.data.reading_threads = 2  # That read and pack the batches that come next.
+    config.data.data_threads = 2  # That read and pack the batches that come next.
 
     # Devices in each direction of the mesh; one may be -1: what the others leave.
     config.mesh = ConfigDict()
@@ -203,7 +203,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
             f"config.profile.first_step={config['profile']['first_step']} must be at least 2: the "
             "first step compiles"
         )
-    for (section, name), least in LEAST.items():
+    for (section, name), least in MINIMUMS.items():
         value = config[section][name] if section else config[name]
         if value < least:
             where = f"config.{section}.{name}" if section else f"config.{name}"
@@ -211,7 +211,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
-    for name in ("warmup_fraction", "beta1", "beta2"):
+    for name in ("warmup_ratio", "beta1", "beta2"):
         if not 0 <= optimizer[name] < 1:
             raise ConfigError(
                 f"config.optimizer.{name}={optimizer[name]} must be from 0 to below 1"
@@ -221,15 +221,14 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
             f"config.optimizer.epsilon={optimizer['epsilon']} must be positive: what has no "
             "gradient is divided by it"
         )
-    if optimizer["clip_norm"] <= 0:
+    if optimizer["max_grad_norm"] <= 0:
         raise ConfigError(
-            f"config.optimizer.clip_norm={optimizer['clip_norm']} must be positive: a large one, "
-            "such as 1e9, clips nothing"
+            f"config.optimizer.max_grad_norm={optimizer['max_grad_norm']} must be positive; use a "
+            "large value, such as 1e9, to disable clipping"
         )
-    if optimizer["moment_dtype"] not in ("float32", "bfloat16"):
+    if optimizer["mu_dtype"] not in ("float32", "bfloat16"):
         raise ConfigError(
-            f"config.optimizer.moment_dtype={optimizer['moment_dtype']!r} must be one of float32, "
-            "bfloat16"
+            f"config.optimizer.mu_dtype={optimizer['mu_dtype']!r} must be one of float32, bfloat16"
         )
 
 

@@ -16,26 +16,26 @@ import optax
 from grit_jax.bucket import in_bucket
 from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
-from grit_jax.conversion.embedding import EMBEDDING
+from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
-from grit_jax.data.draws import HomogeneousStream, MixedStream, Stream
-from grit_jax.data.kept_tokenizer import kept_files, kept_tokenizer
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
-from grit_jax.data.schedule import stable_seed
+from grit_jax.data.mixing import stable_seed
+from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler, Stream
+from grit_jax.data.saved_tokenizer import load_saved_tokenizer, saved_tokenizer_files
 from grit_jax.data.shapes import RowLimits
-from grit_jax.data.tokenizer import TokenizerError, tokenizer_in
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.inference.inputs import find_tokenizer
 from grit_jax.models import (
     ARCHITECTURES,
     AttentionError,
     LoraConfig,
-    MistralConfig,
+    ModelConfig,
     make_config,
 )
-from grit_jax.processes import as_writer_says
-from grit_jax.sharding import batch_shards, held_shards, make_mesh
-from grit_jax.training.checkpoints import Checkpoints, Retention
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.processes import broadcast_from_primary
+from grit_jax.sharding import batch_shards, local_shards, make_mesh
+from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
+from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
@@ -76,7 +76,7 @@ def make_checkpoints(
     every_steps = settings.pop("every_steps")
     trained = {
         "param_dtype": config.model.param_dtype,
-        "moment_dtype": config.optimizer.moment_dtype,
+        "mu_dtype": config.optimizer.mu_dtype,
         "learn_temperature": config.loss.learn_temperature,
     }
     data = {"seed": config.seed, **batches.description}
@@ -89,20 +89,20 @@ def make_checkpoints(
     dataset = batches.datasets[0]
     described = dataset.manifest.tokenizer
     usage = {
-        EMBEDDING: {name: config.model[name] for name in ("attention", "pooling")},
+        **embedding_spec(config).to_fields(),
         "bos_token_id": described.get("bos_id", 1),
         "eos_token_id": described.get("eos_id", 2),
     }
-    tokenizer = kept_files(dataset)
+    tokenizer = saved_tokenizer_files(dataset)
     return Checkpoints(
         folder,
         trainer.model_config,
         description,
         every_steps,
-        Retention(**settings),
+        RetentionPolicy(**settings),
         base_folder,
         usage,
-        tokenizer if as_writer_says(bool(tokenizer)) else None,
+        tokenizer if broadcast_from_primary(bool(tokenizer)) else None,
     )
 
 
@@ -144,7 +144,7 @@ def make_trainer(
       ConfigError, MeshError: the message names the field.
     """
     settings = config.optimizer.to_dict()
-    for of_the_run in ("learning_rate", "warmup_fraction", "schedule", "most_skipped_in_a_row"):
+    for of_the_run in ("learning_rate", "warmup_ratio", "schedule", "max_consecutive_skips"):
         settings.pop(of_the_run)
     return Trainer(
         model_config(config, pretrained),
@@ -155,7 +155,7 @@ def make_trainer(
     )
 
 
-def model_config(config: Config, pretrained: Model | None = None) -> MistralConfig:
+def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig:
     """Returns the model's configuration, with the sizes of the model it starts from.
 
     Raises:
@@ -229,13 +229,21 @@ def loss_config(config: Config) -> LossConfig:
       ConfigError: a name is unknown or a number impossible; the message names the field.
     """
     try:
-        return LossConfig(
-            **config.loss.to_dict(),
-            attention=config.model.attention,
-            pooling=config.model.pooling,
-        )
+        return LossConfig(**config.loss.to_dict(), embedding=embedding_spec(config))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def embedding_spec(config: Config) -> EmbeddingSpec:
+    """Returns how a configuration's model embeds.
+
+    Raises:
+      ConfigError: the pattern or the pooling is unknown.
+    """
+    try:
+        return EmbeddingSpec(attention=config.model.attention, pooling=config.model.pooling)
+    except ValueError as error:
+        raise ConfigError(f"config.model.{error}") from None
 
 
 def make_batches(config: Config, trainer: Trainer) -> Batches:
@@ -249,19 +257,19 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     def stream(kind: str, group_size: int) -> Stream:
         datasets = load_mixture(data.folder, data[kind], "train", kind, kind)
         _check_vocabulary(datasets, trainer.model_config)
-        make = HomogeneousStream if data[f"{kind}_batches"] == "homogeneous" else MixedStream
+        make = SingleDatasetSampler if data[f"{kind}_batches"] == "homogeneous" else MixedSampler
         seed = stable_seed(config.seed, kind)
         return make(datasets, data[f"{kind}_batch_size"], group_size, seed)
 
     group_sizes = {"embedding": data.group_size, "generative": 0}
     # Each chunk of a step has an even share of the rows of every data shard.
     chunks = config.grad_cache_chunks
-    held = [shard * chunks + c for shard in held_shards(trainer.mesh) for c in range(chunks)]
+    held = [shard * chunks + c for shard in local_shards(trainer.mesh) for c in range(chunks)]
     batches = Batches(
         {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         row_limits(config, trainer.mesh),
         held,
-        data.copies_are_negatives,
+        data.duplicate_positives_are_negatives,
     )
     _check_tokenizers(batches.datasets)
     return batches
@@ -306,7 +314,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     optimizer = config.optimizer
     try:
         return learning_rate_schedule(
-            optimizer.learning_rate, optimizer.warmup_fraction, config.steps, optimizer.schedule
+            optimizer.learning_rate, optimizer.warmup_ratio, config.steps, optimizer.schedule
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -327,7 +335,9 @@ def row_limits(config: Config, mesh: Mesh) -> RowLimits:
     )
 
 
-def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -> dict[str, Any]:
+def cross_process_settings(
+    config: Config, batches: Batches, pretrained: Model | None
+) -> dict[str, Any]:
     """Returns what must be alike in all processes of a run, by names fit for a message."""
     fields: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
         config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
@@ -339,7 +349,7 @@ def what_all_share(config: Config, batches: Batches, pretrained: Model | None) -
     return {f"config.{name}": value for name, value in fields.items()}
 
 
-def _check_vocabulary(datasets: Datasets, model: MistralConfig) -> None:
+def _check_vocabulary(datasets: Datasets, model: ModelConfig) -> None:
     for dataset in datasets:
         pieces = dataset.manifest.tokenizer["vocab_size"]
         if pieces > model.vocab_size:
@@ -372,7 +382,7 @@ def check_tokenizer(batches: Batches, pretrained: Model | None) -> None:
     try:
         path = tokenizer_in(pretrained.tokenizer_folder)
         own = find_tokenizer(pretrained, path) if path else None
-        used = kept_tokenizer(batches.datasets[0])
+        used = load_saved_tokenizer(batches.datasets[0])
     except (ConversionError, FileNotFoundError, TokenizerError):
         return
     if own is not None and own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):

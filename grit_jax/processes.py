@@ -53,19 +53,19 @@ def connect() -> None:
         ) from None
 
 
-def is_writer() -> bool:
+def is_primary() -> bool:
     """Returns whether this process prints, and writes what is not written by all."""
     return jax.process_index() == 0
 
 
-def as_writer_says(value: bool) -> bool:
+def broadcast_from_primary(value: bool) -> bool:
     """Returns what the process that writes has for `value`, in all processes."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def abandon(exit_code: int) -> NoReturn:
+def exit_now(exit_code: int) -> NoReturn:
     """Ends this process, at once if there are others.
 
     They wait for it in the middle of a step, and it would wait for them at its end.

@@ -10,39 +10,38 @@ from etils import epath
 import jax
 from rich.console import Console
 
-from grit_jax.agreement import check_agreement, check_shared
-from grit_jax.bucket import check_writing, in_bucket, in_short
+from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.config import Config, check_fields
+from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import Model
-from grit_jax.conversion.companion_files import write_json
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.table import result_table
+from grit_jax.files import locked, write_json
 from grit_jax.from_config import (
     check_attention,
     check_tokenizer,
+    cross_process_settings,
     make_batches,
     make_checkpoints,
     make_held_out,
     make_schedule,
     make_trainer,
     open_pretrained,
-    what_all_share,
 )
-from grit_jax.lock import locked
-from grit_jax.models import MistralConfig
-from grit_jax.processes import as_writer_says, is_writer
-from grit_jax.training.checkpoints import CheckpointError, Checkpoints, StartAgain
+from grit_jax.models import ModelConfig
+from grit_jax.processes import broadcast_from_primary, is_primary
+from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RestartRequired
 from grit_jax.training.flops import peak_flops
-from grit_jax.training.loop import SkippedSteps, StepReport, train
-from grit_jax.training.metrics import METRICS, RunRecord, draw_curves, read_metrics
-from grit_jax.training.mirror import Mirror
-from grit_jax.training.preemption import Preempted, Preemption
-from grit_jax.training.profile import Profile
-from grit_jax.training.progress import ProgressReport
-from grit_jax.training.stopwatch import Goodput, Stopwatch
+from grit_jax.training.hooks.bucket_mirror import Mirror
+from grit_jax.training.hooks.metrics import METRICS, MetricsWriter, draw_curves, read_metrics
+from grit_jax.training.hooks.preemption import Preempted, Preemption
+from grit_jax.training.hooks.profiler import Profile
+from grit_jax.training.hooks.progress import ProgressReport
+from grit_jax.training.hooks.step_timer import Goodput, StepTimer
+from grit_jax.training.hooks.watchdog import Watchdog
+from grit_jax.training.loop import SkipGuard, StepReport, train
 from grit_jax.training.train_step import Trainer, TrainState
-from grit_jax.training.watchdog import Watchdog
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -56,11 +55,11 @@ def run(config: Config, workdir: epath.Path) -> None:
       ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
         what is wrong.
       ProcessError: the processes of the run were not started alike, or share no `workdir`.
-      StartAgain: another run is at work in `workdir`.
+      RestartRequired: another run is at work in `workdir`.
       NotFiniteError: too many steps in a row had a gradient that is not finite.
       Preempted: the machine is to go, and the state is saved.
     """
-    console = Console(quiet=not is_writer(), markup=False)  # A folder may be named [so].
+    console = Console(quiet=not is_primary(), markup=False)  # A folder may be named [so].
     check_fields(config.to_dict())
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
@@ -69,7 +68,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
-        check_agreement(what_all_share(config, batches, pretrained))
+        check_agreement(cross_process_settings(config, batches, pretrained))
     with (
         _own_folder(workdir),
         contextlib.ExitStack() as until_closed,
@@ -77,11 +76,11 @@ def run(config: Config, workdir: epath.Path) -> None:
         make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
     ):
         state = _first_state(config, trainer, pretrained, saved, console)
-        if is_writer():
+        if is_primary():
             _keep_config(config, trainer.model_config, workdir / "config.json")
-        with RunRecord(workdir, int(state.step), is_writer()) as record:
+        with MetricsWriter(workdir, int(state.step), is_primary()) as record:
             is_measured = any(name.startswith("held_out/") for line in record.kept for name in line)
-            if held_out is not None and not as_writer_says(is_measured):
+            if held_out is not None and not broadcast_from_primary(is_measured):
                 _measure(held_out, state, record, console.print)
             if int(state.step) < config.steps:
                 # The last checkpoint is written when `saved` is closed.
@@ -89,7 +88,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                 _train(
                     config, trainer, state, batches, saved, record, held_out, preemption, console
                 )
-    if is_writer():
+    if is_primary():
         _show_results(workdir, held_out, console)
 
 
@@ -100,25 +99,25 @@ def _own_folder(workdir: epath.Path) -> Iterator[None]:
     Raises:
       BucketError, CheckpointError: it cannot be written to, or its disk is full.
       ProcessError: it is not the same for all processes.
-      StartAgain: another run is at work there.
+      RestartRequired: another run is at work there.
     """
     check_writing(workdir)
-    busy = StartAgain(
+    busy = RestartRequired(
         f"{workdir}: another run is at work there; wait for its end, or take another --workdir"
     )
     with contextlib.ExitStack() as until_the_end:
         is_free = True
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            if is_writer() and not in_bucket(workdir):
+            if is_primary() and not in_bucket(workdir):
                 until_the_end.enter_context(locked(workdir, busy))
-        except StartAgain:
+        except RestartRequired:
             is_free = False
         except OSError as error:
-            raise CheckpointError(f"{workdir} cannot be written to: {in_short(error)}") from error
+            raise CheckpointError(f"{workdir} cannot be written to: {one_line(error)}") from error
         if jax.process_count() > 1:
             check_shared(workdir)
-        if not as_writer_says(is_free):
+        if not broadcast_from_primary(is_free):
             raise busy
         try:
             yield
@@ -131,7 +130,7 @@ def _own_folder(workdir: epath.Path) -> Iterator[None]:
             ) from error
 
 
-def _keep_config(config: Config, model: MistralConfig, path: epath.Path) -> None:
+def _keep_config(config: Config, model: ModelConfig, path: epath.Path) -> None:
     resolved = config.to_dict()
     sizes = resolved["model"]["sizes"]
     resolved["model"]["sizes"] = {name: getattr(model, name) for name in sizes}
@@ -200,7 +199,7 @@ def _train(
     state: TrainState,
     batches: Batches,
     saved: Checkpoints,
-    record: RunRecord,
+    record: MetricsWriter,
     held_out: HeldOut | None,
     preemption: Preemption,
     console: Console,
@@ -208,11 +207,11 @@ def _train(
     start = int(state.step)
     with (
         ProgressReport(start, config.steps, console) as progress,
-        Watchdog(config.hang_seconds) as watchdog,
+        Watchdog(config.watchdog_timeout_seconds) as watchdog,
         Mirror(record.workdir / "profile") as traces,
         Profile(traces.local, **config.profile.to_dict()) as profile,
     ):
-        stopwatch = Stopwatch(
+        stopwatch = StepTimer(
             config.log_every_steps,
             config.steps,
             make_schedule(config),
@@ -236,8 +235,8 @@ def _train(
             if is_preempted and not is_last:
                 raise Preempted(f"the machine is to go: saved after step {report.step}")
 
-        most_skipped = SkippedSteps(config.optimizer.most_skipped_in_a_row)
-        coming = read_ahead(batches, start, config.steps, config.data.reading_threads)
+        most_skipped = SkipGuard(config.optimizer.max_consecutive_skips)
+        coming = read_ahead(batches, start, config.steps, config.data.data_threads)
         hooks = [watchdog, stopwatch, most_skipped, measure_and_save, profile]
         train(trainer, state, coming, hooks, progress.say)
 
@@ -245,7 +244,7 @@ def _train(
 def _measure(
     held_out: HeldOut,
     state: TrainState,
-    record: RunRecord,
+    record: MetricsWriter,
     say: Callable[[str], None],
 ) -> dict[str, float]:
     say("measuring on held-out data ...")

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 MESH_AXES = ("slice", "fsdp", "tensor", "expert")
 
 # Logical axis -> mesh axes, each with its reason.
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
+LOGICAL_AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # Rows of texts: every axis that does not split a layer's mathematics carries data.
     "batch": ("slice", "fsdp", "expert"),
     # Fully sharded data parallelism splits each weight along its model dimension; slices are
@@ -101,14 +101,37 @@ def _complete(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int
     return tuple(len(devices) // known if size == -1 else size for size in sizes.values())
 
 
+def check_sizes_fit_mesh(config: Any, mesh: Mesh) -> None:
+    """Checks that the mesh divides what it splits of the model.
+
+    Raises:
+      MeshError: it does not; the message names the model's field and the mesh's.
+    """
+    split_by = {
+        "hidden_size": "fsdp",
+        "num_attention_heads": "tensor",
+        "num_key_value_heads": "tensor",
+        "intermediate_size": "tensor",
+        "vocab_size": "tensor",
+        "num_local_experts": "expert",
+    }
+    for field, axis in split_by.items():
+        size, ways = getattr(config, field, 0), mesh.shape[axis]  # A Mistral has no experts.
+        if size % ways:
+            raise MeshError(
+                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}: choose "
+                "other sizes of the mesh, or fewer devices"
+            )
+
+
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:
-    """Returns the partition of an array whose axes have these names, by `RULES`."""
-    return PartitionSpec(*(RULES[axis] for axis in logical_axes))
+    """Returns the partition of an array whose axes have these names, by `LOGICAL_AXIS_RULES`."""
+    return PartitionSpec(*(LOGICAL_AXIS_RULES[axis] for axis in logical_axes))
 
 
 def mesh_axes(logical_axis: str | None) -> tuple[str, ...]:
     """Returns the mesh axes that split an axis of this name, outermost first."""
-    axes = RULES[logical_axis] or ()
+    axes = LOGICAL_AXIS_RULES[logical_axis] or ()
     return (axes,) if isinstance(axes, str) else axes
 
 
@@ -123,7 +146,7 @@ def current_shards(logical_axis: str) -> int:
     return 1 if mesh.empty else shards(mesh, logical_axis)
 
 
-def gather_for_rows(weight: jax.Array, axis: int) -> jax.Array:
+def all_gather_fsdp(weight: jax.Array, axis: int) -> jax.Array:
     """Returns a weight whole along "embed", inside a `shard_map` over the axes of "batch".
 
     Each device may then do something else with it. Its gradient is summed and split up once, where
@@ -145,7 +168,7 @@ def batch_shards(mesh: Mesh) -> int:
     return shards(mesh, "batch")
 
 
-def held_shards(mesh: Mesh) -> list[int]:
+def local_shards(mesh: Mesh) -> list[int]:
     """Returns the numbers of the shards of rows of texts that this process's devices hold."""
     count = batch_shards(mesh)
     sharding = NamedSharding(mesh, partition_spec("batch"))
@@ -162,8 +185,8 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Lays `array` on the mesh in use as `RULES` says; without a mesh it does nothing.
+def with_logical_constraint(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Lays `array` on the mesh in use as `LOGICAL_AXIS_RULES` says; without a mesh it does nothing.
 
     Left alone, the compiler may prefer to split activations along the model dimension, as the
     weights are, and to gather the activations in place of the much smaller weights.
@@ -181,7 +204,7 @@ def in_parts(rows: jax.Array, num_parts: int) -> jax.Array:
     """
     assert rows.shape[0] % num_parts == 0, "rows are a multiple of the number of parts"
     parts = jnp.moveaxis(rows.reshape(-1, num_parts, *rows.shape[1:]), 1, 0)
-    return constrain(parts, None, "batch", *(None,) * (rows.ndim - 1))
+    return with_logical_constraint(parts, None, "batch", *(None,) * (rows.ndim - 1))
 
 
 def variable_shardings(state: Any, mesh: Mesh) -> Any:

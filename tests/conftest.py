@@ -7,8 +7,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+import functools
+from pathlib import Path
+
 from command_line import ROOT, grit_jax
 import pytest
+
+REFERENCE = Path(__file__).parent / "reference"
 
 
 def pytest_configure(config):
@@ -31,3 +36,31 @@ def prepared_sample(tmp_path_factory):
     finished = grit_jax("prepare", *sources, "--output", folder, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    """Makes the original's tiny model, which reads token ids; options go to `GritLM`.
+
+    What has been made, and compiled, is returned again.
+    """
+    from small_model import one_device
+
+    from grit_jax import GritLM
+    from grit_jax.sharding import make_mesh
+
+    @functools.cache
+    def make(architecture="mistral", on_eight_devices=False, **options):
+        mesh = make_mesh(fsdp=4, tensor=2) if on_eight_devices else one_device()
+        folder = REFERENCE / f"tiny-{architecture}"
+        return GritLM.from_pretrained(folder, dtype="float32", mesh=mesh, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A small random model that reads strings, as Mistral's tokenizer does."""
+    from small_model import small_model
+
+    return small_model()

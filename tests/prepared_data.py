@@ -6,9 +6,9 @@ import tempfile
 from etils import epath
 import numpy as np
 
-from grit_jax.data.examples import ChatExample, EmbeddingExample, Text
 from grit_jax.data.manifest import PreparedDataset
-from grit_jax.data.writing import put_in_place, write_dataset, write_part
+from grit_jax.prepare.writing import put_in_place, write_dataset, write_part
+from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
 
 
 def text(random, longest):

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import ARCHITECTURES, Mistral
+from grit_jax.models import ARCHITECTURES, Decoder
 
 FOLDER = Path(__file__).parent / "reference"
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -25,7 +25,7 @@ def load_values(architecture: str) -> dict[str, np.ndarray]:
     return dict(np.load(FOLDER / f"{architecture}.npz"))
 
 
-def load_model(architecture: str, **overrides) -> Mistral:
+def load_model(architecture: str, **overrides) -> Decoder:
     """Returns our model with the weights of the original's tiny one."""
     folder = FOLDER / f"tiny-{architecture}"
     stored = json.loads((folder / "config.json").read_text())
@@ -39,7 +39,7 @@ def load_model(architecture: str, **overrides) -> Mistral:
     return model
 
 
-def set_parameters(model: Mistral, values: dict[str, np.ndarray]) -> None:
+def set_parameters(model: Decoder, values: dict[str, np.ndarray]) -> None:
     """Puts `values`, named as `named_parameters` names them, into the model."""
     state = nnx.state(model, nnx.Param)
     for path, variable in nnx.to_flat_state(state):
@@ -112,7 +112,7 @@ def training_batch(values: dict[str, np.ndarray]) -> Batch:
             queries=embedding_texts("query"),
             passages=embedding_texts("passage"),
             positives=np.arange(4, dtype=np.int32) * 2,
-            passage_contents=np.arange(8, dtype=np.int32),
+            passage_ids=np.arange(8, dtype=np.int32),
         ),
         chats=packed_texts(
             values["train_generative_input_ids"],

@@ -8,7 +8,7 @@ from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from grit_jax.data.sample import SAMPLE_FOLDER
+from grit_jax.sample import SAMPLE_FOLDER
 
 SLANG_INSTRUCTION = "Given a term of hacker slang, retrieve its entry"
 

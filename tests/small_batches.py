@@ -3,8 +3,8 @@
 import numpy as np
 
 from grit_jax.data.batch import Batch, EmbeddingBatch
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack, plan_rows
+from grit_jax.text.examples import Text
 
 SIZES = {
     "vocab_size": 64,
@@ -46,6 +46,6 @@ def make_batch(seed, shards=1):
         packed("queries"),
         packed("passages"),
         positives=np.arange(0, 16, 2, dtype=np.int32),
-        passage_contents=np.arange(16, dtype=np.int32),
+        passage_ids=np.arange(16, dtype=np.int32),
     )
     return Batch(embedding, packed("chats")), texts

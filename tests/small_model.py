@@ -3,9 +3,9 @@
 import jax
 
 from grit_jax import GritLM
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models import MistralConfig, make_model
+from grit_jax.models import ModelConfig, make_model
 from grit_jax.sharding import make_mesh
+from grit_jax.text.tokenizer import Tokenizer
 
 
 def one_device():
@@ -14,7 +14,7 @@ def one_device():
 
 def small_model():
     """Returns a random model that reads strings, as Mistral's tokenizer does."""
-    config = MistralConfig(
+    config = ModelConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

@@ -8,5 +8,5 @@ SMALL = [
     "--config.data.embedding_batch_size=16",
     "--config.data.generative_batch_size=8",
     "--config.log_every_steps=1",
-    "--config.optimizer.warmup_fraction=0.0",
+    "--config.optimizer.warmup_ratio=0.0",
 ]

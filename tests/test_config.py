@@ -14,7 +14,6 @@ from tokenizer_files import write_tokenizer
 from grit_jax.config import ConfigError, check_fields, default_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
-from grit_jax.data.tokenizer import Tokenizer
 from grit_jax.from_config import (
     check_attention,
     check_tokenizer,
@@ -25,6 +24,7 @@ from grit_jax.from_config import (
     open_pretrained,
 )
 from grit_jax.models import MixtralConfig, config_to_hugging_face
+from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.optimizer import learning_rate_schedule
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -290,10 +290,13 @@ def test_a_section_that_is_a_number_names_itself():
         ("--config.model.attention=bb", "four letters"),
         ("--config.loss.generative_reduction=sum", "config.loss.generative_reduction='sum'"),
         ("--config.loss.temperature=0", "config.loss.temperature=0"),
-        ("--config.optimizer.warmup_fraction=1.5", "config.optimizer.warmup_fraction"),
-        ("--config.optimizer.warmup_fraction=-0.1", "config.optimizer.warmup_fraction"),
-        ("--config.optimizer.clip_norm=0", "config.optimizer.clip_norm=0.0 must be positive"),
-        ("--config.optimizer.moment_dtype=int8", "config.optimizer.moment_dtype='int8' must be"),
+        ("--config.optimizer.warmup_ratio=1.5", "config.optimizer.warmup_ratio"),
+        ("--config.optimizer.warmup_ratio=-0.1", "config.optimizer.warmup_ratio"),
+        (
+            "--config.optimizer.max_grad_norm=0",
+            "config.optimizer.max_grad_norm=0.0 must be positive",
+        ),
+        ("--config.optimizer.mu_dtype=int8", "config.optimizer.mu_dtype='int8' must be"),
     ],
 )
 def test_an_impossible_model_loss_or_optimizer_names_its_field(flag, named):

@@ -6,8 +6,15 @@ import jax
 from jax.sharding import PartitionSpec
 import pytest
 
-from grit_jax.models import MistralConfig, MixtralConfig
-from grit_jax.sharding import MESH_AXES, RULES, MeshError, batch_shards, make_mesh, partition_spec
+from grit_jax.models import MixtralConfig, ModelConfig
+from grit_jax.sharding import (
+    LOGICAL_AXIS_RULES,
+    MESH_AXES,
+    MeshError,
+    batch_shards,
+    make_mesh,
+    partition_spec,
+)
 from grit_jax.training.train_step import check_model_fits_mesh
 
 
@@ -69,7 +76,9 @@ def test_rows_are_split_over_all_axes_but_tensor():
 
 
 def test_every_rule_names_axes_of_the_mesh():
-    named = [rule if isinstance(rule, tuple) else (rule,) for rule in RULES.values() if rule]
+    named = [
+        rule if isinstance(rule, tuple) else (rule,) for rule in LOGICAL_AXIS_RULES.values() if rule
+    ]
     assert set(itertools.chain(*named)) == set(MESH_AXES)
 
 
@@ -86,29 +95,29 @@ TINY = {
 @pytest.mark.parametrize(
     ("config", "mesh", "named"),
     [
-        (MistralConfig(**TINY | {"hidden_size": 60}), {"fsdp": 8}, "hidden_size=60"),
+        (ModelConfig(**TINY | {"hidden_size": 60}), {"fsdp": 8}, "hidden_size=60"),
         (
-            MistralConfig(**TINY | {"num_key_value_heads": 2}),
+            ModelConfig(**TINY | {"num_key_value_heads": 2}),
             {"fsdp": -1, "tensor": 4},
             "num_key_value_heads=2",
         ),
         (
-            MistralConfig(**TINY | {"num_attention_heads": 2, "num_key_value_heads": 2}),
+            ModelConfig(**TINY | {"num_attention_heads": 2, "num_key_value_heads": 2}),
             {"fsdp": -1, "tensor": 4},
             "num_attention_heads=2",
         ),
         (
-            MistralConfig(**TINY | {"intermediate_size": 65}),
+            ModelConfig(**TINY | {"intermediate_size": 65}),
             {"fsdp": -1, "tensor": 2},
             "intermediate_size=65",
         ),
-        (MistralConfig(**TINY | {"vocab_size": 63}), {"fsdp": -1, "tensor": 2}, "vocab_size=63"),
+        (ModelConfig(**TINY | {"vocab_size": 63}), {"fsdp": -1, "tensor": 2}, "vocab_size=63"),
         (
             MixtralConfig(**TINY, num_local_experts=6),
             {"fsdp": -1, "expert": 4},
             "num_local_experts=6",
         ),
-        (MistralConfig(**TINY), {"fsdp": -1, "expert": 2}, "expert"),
+        (ModelConfig(**TINY), {"fsdp": -1, "expert": 2}, "expert"),
     ],
 )
 def test_a_model_that_the_mesh_does_not_divide_names_both_fields(config, mesh, named):
@@ -120,5 +129,5 @@ def test_a_model_that_the_mesh_does_not_divide_names_both_fields(config, mesh, n
 
 
 def test_a_model_that_the_mesh_divides_is_welcome():
-    check_model_fits_mesh(MistralConfig(**TINY), make_mesh(fsdp=2, tensor=4))
+    check_model_fits_mesh(ModelConfig(**TINY), make_mesh(fsdp=2, tensor=4))
     check_model_fits_mesh(MixtralConfig(**TINY), make_mesh(fsdp=1, tensor=2, expert=4))

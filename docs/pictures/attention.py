@@ -6,11 +6,12 @@ import numpy as np
 from style import BLUE, GREEN, GREY, INK, MUTED, PALE, draw_cells, new_figure, save
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.examples import Text, chat_text, embedding_text, plain_text
 from grit_jax.data.packing import pack
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models.attention import Visibility
-from grit_jax.training.joint_loss import Stream, embedding_stream
+from grit_jax.models import Stream
+from grit_jax.models.attention import AttentionMask
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.examples import Text, chat_text, embedding_text, plain_text
+from grit_jax.text.tokenizer import Tokenizer
 
 PADDING = 3
 COLOURS = {0: GREY, 1: BLUE, 2: GREEN}
@@ -27,9 +28,13 @@ def main(path: Path) -> None:
         chat_text(tokenizer, ["Who?", "It is me."], 64), plain_text(tokenizer, "A plain text.", 64)
     )
     panels = [
-        ("bbcc: all see all of their text", texts, embedding_stream(texts, "bbcc")),
-        ("cbcc: instructions see what is before", texts, embedding_stream(texts, "cbcc")),
-        ("cccc: all see what is before", texts, embedding_stream(texts, "cccc")),
+        ("bbcc: all see all of their text", texts, EmbeddingSpec(attention="bbcc").stream(texts)),
+        (
+            "cbcc: instructions see what is before",
+            texts,
+            EmbeddingSpec(attention="cbcc").stream(texts),
+        ),
+        ("cccc: all see what is before", texts, EmbeddingSpec(attention="cccc").stream(texts)),
         ("a chat and a plain text, in all patterns", chats, as_chats(chats)),
     ]
     figure = new_figure(7.6, 7.2)
@@ -56,7 +61,7 @@ def as_chats(row: PackedTexts) -> Stream:
 
 def mask_of(stream: Stream) -> np.ndarray:
     """Returns for each token of the row, and each other one, whether the one sees the other."""
-    visibility = Visibility(
+    visibility = AttentionMask(
         stream.segment_ids, stream.positions, stream.is_causal, stream.causal_tokens
     )
     return np.asarray(visibility.mask())[0]

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from style import BLUE, INK, MUTED, ORANGE, PALE, draw_cells, new_figure, save
 
-from grit_jax.models import Cache
-from grit_jax.models.attention import Visibility
+from grit_jax.models import KVCache
+from grit_jax.models.attention import AttentionMask
 
 DOCUMENT, QUESTION, ANSWER = 14, 6, 5
 
@@ -22,21 +22,21 @@ def main(path: Path) -> None:
     save(figure, path)
 
 
-def empty_cache() -> Cache:
+def empty_cache() -> KVCache:
     """Returns a cache with a slot for each token; keys and values do not matter here."""
     num_slots = DOCUMENT + QUESTION + ANSWER
     nothing = jnp.zeros((1, 1, num_slots, 1, 1))
     slots = jnp.zeros((1, num_slots), jnp.int32)
-    return Cache(nothing, nothing, slots, slots, jnp.zeros((), jnp.int32))
+    return KVCache(nothing, nothing, slots, slots, jnp.zeros((), jnp.int32))
 
 
-def read(cache: Cache, num_tokens: int, *, is_causal: bool) -> tuple[np.ndarray, Cache]:
+def read(cache: KVCache, num_tokens: int, *, is_causal: bool) -> tuple[np.ndarray, KVCache]:
     """Returns which slots the next tokens see, and the cache with them in it."""
     positions = cache.next_positions()[:, None] + jnp.arange(num_tokens)[None]
     segment_ids = jnp.ones_like(positions)
-    cache = cache.take_slots(positions, segment_ids)
+    cache = cache.reserve(positions, segment_ids)
     cached = (cache.segment_ids, cache.positions)
-    visibility = Visibility(segment_ids, positions, is_causal, cached=cached)
+    visibility = AttentionMask(segment_ids, positions, is_causal, cached=cached)
     return np.asarray(visibility.mask())[0], cache
 
 

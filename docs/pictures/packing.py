@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from style import BLUE, GREEN, MUTED, ORANGE, PALE, new_canvas, save
 
-from grit_jax.data.examples import embedding_text
 from grit_jax.data.packing import plan_rows
-from grit_jax.data.sample import SAMPLE_FOLDER
-from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.sample import SAMPLE_FOLDER
+from grit_jax.text.examples import embedding_text
+from grit_jax.text.tokenizer import Tokenizer
 
 NUM_PASSAGES = 40
 # Hundredths of an inch: of both kinds of rows together, of a row, and above and between rows.

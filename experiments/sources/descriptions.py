@@ -5,8 +5,8 @@ from pathlib import Path
 import re
 
 from experiments.facts import Fact, normalised
-from grit_jax.data.sample.jargon import mask, shorten
-from grit_jax.data.sample.text import clean, count_words, is_welcome, pick, stable_number
+from tools.sample.jargon import mask, shorten
+from tools.sample.text import clean, count_words, is_welcome, pick, stable_number
 
 SHORT_WORDS = range(2, 16)
 LONG_WORDS = range(8, 81)

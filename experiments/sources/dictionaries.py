@@ -4,8 +4,8 @@ from pathlib import Path
 import re
 
 from experiments.facts import Fact
-from grit_jax.data.sample.build import JARGON_QUESTIONS
-from grit_jax.data.sample.jargon import (
+from tools.sample.build import JARGON_QUESTIONS
+from tools.sample.jargon import (
     MOST_HEADWORD_WORDS,
     mask,
     read_dictd,
@@ -13,7 +13,7 @@ from grit_jax.data.sample.jargon import (
     running_text,
     shorten,
 )
-from grit_jax.data.sample.text import clean, count_words, is_welcome, pick, term_key
+from tools.sample.text import clean, count_words, is_welcome, pick, term_key
 
 ENTRY_WORDS = range(8, 81)
 FOLDOC_INDENT = 3

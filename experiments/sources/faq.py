@@ -6,8 +6,8 @@ from pathlib import Path
 import re
 
 from experiments.facts import Fact
-from grit_jax.data.sample.jargon import shorten
-from grit_jax.data.sample.text import clean, count_words, term_key
+from tools.sample.jargon import shorten
+from tools.sample.text import clean, count_words, term_key
 
 ANSWER_WORDS = range(8, 101)
 _POD_CODE = re.compile(r"[A-Z]<<? ?([^<>]*?) ?>?>")

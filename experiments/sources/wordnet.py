@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from experiments.facts import Fact
-from grit_jax.data.sample.build import WORDNET_QUESTIONS
-from grit_jax.data.sample.text import pick, stable_number, term_key
-from grit_jax.data.sample.wordnet import SensePair, find_pairs, read_wordnet
+from tools.sample.build import WORDNET_QUESTIONS
+from tools.sample.text import pick, stable_number, term_key
+from tools.sample.wordnet import SensePair, find_pairs, read_wordnet
 
 MOST_NEGATIVES = 8
 # One chat in this many asks for a sentence in place of a definition.

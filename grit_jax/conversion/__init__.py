@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from grit_jax.bucket import in_bucket, reach
-from grit_jax.conversion.adapted_model import BASE_MODEL, AdaptedModel
+from grit_jax.bucket import in_bucket, open_bucket
 from grit_jax.conversion.gguf_model import SUFFIX, GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
+from grit_jax.conversion.lora_checkpoint import BASE_MODEL, LoraCheckpoint
 from grit_jax.conversion.orbax_model import (
     COMMITTED,
     MODEL_CONFIG,
@@ -18,16 +18,16 @@ from grit_jax.conversion.orbax_model import (
 from grit_jax.conversion.safetensors_folder import ConversionError
 
 __all__ = [
-    "AdaptedModel",
     "ConversionError",
     "GgufModel",
     "HuggingFaceModel",
+    "LoraCheckpoint",
     "Model",
     "OrbaxModel",
     "open_model",
 ]
 
-Model = HuggingFaceModel | GgufModel | OrbaxModel | AdaptedModel
+Model = HuggingFaceModel | GgufModel | OrbaxModel | LoraCheckpoint
 
 
 def open_model(
@@ -49,7 +49,7 @@ def open_model(
       ConversionError: there is no model at `path`, or not the one that updates are of.
       BucketError: its bucket cannot be used.
     """
-    path = reach(path) if in_bucket(path) else Path(path)
+    path = open_bucket(path) if in_bucket(path) else Path(path)
     if isinstance(path, Path) and path.suffix == SUFFIX and path.is_file():
         _check_has_no_base(path, base)
         return GgufModel(path)
@@ -71,7 +71,7 @@ def open_model(
         if not (path / MODEL_CONFIG).is_dir():
             raise ConversionError(f"{path} has no {MODEL_CONFIG}: it cannot be known what it is of")
         if (path / BASE_MODEL).is_dir():
-            return AdaptedModel(path, _open_base(path, base))
+            return LoraCheckpoint(path, _open_base(path, base))
         _check_has_no_base(path, base)
         return OrbaxModel(path)
     if isinstance(path, Path) and (path / "config.json").exists():

@@ -8,18 +8,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grit_jax.conversion import Model
-from grit_jax.conversion.companion_files import (
+from grit_jax.conversion.atomic_folder import atomic_folder, check_space
+from grit_jax.conversion.layout import DENSE, ParamSpec
+from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
+from grit_jax.conversion.sidecar_files import (
     copy_tokenizer,
     write_chat_template,
     write_json,
     write_sentence_transformers,
     write_tokenizer,
 )
-from grit_jax.conversion.destination import check_space, whole_folder
-from grit_jax.conversion.embedding import EMBEDDING, how_it_embeds
-from grit_jax.conversion.layout import DENSE, Parameter
-from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
-from grit_jax.data.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
 # Bytes of a file of weights: what has to fit in memory.
 SHARD_BYTES = 2**30
@@ -55,19 +55,19 @@ def write_hugging_face(
       ConversionError: the folder exists, the disk is full, or the tokenizer is not the model's.
       FileNotFoundError, TokenizerError: there is no such tokenizer, or it is damaged.
     """
-    embedding = how_it_embeds(model.fields, attention, pooling)
-    if embedding["attention"] == "cbcc":
+    spec = EmbeddingSpec.from_fields(model.fields, attention, pooling)
+    if spec.attention == "cbcc":
         raise ConversionError(
             f"{model.folder} was trained in the pattern 'cbcc', which sentence-transformers does "
             "not have: say --attention bbcc or cccc"
         )
-    with whole_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
         _write_tokenizer(model, unfinished, tokenizer)
         write_chat_template(unfinished)
-        write_sentence_transformers(unfinished, model.config, **embedding)
+        write_sentence_transformers(unfinished, model.config, spec)
         stored = write_weights(model, unfinished, dtype, shard_bytes)
-        fields = model.fields | {"torch_dtype": stored, EMBEDDING: embedding}
+        fields = model.fields | {"torch_dtype": stored, **spec.to_fields()}
         fields["architectures"] = [f"{model.fields['model_type'].capitalize()}ForCausalLM"]
         fields.pop("dtype", None)  # Its newer name, which would win, has the source's type.
         fields.pop("auto_map", None)  # Code that is not in the folder, nor needed.
@@ -122,7 +122,7 @@ def _is_dense(tensor: Any) -> bool:
     return tensor[0].startswith(f"{DENSE}/")
 
 
-def _read(model: Model, place: tuple[int, ...], parameter: Parameter, kind: np.dtype) -> np.ndarray:
+def _read(model: Model, place: tuple[int, ...], parameter: ParamSpec, kind: np.dtype) -> np.ndarray:
     index = tuple(slice(i, i + 1) for i in place) + tuple(slice(0, s) for s in parameter.shape)
     part = model.read(parameter, index).reshape(parameter.shape)
     return parameter.to_tensor(part).astype(kind, copy=False)

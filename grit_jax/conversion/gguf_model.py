@@ -11,14 +11,15 @@ from jaxtyping import Shaped
 import ml_dtypes
 import numpy as np
 
-from grit_jax.conversion.companion_files import write_json, write_tokenizer
 from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.gguf_tokenizer import gguf_tokenizer
-from grit_jax.conversion.hugging_face import load_by_parts
-from grit_jax.conversion.layout import Index, Parameter, parameters
+from grit_jax.conversion.hugging_face import load_sharded
+from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.models import MistralConfig, config_from_hugging_face
+from grit_jax.conversion.sidecar_files import write_tokenizer
+from grit_jax.files import write_json
+from grit_jax.models import ModelConfig, config_from_hugging_face
+from grit_jax.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
 # What llama.cpp calls the models that are Mistrals here. It says nothing else of a Mistral.
@@ -65,7 +66,7 @@ class GgufModel:
         self._check_kind()
         self.fields = self._fields()
         try:
-            self.config: MistralConfig = config_from_hugging_face(self.fields)
+            self.config: ModelConfig = config_from_hugging_face(self.fields)
         except ValueError as error:
             raise ConversionError(f"{path}, as a {error}") from None
         self.parameters = parameters(self.config)
@@ -93,18 +94,18 @@ class GgufModel:
         write_tokenizer(Tokenizer(path), folder, self.config.max_position_embeddings)
         return folder
 
-    def dtype(self, parameter: Parameter) -> np.dtype:
+    def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter is read in."""
         stored = {self._tensor(name).tensor_type.name for _, name in parameter.tensors()}
         return np.dtype(TYPES.get(stored.pop(), np.float32) if len(stored) == 1 else np.float32)
 
-    def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
+    def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, of which no more than the rows it needs are read."""
         return parameter.read(index, self._read).astype(self.dtype(parameter), copy=False)
 
     def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
         """Returns the parameters as global arrays, see `HuggingFaceModel.load`."""
-        return load_by_parts(self, shapes)
+        return load_sharded(self, shapes)
 
     def fingerprint(self) -> str:
         """Returns what tells these weights from others, see `fingerprint`."""

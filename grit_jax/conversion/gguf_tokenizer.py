@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from grit_jax.conversion.safetensors_folder import ConversionError
-from grit_jax.data.tokenizer import HUGGING_FACE, SENTENCEPIECE
+from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
 
 # Types of tokens, which GGUF numbers as SentencePiece does.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6

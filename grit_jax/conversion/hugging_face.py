@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 
 from grit_jax.conversion.fingerprint import fingerprint
-from grit_jax.conversion.layout import Index, Parameter, parameters
+from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError, SafetensorsFolder, read_json
-from grit_jax.models import MistralConfig, config_from_hugging_face
+from grit_jax.models import ModelConfig, config_from_hugging_face
 
 HEAD = "lm_head.weight"
 # By their names in safetensors.
@@ -42,7 +42,7 @@ class HuggingFaceModel:
         self._base: SafetensorsFolder | None = None
         self._choose_head(head)
         try:
-            self.config: MistralConfig = config_from_hugging_face(self.fields)
+            self.config: ModelConfig = config_from_hugging_face(self.fields)
         except ValueError as error:
             raise ConversionError(f"{folder / 'config.json'}: {error}") from None
         self.parameters = parameters(self.config)
@@ -50,12 +50,12 @@ class HuggingFaceModel:
         for parameter in self.parameters:
             self._check_tensors(parameter)
 
-    def dtype(self, parameter: Parameter) -> np.dtype:
+    def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter's tensors are stored in."""
         _, name = next(parameter.tensors())
         return np.dtype(TYPES[self._source(name).dtype(name)])
 
-    def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
+    def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, in the type it is stored in."""
         return parameter.read(index, lambda name, part: self._source(name).read(name, part))
 
@@ -67,7 +67,7 @@ class HuggingFaceModel:
             parameter, as `nnx.to_pure_dict` gives of an abstract state. Those of parameters that
             this model does not have are left out.
         """
-        return load_by_parts(self, shapes)
+        return load_sharded(self, shapes)
 
     def fingerprint(self) -> str:
         """Returns what tells these weights from others, see `fingerprint`."""
@@ -106,7 +106,7 @@ class HuggingFaceModel:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 raise ConversionError(f"{self.folder} {verb} {len(names)} tensors: {shown}")
 
-    def _check_tensors(self, parameter: Parameter) -> None:
+    def _check_tensors(self, parameter: ParamSpec) -> None:
         _, first = next(parameter.tensors())
         dtype = self._source(first).dtype(first)
         for _, name in parameter.tensors():
@@ -130,7 +130,7 @@ def _end_tokens(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in generation.items() if name == "eos_token_id"}
 
 
-def load_by_parts(model: Any, shapes: dict[str, Any]) -> dict[str, Any]:
+def load_sharded(model: Any, shapes: dict[str, Any]) -> dict[str, Any]:
     """Returns a model's parameters as global arrays, of which each device's part is read.
 
     Args:
@@ -138,7 +138,7 @@ def load_by_parts(model: Any, shapes: dict[str, Any]) -> dict[str, Any]:
       shapes: see `HuggingFaceModel.load`.
     """
 
-    def load(parameter: Parameter, shape: Any) -> jax.Array:
+    def load(parameter: ParamSpec, shape: Any) -> jax.Array:
         def part(index: Index | None) -> np.ndarray:
             assert index is not None
             return model.read(parameter, index).astype(shape.dtype)

@@ -14,7 +14,7 @@ import math
 from jaxtyping import Shaped
 import numpy as np
 
-from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.models import MixtralConfig, ModelConfig
 
 # The folder of the layer that makes embeddings of pooled hidden states, as sentence-transformers
 # names it: the only tensors that lie beside the model's. Their names begin with "2_Dense/".
@@ -29,7 +29,7 @@ Read = Callable[[str, Index], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
+class ParamSpec:
     """A parameter of ours, and the tensors of Hugging Face's that it is made of.
 
     Attributes:
@@ -121,7 +121,7 @@ def _run(axes: list[range], sizes: tuple[int, ...]) -> slice:
     return slice(axes[0].start * inner, axes[0].stop * inner)
 
 
-def parameters(config: MistralConfig) -> list[Parameter]:
+def parameters(config: ModelConfig) -> list[ParamSpec]:
     """Returns every parameter of a model, and where it lies in a Hugging Face checkpoint."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -129,34 +129,34 @@ def parameters(config: MistralConfig) -> list[Parameter]:
     layer = "model.layers.{layer}"
     attention, feed_forward = ("layers", "attention"), ("layers", "feed_forward")
     found = [
-        Parameter(("embedding",), "model.embed_tokens.weight", (), (V, D)),
-        Parameter(("norm", "scale"), "model.norm.weight", (), (D,)),
-        Parameter(
+        ParamSpec(("embedding",), "model.embed_tokens.weight", (), (V, D)),
+        ParamSpec(("norm", "scale"), "model.norm.weight", (), (D,)),
+        ParamSpec(
             ("layers", "attention_norm", "scale"), f"{layer}.input_layernorm.weight", L, (D,)
         ),
-        Parameter(
+        ParamSpec(
             ("layers", "feed_forward_norm", "scale"),
             f"{layer}.post_attention_layernorm.weight",
             L,
             (D,),
         ),
-        Parameter((*attention, "query"), f"{layer}.self_attn.q_proj.weight", L, (D, N, H), 1),
-        Parameter((*attention, "key"), f"{layer}.self_attn.k_proj.weight", L, (D, K, H), 1),
-        Parameter((*attention, "value"), f"{layer}.self_attn.v_proj.weight", L, (D, K, H), 1),
-        Parameter((*attention, "output"), f"{layer}.self_attn.o_proj.weight", L, (N, H, D), 2),
+        ParamSpec((*attention, "query"), f"{layer}.self_attn.q_proj.weight", L, (D, N, H), 1),
+        ParamSpec((*attention, "key"), f"{layer}.self_attn.k_proj.weight", L, (D, K, H), 1),
+        ParamSpec((*attention, "value"), f"{layer}.self_attn.v_proj.weight", L, (D, K, H), 1),
+        ParamSpec((*attention, "output"), f"{layer}.self_attn.o_proj.weight", L, (N, H, D), 2),
     ]
     if not config.tie_word_embeddings:
-        found.append(Parameter(("head",), "lm_head.weight", (), (D, V), 1))
+        found.append(ParamSpec(("head",), "lm_head.weight", (), (D, V), 1))
     if config.embedding_projection_size is not None:
         P, projection = config.embedding_projection_size, ("embedding_projection",)
         dense = f"{DENSE}/linear"
-        found.append(Parameter((*projection, "weight"), f"{dense}.weight", (), (D, P), 1))
-        found.append(Parameter((*projection, "bias"), f"{dense}.bias", (), (P,)))
+        found.append(ParamSpec((*projection, "weight"), f"{dense}.weight", (), (D, P), 1))
+        found.append(ParamSpec((*projection, "bias"), f"{dense}.bias", (), (P,)))
     if isinstance(config, MixtralConfig):
         E = config.num_local_experts
         experts = f"{layer}.block_sparse_moe"
         router = f"{experts}.gate.weight"
-        found.append(Parameter((*feed_forward, "router"), router, L, (D, E), 1))
+        found.append(ParamSpec((*feed_forward, "router"), router, L, (D, E), 1))
         names = {"gate": "w1", "up": "w3", "down": "w2"}
         names = {ours: f"{experts}.experts.{{expert}}.{name}" for ours, name in names.items()}
         stacked = (*L, E)
@@ -165,5 +165,5 @@ def parameters(config: MistralConfig) -> list[Parameter]:
         stacked = L
     for ours, name in names.items():
         shape = (F, D) if ours == "down" else (D, F)
-        found.append(Parameter((*feed_forward, ours), f"{name}.weight", stacked, shape, 1))
+        found.append(ParamSpec((*feed_forward, ours), f"{name}.weight", stacked, shape, 1))
     return found

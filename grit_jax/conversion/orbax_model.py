@@ -21,14 +21,14 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from grit_jax.bucket import in_bucket
-from grit_jax.conversion.companion_files import copy_tokenizer
-from grit_jax.conversion.destination import check_space, whole_folder
+from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.gguf_model import GgufModel
 from grit_jax.conversion.hugging_face import HuggingFaceModel
-from grit_jax.conversion.layout import Index, Parameter, parameters
+from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ConversionError
-from grit_jax.models import MistralConfig, config_from_hugging_face
+from grit_jax.conversion.sidecar_files import copy_tokenizer
+from grit_jax.models import ModelConfig, config_from_hugging_face
 
 PARAMETERS, MODEL_CONFIG, TOKENIZER = "parameters", "model_config", "tokenizer"
 # What Orbax looks for in a checkpoint in a bucket, and in each of its items, to see if it is whole.
@@ -52,14 +52,14 @@ class OrbaxModel:
         self.folder = folder
         self.tokenizer_folder = folder / TOKENIZER
         self.fields: dict[str, Any] = read_item(folder, MODEL_CONFIG)
-        self.config: MistralConfig = config_from_hugging_face(self.fields)
+        self.config: ModelConfig = config_from_hugging_face(self.fields)
         self.parameters = parameters(self.config)
 
-    def dtype(self, parameter: Parameter) -> np.dtype:
+    def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter is stored in."""
         return self._store(parameter.path).dtype.numpy_dtype
 
-    def read(self, parameter: Parameter, index: Index) -> Shaped[np.ndarray, "..."]:
+    def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, in the type it is stored in."""
         store = self._store(parameter.path)[index]
         if store.spec().to_json()["metadata"]["order"] == "F":
@@ -148,7 +148,7 @@ def write_orbax(model: HuggingFaceModel | GgufModel, folder: Path) -> None:
     items = ocp.args.Composite(
         parameters=ocp.args.PyTreeSave(tree), model_config=ocp.args.JsonSave(model.fields)
     )
-    with whole_folder(folder) as unfinished:
+    with atomic_folder(folder) as unfinished:
         check_space(unfinished.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
         try:
             checkpointer.save(unfinished, items)
@@ -170,7 +170,7 @@ def _checkpointer(**handlers: Any) -> ocp.Checkpointer:
 class _Unread:
     """A parameter that is read when it is written: to Orbax an array, by its shape and type."""
 
-    def __init__(self, model: HuggingFaceModel | GgufModel, parameter: Parameter):
+    def __init__(self, model: HuggingFaceModel | GgufModel, parameter: ParamSpec):
         self.shape = parameter.full_shape
         self.dtype = model.dtype(parameter)
         self.ndim = len(self.shape)

@@ -43,14 +43,14 @@ class EmbeddingBatch:
       queries: Q texts.
       passages: P texts.
       positives: index of each query's positive among the passages.
-      passage_contents: a number that two passages share if and only if they are the same text;
+      passage_ids: a number that two passages share if and only if they are the same text;
         -1 where the passages' number is left unused.
     """
 
     queries: PackedTexts
     passages: PackedTexts
     positives: Int[Array, " Q"]
-    passage_contents: Int[Array, " P"]
+    passage_ids: Int[Array, " P"]
 
 
 @jax.tree_util.register_dataclass

@@ -9,12 +9,12 @@ import grain
 import numpy as np
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.data.draws import Draws, Stream, describe
-from grit_jax.data.examples import Text
+from grit_jax.data.batch_plan import Plan, Planner, StreamPlan, deduplicated_ids
 from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.packing import pack
-from grit_jax.data.plan import Plan, Planner, StreamPlan, number_contents
+from grit_jax.data.sampling import SampledExamples, Stream, describe
 from grit_jax.data.shapes import RowLimits, Shape
+from grit_jax.text.examples import Text
 
 
 class Batches:
@@ -26,9 +26,9 @@ class Batches:
     Args:
       streams: where examples come from: "embedding" or "generative" or both.
       limits: what rows may be.
-      held_shards: numbers of the shards of rows that this host reads; all by default.
-      copies_are_negatives: whether a copy of a query's positive is a negative to it, as it was in
-        the original.
+      local_shards: numbers of the shards of rows that this host reads; all by default.
+      duplicate_positives_are_negatives: whether copies of a query's positive count as negatives,
+        as in the original.
 
     Raises:
       PreparedDataError: a dataset has a text that is longer than a row may be.
@@ -38,13 +38,13 @@ class Batches:
         self,
         streams: dict[str, Stream],
         limits: RowLimits,
-        held_shards: Sequence[int] | None = None,
-        copies_are_negatives: bool = False,
+        local_shards: Sequence[int] | None = None,
+        duplicate_positives_are_negatives: bool = False,
     ):
         self.plans = Planner(streams, limits)
         self._streams, self._limits = streams, limits
-        self._held = range(limits.count_multiple) if held_shards is None else held_shards
-        self._copies_are_negatives = copies_are_negatives
+        self._held = range(limits.count_multiple) if local_shards is None else local_shards
+        self._copies_are_negatives = duplicate_positives_are_negatives
 
     @property
     def description(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Batches:
         return [row for shard in held for row in rows[shard * size : (shard + 1) * size]]
 
     def _read_examples(
-        self, kind: str, drawn: Draws, wanted: np.ndarray
+        self, kind: str, drawn: SampledExamples, wanted: np.ndarray
     ) -> dict[tuple[int, int], Text]:
         """Returns the texts of the wanted examples among those drawn, by the numbers of both.
 
@@ -140,7 +140,7 @@ class Batches:
         for number, dataset in enumerate(self._streams["embedding"].datasets):
             own = drawn.datasets == number
             fingerprints[own] = dataset.lengths.fingerprints[passages[own]]
-        return number_contents(fingerprints.ravel(), is_used)
+        return deduplicated_ids(fingerprints.ravel(), is_used)
 
 
 def _text(texts: dict[tuple[int, int], Text], stream: StreamPlan, number: int) -> Text:

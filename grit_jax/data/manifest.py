@@ -21,8 +21,8 @@ from etils import epath
 from jaxtyping import Int, UInt64
 import numpy as np
 
-from grit_jax.data.examples import ChatExample, EmbeddingExample, Text, from_bytes
 from grit_jax.data.storage import PreparedDataError, Records, read_file
+from grit_jax.text.examples import ChatExample, EmbeddingExample, Text, from_bytes
 
 FORMAT_VERSION = 2
 KINDS = ("embedding", "generative")

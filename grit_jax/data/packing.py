@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.examples import Text
+from grit_jax.text.examples import Text
 
 
 def fit_rows(

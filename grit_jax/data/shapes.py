@@ -14,7 +14,7 @@ import numpy as np
 from grit_jax.data.packing import fit_rows
 
 # How many more tokens the spare shape has room for than were seen.
-SPARE_ROOM = 1.05
+HEADROOM = 1.05
 # The part of a row that may be filled when shapes are chosen: steps vary a little.
 ROOM_USED = 0.995
 # The part of the steps that a shape is made for; the fullest few may take the spare one.
@@ -74,7 +74,7 @@ class RowLimits:
 
 
 @dataclasses.dataclass(frozen=True)
-class KindOfStep:
+class StepProfile:
     """What steps are like that read from the same datasets.
 
     Attributes:
@@ -86,13 +86,13 @@ class KindOfStep:
     seen: Mapping[str, Sequence[Lengths]]
 
     @property
-    def most_tokens(self) -> dict[str, int]:
+    def max_tokens(self) -> dict[str, int]:
         """The most tokens that a step has in each stream."""
         return {stream: max(map(sum, seen)) for stream, seen in self.seen.items()}
 
 
-def choose_shapes(
-    kinds: Sequence[KindOfStep],
+def choose_row_shapes(
+    kinds: Sequence[StepProfile],
     longest_texts: Mapping[str, int],
     most_texts: Mapping[str, int],
     limits: RowLimits,
@@ -116,11 +116,11 @@ def choose_shapes(
         }
         for group in groups
     ]
-    largest = _elementwise_most([kind.most_tokens for kind in kinds])
+    largest = _elementwise_most([kind.max_tokens for kind in kinds])
     spare, any_step = {}, {}
     for stream, tokens in largest.items():
         length = max(shape[stream].length for shape in shapes)
-        places = SPARE_ROOM * max(tokens, *(shape[stream].places for shape in shapes))
+        places = HEADROOM * max(tokens, *(shape[stream].places for shape in shapes))
         most = limits.round_up(most_texts[stream])
         spare[stream] = Rows(min(most, limits.round_up(-int(-places // length))), length)
         any_step[stream] = Rows(most, length)
@@ -162,15 +162,15 @@ def _candidates(tokens: int, lengths: Sequence[int], limits: RowLimits) -> Itera
             count += limits.count_multiple
 
 
-def _merge_alike(kinds: Sequence[KindOfStep]) -> list[KindOfStep]:
+def _merge_alike(kinds: Sequence[StepProfile]) -> list[StepProfile]:
     """Returns at most `MOST_KINDS` kinds, smallest first; neighbours are joined for that."""
-    by_size = sorted(kinds, key=lambda kind: sum(kind.most_tokens.values()))
+    by_size = sorted(kinds, key=lambda kind: sum(kind.max_tokens.values()))
     joined = []
     for places in np.array_split(np.arange(len(by_size)), min(MOST_KINDS, len(by_size))):
         members = [by_size[place] for place in places]
         streams = members[0].seen
         joined.append(
-            KindOfStep(
+            StepProfile(
                 sum(kind.share for kind in members),
                 {stream: [s for kind in members for s in kind.seen[stream]] for stream in streams},
             )
@@ -178,14 +178,14 @@ def _merge_alike(kinds: Sequence[KindOfStep]) -> list[KindOfStep]:
     return joined
 
 
-def _cut(kinds: Sequence[KindOfStep]) -> list[Sequence[KindOfStep]]:
+def _cut(kinds: Sequence[StepProfile]) -> list[Sequence[StepProfile]]:
     """Returns the kinds in one or two groups that waste least; a third is left to the spare shape.
 
     Args:
       kinds: smallest first.
     """
-    tokens = [kind.most_tokens for kind in kinds]
-    largest = sum(_elementwise_most(tokens).values()) * SPARE_ROOM
+    tokens = [kind.max_tokens for kind in kinds]
+    largest = sum(_elementwise_most(tokens).values()) * HEADROOM
 
     def cost(first: int, last: int) -> float:
         places = sum(_elementwise_most(tokens[first:last]).values())

@@ -15,9 +15,9 @@ from grit_jax.conversion import open_model
 from grit_jax.evaluation.paper import GENERATIVE, MTEB_BENCHMARK, NUM_FEWSHOT, QUICK_TASKS
 from grit_jax.evaluation.paper_table import paper_tables
 from grit_jax.evaluation.results import Results, settings_of
-from grit_jax.inference.inputs import InputError
 from grit_jax.inference.model_options import add_model_options, load_model
-from grit_jax.named_module import import_named
+from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.user_modules import import_named
 
 
 def run(argv: Sequence[str]) -> None:

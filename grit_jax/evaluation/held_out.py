@@ -11,15 +11,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.examples import Text
-from grit_jax.data.kept_tokenizer import kept_tokenizer
+from grit_jax.data.batch_plan import check_row_length, deduplicated_ids
 from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.data.plan import check_row_length, number_contents
+from grit_jax.data.saved_tokenizer import load_saved_tokenizer
 from grit_jax.evaluation.retrieval import bm25_scores, chance_measures, retrieval_measures
+from grit_jax.objectives.embedding import embed_texts
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
-from grit_jax.training.joint_loss import embed_texts
+from grit_jax.text.examples import Text
 from grit_jax.training.train_step import Trainer
 
 
@@ -44,7 +44,7 @@ class RetrievalTask:
         """Returns the task that a dataset makes."""
         examples = dataset.read(range(len(dataset)))
         positives = [text for example in examples for text in example.positives]
-        first_copies = number_contents(np.array([fingerprint(text) for text in positives]))
+        first_copies = deduplicated_ids(np.array([fingerprint(text) for text in positives]))
         kept = np.unique(first_copies)
         places = iter(np.searchsorted(kept, first_copies).tolist())
         relevant = [{next(places) for _ in example.positives} for example in examples]
@@ -130,7 +130,7 @@ class HeldOut:
         """
         if not self._tasks:
             return {}
-        tokenizer = kept_tokenizer(self._retrieval[0])
+        tokenizer = load_saved_tokenizer(self._retrieval[0])
 
         def words(texts: Sequence[Text]) -> list[str]:
             return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
@@ -176,7 +176,9 @@ class HeldOut:
             yield self._trainer.to_devices(packed)
 
     def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> jax.Array:
-        return embed_texts(self._trainer.model(parameters), texts, self._trainer.loss_config)
+        return embed_texts(
+            self._trainer.model(parameters), texts, self._trainer.loss_config.embedding
+        )
 
     def _cross_entropy_batch(
         self, parameters: nnx.State, chats: PackedTexts

@@ -15,9 +15,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
 
-from grit_jax.data.templates import ASSISTANT, chat_prompt
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.inference.inputs import InputError
+from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.text.templates import ASSISTANT, chat_prompt
 
 # What a task may ask of generation, beside where it ends; the first of them, of what is drawn.
 DRAWING = ("temperature", "top_k", "top_p", "min_p")

@@ -18,10 +18,10 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 import numpy as np
 
-from grit_jax.data.templates import embedding_prefix
 from grit_jax.evaluation.paper import INSTRUCTIONS
 from grit_jax.evaluation.results import settings_of
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.text.templates import embedding_prefix
 
 # The kinds of tasks whose documents have no instruction.
 ASKED_BY_QUERIES = ("Retrieval", "InstructionRetrieval", "InstructionReranking")

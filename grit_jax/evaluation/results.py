@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grit_jax.conversion.companion_files import write_json
+from grit_jax.files import locked, write_json
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.lock import locked
 from grit_jax.training.checkpoints import describe_differences
 
 SCORES = "scores.json"

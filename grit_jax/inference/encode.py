@@ -4,7 +4,6 @@ Legend of dimensions: T texts, P embedding, B rows, S positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import dataclasses
 from typing import Any
 
 from flax import nnx
@@ -15,44 +14,15 @@ from jaxtyping import Array, Float, Float32
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
-from grit_jax.inference.rows import Call, plan_calls, row_length_for
-from grit_jax.models import Cache, Mistral
-from grit_jax.objectives.pooling import normalize, pool
+from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
+from grit_jax.models import Decoder, KVCache
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import batch_shards, partition_spec
-from grit_jax.training.joint_loss import embedding_stream
+from grit_jax.text.examples import Text
 
 # Calls that the devices are given before the first is waited for.
 CALLS_AHEAD = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Embedding:
-    """How hidden states become embeddings.
-
-    Attributes:
-      attention: pattern, one of `joint_loss.PATTERNS`; its first two letters are read.
-      pooling: one of `objectives.pooling.POOLINGS`.
-      normalized: whether embeddings have length 1.
-      pools_instruction: whether instructions are pooled too.
-    """
-
-    attention: str
-    pooling: str
-    normalized: bool
-    pools_instruction: bool = False
-
-    def of(
-        self, model: Mistral, hidden: Float[Array, "B S D"], texts: PackedTexts
-    ) -> Float[Array, "T P"]:
-        """Returns the embedding of each text, in float32."""
-        mask = texts.segment_ids > 0 if self.pools_instruction else texts.mask
-        pooled = pool(
-            hidden, mask, texts.segment_ids, texts.positions, texts.num_texts, self.pooling
-        )
-        embeddings = model.project(pooled)
-        return normalize(embeddings) if self.normalized else embeddings
 
 
 class Encoder:
@@ -64,10 +34,10 @@ class Encoder:
 
     Attributes:
       parameters: what the program is given first.
-      program: embeds packed texts; `Embedding` is its last argument.
+      program: embeds packed texts; `EmbeddingSpec` is its last argument.
     """
 
-    def __init__(self, model: Mistral, mesh: Mesh):
+    def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self.parameters = nnx.split(model)
         self._mesh = mesh
         self._embedding_size = model.config.embedding_projection_size or model.config.hidden_size
@@ -76,25 +46,25 @@ class Encoder:
         self._embed_and_keep = jax.jit(self._embed_with_cache, static_argnums=(2, 3))
 
     def embed(
-        self, texts: Sequence[Text], embedding: Embedding, places: int, done: Callable[[int], None]
+        self, texts: Sequence[Text], spec: EmbeddingSpec, places: int, done: Callable[[int], None]
     ) -> Float32[np.ndarray, "T P"]:
         """Returns the embeddings of texts, several of which share a row.
 
         Args:
           texts: token ids, and which of them are no instruction.
-          embedding: how they are read and pooled.
+          spec: how they are read and pooled.
           places: the most places of a call on one device.
           done: is told the number of texts that each call has embedded.
         """
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
-        for numbers, rows in self._ahead(texts, embedding, places):
+        for numbers, rows in self._ahead(texts, spec, places):
             embeddings[numbers] = np.asarray(rows)[: len(numbers)]
             done(len(numbers))
         return embeddings
 
     def embed_with_caches(
-        self, texts: Sequence[Text], embedding: Embedding, places: int, done: Callable[[int], None]
-    ) -> tuple[Float32[np.ndarray, "T P"], list[Cache]]:
+        self, texts: Sequence[Text], spec: EmbeddingSpec, places: int, done: Callable[[int], None]
+    ) -> tuple[Float32[np.ndarray, "T P"], list[KVCache]]:
         """Returns the embeddings of texts, and for each the cache of its keys and values.
 
         The arguments are those of `embed`. A cache has one row, as many slots as its text has
@@ -105,14 +75,14 @@ class Encoder:
         num_rows = max(1, places // row_length) * shards
         num_rows = min(num_rows, -(-len(texts) // shards) * shards)
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
-        caches: dict[int, Cache] = {}
-        for instruction_length, numbers in _read_alike(texts, embedding, num_rows):
+        caches: dict[int, KVCache] = {}
+        for instruction_length, numbers in _read_alike(texts, spec, num_rows):
             rows = [[row] for row in range(len(numbers))]
             group = [texts[number] for number in numbers]
             packed = pack(group, rows, num_rows, row_length, num_rows)
             with jax.set_mesh(self._mesh):
                 found, cache = self._embed_and_keep(
-                    self.parameters, self._place(packed), embedding, instruction_length
+                    self.parameters, self._place(packed), spec, instruction_length
                 )
             embeddings[numbers] = np.asarray(found)[: len(numbers)]
             cache = jax.tree.map(np.asarray, cache)
@@ -122,7 +92,7 @@ class Encoder:
         return embeddings, [caches[number] for number in range(len(texts))]
 
     def _ahead(
-        self, texts: Sequence[Text], embedding: Embedding, places: int
+        self, texts: Sequence[Text], spec: EmbeddingSpec, places: int
     ) -> Iterator[tuple[list[int], Any]]:
         """Yields the numbers of the texts of each call and their embeddings, on the devices."""
         waiting: list[tuple[list[int], Any]] = []
@@ -130,7 +100,7 @@ class Encoder:
         for call in plan_calls(lengths, batch_shards(self._mesh), places):
             numbers, packed = _pack_call(texts, call)
             with jax.set_mesh(self._mesh):
-                rows = self.program(self.parameters, self._place(packed), embedding)
+                rows = self.program(self.parameters, self._place(packed), spec)
             waiting.append((numbers, rows))
             if len(waiting) > CALLS_AHEAD:
                 yield waiting.pop(0)
@@ -139,14 +109,14 @@ class Encoder:
     def _place(self, packed: PackedTexts) -> PackedTexts:
         return jax.device_put(packed, NamedSharding(self._mesh, partition_spec("batch")))
 
-    def _embed_packed(self, state: Any, texts: PackedTexts, embedding: Embedding) -> jax.Array:
+    def _embed_packed(self, state: Any, texts: PackedTexts, spec: EmbeddingSpec) -> jax.Array:
         model = nnx.merge(self._graph, state)
-        (hidden,), _ = model.run([embedding_stream(texts, embedding.attention)])
-        return embedding.of(model, hidden, texts)
+        (hidden,), _ = model.forward_streams([spec.stream(texts)])
+        return spec.project(model, spec.pool(hidden, texts))
 
     def _embed_with_cache(
-        self, state: Any, texts: PackedTexts, embedding: Embedding, instruction_length: int
-    ) -> tuple[Float[Array, "B P"], Cache]:
+        self, state: Any, texts: PackedTexts, spec: EmbeddingSpec, instruction_length: int
+    ) -> tuple[Float[Array, "B P"], KVCache]:
         """Returns embeddings and the cache of rows that hold one text each.
 
         The first `instruction_length` tokens, which are read in another way than the rest, are read
@@ -157,7 +127,7 @@ class Encoder:
         is_token = (texts.segment_ids > 0).astype(jnp.int32)
         cache, parts = model.make_cache(B, S), []
         places = (slice(0, instruction_length), slice(instruction_length, S))
-        for letter, part in zip(embedding.attention, places, strict=False):
+        for letter, part in zip(spec.attention, places, strict=False):
             if part.start < part.stop:
                 hidden, cache = model(
                     texts.tokens[:, part],
@@ -167,11 +137,11 @@ class Encoder:
                     cache=cache,
                 )
                 parts.append(hidden)
-        return embedding.of(model, jnp.concatenate(parts, axis=1), texts), cache
+        return spec.project(model, spec.pool(jnp.concatenate(parts, axis=1), texts)), cache
 
 
 def _read_alike(
-    texts: Sequence[Text], embedding: Embedding, at_once: int
+    texts: Sequence[Text], spec: EmbeddingSpec, at_once: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields texts that can be read in one call: tokens to be read before the rest, and numbers.
 
@@ -179,7 +149,7 @@ def _read_alike(
     with the text is the text's.
     """
     lengths = [0] * len(texts)
-    if embedding.attention[0] != embedding.attention[1]:
+    if spec.attention[0] != spec.attention[1]:
         lengths = [int(np.argmax(text.mask)) for text in texts]
     for length in sorted(set(lengths)):
         numbers = [number for number, own in enumerate(lengths) if own == length]
@@ -187,7 +157,7 @@ def _read_alike(
             yield length, numbers[start : start + at_once]
 
 
-def _pack_call(texts: Sequence[Text], call: Call) -> tuple[list[int], PackedTexts]:
+def _pack_call(texts: Sequence[Text], call: PackedCall) -> tuple[list[int], PackedTexts]:
     """Returns the numbers of a call's texts in the order of its embeddings, and its rows."""
     numbers = [number for row in call.rows for number in row]
     places = iter(range(len(numbers)))
@@ -196,7 +166,7 @@ def _pack_call(texts: Sequence[Text], call: Call) -> tuple[list[int], PackedText
     return numbers, pack(chosen, rows, call.num_rows, call.row_length, call.num_texts)
 
 
-def _row_of(cache: Cache, row: int, length: int) -> Cache:
+def _row_of(cache: KVCache, row: int, length: int) -> KVCache:
     """Returns a copy of one row of a cache in the host's memory, without its padding."""
     parts: Any = {
         "keys": cache.keys[:, row : row + 1, :length],
@@ -205,4 +175,4 @@ def _row_of(cache: Cache, row: int, length: int) -> Cache:
         "segment_ids": cache.segment_ids[row : row + 1, :length],
         "length": np.int32(length),
     }
-    return Cache(**jax.tree.map(np.copy, parts))
+    return KVCache(**jax.tree.map(np.copy, parts))

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
-from grit_jax.inference.caches import cache_shardings, join_caches, layers_apart
+from grit_jax.inference.cache_utils import cache_shardings, join_caches, unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
-from grit_jax.models import Cache, Mistral
+from grit_jax.models import Decoder, KVCache
 from grit_jax.sharding import batch_shards, partition_spec
 
 # Prompts are read in parts of one of these lengths, padded in front.
@@ -43,7 +43,7 @@ class State:
       seen: the tokens that each row has had; None where nobody asks.
     """
 
-    cache: Cache
+    cache: KVCache
     tokens: Int[Array, " B"]
     count: Int[Array, ""]
     is_done: Bool[Array, " B"]
@@ -72,7 +72,7 @@ class Request:
     end_tokens: Sequence[int]
     sampling: Sampling
     seed: int
-    caches: Sequence[Cache] | None
+    caches: Sequence[KVCache] | None
     num_rows: int
 
     def part(self, places: Sequence[int], num_rows: int) -> Request:
@@ -99,8 +99,8 @@ class Generator:
       decode: the program that makes tokens.
     """
 
-    def __init__(self, model: Mistral, mesh: Mesh):
-        self._graph, self.parameters = nnx.split(layers_apart(model, mesh))
+    def __init__(self, model: Decoder, mesh: Mesh):
+        self._graph, self.parameters = nnx.split(unstack_layers(model, mesh))
         self._mesh = mesh
         self.prefill = jax.jit(self._read_part, donate_argnums=1, static_argnums=6)
         self.decode = jax.jit(self._make_tokens, donate_argnums=1)
@@ -162,7 +162,7 @@ class Generator:
             )
         return state
 
-    def _cache_for(self, request: Request, num_rows: int, width: int) -> Cache:
+    def _cache_for(self, request: Request, num_rows: int, width: int) -> KVCache:
         """Returns a cache with room for prompts and answers, behind what caches hold already."""
         cached = 0
         if request.caches is not None:
@@ -232,7 +232,7 @@ class Generator:
 
 
 def next_state(
-    model: Mistral,
+    model: Decoder,
     state: State,
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],

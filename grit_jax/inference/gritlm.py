@@ -16,31 +16,28 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grit_jax.conversion import open_model
-from grit_jax.conversion.embedding import how_it_embeds
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.answers import Answer, check_room, complete, in_batches, pieces
-from grit_jax.inference.documents import join_documents
-from grit_jax.inference.encode import Embedding, Encoder
+from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
+from grit_jax.inference.batch_packing import TOKENS_PER_DEVICE
+from grit_jax.inference.encode import Encoder
 from grit_jax.inference.generate import Generator, Request
-from grit_jax.inference.inputs import (
+from grit_jax.inference.loading import load_module
+from grit_jax.inference.prompt_encoder import (
     InputError,
+    PromptEncoder,
     TextLike,
-    TokenIds,
     as_stop_strings,
     as_texts,
-    find_end_tokens,
-    find_tokenizer,
     fit,
 )
-from grit_jax.inference.loading import load_module
-from grit_jax.inference.rows import PLACES_OF_A_DEVICE
+from grit_jax.inference.results import GenerationResult, check_room, complete, in_batches, pieces
 from grit_jax.inference.sampling import Sampling
 from grit_jax.inference.score import Scorer, as_continuations
-from grit_jax.models import Cache, Mistral
-from grit_jax.objectives.pooling import POOLINGS
-from grit_jax.processes import is_writer
+from grit_jax.models import Decoder, KVCache
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.processes import is_primary
+from grit_jax.rag.documents import join_documents
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.joint_loss import PATTERNS
+from grit_jax.text.tokenizer import Tokenizer
 
 # Texts from which on their progress is shown.
 SHOWN_FROM = 256
@@ -70,7 +67,7 @@ class GritLM:
 
     def __init__(
         self,
-        model: Mistral,
+        model: Decoder,
         mesh: Mesh,
         tokenizer: Tokenizer | None = None,
         *,
@@ -79,14 +76,13 @@ class GritLM:
         pooling: str = "mean",
         normalized: bool = True,
     ):
-        _check_choices(attention, pooling)
         self.model = model
         self.mesh = mesh
-        self._token_ids = TokenIds(tokenizer, model.config.vocab_size)
+        self._token_ids = PromptEncoder(tokenizer, model.config.vocab_size)
         if end_tokens is None:
             end_tokens = [] if tokenizer is None else [tokenizer.eos_id]
         self._end_tokens = tuple(end_tokens)
-        self._embedding = Embedding(attention, pooling, normalized)
+        self._embedding = EmbeddingSpec(attention=attention, pooling=pooling, normalize=normalized)
 
     @classmethod
     def from_pretrained(
@@ -128,18 +124,20 @@ class GritLM:
           MeshError: the mesh does not divide the model.
           ValueError: the type, the pattern or the pooling is unknown.
         """
-        _check_choices(**how_it_embeds({}, attention, pooling))
+        EmbeddingSpec.from_fields({}, attention, pooling)  # Checked before anything is read.
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         found = find_tokenizer(stored, tokenizer)
         module = load_module(stored, dtype, mesh, linear_dtype)
+        spec = EmbeddingSpec.from_fields(stored.fields, attention, pooling)
         return cls(
             module,
             mesh,
             found,
             end_tokens=find_end_tokens(stored),
             normalized=normalized,
-            **how_it_embeds(stored.fields, attention, pooling),
+            attention=spec.attention,
+            pooling=spec.pooling,
         )
 
     @property
@@ -184,14 +182,14 @@ class GritLM:
           texts: strings, or token ids, which are read as they are, without `<s>`.
           batch_size: bounds memory: a call of the devices has no more tokens, padding included,
             than so many texts of `max_length`, and no more than keep a device busy
-            (`rows.PLACES_OF_A_DEVICE`). It may have more texts, where they are short.
+            (`rows.TOKENS_PER_DEVICE`). It may have more texts, where they are short.
           max_length: tokens that a text may have, `<s>` and instruction included.
           instruction: what stands before each text, ready-made as in
             "<|user|>\\nGiven a question, find its answer\\n<|embed|>\\n" (see
-            `data.templates.embedding_prefix`). Its tokens and `<s>` are read, and not pooled by
+            `text.templates.embedding_prefix`). Its tokens and `<s>` are read, and not pooled by
             "mean" and "weightedmean". Without an instruction all tokens are pooled.
           embed_instruction: whether instructions are pooled all the same.
-          get_cache: whether to return also, for each text, a `Cache` of one row with its keys and
+          get_cache: whether to return also, for each text, a `KVCache` of one row with its keys and
             values, to generate on top of. They take memory for each token of all texts.
           convert_to_tensor: return JAX arrays on the devices in the place of NumPy's.
           recast: round embeddings to the type of the model; JAX arrays are also of this type.
@@ -209,11 +207,11 @@ class GritLM:
             for i, text in enumerate(listed)
         ]
         read = fit(read, max_length, self.model.config.max_position_embeddings, truncate=truncate)
-        embedding = dataclasses.replace(self._embedding, pools_instruction=embed_instruction)
+        spec = dataclasses.replace(self._embedding, pool_instruction=embed_instruction)
         places = self._places(batch_size, max_length)
         embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
         with _progress("Embedding", len(read)) as done:
-            found = embed(read, embedding, places, done)
+            found = embed(read, spec, places, done)
         embeddings, caches = found if isinstance(found, tuple) else (found, None)
         if recast:
             embeddings = embeddings.astype(self.model.config.dtype)
@@ -255,7 +253,7 @@ class GritLM:
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = (),
         seed: int = 0,
-        cache: Cache | Sequence[Cache] | None = None,
+        cache: KVCache | Sequence[KVCache] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
         first_number: int = 0,
@@ -267,7 +265,7 @@ class GritLM:
 
         Args:
           prompts: strings, ready-made as in "<|user|>\\nWho are you?\\n<|assistant|>\\n" (see
-            `data.templates.chat_prompt`), or token ids, which are read as they are.
+            `text.templates.chat_prompt`), or token ids, which are read as they are.
           max_new_tokens: of an answer. Prompt and answer must fit the model's context together.
           temperature: 0 takes the likeliest token each time; above, tokens are drawn.
           top_k: draw from so many of the likeliest tokens.
@@ -319,7 +317,7 @@ class GritLM:
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = (),
         seed: int = 0,
-        cache: Cache | Sequence[Cache] | None = None,
+        cache: KVCache | Sequence[KVCache] | None = None,
         add_special_tokens: bool = True,
     ) -> Iterator[str]:
         """Returns an iterator over the text that `generate` would return, piece after piece.
@@ -382,7 +380,7 @@ class GritLM:
 
     def _places(self, batch_size: int, length: int) -> int:
         """Returns the most places of a call on one device, for so many texts of a length."""
-        return min(PLACES_OF_A_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
+        return min(TOKENS_PER_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
 
     def _request(
         self,
@@ -390,7 +388,7 @@ class GritLM:
         max_new_tokens: int,
         sampling: Sampling,
         seed: int,
-        cache: Cache | Sequence[Cache] | None,
+        cache: KVCache | Sequence[KVCache] | None,
         *,
         begin: bool,
         first_number: int = 0,
@@ -400,16 +398,16 @@ class GritLM:
             self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
             for number, prompt in zip(numbers, prompts, strict=True)
         ]
-        caches = [cache] if isinstance(cache, Cache) else cache
+        caches = [cache] if isinstance(cache, KVCache) else cache
         request = Request(
             ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
         )
         check_room(request, self.model.config.max_position_embeddings)
         return request
 
-    def _answer(self, is_text: bool, stop: Sequence[str]) -> Answer:
+    def _answer(self, is_text: bool, stop: Sequence[str]) -> GenerationResult:
         needs_text = is_text or stop
-        return Answer(self._end_tokens, self.tokenizer if needs_text else None, stop)
+        return GenerationResult(self._end_tokens, self.tokenizer if needs_text else None, stop)
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -424,20 +422,10 @@ class GritLM:
         return Scorer(self.model, self.mesh)
 
 
-def _check_choices(attention: str, pooling: str) -> None:
-    if attention not in PATTERNS:
-        raise ValueError(
-            f"attention={attention!r} must be one of {', '.join(PATTERNS)}: for the instruction "
-            "and the text of embeddings, then of generation, b (bidirectional) or c (causal)"
-        )
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling={pooling!r} must be one of {', '.join(POOLINGS)}")
-
-
 @contextlib.contextmanager
 def _progress(title: str, num_texts: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told how many texts are done, and shows it where they are many."""
-    is_hidden = num_texts < SHOWN_FROM or not is_writer()
+    is_hidden = num_texts < SHOWN_FROM or not is_primary()
     with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
         task = progress.add_task(title, total=num_texts)
         yield functools.partial(progress.advance, task)

@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 import numpy as np
 
 from grit_jax.conversion import Model
-from grit_jax.conversion.layout import Index, Parameter
-from grit_jax.models import Mistral, make_model
+from grit_jax.conversion.layout import Index, ParamSpec
+from grit_jax.models import Decoder, make_model
 from grit_jax.models.linear import round_to_int8
-from grit_jax.sharding import variable_shardings
-from grit_jax.training.train_step import check_sizes_fit_mesh
+from grit_jax.sharding import check_sizes_fit_mesh, variable_shardings
 
 
-def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None = None) -> Mistral:
+def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None = None) -> Decoder:
     """Returns the Flax module of a stored model, laid out on a mesh by the table of shardings.
 
     Raises:
@@ -82,7 +81,7 @@ class _Rounded:
     A scale is that of all inputs of an output, whatever part of them a device holds.
     """
 
-    def __init__(self, stored: Model, parameter: Parameter):
+    def __init__(self, stored: Model, parameter: ParamSpec):
         self._stored, self._parameter = stored, parameter
         self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
 

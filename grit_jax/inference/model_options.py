@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.objectives.embedding import PATTERNS
 from grit_jax.objectives.pooling import POOLINGS
-from grit_jax.training.joint_loss import PATTERNS
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

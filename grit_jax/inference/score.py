@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Float64, Int
 import numpy as np
 
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack
-from grit_jax.inference.inputs import InputError, TextLike, TokenIds
-from grit_jax.inference.rows import Call, plan_calls
-from grit_jax.models import Mistral
+from grit_jax.inference.batch_packing import PackedCall, plan_calls
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, TextLike
+from grit_jax.models import Decoder
 from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.text.examples import Text
 
 # Scored places of each row whose logits exist at once.
 PLACES_AT_ONCE = 32
@@ -44,7 +44,7 @@ class Continuation:
 
 
 def as_continuations(
-    token_ids: TokenIds,
+    token_ids: PromptEncoder,
     prompts: Sequence[TextLike],
     continuations: Sequence[TextLike],
     context: int,
@@ -78,7 +78,7 @@ def as_continuations(
 
 
 def _continuation(
-    token_ids: TokenIds, prompt: TextLike, following: TextLike, number: int, *, begin: bool
+    token_ids: PromptEncoder, prompt: TextLike, following: TextLike, number: int, *, begin: bool
 ) -> Continuation:
     name = f"continuation {number}"
     before = token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
@@ -122,7 +122,7 @@ class Scorer:
       mesh: rows are split over it.
     """
 
-    def __init__(self, model: Mistral, mesh: Mesh):
+    def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self._parameters = nnx.split(model)
         self._mesh = mesh
         self._program = jax.jit(self._score_rows)
@@ -199,7 +199,7 @@ def _read_once(continuations: Sequence[Continuation]) -> tuple[list[Text], list[
 
 
 def _scored_places(
-    call: Call,
+    call: PackedCall,
     texts: Sequence[Text],
     readers: Sequence[Sequence[int]],
     continuations: Sequence[Continuation],

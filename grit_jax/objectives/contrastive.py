@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grit_jax.sharding import constrain, current_shards, in_parts
+from grit_jax.sharding import current_shards, in_parts, with_logical_constraint
 
 # Rows of scores that exist on a device at a time.
 BLOCK_ROWS = 512
@@ -20,7 +20,7 @@ def contrastive_loss(
     query_embeddings: Float[Array, "Q D"],
     passage_embeddings: Float[Array, "P D"],
     positives: Int[Array, " Q"],
-    passage_contents: Int[Array, " P"],
+    passage_ids: Int[Array, " P"],
     temperature: float | Float[Array, ""],
     *,
     is_symmetric: bool = False,
@@ -31,16 +31,16 @@ def contrastive_loss(
       query_embeddings: one embedding a query, of length 1.
       passage_embeddings: one embedding a passage of the global batch, of length 1.
       positives: index of each query's positive among the passages.
-      passage_contents: a number that two passages share if and only if they are the same text; a
+      passage_ids: a number that two passages share if and only if they are the same text; a
         copy of a query's positive is no negative to it. -1 marks a place that holds no passage.
       temperature: what the scores are divided by.
       is_symmetric: take the mean with the loss of the other direction, in which each positive is
         to find its query among all queries (CLIP, arXiv 2103.00020). Queries of a copy of the
         positive are no negatives to it.
     """
-    contents = passage_contents[positives]
+    contents = passage_ids[positives]
     loss = _info_nce(
-        query_embeddings, passage_embeddings, positives, contents, passage_contents, temperature
+        query_embeddings, passage_embeddings, positives, contents, passage_ids, temperature
     )
     if not is_symmetric:
         return loss
@@ -66,13 +66,13 @@ def _info_nce(
     the whole matrix, and its memory does not grow with the number of rows.
     """
     R = len(row_embeddings)
-    columns = constrain(column_embeddings, None, None)
+    columns = with_logical_constraint(column_embeddings, None, None)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add_block(total: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         embeddings, own, contents, is_row = block
         scores = jnp.einsum("RD,CD->RC", embeddings, columns) / temperature
-        scores = constrain(scores, "batch", None)
+        scores = with_logical_constraint(scores, "batch", None)
         is_own = jnp.arange(len(columns)) == own[:, None]
         is_other = (column_contents >= 0) & (column_contents != contents[:, None])
         scores = jnp.where(is_own | is_other, scores, -jnp.inf)
@@ -93,7 +93,7 @@ def _blocks(rows: tuple[jax.Array, ...], num_rows: int) -> tuple[jax.Array, ...]
 
     def divide(array: jax.Array) -> jax.Array:
         padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
-        padded = constrain(padded, "batch", *(None,) * (array.ndim - 1))
+        padded = with_logical_constraint(padded, "batch", *(None,) * (array.ndim - 1))
         return in_parts(padded, num_blocks)
 
     return jax.tree.map(divide, rows)

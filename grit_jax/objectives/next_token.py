@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.objectives.pooling import sum_by_text
-from grit_jax.sharding import constrain, gather_for_rows, mesh_axes, partition_spec
+from grit_jax.sharding import all_gather_fsdp, mesh_axes, partition_spec, with_logical_constraint
 
 REDUCTIONS = ("mixed", "token", "mean")
 
@@ -94,7 +94,9 @@ def next_token_loss(
         ordered = jnp.take_along_axis(array, index, axis=1)
         padded = jnp.pad(ordered, ((0, 0), (0, -S % chunk_size)) + ((0, 0),) * (array.ndim - 2))
         split = padded.reshape(padded.shape[0], -1, chunk_size, *array.shape[2:])
-        return constrain(jnp.moveaxis(split, 1, 0), None, "batch", *(None,) * (array.ndim - 1))
+        return with_logical_constraint(
+            jnp.moveaxis(split, 1, 0), None, "batch", *(None,) * (array.ndim - 1)
+        )
 
     inputs = (chunks(hidden), chunks(targets), chunks(weights))
     counts = jnp.any(inputs[2] != 0, axis=(1, 2))
@@ -125,7 +127,7 @@ def _sum_on_mesh(
 
     So the projection is gathered once, and its gradient reduced once, and not for every chunk.
     """
-    whole = gather_for_rows(projection, axis=0)
+    whole = all_gather_fsdp(projection, axis=0)
     total = _sum_over_chunks(whole, inputs, counts, logits_dtype)
     return jax.lax.psum(total, mesh_axes("batch"))
 
@@ -143,7 +145,7 @@ def _sum_over_chunks(
 
     def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype)
-        logits = constrain(logits, None, None, "vocab").astype(jnp.float32)
+        logits = with_logical_constraint(logits, None, None, "vocab").astype(jnp.float32)
         own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)
 

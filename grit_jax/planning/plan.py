@@ -18,14 +18,14 @@ import numpy as np
 
 from grit_jax.config import Config, ConfigError
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
 from grit_jax.from_config import make_trainer, open_pretrained, row_limits
 from grit_jax.models import AttentionError, MixtralConfig
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
-from grit_jax.planning.program import Collective, Work, work_of
+from grit_jax.planning.program import Collective, ProgramCost, program_cost
 from grit_jax.sharding import MeshError
+from grit_jax.text.examples import Text
 from grit_jax.training.flops import peak_flops, useful_flops
 from grit_jax.training.loop import batch_rows, count_tokens
 from grit_jax.training.train_step import Trainer
@@ -125,9 +125,9 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
     }
     if compiled is None:
         return Plan(fits=False, **common)
-    work = work_of(compiled.as_text(), len(topology.devices), _rows_used(trainer))
+    work = program_cost(compiled.as_text(), len(topology.devices), _rows_used(trainer))
     useful = useful_flops(
-        trainer.model_config, batch, is_causal=trainer.loss_config.attention[1] == "c"
+        trainer.model_config, batch, is_causal=trainer.loss_config.embedding.attention[1] == "c"
     )
     fits = used <= topology.chip.hbm_bytes
     return Plan(fits=fits, **common, **_speed(work, useful, topology, trainer))
@@ -259,7 +259,9 @@ def _state_alone_is_too_large(plan: Plan) -> bool:
     return state > plan.hbm_limit_bytes_per_chip
 
 
-def _speed(work: Work, useful: float, topology: Topology, trainer: Trainer) -> dict[str, Any]:
+def _speed(
+    work: ProgramCost, useful: float, topology: Topology, trainer: Trainer
+) -> dict[str, Any]:
     chip, num_chips = topology.chip, len(topology.devices)
     peak = peak_flops(topology.devices)
     assert peak is not None, "the peak of every chip that can be planned for is known"

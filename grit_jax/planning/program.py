@@ -71,7 +71,7 @@ class Collective:
 
 
 @dataclasses.dataclass
-class Work:
+class ProgramCost:
     """What a device does.
 
     Attributes:
@@ -84,7 +84,7 @@ class Work:
     hbm_bytes: float = 0.0
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
 
-    def add(self, other: Work, times: int = 1) -> None:
+    def add(self, other: ProgramCost, times: int = 1) -> None:
         """Adds what is done so many times."""
         self.flops += times * other.flops
         self.hbm_bytes += times * other.hbm_bytes
@@ -127,7 +127,7 @@ class Instruction:
         return [match.group(1) for match in found if match]
 
 
-def work_of(text: str, num_devices: int, rows_used: float = 1.0) -> Work:
+def program_cost(text: str, num_devices: int, rows_used: float = 1.0) -> ProgramCost:
     """Returns what each device does in a program.
 
     Args:
@@ -145,8 +145,8 @@ class _Program:
         self.work = self._of_computation(entry)
 
     @functools.cache  # noqa: B019  it lives as long as the program is read
-    def _of_computation(self, name: str) -> Work:
-        work = Work()
+    def _of_computation(self, name: str) -> ProgramCost:
+        work = ProgramCost()
         by_name = {instruction.name: instruction for instruction in self._computations[name]}
         channels: set[int] = set()
         for instruction in by_name.values():
@@ -158,26 +158,26 @@ class _Program:
             work.add(part)
         return work
 
-    def _of_instruction(self, i: Instruction, by_name: dict[str, Instruction]) -> Work:
+    def _of_instruction(self, i: Instruction, by_name: dict[str, Instruction]) -> ProgramCost:
         if i.opcode in FREE or i.opcode.endswith("-done") or "AsyncCollectiveDone" in i.attributes:
-            return Work()
+            return ProgramCost()
         if i.opcode == "while":
             return self._of_loop(i)
         if i.opcode == "conditional":
             return self._of_branches(i)
         if i.opcode in ("call", "async-start"):
-            work = Work()
+            work = ProgramCost()
             for callee in i.called("to_apply", "calls"):
                 work.add(self._of_computation(callee))
             return work
-        work = Work(hbm_bytes=self._traffic(i, by_name))
+        work = ProgramCost(hbm_bytes=self._traffic(i, by_name))
         kind = i.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             work.collectives[self._collective(kind, i, by_name)] += 1
         elif i.opcode == "fusion":
             for callee in i.called("calls"):
                 inner = self._of_computation(callee)
-                work.add(Work(inner.flops, 0.0, inner.collectives))
+                work.add(ProgramCost(inner.flops, 0.0, inner.collectives))
         elif i.opcode == "convolution":
             work.flops = _convolution_flops(i, by_name)
         elif i.opcode == "dot":
@@ -187,13 +187,13 @@ class _Program:
             work.flops += self._rows_used * _experts_flops(i, by_name)
         return work
 
-    def _of_loop(self, i: Instruction) -> Work:
+    def _of_loop(self, i: Instruction) -> ProgramCost:
         (condition,), (body,) = i.called("condition"), i.called("body")
-        work = Work()
-        work.add(self._of_computation(body), self._trips(condition, body, i))
+        work = ProgramCost()
+        work.add(self._of_computation(body), self._trip_count(condition, body, i))
         return work
 
-    def _trips(self, condition: str, body: str, loop: Instruction) -> int:
+    def _trip_count(self, condition: str, body: str, loop: Instruction) -> int:
         """Returns how often a loop runs: its counter goes from 0 to what it is compared with."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
@@ -213,13 +213,13 @@ class _Program:
                     return next((value for value in added if value), 1)
         return 1
 
-    def _of_branches(self, i: Instruction) -> Work:
+    def _of_branches(self, i: Instruction) -> ProgramCost:
         """Returns the larger of the branches' work."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
         names = re.findall(r"%?([\w.\-]+)", listed.group(1)) if listed else []
         names += i.called("true_computation", "false_computation")
         branches = [self._of_computation(name) for name in names]
-        return max(branches, key=lambda work: (work.flops, work.hbm_bytes), default=Work())
+        return max(branches, key=lambda work: (work.flops, work.hbm_bytes), default=ProgramCost())
 
     def _collective(self, kind: str, i: Instruction, by_name: dict[str, Instruction]) -> Collective:
         given = sum(s.num_bytes for name in i.operands for s in by_name[name].shapes)

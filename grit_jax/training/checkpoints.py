@@ -14,27 +14,27 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from grit_jax.bucket import in_short
-from grit_jax.conversion.embedding import EMBEDDING
-from grit_jax.models import MistralConfig, config_to_hugging_face
-from grit_jax.training.damage import forget_garbled_measures, is_damage, set_aside
-from grit_jax.training.files_item import Files
+from grit_jax.bucket import one_line
+from grit_jax.models import ModelConfig, config_to_hugging_face
+from grit_jax.objectives.embedding import GRIT_FIELD
+from grit_jax.training.checkpoint_recovery import forget_garbled_measures, is_damage, quarantine
+from grit_jax.training.orbax_files_handler import Files
 from grit_jax.training.train_step import TrainState
 
 # Fields of config.json that say how a model is used.
-USAGE = (EMBEDDING, "bos_token_id", "eos_token_id")
+USAGE = (GRIT_FIELD, "bos_token_id", "eos_token_id")
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be written, or is of another run; the message says what to do."""
 
 
-class StartAgain(CheckpointError):
+class RestartRequired(CheckpointError):
     """This process cannot go on, but the same command, started again, can."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Retention:
+class RetentionPolicy:
     """Which checkpoints are kept; one is if any of these says so.
 
     Attributes:
@@ -102,10 +102,10 @@ class Checkpoints:
     def __init__(
         self,
         folder: epath.Path,
-        model_config: MistralConfig,
+        model_config: ModelConfig,
         description: Mapping[str, Any],
         every_steps: int,
-        retention: Retention,
+        retention: RetentionPolicy,
         base_folder: str | None = None,
         usage: Mapping[str, Any] | None = None,
         tokenizer: Mapping[str, bytes] | None = None,
@@ -126,7 +126,7 @@ class Checkpoints:
             forget_garbled_measures(folder)
             self._manager = ocp.CheckpointManager(folder, options=options)
         except Exception as error:  # Whatever the file system's library makes of it.
-            raise CheckpointError(f"{folder} cannot be written to: {in_short(error)}") from error
+            raise CheckpointError(f"{folder} cannot be written to: {one_line(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -195,7 +195,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the checkpoint is of another model or of other data; or it cannot be
             read, but not because it is damaged; or all of them are. It stays where it is.
-          StartAgain: a damaged one was moved, which other processes may be reading.
+          RestartRequired: a damaged one was moved, which other processes may be reading.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, Exception] = {}
@@ -248,28 +248,28 @@ class Checkpoints:
             )
 
     def _set_aside(self, step: int, failure: Exception) -> None:
-        destination = set_aside(self.folder / str(step), failure)
+        destination = quarantine(self.folder / str(step), failure)
         if jax.process_count() > 1:
             # The others may be waiting for this process in the middle of reading.
-            raise StartAgain(f"{destination} is damaged: start again, from the one before")
+            raise RestartRequired(f"{destination} is damaged: start again, from the one before")
         self._manager.reload()
 
     def _not_read(self, step: int, failure: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder / str(step)} cannot be read: {in_short(failure)}. It stays where it is: "
+            f"{self.folder / str(step)} cannot be read: {one_line(failure)}. It stays where it is: "
             "the same command goes on from it when that is mended"
         )
 
     def _none_read(self, failure: Exception) -> CheckpointError:
         return CheckpointError(
             f"none of the checkpoints in {self.folder} can be read; put whole ones in their place, "
-            f"or begin anew with another --workdir. Of the newest: {in_short(failure)}"
+            f"or begin anew with another --workdir. Of the newest: {one_line(failure)}"
         )
 
     def _not_saved(self, failure: Exception) -> CheckpointError:
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}; those already there are whole "
-            f"(newest: step {self.latest_step}). {in_short(failure)}"
+            f"(newest: step {self.latest_step}). {one_line(failure)}"
         )
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from grit_jax.data.batch import Batch, PackedTexts
-from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.models import MixtralConfig, ModelConfig
 
 # Dense bfloat16 operations a second and device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -40,7 +40,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] * len(devices)
 
 
-def useful_flops(config: MistralConfig, batch: Batch, *, is_causal: bool) -> float:
+def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float:
     """Returns the operations that a training step on this batch needs.
 
     Args:
@@ -74,7 +74,7 @@ def _hosts(texts: PackedTexts) -> float:
     return (texts.num_rows or len(texts.tokens)) / len(texts.tokens)
 
 
-def _weights_a_token(config: MistralConfig) -> int:
+def _weights_a_token(config: ModelConfig) -> int:
     """Returns the number of weights of all layers that a token is multiplied with."""
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     attention = 2 * D * H * (config.num_attention_heads + config.num_key_value_heads)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch
-from grit_jax.models import Mistral, MixtralConfig
+from grit_jax.models import Decoder, MixtralConfig
 from grit_jax.objectives.router import load_balancing_loss
 from grit_jax.sharding import in_parts
 from grit_jax.training.joint_loss import (
@@ -45,7 +45,7 @@ class _Chunk:
 
 
 def chunked_value_and_grad(
-    model_of: Callable[[Any], Mistral],
+    model_of: Callable[[Any], Decoder],
     trained: dict[str, Any],
     batch: Batch,
     config: LossConfig,
@@ -82,7 +82,7 @@ def chunked_value_and_grad(
 
     def share(trained: dict[str, Any], chunk: _Chunk) -> tuple[Array, dict[str, Array]]:
         model = model_of(trained)
-        hidden, statistics = model.run(batch_streams(chunk.batch, config.attention))
+        hidden, statistics = model.forward_streams(batch_streams(chunk.batch, config.embedding))
         shares: dict[str, Array] = {}
         if chunk.batch.chats is not None and chunk.weights is not None:
             shares["generative_loss"] = generative_loss(
@@ -111,14 +111,14 @@ def chunked_value_and_grad(
     return {"loss": loss, **parts}, of_chunks
 
 
-def _read(model: Mistral, batch: Batch, config: LossConfig, has_router: bool) -> tuple[Any, Any]:
+def _read(model: Decoder, batch: Batch, config: LossConfig, has_router: bool) -> tuple[Any, Any]:
     """Returns the pooled texts of a chunk, and the router's statistics on its chats."""
     if not has_router:
         batch = dataclasses.replace(batch, chats=None)
-    streams = batch_streams(batch, config.attention)
+    streams = batch_streams(batch, config.embedding)
     if not streams:
         return None, None
-    hidden, statistics = model.run(streams)
+    hidden, statistics = model.forward_streams(streams)
     pooled = None
     if batch.embedding is not None:
         pooled = pool_pairs(hidden, batch.embedding, config)

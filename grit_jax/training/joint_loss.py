@@ -10,20 +10,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import Mistral, MixtralConfig, RouterStatistics, Stream
+from grit_jax.models import Decoder, MixtralConfig, RouterStatistics, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.next_token import (
     REDUCTIONS,
     next_token_loss,
     shift_targets,
     target_weights,
 )
-from grit_jax.objectives.pooling import POOLINGS, normalize, pool
 from grit_jax.objectives.router import load_balancing_loss
-
-# Embedding instruction, embedding text, generation instruction, generation text: a token sees all
-# of its text (b), or what is before it (c).
-PATTERNS = ("bbcc", "cbcc", "cccc")
 
 LossParameters = dict[str, Array]
 
@@ -40,8 +36,7 @@ class LossConfig:
       is_symmetric: whether positives are to find their queries too (see `contrastive_loss`).
       generative_reduction: "mixed", "token" or "mean" (see `objectives.next_token`).
       generative_group_size: texts in a group of "mixed".
-      attention: one of `PATTERNS`.
-      pooling: "mean", "weightedmean", "lasttoken" or "cls".
+      embedding: attention pattern and pooling.
 
     Raises:
       ValueError: a name is unknown or a number impossible; the message names the field.
@@ -54,22 +49,14 @@ class LossConfig:
     is_symmetric: bool = False
     generative_reduction: str = "mixed"
     generative_group_size: int = 32
-    attention: str = "bbcc"
-    pooling: str = "mean"
+    embedding: EmbeddingSpec = dataclasses.field(default_factory=EmbeddingSpec)
 
     def __post_init__(self):
-        if self.attention not in PATTERNS:
+        if self.generative_reduction not in REDUCTIONS:
             raise ValueError(
-                f"config.model.attention={self.attention!r} must be one of {', '.join(PATTERNS)}: "
-                f"{_problem_of_pattern(self.attention)}"
+                f"config.loss.generative_reduction={self.generative_reduction!r} must be one of "
+                f"{', '.join(REDUCTIONS)}"
             )
-        choices = {
-            "model.pooling": (self.pooling, POOLINGS),
-            "loss.generative_reduction": (self.generative_reduction, REDUCTIONS),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"config.{name}={value!r} must be one of {', '.join(allowed)}")
         for name in ("temperature", "generative_group_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)} must be positive")
@@ -83,7 +70,7 @@ def initial_loss_parameters(config: LossConfig) -> dict[str, Float[Array, ""]]:
 
 
 def joint_loss(
-    model: Mistral, loss_parameters: LossParameters, batch: Batch, config: LossConfig
+    model: Decoder, loss_parameters: LossParameters, batch: Batch, config: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss to be minimised, and its parts by name.
 
@@ -91,7 +78,7 @@ def joint_loss(
     (both unweighted) and, for a Mixtral, `router_loss` (on the generative stream alone; unweighted
     by its coefficient).
     """
-    hidden, statistics = model.run(batch_streams(batch, config.attention))
+    hidden, statistics = model.forward_streams(batch_streams(batch, config.embedding))
     parts = {}
     if batch.embedding is not None:
         pooled = pool_pairs(hidden, batch.embedding, config)
@@ -110,7 +97,7 @@ def joint_loss(
 
 
 def weighted_sum(
-    parts: dict[str, Float[Array, ""]], model: Mistral, config: LossConfig
+    parts: dict[str, Float[Array, ""]], model: Decoder, config: LossConfig
 ) -> Float[Array, ""]:
     """Returns the parts of the loss, added up with their weights."""
     weights = {
@@ -122,40 +109,16 @@ def weighted_sum(
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
 
 
-def batch_streams(batch: Batch, attention: str) -> list[Stream]:
+def batch_streams(batch: Batch, embedding: EmbeddingSpec) -> list[Stream]:
     """Returns what a batch has of queries, passages and chats, in this order."""
     streams = []
     if batch.embedding is not None:
-        streams.append(embedding_stream(batch.embedding.queries, attention))
-        streams.append(embedding_stream(batch.embedding.passages, attention))
+        streams.append(embedding.stream(batch.embedding.queries))
+        streams.append(embedding.stream(batch.embedding.passages))
     if batch.chats is not None:
         chats = batch.chats
         streams.append(Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True))
     return streams
-
-
-def embed_texts(
-    model: Mistral, texts: PackedTexts, config: LossConfig
-) -> Float[Array, "num_texts D"]:
-    """Returns the normalised embedding of each text, in float32."""
-    (hidden,), _ = model.run([embedding_stream(texts, config.attention)])
-    return normalize(model.project(_pool(hidden, texts, config)))
-
-
-def embedding_stream(texts: PackedTexts, attention: str) -> Stream:
-    """Returns texts to be embedded as a stream that is read in the pattern `attention`.
-
-    What is not pooled, `<s>` and instruction, is governed by the first letter, the rest by the
-    second.
-    """
-    instruction, text = attention[:2]
-    return Stream(
-        texts.tokens,
-        texts.segment_ids,
-        texts.positions,
-        is_causal=text == "c",
-        causal_tokens=None if instruction == text else ~texts.mask,
-    )
 
 
 def pool_pairs(
@@ -166,13 +129,13 @@ def pool_pairs(
     So the pooled texts of parts of a batch add up to those of the whole.
     """
     return (
-        _pool(hidden[0], batch.queries, config),
-        _pool(hidden[1], batch.passages, config),
+        config.embedding.pool(hidden[0], batch.queries),
+        config.embedding.pool(hidden[1], batch.passages),
     )
 
 
 def embedding_loss(
-    model: Mistral,
+    model: Decoder,
     loss_parameters: LossParameters,
     pooled: tuple[Float[Array, "Q D"], Float[Array, "P D"]],
     batch: EmbeddingBatch,
@@ -182,12 +145,12 @@ def embedding_loss(
     temperature = config.temperature
     if config.learn_temperature:
         temperature = jnp.exp(loss_parameters["log_temperature"])
-    queries, passages = (normalize(model.project(texts)) for texts in pooled)
+    queries, passages = (config.embedding.project(model, texts) for texts in pooled)
     return contrastive_loss(
         queries,
         passages,
         batch.positives,
-        batch.passage_contents,
+        batch.passage_ids,
         temperature,
         is_symmetric=config.is_symmetric,
     )
@@ -206,7 +169,7 @@ def chat_weights(chats: PackedTexts, config: LossConfig) -> Float[Array, "B S"]:
 
 
 def generative_loss(
-    model: Mistral,
+    model: Decoder,
     hidden: Float[Array, "B S D"],
     chats: PackedTexts,
     weights: Float[Array, "B S"],
@@ -220,17 +183,3 @@ def generative_loss(
         weights,
         logits_dtype=model.config.logits_dtype,
     )
-
-
-def _pool(hidden: jax.Array, texts: PackedTexts, config: LossConfig) -> jax.Array:
-    return pool(
-        hidden, texts.mask, texts.segment_ids, texts.positions, texts.num_texts, config.pooling
-    )
-
-
-def _problem_of_pattern(attention: str) -> str:
-    if len(attention) != 4 or set(attention) - set("bc"):
-        return "four letters, each b (bidirectional) or c (causal)"
-    if attention.endswith("cc"):
-        return "an instruction that sees its text would show it to tokens that are to be causal"
-    return "a chat is generated one token after the other, each from those before it"

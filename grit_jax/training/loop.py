@@ -50,7 +50,7 @@ def train(
       say: told of each shape that has to be compiled.
     """
     step = int(state.step)
-    is_causal = trainer.loss_config.attention[1] == "c"
+    is_causal = trainer.loss_config.embedding.attention[1] == "c"
     compiled = set()
     with jax.set_mesh(trainer.mesh):
         coming = next(batches, None)
@@ -115,7 +115,7 @@ class NotFiniteError(Exception):
     """The gradient was not finite too many steps in a row."""
 
 
-class SkippedSteps:
+class SkipGuard:
     """A hook that stops a run whose steps are skipped, because their gradient is not finite.
 
     It looks at the step before, which is over: waiting for the last would leave the devices idle.

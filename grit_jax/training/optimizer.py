@@ -15,20 +15,20 @@ LOSS_PARAMETERS = "loss"
 
 
 def learning_rate_schedule(
-    learning_rate: float, warmup_fraction: float, steps: int, schedule: str = "linear"
+    learning_rate: float, warmup_ratio: float, steps: int, schedule: str = "linear"
 ) -> optax.Schedule:
     """Returns linear warm-up to `learning_rate`, then a decay to 0 at `steps`.
 
     Args:
       learning_rate: the highest.
-      warmup_fraction: share of the steps that the warm-up takes.
+      warmup_ratio: share of the steps that the warm-up takes.
       steps: of the run.
       schedule: how it decays: "linear", "cosine", or "constant" (it does not).
 
     Raises:
       ValueError: the schedule is unknown.
     """
-    warmup_steps = int(warmup_fraction * steps)
+    warmup_steps = int(warmup_ratio * steps)
     left = max(steps - warmup_steps, 1)
     decays = {
         "linear": optax.schedules.linear_schedule(learning_rate, 0.0, left),
@@ -50,20 +50,20 @@ def make_optimizer(
     beta2: float,
     epsilon: float,
     weight_decay: float,
-    clip_norm: float,
-    token_embedding_factor: float,
-    moment_dtype: str,
+    max_grad_norm: float,
+    embedding_lr_multiplier: float,
+    mu_dtype: str,
 ) -> optax.GradientTransformation:
     """Returns AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
 
     It moves a tree with the keys "model" and "loss", what the loss itself learns; only the model's
-    weights decay. The token embeddings move by `token_embedding_factor` times the schedule's rate.
+    weights decay. The token embeddings move by `embedding_lr_multiplier` times the schedule's rate.
     Adam's updates are about a learning rate large whatever the parameter's size, and from random
     weights the embeddings are far larger than the layers' matrices (as in arXiv 2203.03466).
 
     A gradient that is not finite changes neither parameters nor moments, and is counted.
 
-    `moment_dtype` is the type of the first moment. The second is in float32 whatever the
+    `mu_dtype` is the type of the first moment. The second is in float32 whatever the
     parameters are: it changes by a thousandth at a time, which bfloat16 would round away.
     """
     adamw = optax.adamw(
@@ -72,13 +72,13 @@ def make_optimizer(
         b2=beta2,
         eps=epsilon,
         weight_decay=weight_decay,
-        mu_dtype=moment_dtype,
+        mu_dtype=mu_dtype,
         mask=_is_of_model,
     )
     chain = optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+        optax.clip_by_global_norm(max_grad_norm),
         adamw,
-        optax.masked(optax.scale(token_embedding_factor), _is_token_embedding),
+        optax.masked(optax.scale(embedding_lr_multiplier), _is_token_embedding),
     )
     # Never to give up and take such a gradient all the same: who trains decides when to stop.
     return optax.apply_if_finite(_in_float32(chain), jnp.iinfo(jnp.int32).max)

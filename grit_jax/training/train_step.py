@@ -12,14 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from grit_jax.data.batch import Batch, PackedTexts
-from grit_jax.models import Mistral, MistralConfig, make_model
+from grit_jax.models import Decoder, ModelConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY
-from grit_jax.sharding import MeshError, partition_spec, variable_shardings
+from grit_jax.sharding import MeshError, check_sizes_fit_mesh, partition_spec, variable_shardings
 from grit_jax.training.grad_cache import chunked_value_and_grad
 from grit_jax.training.joint_loss import LossConfig, initial_loss_parameters, joint_loss
 
 # Metrics, and the fields of the optimizer's state that hold them (`optax.apply_if_finite`).
-COUNTS_OF_SKIPPED_STEPS = {
+SKIP_METRICS = {
     "steps_skipped": "total_notfinite",
     "steps_skipped_in_a_row": "notfinite_count",
 }
@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(
         self,
-        model_config: MistralConfig,
+        model_config: ModelConfig,
         loss_config: LossConfig,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
@@ -132,14 +132,14 @@ class Trainer:
             start = jax.jit(self._state_of, out_shardings=self.shardings, donate_argnums=0)
             return start(parameters)
 
-    def model(self, parameters: nnx.State) -> Mistral:
+    def model(self, parameters: nnx.State) -> Decoder:
         """Returns the model with these parameters, which are all that it has."""
         return nnx.merge(self.model_graph, parameters)
 
     def to_devices(self, batch: Any) -> Any:
         """Returns a tree of host arrays as global arrays: rows over data shards, the rest whole.
 
-        Of rows each process gives those of its own devices (`held_shards`), or all of them.
+        Of rows each process gives those of its own devices (`local_shards`), or all of them.
         """
         rows = NamedSharding(self.mesh, partition_spec("batch"))
         whole = NamedSharding(self.mesh, PartitionSpec())
@@ -197,7 +197,7 @@ class Trainer:
         # Squares of bfloat16 would be added up in bfloat16.
         gradient_norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
         metrics = {**parts, "gradient_norm": gradient_norm}
-        for name, field in COUNTS_OF_SKIPPED_STEPS.items():
+        for name, field in SKIP_METRICS.items():
             if (count := optax.tree.get(optimizer_state, field)) is not None:
                 metrics[name] = count
         next_state = TrainState(
@@ -208,7 +208,7 @@ class Trainer:
     def _loss_and_gradient(
         self, trained: dict[str, Any], frozen: nnx.State, batch: Batch
     ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        def model_of(trained: dict[str, Any]) -> Mistral:
+        def model_of(trained: dict[str, Any]) -> Decoder:
             return self.model(nnx.merge_state(trained["model"], frozen))
 
         def loss(trained: dict[str, Any]):
@@ -227,7 +227,7 @@ class Trainer:
         )
 
 
-def trained_parameters(config: MistralConfig) -> Any:
+def trained_parameters(config: ModelConfig) -> Any:
     """Returns NNX's filter of the parameters that are trained.
 
     These are all, or of a model with low-rank updates those alone, and the layer that makes
@@ -238,7 +238,7 @@ def trained_parameters(config: MistralConfig) -> Any:
     return nnx.Any(nnx.LoRAParam, nnx.PathContains("embedding_projection"))
 
 
-def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
+def check_model_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Checks that the mesh can split the model so, and has the memory that the model names.
 
     Raises:
@@ -257,26 +257,3 @@ def check_model_fits_mesh(config: MistralConfig, mesh: Mesh) -> None:
     if ways > 1 and not hasattr(config, "num_local_experts"):
         raise MeshError(f"config.mesh.expert={ways} is for a Mixtral: leave it at 1")
     check_sizes_fit_mesh(config, mesh)
-
-
-def check_sizes_fit_mesh(config: MistralConfig, mesh: Mesh) -> None:
-    """Checks that the mesh divides what it splits of the model.
-
-    Raises:
-      MeshError: it does not; the message names the model's field and the mesh's.
-    """
-    split_by = {
-        "hidden_size": "fsdp",
-        "num_attention_heads": "tensor",
-        "num_key_value_heads": "tensor",
-        "intermediate_size": "tensor",
-        "vocab_size": "tensor",
-        "num_local_experts": "expert",
-    }
-    for field, axis in split_by.items():
-        size, ways = getattr(config, field, 0), mesh.shape[axis]  # A Mistral has no experts.
-        if size % ways:
-            raise MeshError(
-                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}: choose "
-                "other sizes of the mesh, or fewer devices"
-            )

@@ -20,8 +20,8 @@ from tokenizer_files import write_tokenizer
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, GgufModel, open_model
 from grit_jax.conversion.orbax_model import write_orbax
-from grit_jax.data.tokenizer import Tokenizer, tokenizer_path
 from grit_jax.sharding import make_mesh
+from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
 
 FOLDER = reference_values.FOLDER / "tiny-mistral"
 KINDS = gguf.GGMLQuantizationType

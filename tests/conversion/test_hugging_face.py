@@ -18,14 +18,14 @@ from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
-from grit_jax.data.examples import chat_text
-from grit_jax.data.formats import turns_of_messages
-from grit_jax.data.templates import chat_prompt, embedding_prefix
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import find_end_tokens
+from grit_jax.conversion.stored_tokenizer import find_end_tokens
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
-from grit_jax.training.checkpoints import Checkpoints, Retention
+from grit_jax.text.examples import chat_text
+from grit_jax.text.formats import turns_of_messages
+from grit_jax.text.templates import chat_prompt, embedding_prefix
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.train_step import Trainer
 
@@ -242,7 +242,7 @@ def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_mod
     state = trainer.state_from(stored.load, seed=0)
     state.parameters["embedding_projection"]["bias"][...] = jnp.arange(12.0)
     folder = epath.Path(tmp_path / "checkpoints")
-    with Checkpoints(folder, config, {}, 1, Retention(keep=1)) as checkpoints:
+    with Checkpoints(folder, config, {}, 1, RetentionPolicy(keep=1)) as checkpoints:
         checkpoints.save(1, state)
     for dtype in ("float32", "bfloat16"):
         write_hugging_face(open_model(tmp_path), tmp_path / dtype, dtype=dtype)

@@ -10,12 +10,12 @@ import numpy as np
 from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
+from grit_jax.data.batch_plan import deduplicated_ids
 from grit_jax.data.batches import Batches, read_ahead
-from grit_jax.data.draws import HomogeneousStream, MixedStream
-from grit_jax.data.examples import EmbeddingExample, Text
 from grit_jax.data.manifest import Lengths, PreparedDataError, fingerprint
-from grit_jax.data.plan import number_contents
+from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
+from grit_jax.text.examples import EmbeddingExample, Text
 
 ROW_LENGTHS = {"query": 16, "passage": 24, "chat": 32}
 GROUP_SIZE = 3
@@ -39,8 +39,8 @@ def make_batches(
     folder,
     rates=None,
     chat_rates=None,
-    embedding=HomogeneousStream,
-    generative=MixedStream,
+    embedding=SingleDatasetSampler,
+    generative=MixedSampler,
     batch_sizes=(8, 4),
     group_size=GROUP_SIZE,
     shards=SHARDS,
@@ -68,7 +68,7 @@ def batches(folder):
     return make_batches(folder)
 
 
-@pytest.fixture(scope="module", params=[HomogeneousStream, MixedStream])
+@pytest.fixture(scope="module", params=[SingleDatasetSampler, MixedSampler])
 def any_batches(request, folder):
     chats = {"chats": 0.5, "short_chats": 0.5}
     return make_batches(folder, chat_rates=chats, embedding=request.param, generative=request.param)
@@ -138,7 +138,7 @@ def test_contents_are_equal_just_where_passages_are(any_batches):
     for step in range(25):
         batch = any_batches[step].embedding
         passages = texts_of(batch.passages)
-        contents = batch.passage_contents.tolist()
+        contents = batch.passage_ids.tolist()
         assert [content == -1 for content in contents] == [p is None for p in passages]
         pairs = [(p[0], c) for p, c in zip(passages, contents, strict=True) if p is not None]
         for tokens, content in pairs:
@@ -149,9 +149,9 @@ def test_contents_are_equal_just_where_passages_are(any_batches):
 
 
 def test_copies_may_be_negatives_as_in_the_original(folder, batches):
-    other = make_batches(folder, copies_are_negatives=True)
+    other = make_batches(folder, duplicate_positives_are_negatives=True)
     for step in range(5):
-        masked, plain = (b[step].embedding.passage_contents for b in (batches, other))
+        masked, plain = (b[step].embedding.passage_ids for b in (batches, other))
         np.testing.assert_array_equal(masked == -1, plain == -1)
         used = plain[plain >= 0]
         assert len(set(used.tolist())) == len(used)
@@ -160,9 +160,9 @@ def test_copies_may_be_negatives_as_in_the_original(folder, batches):
 def test_texts_that_begin_alike_have_different_contents():
     texts = [Text(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in ([1, 2], [1, 2, 3])]
     fingerprints = np.array([fingerprint(text) for text in [*texts, texts[0], texts[0]]], np.uint64)
-    np.testing.assert_array_equal(number_contents(fingerprints), [0, 1, 0, 0])
+    np.testing.assert_array_equal(deduplicated_ids(fingerprints), [0, 1, 0, 0])
     used = [False, True, True, True]
-    np.testing.assert_array_equal(number_contents(fingerprints, used), [-1, 1, 2, 2])
+    np.testing.assert_array_equal(deduplicated_ids(fingerprints, used), [-1, 1, 2, 2])
 
 
 def test_fingerprints_are_the_same_on_every_machine():
@@ -204,10 +204,10 @@ def test_short_texts_do_not_pay_for_rows_of_long_ones(folder):
 
 
 def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder, monkeypatch):
-    plain = MixedStream.previews
+    plain = MixedSampler.previews
     # Only the first dataset's batches are looked at.
     monkeypatch.setattr(
-        HomogeneousStream, "previews", lambda self: plain(self._streams[0], windows=1)
+        SingleDatasetSampler, "previews", lambda self: plain(self._streams[0], windows=1)
     )
     batches = make_batches(folder, {"short": 0.9, "full": 0.1})
     steps = range(40)
@@ -220,7 +220,7 @@ def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder, monkeypat
 
 
 def test_an_empty_batch_has_the_rows_of_all_hosts_and_no_text(folder):
-    host = make_batches(folder, held_shards=[2])
+    host = make_batches(folder, local_shards=[2])
     for shape in host.shapes:
         batch = host.empty(shape)
         rows = zip(shape.values(), shape_of(batch), strict=True)
@@ -233,9 +233,7 @@ def joined(parts):
     """The batch that hosts hold together, rows by host and all else from any of them."""
     for part in parts[1:]:
         np.testing.assert_array_equal(part.embedding.positives, parts[0].embedding.positives)
-        np.testing.assert_array_equal(
-            part.embedding.passage_contents, parts[0].embedding.passage_contents
-        )
+        np.testing.assert_array_equal(part.embedding.passage_ids, parts[0].embedding.passage_ids)
         assert part.num_tokens == parts[0].num_tokens
 
     def rows(texts):
@@ -246,7 +244,7 @@ def joined(parts):
         rows([part.embedding.queries for part in parts]),
         rows([part.embedding.passages for part in parts]),
         whole.embedding.positives,
-        whole.embedding.passage_contents,
+        whole.embedding.passage_ids,
     )
     return type(whole)(embedding, rows([part.chats for part in parts]), whole.num_tokens)
 
@@ -259,7 +257,7 @@ def joined(parts):
     mixed=st.booleans(),
 )
 def test_hosts_and_threads_give_the_same_bytes_at_any_step(folder, step, hosts, threads, mixed):
-    embedding = MixedStream if mixed else HomogeneousStream
+    embedding = MixedSampler if mixed else SingleDatasetSampler
     arguments = {"embedding": embedding, "batch_sizes": (24, 24)}
     whole = make_batches(folder, **arguments)[step]
     assert whole.chats.num_rows > SHARDS
@@ -267,7 +265,7 @@ def test_hosts_and_threads_give_the_same_bytes_at_any_step(folder, step, hosts, 
     parts = []
     for host in range(hosts):
         held = range(host * share, (host + 1) * share)
-        own = make_batches(folder, **arguments, held_shards=held)
+        own = make_batches(folder, **arguments, local_shards=held)
         # A run that continues reads nothing of the steps before.
         *_, part = read_ahead(own, max(0, step - 1), step + 1, threads=threads)
         parts.append(part)
@@ -276,7 +274,7 @@ def test_hosts_and_threads_give_the_same_bytes_at_any_step(folder, step, hosts, 
 
 
 def test_a_host_reads_no_example_but_for_its_rows(folder, monkeypatch):
-    host = make_batches(folder, held_shards=[2])
+    host = make_batches(folder, local_shards=[2])
     for step in range(10):
         read = {"embedding": 0, "generative": 0}
         for kind, stream in host._streams.items():
@@ -342,8 +340,8 @@ def sample_batches(prepared_sample):
     pairs = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
     chats = {"wordnet_chat": 0.75, "jargon_chat": 0.25}
     streams = {
-        "embedding": HomogeneousStream(open_datasets(prepared_sample, pairs), 128, 2, seed=0),
-        "generative": MixedStream(open_datasets(prepared_sample, chats), 8, 0, seed=1),
+        "embedding": SingleDatasetSampler(open_datasets(prepared_sample, pairs), 128, 2, seed=0),
+        "generative": MixedSampler(open_datasets(prepared_sample, chats), 8, 0, seed=1),
     }
     longest = dict.fromkeys(("query", "passage", "chat"), 512)
     return Batches(streams, RowLimits(longest=longest, length_multiple=8, count_multiple=1))

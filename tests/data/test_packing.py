@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import fit_rows, pack, plan_rows
+from grit_jax.text.examples import Text
 
 ROW_LENGTH = 32
 lengths_of_texts = st.lists(st.integers(0, ROW_LENGTH), max_size=60)

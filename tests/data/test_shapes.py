@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grit_jax.data.packing import fit_rows
-from grit_jax.data.shapes import KindOfStep, RowLimits, Rows, best_rows, choose_shapes
+from grit_jax.data.shapes import RowLimits, Rows, StepProfile, best_rows, choose_row_shapes
 
 
 def limits(longest=64, length_multiple=8, count_multiple=4):
@@ -23,12 +23,12 @@ def kind(share, random, queries=(30, 10), chats=(20, 10), steps=8):
     def seen(count, mean):
         return [random.integers(mean - 2, mean + 3, count).tolist() for _ in range(steps)]
 
-    return KindOfStep(share, {"query": seen(*queries), "chat": seen(*chats)})
+    return StepProfile(share, {"query": seen(*queries), "chat": seen(*chats)})
 
 
 def choose(kinds, most_texts=60, **changes):
     longest = dict.fromkeys(("query", "chat"), 32)
-    return choose_shapes(kinds, longest, dict.fromkeys(longest, most_texts), limits(**changes))
+    return choose_row_shapes(kinds, longest, dict.fromkeys(longest, most_texts), limits(**changes))
 
 
 def fits(shape, step):
@@ -43,7 +43,7 @@ def test_there_are_at_most_four_shapes_and_any_step_fits_the_last(data):
     lengths = st.lists(st.integers(1, 32), min_size=1, max_size=20)
     seen = st.lists(lengths, min_size=1, max_size=4)
     kinds = [
-        KindOfStep(
+        StepProfile(
             data.draw(st.floats(0.01, 1)), {"query": data.draw(seen), "chat": data.draw(seen)}
         )
         for _ in range(data.draw(st.integers(1, 6)))
@@ -94,7 +94,7 @@ def test_of_many_kinds_the_common_ones_decide():
 def test_a_step_a_little_fuller_than_all_that_were_seen_fits_the_spare_shape():
     random = np.random.default_rng(0)
     seen = kind(1.0, random, (60, 8)).seen["query"]
-    shapes = choose([KindOfStep(1.0, {"query": seen, "chat": [[10] * 20]})], count_multiple=1)
+    shapes = choose([StepProfile(1.0, {"query": seen, "chat": [[10] * 20]})], count_multiple=1)
     places = shapes[0]["query"].places
     fuller = {"query": [8] * (1 + places // 8), "chat": [10] * 20}
     assert not fits(shapes[0], fuller)

@@ -10,7 +10,7 @@ from documents import ROOT, Reader
 import pytest
 from tpu_scripts.conftest import QUICK, Pod
 
-from grit_jax.data.sample import SAMPLE_FOLDER
+from grit_jax.sample import SAMPLE_FOLDER
 
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),

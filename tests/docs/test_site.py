@@ -14,11 +14,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = (
     "grit_jax.inference.gritlm.GritLM.encode",
-    "grit_jax.inference.index.build_index",
-    "grit_jax.inference.index.DocumentIndex.search",
-    "grit_jax.inference.rag.Answerer.ask",
-    "grit_jax.data.templates.embedding_prefix",
-    "grit_jax.models.mistral.Mistral.__call__",
+    "grit_jax.rag.index.build_index",
+    "grit_jax.rag.index.DocumentIndex.search",
+    "grit_jax.rag.pipeline.Answerer.ask",
+    "grit_jax.text.templates.embedding_prefix",
+    "grit_jax.models.decoder.Mistral.__call__",
     "grit_jax.sharding.make_mesh",
     "grit_jax.conversion.open_model",
     "grit_jax.conversion.export.write_hugging_face",

@@ -10,7 +10,7 @@ import yaml
 
 from grit_jax.evaluation.lm_eval_model import LmEvalModel
 from grit_jax.evaluation.paper import GENERATIVE, NUM_FEWSHOT
-from grit_jax.inference.inputs import InputError
+from grit_jax.inference.prompt_encoder import InputError
 
 pytestmark = pytest.mark.slow
 

@@ -15,14 +15,14 @@ from scipy.stats import spearmanr
 
 from grit_jax import GritLM
 from grit_jax.conversion import open_model
-from grit_jax.data.templates import EMBED, embedding_prefix
 from grit_jax.evaluation import evaluate_command
 from grit_jax.evaluation.mteb_model import MtebModel
 from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
 from grit_jax.evaluation.results import Results, ResultsError
 from grit_jax.evaluation.retrieval import retrieval_measures
-from grit_jax.inference.inputs import InputError
-from grit_jax.named_module import ModuleError
+from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.text.templates import EMBED, embedding_prefix
+from grit_jax.user_modules import ModuleError
 
 INSTRUCTIONS = {
     "ArguAna": "Given a claim, find documents that refute the claim",

@@ -11,7 +11,7 @@ import pytest
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
-from grit_jax.models import MistralConfig
+from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.train_step import Trainer
@@ -81,7 +81,7 @@ def held_out(tmp_path):
     random, mesh = np.random.default_rng(0), make_mesh(devices=jax.devices()[:1])
     write_prepared(tmp_path, "pairs", embedding_examples(random, 20, 12))
     write_prepared(tmp_path, "chats", chat_examples(random, 20, 24))
-    trainer = Trainer(MistralConfig(), LossConfig(), optax.sgd(0.1), mesh)
+    trainer = Trainer(ModelConfig(), LossConfig(), optax.sgd(0.1), mesh)
 
     def make(query=12, passage=12, chat=24):
         pairs, chats = (list(open_datasets(tmp_path, {name: 1.0})) for name in ("pairs", "chats"))

@@ -12,7 +12,7 @@ import pytest
 from experiments.build_data import build
 from experiments.files import read_lines
 from experiments.sources.debian import Debian
-from grit_jax.data.sample import SAMPLE_FOLDER
+from grit_jax.sample import SAMPLE_FOLDER
 
 NUM_WORDS, NUM_TERMS, NUM_PACKAGES, NUM_QUESTIONS, NUM_ITEMS = 120, 60, 80, 40, 30
 

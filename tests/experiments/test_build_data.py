@@ -12,9 +12,9 @@ from experiments.check import LeakError, check_folder
 from experiments.datasets import DATASETS, SMALLEST_CORPUS
 from experiments.files import read_lines, write_lines
 from experiments.sources.debian import Debian
-from grit_jax.data.examples import EXAMPLE_MAKERS, TextOptions
-from grit_jax.data.formats import in_form, kind_of_line
-from grit_jax.data.tokenizer import Tokenizer
+from grit_jax.text.examples import EXAMPLE_MAKERS, TextOptions
+from grit_jax.text.formats import kind_of_line, to_canonical
+from grit_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_dataset_has_both_sides_and_each_line_is_an_example(built):
         assert lines
         for line in lines[:40]:
             kind = kind_of_line(line)
-            example = EXAMPLE_MAKERS[kind](tokenizer, in_form(kind, line), options)
+            example = EXAMPLE_MAKERS[kind](tokenizer, to_canonical(kind, line), options)
             assert all(text.mask.any() for text in example.texts)
 
 

@@ -11,9 +11,9 @@ from small_model import small_model
 from experiments import baselines, measure
 from experiments.files import read_lines, write_lines
 from experiments.gritlm import Measured
-from grit_jax.data.examples import chat_text
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import InputError
+from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.text.examples import chat_text
+from grit_jax.text.tokenizer import Tokenizer
 
 DOCUMENTS = ["alpha", "beta", "gamma", "delta"]
 

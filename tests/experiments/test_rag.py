@@ -5,7 +5,7 @@ from small_model import small_model
 
 from experiments import measure_model, rag
 from experiments.files import read_lines
-from grit_jax.inference.rag import Answered
+from grit_jax.rag.pipeline import RagAnswer
 
 
 def test_questions_are_those_whose_answer_is_a_document(whole_data):
@@ -21,7 +21,7 @@ class Fixed:
 
     def ask(self, questions, max_new_tokens):
         assert questions == ["one?", "two?"]
-        return [Answered("It is uno.", [0], [1.0]), Answered("Not known.", [0], [0.5])]
+        return [RagAnswer("It is uno.", [0], [1.0]), RagAnswer("Not known.", [0], [0.5])]
 
 
 def test_an_answer_counts_that_has_the_definition_in_it():

@@ -16,11 +16,11 @@ import reference_values
 from tokenizer_files import write_sentencepiece, write_tokenizer
 
 from grit_jax import GritLM
-from grit_jax.data.templates import embedding_prefix
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import InputError, TokenIds
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.sharding import MeshError, make_mesh
+from grit_jax.text.templates import embedding_prefix
+from grit_jax.text.tokenizer import Tokenizer
 
 INSTRUCTION = embedding_prefix("Given a word, retrieve its meaning")
 TEXTS = ["A short one", "ünïcödé 🙂", "one\nmore line  and spaces", "word " * 300, "x" * 500, "Hm"]
@@ -230,7 +230,7 @@ def test_token_ids_are_read_as_they_are(model):
 
 def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named(tmp_path):
     tokenizer = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
-    ids = TokenIds(tokenizer, tokenizer.vocab_size)
+    ids = PromptEncoder(tokenizer, tokenizer.vocab_size)
     for instruction in ("find", ""):
         assert ids.after(instruction, "fox", begin=True, name="text 3").mask.any()
         with pytest.raises(InputError, match="text 3 has nothing that the tokenizer keeps"):

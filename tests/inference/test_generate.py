@@ -15,9 +15,9 @@ import reference_values
 from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel
 from grit_jax.conversion.export import write_hugging_face
-from grit_jax.data.templates import chat_prompt
-from grit_jax.inference.inputs import InputError
+from grit_jax.inference.prompt_encoder import InputError
 from grit_jax.sharding import make_mesh
+from grit_jax.text.templates import chat_prompt
 
 PROMPTS = [
     chat_prompt("Who are you?", is_first=True),

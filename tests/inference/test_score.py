@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tokenizer_files import write_tokenizer
 
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import InputError, TokenIds
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
 from grit_jax.inference.score import as_continuations
+from grit_jax.text.tokenizer import Tokenizer
 
 PROMPT = "The capital of France is"
 
@@ -97,7 +97,7 @@ STRINGS = st.text("abst 12\n.é", min_size=1, max_size=12)
 @given(STRINGS.filter(str.strip), STRINGS, st.booleans())
 def test_every_character_of_a_continuation_is_scored_once(prompt, continuation, is_bytes):
     tokenizer = bytes_tokenizer() if is_bytes else Tokenizer()
-    token_ids = TokenIds(tokenizer, tokenizer.vocab_size)
+    token_ids = PromptEncoder(tokenizer, tokenizer.vocab_size)
     (pair,) = as_continuations(token_ids, [prompt], [continuation], 700, begin=True)
     whole = [*pair.prompt, *pair.tokens]
     assert whole == [tokenizer.bos_id, *tokenizer.encode(prompt + continuation)]

@@ -7,8 +7,8 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from grit_jax.models import AttentionError, Mistral, MistralConfig, Stream
-from grit_jax.models.attention import Visibility, attention
+from grit_jax.models import AttentionError, Decoder, ModelConfig, Stream
+from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.splash import largest_block
 from grit_jax.sharding import make_mesh, partition_spec, variable_shardings
 
@@ -66,7 +66,7 @@ PICTURES = {
 KINDS = {
     "full": {"is_causal": False},
     "causal": {"is_causal": True},
-    "causal instruction": {"is_causal": False, "causal_queries": INSTRUCTION},
+    "causal instruction": {"is_causal": False, "causal_query_mask": INSTRUCTION},
     "window": {"is_causal": False, "sliding_window": 2},
     "causal window": {"is_causal": True, "sliding_window": 2},
 }
@@ -75,7 +75,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_what_a_token_sees(kind):
     expected = [[place == "x" for place in line.split()] for line in PICTURES[kind].split("\n")]
-    mask = Visibility(SEGMENTS, POSITIONS, **KINDS[kind]).mask()
+    mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).mask()
     np.testing.assert_array_equal(mask[0], expected[1:-1])
 
 
@@ -108,7 +108,7 @@ def heads_and_gradients(implementation, kind, mesh=None):
     weights = generator.normal(size=shapes[0]).astype(np.float32) * is_token
 
     def loss(query, key, value, segment_ids, positions):
-        visibility = Visibility(segment_ids, positions, **kind)
+        visibility = AttentionMask(segment_ids, positions, **kind)
         mixed = attention(query, key, value, visibility, implementation, BLOCK)
         return jnp.sum(mixed * weights), mixed
 
@@ -152,7 +152,7 @@ def test_splash_gives_the_numbers_and_gradients_of_xla(is_causal, sliding_window
         ({"is_causal": True}, True),
         ({"is_causal": False}, True),
         ({"is_causal": True, "sliding_window": WINDOW}, True),
-        ({"is_causal": False, "causal_queries": np.ones((2, 256), bool)}, False),
+        ({"is_causal": False, "causal_query_mask": np.ones((2, 256), bool)}, False),
         ({"is_causal": True, "cached": 2 * (np.ones((2, 256), np.int32),)}, False),
         ({"is_causal": True, "length": 200}, False),
     ],
@@ -163,7 +163,7 @@ def test_auto_takes_the_kernel_on_a_tpu_where_it_serves(monkeypatch, case, has_k
     kind = {name: value for name, value in case.items() if name != "length"}
     places = jnp.ones((2, length), jnp.int32)
     heads = [jnp.ones((2, length, count, HEAD_DIM)) for count in (HEADS, KEY_HEADS, KEY_HEADS)]
-    program = jax.jit(lambda *heads: attention(*heads, Visibility(places, places, **kind)))
+    program = jax.jit(lambda *heads: attention(*heads, AttentionMask(places, places, **kind)))
     lowered = program.trace(*heads).lower(lowering_platforms=("tpu",))
     assert ("tpu_custom_call" in lowered.as_text()) == has_kernel
 
@@ -184,8 +184,8 @@ TOKENS = np.arange(2 * 128, dtype=np.int32).reshape(2, 128) % 64
 
 
 def make_model(implementation, **fields):
-    config = MistralConfig(**SIZES | fields, attention_implementation=implementation)
-    return Mistral(config, rngs=nnx.Rngs(0))
+    config = ModelConfig(**SIZES | fields, attention_implementation=implementation)
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 def hidden_and_gradients(model, tokens, mesh):
@@ -197,7 +197,7 @@ def hidden_and_gradients(model, tokens, mesh):
     def loss(state):
         kinds = (False, True)
         streams = [Stream(tokens, segment_ids, positions, is_causal) for is_causal in kinds]
-        hidden, _ = nnx.merge(graph, state).run(streams)
+        hidden, _ = nnx.merge(graph, state).forward_streams(streams)
         return sum(jnp.sum(h * weights) for h in hidden), hidden
 
     with jax.set_mesh(mesh):
@@ -220,7 +220,7 @@ def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configur
 
 def read_partly_causal(model):
     ones = jnp.ones_like(TOKENS)
-    model.run([Stream(TOKENS, ones, TOKENS, is_causal=False, causal_tokens=ones > 0)])
+    model.forward_streams([Stream(TOKENS, ones, TOKENS, is_causal=False, causal_tokens=ones > 0)])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import reference_values
 
 from grit_jax.sharding import make_mesh, variable_shardings
-from grit_jax.training.joint_loss import embedding_stream
+from grit_jax.objectives.embedding import EmbeddingSpec
 
 ARCHITECTURES = ("mistral", "mixtral")
 # The widths of the calls that a text is read in: a prompt, single tokens, a longer insertion.
@@ -114,7 +114,7 @@ def test_an_instruction_read_causally_and_its_text_bidirectionally_on_top():
     model = reference_values.load_model("mistral")
     tokens, mask = np.arange(3, 15)[None], np.arange(12)[None] >= 5
     texts = reference_values.packed_texts(tokens, np.ones_like(mask), mask)
-    (whole,), _ = model.run([embedding_stream(texts, "cbcc")])
+    (whole,), _ = model.forward_streams([EmbeddingSpec(attention="cbcc").stream(texts)])
     instruction, cache = model(tokens[:, :5], cache=model.make_cache(1, 12))
     text, _ = model(tokens[:, 5:], is_causal=False, cache=cache)
     assert_close(jnp.concatenate([instruction, text], axis=1), whole)

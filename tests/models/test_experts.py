@@ -10,10 +10,10 @@ import pytest
 
 from grit_jax.models import experts as experts_module
 from grit_jax.models.experts import (
-    INTO_EXPERTS,
-    OUT_OF_EXPERTS,
+    EXPERT_UP_AXES,
+    EXPERT_DOWN_AXES,
     apply_experts,
-    gather_slices,
+    ragged_all_to_all_on_cpu,
     grouped_matmul,
 )
 from grit_jax.models.mixtral import Experts, MixtralConfig
@@ -105,8 +105,8 @@ def test_one_device_does_what_a_loop_over_the_experts_does(num_tokens):
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_eight_devices_do_what_a_loop_over_the_experts_does(axes):
     mesh = make_mesh(**axes)
-    batch, into = partition_spec("batch", None), partition_spec(*INTO_EXPERTS)
-    specs = (batch, batch, batch, into, into, partition_spec(*OUT_OF_EXPERTS))
+    batch, into = partition_spec("batch", None), partition_spec(*EXPERT_UP_AXES)
+    specs = (batch, batch, batch, into, into, partition_spec(*EXPERT_DOWN_AXES))
     shardings = [jax.NamedSharding(mesh, spec) for spec in specs]
     for routing, experts in routings(48).items():
         inputs = make_inputs(48, experts)
@@ -176,7 +176,7 @@ def test_gathered_slices_are_those_of_ragged_all_to_all():
     mesh = make_mesh(fsdp=1, expert=2, devices=jax.devices()[:2])
     of_devices = jax.P(mesh_axes("experts"))
     exchange = jax.shard_map(
-        functools.partial(gather_slices, axis=mesh_axes("experts")[0]),
+        functools.partial(ragged_all_to_all_on_cpu, axis=mesh_axes("experts")[0]),
         mesh=mesh,
         in_specs=of_devices,
         out_specs=of_devices,

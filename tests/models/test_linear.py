@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import LoraConfig, MistralConfig, MixtralConfig, make_model
+from grit_jax.models import LoraConfig, ModelConfig, MixtralConfig, make_model
 
 SIZES = {
     "vocab_size": 32,
@@ -23,7 +23,7 @@ SIZES = {
 }
 LORA = LoraConfig(rank=3, alpha=6.0, targets="*")
 CONFIGS = [
-    MistralConfig(**SIZES, lora=LORA),
+    ModelConfig(**SIZES, lora=LORA),
     MixtralConfig(**SIZES, lora=LORA, num_local_experts=4, router_aux_loss_coef=0.5),
 ]
 ATTENTION = ["attention.query", "attention.key", "attention.value", "attention.output"]
@@ -108,7 +108,7 @@ def test_an_adapted_model_is_the_one_with_the_updates_added_to_its_weights(confi
 
 
 def test_the_update_is_not_rounded_as_the_weight_is():
-    config = MistralConfig(**SIZES, lora=LORA, param_dtype="bfloat16", dtype="float32")
+    config = ModelConfig(**SIZES, lora=LORA, param_dtype="bfloat16", dtype="float32")
     state = nnx.state(nnx.eval_shape(lambda: make_model(config, 0)))
     for path, leaf in flatten_dict(nnx.to_pure_dict(state)).items():
         assert leaf.dtype == ("float32" if path[-1] in ("a", "b") else "bfloat16"), path
@@ -147,6 +147,6 @@ def test_patterns_choose_layers(targets, chosen):
 @pytest.mark.parametrize("targets", ["attention.qery", "attention.*,mlp.*", "", "query"])
 def test_a_pattern_that_matches_nothing_names_the_layers_that_there_are(targets):
     with pytest.raises(ValueError, match="matches no linear layer") as error:
-        MistralConfig(**SIZES, lora=LoraConfig(rank=1, alpha=1.0, targets=targets))
+        ModelConfig(**SIZES, lora=LoraConfig(rank=1, alpha=1.0, targets=targets))
     assert ", ".join([*ATTENTION, *FEED_FORWARD]) in str(error.value)
     assert targets.split(",")[-1] in str(error.value)

@@ -112,9 +112,9 @@ def test_five_steps_of_adamw(reference):
         beta2=0.999,
         epsilon=1e-8,
         weight_decay=0.0,
-        clip_norm=1.0,
-        token_embedding_factor=1.0,
-        moment_dtype="float32",
+        max_grad_norm=1.0,
+        embedding_lr_multiplier=1.0,
+        mu_dtype="float32",
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     trainer = Trainer(model.config, loss_config, optimizer, mesh)

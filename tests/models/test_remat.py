@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import MistralConfig, MixtralConfig, make_model
+from grit_jax.models import ModelConfig, MixtralConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY, REMAT_POLICIES
 from grit_jax.sharding import MeshError, make_mesh
 from grit_jax.training.train_step import check_model_fits_mesh
@@ -22,7 +22,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-CONFIGS = {"mistral": MistralConfig, "mixtral": MixtralConfig}
+CONFIGS = {"mistral": ModelConfig, "mixtral": MixtralConfig}
 
 
 def compile_gradient(config):
@@ -93,12 +93,12 @@ def mesh_of(*devices):
 
 def test_offloading_needs_a_memory_to_offload_to():
     mesh = mesh_of(["device"])
-    check_model_fits_mesh(MistralConfig(**SIZES, remat="save_matmuls"), mesh)
+    check_model_fits_mesh(ModelConfig(**SIZES, remat="save_matmuls"), mesh)
     with pytest.raises(MeshError, match=r"config\.model\.remat='offload'.*abacus"):
-        check_model_fits_mesh(MistralConfig(**SIZES, remat="offload"), mesh)
+        check_model_fits_mesh(ModelConfig(**SIZES, remat="offload"), mesh)
 
 
 def test_offloading_asks_the_devices_of_this_process():
     # TPUs of other processes, which may come first, tell of no memory.
     mesh = mesh_of([], ["device", HOST_MEMORY])
-    check_model_fits_mesh(MistralConfig(**SIZES, remat="offload"), mesh)
+    check_model_fits_mesh(ModelConfig(**SIZES, remat="offload"), mesh)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool, sum_by_text
+from grit_jax.text.examples import Text
 
 DIMENSION = 5
 ROW_LENGTH = 12

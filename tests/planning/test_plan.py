@@ -15,7 +15,7 @@ from grit_jax.config import ConfigError, default_config
 from grit_jax.planning import plan as plan_module
 from grit_jax.planning.chips import CHIPS, describe_topology, dimensions_spanned
 from grit_jax.planning.plan import fastest, make_plan, search
-from grit_jax.planning.program import work_of
+from grit_jax.planning.program import program_cost
 from grit_jax.sharding import MeshError, make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform")
@@ -63,7 +63,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
     # Rows are split over the chips, and each weight along its inputs: gathered once a layer.
     rows, weights = array(2048, 512, spec=("x",)), array(6, 512, 512, spec=(None, "x"))
-    work = work_of(compile_for(topology, layers, rows, weights), 4)
+    work = program_cost(compile_for(topology, layers, rows, weights), 4)
     assert work.flops == 6 * 2 * (2048 // 4) * 512 * 512
     gathers = {c: n for c, n in work.collectives.items() if c.kind == "all-gather"}
     assert sum(n * c.num_bytes for c, n in gathers.items()) == 6 * 512 * 512 * 2
@@ -87,7 +87,7 @@ def test_a_loop_whose_counter_goes_by_twos_counts_its_turns():
         return jax.lax.while_loop(lambda carried: carried[0] < 15, turn, (0, rows))[1]
 
     # As where the compiler has unrolled a loop.
-    assert work_of(compile_for(None, loop, rows, rows), 1).flops == 8 * 2 * 256**3
+    assert program_cost(compile_for(None, loop, rows, rows), 1).flops == 8 * 2 * 256**3
 
 
 def test_a_copy_beside_other_work_moves_what_it_copies_once():
@@ -104,7 +104,7 @@ ENTRY %main (given: bf16[8,128,128]) -> bf16[1,128,128] {{
   ROOT %copy-done = {one} copy-done(%copy-start)
 }}
 """
-    assert work_of(text, 1).hbm_bytes == 2 * 128 * 128 * 2
+    assert program_cost(text, 1).hbm_bytes == 2 * 128 * 128 * 2
 
 
 def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
@@ -125,7 +125,7 @@ def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     rows = jax.ShapeDtypeStruct((8, 1 << 20), jnp.float32, sharding=sharding)
     whole = NamedSharding(mesh, PartitionSpec())
     text = jax.jit(total, out_shardings=whole).lower(rows).compile().as_text()
-    work = work_of(text, 8)
+    work = program_cost(text, 8)
     sent = sum(n * c.num_bytes for c, n in work.collectives.items() if c.kind == "send")
     # Reduced within the slice first: each chip sends its share of the sum.
     assert sent == 4 * (1 << 20) / 4
@@ -155,7 +155,9 @@ def test_the_step_compiles_for_each_chip(monkeypatch, name, architecture, mesh, 
     config = small_config(**mesh)
     config.model.architecture, config.grad_cache_chunks = architecture, chunks
     programs = []
-    monkeypatch.setattr(plan_module, "work_of", lambda *a: programs.append(a[0]) or work_of(*a))
+    monkeypatch.setattr(
+        plan_module, "program_cost", lambda *a: programs.append(a[0]) or program_cost(*a)
+    )
     plan = make_plan(config, describe_topology(name), TOKENS)
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert kernel in programs[0]

@@ -52,7 +52,7 @@ def train(arguments: list[str]) -> None:
     launches = sorted({log.parent.name for log in run.parent.glob("launches/*/*.log")})
     act = plan[min(launches.index(launch), len(plan) - 1)]
     are_made = CLOUD / f"steps-of-{launch}"
-    if is_writer():
+    if is_primary():
         count = LAST_STEP if act == "finish" else newest(run) + 2 * (act != "get nowhere")
         make_steps(run, count)
         are_made.touch()
@@ -72,7 +72,7 @@ def make_steps(run: Path, last: int) -> None:
             metrics.write(json.dumps({"step": step}) + "\n")
 
 
-def is_writer() -> bool:
+def is_primary() -> bool:
     return WORKER.endswith("-w-0") and not WORKER.endswith("-1-w-0")
 
 
@@ -93,7 +93,7 @@ def preempted() -> None:
 
 def preempted_with_a_crash() -> None:
     """The workers that are left fail, and only the nodes themselves say that they are gone."""
-    if is_writer():
+    if is_primary():
         time.sleep(1)
         write_whole(CLOUD / "preempt", "ACTIVE")
         time.sleep(600)
@@ -106,12 +106,12 @@ def get_nowhere() -> None:
 
 def lose_a_worker() -> None:
     """JAX ends the others with SIGABRT."""
-    os.kill(os.getpid(), signal.SIGABRT if is_writer() else signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGABRT if is_primary() else signal.SIGKILL)
 
 
 def vanish() -> None:
     """Nothing of the run is left on a machine, as after its restart, and the others wait."""
-    if is_writer():
+    if is_primary():
         wait_for_sigterm()
     os.killpg(os.getpgid(0), signal.SIGKILL)
 

@@ -14,8 +14,8 @@ from small_run import SMALL
 from storage_server import StorageServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grit_jax.training.damage import DAMAGED
-from grit_jax.training.preemption import EXIT_CODE
+from grit_jax.training.checkpoint_recovery import DAMAGED
+from grit_jax.training.hooks.preemption import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = "commit_success.txt"

@@ -20,21 +20,21 @@ import optax
 import pytest
 import tensorstore
 
-from grit_jax.bucket import is_out_of_reach
+from grit_jax.bucket import is_transient_storage_error
 from grit_jax.conversion import OrbaxModel
-from grit_jax.models import MistralConfig
+from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
+from grit_jax.training.checkpoint_recovery import DamagedCheckpointWarning, is_damage
 from grit_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    Retention,
+    RetentionPolicy,
     describe_differences,
 )
-from grit_jax.training.damage import DamagedCheckpointWarning, is_damage
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.train_step import Trainer
 
-CONFIG = MistralConfig(
+CONFIG = ModelConfig(
     vocab_size=32,
     hidden_size=8,
     intermediate_size=8,
@@ -66,7 +66,7 @@ def states(trainer):
 
 def open_folder(folder, description=DESCRIPTION, config=CONFIG, **retention):
     return Checkpoints(
-        epath.Path(folder), config, description, 1, Retention(**{"keep": 10} | retention)
+        epath.Path(folder), config, description, 1, RetentionPolicy(**{"keep": 10} | retention)
     )
 
 
@@ -100,7 +100,7 @@ def test_how_a_model_is_used_makes_no_other_run_of_it(trainer, states, tmp_path)
     save_all(tmp_path, {1: states[1]})  # As an older version does, which does not say it.
     usage = {"grit": {"attention": "cccc"}, "eos_token_id": 7}
     with Checkpoints(
-        epath.Path(tmp_path), CONFIG, DESCRIPTION, 1, Retention(keep=10),
+        epath.Path(tmp_path), CONFIG, DESCRIPTION, 1, RetentionPolicy(keep=10),
         usage=usage, tokenizer={"tokenizer.json": b"{}", "another": b"2"},
     ) as checkpoints:  # fmt: skip
         assert int(checkpoints.restore(trainer.abstract_state()).step) == 1
@@ -226,7 +226,7 @@ def test_what_tensorstore_says_of_the_system_is_no_damage(states, tmp_path):
         open_head()
     assert is_damage(error.value)
     assert not is_damage(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
-    assert is_out_of_reach(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+    assert is_transient_storage_error(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
 
 
 def test_where_all_are_damaged_no_run_begins_anew(trainer, states, tmp_path):
@@ -255,7 +255,7 @@ def test_one_that_was_never_finished_does_not_count(trainer, states, tmp_path):
         ({"data": {"seed": 1, "embedding": {}}}, CONFIG, ["data.seed was 0 and is 1", "senses"]),
         (
             DESCRIPTION,
-            MistralConfig(**vars(CONFIG) | {"hidden_size": 16}),
+            ModelConfig(**vars(CONFIG) | {"hidden_size": 16}),
             ["model.hidden_size was 8 and is 16"],
         ),
     ],

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from grit_jax.data.batch import Batch, EmbeddingBatch
-from grit_jax.data.examples import Text
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.models import LoraConfig, MistralConfig, MixtralConfig
+from grit_jax.models import LoraConfig, MixtralConfig, ModelConfig
+from grit_jax.text.examples import Text
 from grit_jax.training.flops import peak_flops, useful_flops
 
 D, F, V, L, N, K, H, E, C = 16, 24, 64, 3, 4, 2, 8, 4, 2
@@ -23,7 +23,7 @@ SIZES = {
     "num_key_value_heads": K,
     "head_dim": H,
 }
-MISTRAL = MistralConfig(**SIZES)
+MISTRAL = ModelConfig(**SIZES)
 MIXTRAL = MixtralConfig(**SIZES, num_local_experts=E, num_experts_per_tok=C)
 
 

@@ -15,20 +15,20 @@ from prepared_data import chat_examples, embedding_examples, open_datasets, writ
 import pytest
 
 from grit_jax.data.batches import Batches
-from grit_jax.data.draws import MixedStream
+from grit_jax.data.sampling import MixedSampler
 from grit_jax.data.shapes import RowLimits
-from grit_jax.models import MistralConfig
-from grit_jax.sharding import held_shards, make_mesh
+from grit_jax.models import ModelConfig
+from grit_jax.sharding import local_shards, make_mesh
 from grit_jax.training.flops import useful_flops
+from grit_jax.training.hooks.step_timer import Goodput, StepTimer
+from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.loop import NotFiniteError, SkippedSteps, StepReport, train
+from grit_jax.training.loop import NotFiniteError, SkipGuard, StepReport, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from grit_jax.training.stopwatch import Goodput, Stopwatch
 from grit_jax.training.train_step import Trainer
-from grit_jax.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
-MODEL = MistralConfig(
+MODEL = ModelConfig(
     vocab_size=8,
     hidden_size=16,
     intermediate_size=16,
@@ -42,9 +42,9 @@ OPTIMIZER = {
     "beta2": 0.999,
     "epsilon": 1e-8,
     "weight_decay": 0.0,
-    "clip_norm": 1.0,
-    "token_embedding_factor": 1.0,
-    "moment_dtype": "float32",
+    "max_grad_norm": 1.0,
+    "embedding_lr_multiplier": 1.0,
+    "mu_dtype": "float32",
 }
 
 
@@ -59,8 +59,8 @@ def folder(tmp_path_factory):
 
 def make_batches(folder, held=None):
     streams = {
-        "embedding": MixedStream(open_datasets(folder, {"pairs": 1.0}), 8, 2, seed=0),
-        "generative": MixedStream(open_datasets(folder, {"chats": 1.0}), 8, 0, seed=1),
+        "embedding": MixedSampler(open_datasets(folder, {"pairs": 1.0}), 8, 2, seed=0),
+        "generative": MixedSampler(open_datasets(folder, {"chats": 1.0}), 8, 0, seed=1),
     }
     longest = dict.fromkeys(("query", "passage", "chat"), 24)
     limits = RowLimits(longest=longest, length_multiple=8, count_multiple=8)
@@ -85,7 +85,7 @@ def run(batches, steps):
     lines = []
     trainer = make_trainer()
     receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
-    stopwatch = Stopwatch(1, steps, lambda _: 0.0, receivers, Goodput([]), peak_flops=1e9)
+    stopwatch = StepTimer(1, steps, lambda _: 0.0, receivers, Goodput([]), peak_flops=1e9)
     state = train(trainer, trainer.initial_state(0), batches, [stopwatch], lambda _: None)
     assert int(state.step) == steps
     return lines
@@ -153,7 +153,7 @@ def test_no_batches_leave_the_state_as_it_is(folder):
 def test_one_process_holds_all_rows():
     for axes in ({}, {"tensor": 2}, {"slice": 2, "expert": 2}):
         mesh = make_mesh(**axes)
-        assert held_shards(mesh) == list(range(8 // axes.get("tensor", 1)))
+        assert local_shards(mesh) == list(range(8 // axes.get("tensor", 1)))
 
 
 def test_rows_of_a_batch_go_over_the_devices_in_order(folder):
@@ -174,11 +174,11 @@ jax.distributed.initialize(address, num_processes=2, process_id=process)
 sys.path[:0] = ["tests", "tests/training"]
 from pathlib import Path
 import numpy as np
-from grit_jax.sharding import batch_shards, held_shards, make_mesh
+from grit_jax.sharding import batch_shards, local_shards, make_mesh
 import test_loop
 
 mesh = make_mesh(tensor=tensor)
-held = held_shards(mesh)
+held = local_shards(mesh)
 trainer = test_loop.make_trainer()
 trainer.mesh = mesh
 folder = Path(sys.argv[4])
@@ -230,7 +230,7 @@ def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
 
 
 def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
-    hook = SkippedSteps(most=2)
+    hook = SkipGuard(most=2)
     # Skipped in a row after each step; a step is looked at when the next has been made.
     for step, count in enumerate([0, 1, 2, 0, 1, 2, 3], 1):
         hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))

@@ -16,14 +16,14 @@ import pytest
 from small_batches import SIZES, make_batch
 
 from grit_jax.config_flags import parse_flags
-from grit_jax.conversion import AdaptedModel, open_model
+from grit_jax.conversion import LoraCheckpoint, open_model
 from grit_jax.from_config import make_trainer
-from grit_jax.models import LoraConfig, MistralConfig, MixtralConfig
+from grit_jax.models import LoraConfig, MixtralConfig, ModelConfig
 from grit_jax.run import run
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.checkpoints import CheckpointError, Checkpoints, Retention
+from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RetentionPolicy
+from grit_jax.training.hooks.metrics import read_metrics
 from grit_jax.training.joint_loss import LossConfig
-from grit_jax.training.metrics import read_metrics
 from grit_jax.training.train_step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def leaves(state):
 
 @pytest.fixture(scope="module")
 def trainer():
-    config = MistralConfig(**SIZES, lora=LORA, embedding_projection_size=12, param_dtype="bfloat16")
+    config = ModelConfig(**SIZES, lora=LORA, embedding_projection_size=12, param_dtype="bfloat16")
     return Trainer(config, LOSS, optax.adam(0.01), make_mesh(devices=jax.devices()[:1]))
 
 
@@ -93,7 +93,7 @@ def embedding_batch(seed, shards=1):
 
 
 def open_checkpoints(folder, trainer):
-    return Checkpoints(folder, trainer.model_config, {}, 1, Retention(keep=1), "/base")
+    return Checkpoints(folder, trainer.model_config, {}, 1, RetentionPolicy(keep=1), "/base")
 
 
 def test_a_step_moves_the_updates_and_leaves_the_model_as_it_is(trainer, continued):
@@ -102,7 +102,7 @@ def test_a_step_moves_the_updates_and_leaves_the_model_as_it_is(trainer, continu
     frozen = flatten_dict(nnx.to_pure_dict(abstract.frozen))
     trained = flatten_dict(nnx.to_pure_dict(abstract.parameters))
     assert len(frozen) == 12 and not any("lora" in str(path) for path in frozen)
-    layers = MistralConfig.linear_layers
+    layers = ModelConfig.linear_layers
     assert trained.keys() == {
         ("embedding_projection", "weight"),
         ("embedding_projection", "bias"),
@@ -213,7 +213,7 @@ def test_a_run_of_updates_is_continued_on_its_own_base_alone(prepared_sample, tm
     ]
     assert len(losses[0]) == 2 and losses[0] == losses[1]
     saved = open_model(tmp_path / "stopped")
-    assert saved.folder.name == "2" and isinstance(saved, AdaptedModel)
+    assert saved.folder.name == "2" and isinstance(saved, LoraCheckpoint)
 
     for base, settings, named in (
         (other, {}, "lora.base was"),
@@ -230,7 +230,7 @@ def small_config(prepared_sample):
     config.model.sizes.update(hidden_size=32, intermediate_size=32, head_dim=8)
     config.mode = "generative"  # One stream is compiled in half of the time.
     config.data.folder = str(prepared_sample)
-    config.optimizer.warmup_fraction = 0.0
+    config.optimizer.warmup_ratio = 0.0
     config.steps, config.log_every_steps, config.checkpoint.every_steps = 2, 1, 1
     return config
 
@@ -240,7 +240,7 @@ def save_bases(folder):
     trainer = make_trainer(small_config(""))
     with jax.default_prng_impl("rbg"):
         state = trainer.initial_state(0)
-    config, keep = trainer.model_config, Retention(keep=2)
+    config, keep = trainer.model_config, RetentionPolicy(keep=2)
     with Checkpoints(epath.Path(folder), config, {}, 1, keep) as saved:
         saved.save(1, state)
         saved.save(2, jax.tree.map(lambda array: array * 2, state))

@@ -16,13 +16,13 @@ from small_run import SMALL
 
 from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import open_model
-from grit_jax.conversion.embedding import how_it_embeds
-from grit_jax.data.tokenizer import Tokenizer
-from grit_jax.inference.inputs import find_end_tokens, find_tokenizer
-from grit_jax.lock import locked
+from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
+from grit_jax.files import locked
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.run import run
-from grit_jax.training.checkpoints import CheckpointError, StartAgain
-from grit_jax.training.preemption import EXIT_CODE
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.training.checkpoints import CheckpointError, RestartRequired
+from grit_jax.training.hooks.preemption import EXIT_CODE
 
 
 def start_training(*arguments, devices=1, **variables):
@@ -175,7 +175,9 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "copied")
     tokenizer = Tokenizer()
     for model in (open_model(tmp_path / "copied"), written):
-        assert how_it_embeds(model.fields) == {"attention": "cccc", "pooling": "lasttoken"}
+        assert EmbeddingSpec.from_fields(model.fields) == EmbeddingSpec(
+            attention="cccc", pooling="lasttoken"
+        )
         assert find_tokenizer(model, None).fingerprint == tokenizer.fingerprint
         assert find_end_tokens(model) == [tokenizer.eos_id]
     modules = (exported / "modules.json").read_text()
@@ -286,7 +288,10 @@ def test_a_folder_that_another_run_has_or_that_cannot_be_made_is_named(
     monkeypatch.chdir(ROOT)
     flags = [f"--config.data.folder={prepared_sample}", "--config.evaluation.enabled=False"]
     config, _ = parse_flags([*SMALL, *flags])
-    with locked(tmp_path), pytest.raises(StartAgain, match=f"{tmp_path}: another run is at work"):
+    with (
+        locked(tmp_path),
+        pytest.raises(RestartRequired, match=f"{tmp_path}: another run is at work"),
+    ):
         run(config, epath.Path(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     workdir = epath.Path(tmp_path / ".lock" / "run")

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from small_run import SMALL
 
-from grit_jax.training.damage import DAMAGED
-from grit_jax.training.preemption import EXIT_CODE
-from grit_jax.training.watchdog import EXIT_CODE as HUNG
+from grit_jax.training.checkpoint_recovery import DAMAGED
+from grit_jax.training.hooks.preemption import EXIT_CODE
+from grit_jax.training.hooks.watchdog import EXIT_CODE as HUNG
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -198,7 +198,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed")  # Else compiling would take of the seconds.
 def test_a_process_that_is_stuck_does_not_keep_the_others_waiting(start, tmp_path):
-    processes = start(tmp_path, 2, 2, "--config.hang_seconds=20")
+    processes = start(tmp_path, 2, 2, "--config.watchdog_timeout_seconds=20")
     wait_until(processes, lambda: read_losses(tmp_path))
     processes.stop(1)
     code, output = processes.end_of(0)

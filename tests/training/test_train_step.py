@@ -12,9 +12,10 @@ import optax
 import pytest
 from small_batches import SIZES, make_batch
 
-from grit_jax.models import MistralConfig, MixtralConfig
+from grit_jax.models import MixtralConfig, ModelConfig
+from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.joint_loss import PATTERNS, LossConfig
+from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -23,9 +24,9 @@ OPTIMIZER = {
     "beta2": 0.999,
     "epsilon": 1e-8,
     "weight_decay": 0.1,
-    "clip_norm": 1.0,
-    "token_embedding_factor": 2.0,
-    "moment_dtype": "float32",
+    "max_grad_norm": 1.0,
+    "embedding_lr_multiplier": 2.0,
+    "mu_dtype": "float32",
 }
 LOSS = LossConfig(
     embedding_weight=0.5,
@@ -132,7 +133,7 @@ def hand_loss(parameters, texts, attention="bbcc"):
 def hand_adamw(parameters, gradients, moments, step):
     rate = 0.01 * (1 - step / 10)
     norm_of_all = math.sqrt(sum(float(jnp.sum(g**2)) for g in gradients.values()))
-    clip = min(1.0, OPTIMIZER["clip_norm"] / norm_of_all)
+    clip = min(1.0, OPTIMIZER["max_grad_norm"] / norm_of_all)
     for name, gradient in gradients.items():
         first, second = moments.get(name, (0.0, 0.0))
         first = 0.9 * first + 0.1 * gradient * clip
@@ -140,7 +141,7 @@ def hand_adamw(parameters, gradients, moments, step):
         moments[name] = first, second
         update = first / (1 - 0.9 ** (step + 1))
         update /= jnp.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
-        factor = OPTIMIZER["token_embedding_factor"] if name == "['embedding']" else 1.0
+        factor = OPTIMIZER["embedding_lr_multiplier"] if name == "['embedding']" else 1.0
         decayed = parameters[name] * OPTIMIZER["weight_decay"]
         parameters[name] = parameters[name] - rate * factor * (update + decayed)
     return norm_of_all
@@ -152,7 +153,7 @@ def flat(tree):
 
 def test_three_joint_steps_equal_three_steps_written_by_hand():
     mesh = make_mesh(devices=jax.devices()[:1])
-    config = MistralConfig(**SIZES, embedding_projection_size=12, remat="none")
+    config = ModelConfig(**SIZES, embedding_projection_size=12, remat="none")
     trainer = make_trainer(config, mesh)
     state = trainer.initial_state(0)
     start = jax.tree.map(jnp.copy, nnx.to_pure_dict(state.parameters))
@@ -177,11 +178,11 @@ def test_three_joint_steps_equal_three_steps_written_by_hand():
     assert int(state.step) == 3
 
 
-@pytest.mark.parametrize("attention", sorted(set(PATTERNS) - {LOSS.attention}))
+@pytest.mark.parametrize("attention", sorted(set(PATTERNS) - {LOSS.embedding.attention}))
 def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
     mesh = make_mesh(devices=jax.devices()[:1])
-    loss_config = dataclasses.replace(LOSS, attention=attention)
-    trainer = make_trainer(MistralConfig(**SIZES), mesh, loss_config)
+    loss_config = dataclasses.replace(LOSS, embedding=EmbeddingSpec(attention=attention))
+    trainer = make_trainer(ModelConfig(**SIZES), mesh, loss_config)
     state = trainer.initial_state(0)
     batch, texts = make_batch(seed=0)
     parameters = nnx.to_pure_dict(state.parameters)
@@ -197,7 +198,7 @@ def test_logits_of_low_precision_change_the_generative_loss_alone():
     mesh = make_mesh(devices=jax.devices()[:1])
     metrics = {}
     for dtype in ("float32", "bfloat16"):
-        trainer = make_trainer(MistralConfig(**SIZES, logits_dtype=dtype), mesh)
+        trainer = make_trainer(ModelConfig(**SIZES, logits_dtype=dtype), mesh)
         state = trainer.initial_state(0)
         logits = trainer.model(state.parameters).logits(jnp.ones((1, 1, SIZES["hidden_size"])))
         assert logits.dtype == dtype
@@ -212,8 +213,8 @@ def test_logits_of_low_precision_change_the_generative_loss_alone():
 @pytest.mark.parametrize(
     ("config", "axes"),
     [
-        (MistralConfig(**SIZES), {"fsdp": 4, "tensor": 2}),
-        (MistralConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
+        (ModelConfig(**SIZES), {"fsdp": 4, "tensor": 2}),
+        (ModelConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
         (MixtralConfig(**SIZES, num_local_experts=4), {"fsdp": 2, "tensor": 2, "expert": 2}),
     ],
     ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts"],
@@ -240,7 +241,7 @@ def test_eight_devices_make_the_step_that_one_device_makes(config, axes):
 
 
 def test_eight_devices_compute_in_bfloat16_what_one_does():
-    config = MistralConfig(**SIZES, dtype="bfloat16")
+    config = ModelConfig(**SIZES, dtype="bfloat16")
     losses = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(slice=2, fsdp=2, tensor=2)):
         batch, _ = make_batch(seed=0, shards=batch_shards(mesh))
@@ -263,7 +264,7 @@ def gradient_of(config, loss_config, mesh, batch, num_chunks):
 @pytest.mark.parametrize(
     ("config", "axes"),
     [
-        (MistralConfig(**SIZES, embedding_projection_size=12), {"fsdp": 1}),
+        (ModelConfig(**SIZES, embedding_projection_size=12), {"fsdp": 1}),
         (MixtralConfig(**SIZES, num_local_experts=4), {"fsdp": 2, "tensor": 2, "expert": 2}),
     ],
     ids=["mistral-one", "mixtral-eight"],
@@ -296,7 +297,7 @@ def test_a_single_stream_in_chunks():
     batch, _ = make_batch(seed=0, shards=2)
     batch = dataclasses.replace(batch, chats=None)
     mesh = make_mesh(devices=jax.devices()[:1])
-    config = MistralConfig(**SIZES)
+    config = ModelConfig(**SIZES)
     whole, expected, _ = gradient_of(config, LOSS, mesh, batch, 1)
     chunked, gradient, _ = gradient_of(config, LOSS, mesh, batch, 2)
     assert chunked.keys() == whole.keys()
@@ -306,7 +307,7 @@ def test_a_single_stream_in_chunks():
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = make_trainer(MistralConfig(**SIZES), mesh)
+    trainer = make_trainer(ModelConfig(**SIZES), mesh)
     state = trainer.initial_state(0)
     batch, _ = make_batch(seed=0)
     batch = trainer.to_devices(batch)
@@ -332,9 +333,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
     mesh = make_mesh(devices=jax.devices()[:1])
-    config = MistralConfig(**SIZES, param_dtype="bfloat16")
+    config = ModelConfig(**SIZES, param_dtype="bfloat16")
     optimizer = make_optimizer(
-        learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER | {"moment_dtype": "bfloat16"}
+        learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER | {"mu_dtype": "bfloat16"}
     )
     trainer = Trainer(config, LOSS, optimizer, mesh)
     batch, _ = make_batch(seed=0)
@@ -356,7 +357,7 @@ def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
 def test_a_single_stream_trains_with_the_same_step(mode):
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = make_trainer(MistralConfig(**SIZES), mesh)
+    trainer = make_trainer(ModelConfig(**SIZES), mesh)
     batch, _ = make_batch(seed=0)
     both = trainer.initial_state(0)
     with jax.set_mesh(mesh):

@@ -1,0 +1,136 @@
+"""What stands beside the weights in an exported folder: tokenizer, chat template, and pooling."""
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from etils import epath
+
+from grit_jax.conversion.layout import DENSE
+from grit_jax.files import write_json
+from grit_jax.models import ModelConfig
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.templates import EMBED
+from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, tokenizer_in
+
+FILES = Path(__file__).with_name("files")
+TOKENIZER_FILES = (
+    HUGGING_FACE,
+    SENTENCEPIECE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "config.json",  # It may be all that says what begins and ends a text.
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+    """Writes a tokenizer as transformers reads it: with a begin, and no end, around each text.
+
+    Args:
+      tokenizer: of the model.
+      folder: where to.
+      longest: the longest text that the model is made for, in tokens.
+    """
+    is_sentencepiece = tokenizer.file_name == SENTENCEPIECE
+    # Few models have a token for padding, which has no part in any result.
+    special = tokenizer.special_tokens | {"pad_token": tokenizer.special_tokens["eos_token"]}
+    settings: dict[str, Any] = {
+        # The second takes tokenizer.json at its word, where others put their own rules above it.
+        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+        "padding_side": "right",
+    }
+    if is_sentencepiece:
+        settings["legacy"] = True
+    (folder / tokenizer.file_name).write_bytes(tokenizer.exported())
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", settings | special)
+
+
+def copy_tokenizer(source: Path | epath.Path, folder: Path) -> None:
+    """Copies the files of a tokenizer, if there is one, from a folder to another."""
+    if tokenizer_in(source) is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+
+
+def write_chat_template(folder: Path) -> None:
+    """Writes the chat format of GRIT in the place of the tokenizer's own."""
+    template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    # Before version 4.43, transformers looked for it among the tokenizer's settings.
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
+
+
+def write_sentence_transformers(folder: Path, config: ModelConfig, spec: EmbeddingSpec) -> None:
+    """Writes what sentence-transformers needs to embed as this model does."""
+    transformer = "sentence_transformers.models.Transformer"
+    if spec.attention[1] == "b":
+        module = "bidirectional_transformer.py"
+        shutil.copyfile(FILES / module, folder / module)
+        transformer = "bidirectional_transformer.BidirectionalTransformer"
+    modules = [
+        (transformer, ""),
+        ("sentence_transformers.models.Pooling", "1_Pooling"),
+        ("sentence_transformers.models.Normalize", "2_Normalize"),
+    ]
+    if config.embedding_projection_size is not None:
+        _write_dense_settings(folder / DENSE, config)
+        modules.insert(2, ("sentence_transformers.models.Dense", DENSE))
+        modules[3] = (modules[3][0], "3_Normalize")
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": kind}
+            for i, (kind, path) in enumerate(modules)
+        ],
+    )
+    modes = {
+        "cls": "cls_token",
+        "mean": "mean_tokens",
+        "weightedmean": "weightedmean_tokens",
+        "lasttoken": "lasttoken",
+    }
+    (folder / "1_Pooling").mkdir()
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": config.hidden_size,
+            **{f"pooling_mode_{name}": mode == spec.pooling for mode, name in modes.items()},
+            "include_prompt": False,
+        },
+    )
+    (folder / modules[-1][1]).mkdir()
+    longest = min(512, config.max_position_embeddings)
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": {"document": EMBED},
+            "default_prompt_name": "document",
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _write_dense_settings(folder: Path, config: ModelConfig) -> None:
+    folder.mkdir()
+    settings = {
+        "in_features": config.hidden_size,
+        "out_features": config.embedding_projection_size,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    write_json(folder / "config.json", settings)

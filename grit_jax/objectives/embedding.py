@@ -1,0 +1,126 @@
+"""How a model embeds text: which tokens attend to which, and how hidden states are pooled.
+
+Legend of dimensions: B rows, S positions, T texts, D hidden, P embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Array, Float
+
+from grit_jax.models import Decoder, Stream
+from grit_jax.objectives.pooling import POOLINGS, normalize, pool
+
+if TYPE_CHECKING:
+    from grit_jax.data.batch import PackedTexts
+
+# Attention of the embedding instruction, the embedding text, the generation instruction and the
+# generation text: b (bidirectional) or c (causal).
+PATTERNS = ("bbcc", "cbcc", "cccc")
+
+# The field of config.json that stores a model's attention and pooling. Only grit-jax reads it.
+GRIT_FIELD = "grit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec:
+    """How texts become embeddings.
+
+    Attributes:
+      attention: one of `PATTERNS`. The first two letters apply to embedding.
+      pooling: "mean", "weightedmean", "lasttoken" or "cls" (see `objectives.pooling`).
+      normalize: whether embeddings are scaled to length 1.
+      pool_instruction: whether the tokens of the instruction are pooled as well.
+
+    Raises:
+      ValueError: the pattern or the pooling is unknown.
+    """
+
+    attention: str = "bbcc"
+    pooling: str = "mean"
+    normalize: bool = True
+    pool_instruction: bool = False
+
+    def __post_init__(self):
+        if self.attention not in PATTERNS:
+            raise ValueError(
+                f"attention={self.attention!r} must be one of {', '.join(PATTERNS)}: "
+                f"{_pattern_problem(self.attention)}"
+            )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} must be one of {', '.join(POOLINGS)}")
+
+    @classmethod
+    def from_fields(
+        cls,
+        fields: Mapping[str, Any],
+        attention: str | None = None,
+        pooling: str | None = None,
+        *,
+        normalize: bool = True,
+    ) -> EmbeddingSpec:
+        """Returns the spec stored in a model's config.json; without one, that of GritLM.
+
+        Args:
+          fields: the content of config.json.
+          attention: overrides the stored pattern.
+          pooling: overrides the stored pooling.
+          normalize: see `EmbeddingSpec`.
+
+        Raises:
+          ValueError: the pattern or the pooling is unknown.
+        """
+        given = {"attention": attention, "pooling": pooling}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
+
+    def to_fields(self) -> dict[str, dict[str, str]]:
+        """Returns what config.json stores of the spec."""
+        return {GRIT_FIELD: {"attention": self.attention, "pooling": self.pooling}}
+
+    def stream(self, texts: PackedTexts) -> Stream:
+        """Returns packed texts as input of the decoder.
+
+        Tokens that are not pooled (BOS and the instruction) follow the pattern's first letter, the
+        others its second.
+        """
+        instruction, text = self.attention[:2]
+        return Stream(
+            texts.tokens,
+            texts.segment_ids,
+            texts.positions,
+            is_causal=text == "c",
+            causal_tokens=None if instruction == text else ~texts.mask,
+        )
+
+    def pool(self, hidden: Float[Array, "B S D"], texts: PackedTexts) -> Float[Array, "T D"]:
+        """Returns the pooled hidden states of each text, zeros for a text without tokens."""
+        mask = texts.segment_ids > 0 if self.pool_instruction else texts.mask
+        return pool(hidden, mask, texts.segment_ids, texts.positions, texts.num_texts, self.pooling)
+
+    def project(self, model: Decoder, pooled: Float[Array, "T D"]) -> Float[Array, "T P"]:
+        """Returns the embeddings of pooled texts, in float32."""
+        embeddings = model.project(pooled)
+        return normalize(embeddings) if self.normalize else embeddings
+
+
+def embed_texts(
+    model: Decoder, texts: PackedTexts, spec: EmbeddingSpec
+) -> Float[Array, "num_texts P"]:
+    """Returns the embedding of each packed text, in float32."""
+    (hidden,), _ = model.forward_streams([spec.stream(texts)])
+    return spec.project(model, spec.pool(hidden, texts))
+
+
+def _pattern_problem(attention: str) -> str:
+    if len(attention) != 4 or set(attention) - set("bc"):
+        return (
+            "four letters for the instruction and the text of embedding, then of generation, each "
+            "b (bidirectional) or c (causal)"
+        )
+    if attention.endswith("cc"):
+        return "a bidirectional instruction would leak its text to tokens that must be causal"
+    return "generation must be causal, token by token"

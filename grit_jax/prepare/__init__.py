@@ -1,0 +1,1 @@
+"""Offline preparation: reads sources, tokenizes them, and writes ArrayRecord shards."""

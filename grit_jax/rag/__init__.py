@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation with one model: documents, indexes, caches and answers."""

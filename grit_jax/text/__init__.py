@@ -1,0 +1,1 @@
+"""Text to token ids: templates, tokenizers, and the examples made from them."""

@@ -1,0 +1,1 @@
+"""What the training loop calls after each step: metrics, progress, profiling, preemption."""

@@ -1,0 +1,1 @@
+"""Builds the embedded sample from Debian packages."""
