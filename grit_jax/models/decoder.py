@@ -266,8 +266,8 @@ class Decoder(nnx.Module):
         if cache is not None:
             cache = cache.reserve(positions, segment_ids)
         stream = Stream(tokens, segment_ids, positions, is_causal)
-        (hidden,), (cache,), _ = self._forward([stream], [cache])
-        return hidden if cache is None else (hidden, cache)
+        hidden, caches, _ = self._forward({"tokens": stream}, {"tokens": cache})
+        return hidden["tokens"] if cache is None else (hidden["tokens"], caches["tokens"])
 
     def make_cache(self, batch_size: int, num_slots: int) -> KVCache:
         """Returns an empty cache for `batch_size` rows of `num_slots` tokens, padding included.
@@ -289,34 +289,42 @@ class Decoder(nnx.Module):
             length=jnp.zeros((), jnp.int32),
         )
 
-    def forward_streams(self, streams: Sequence[Stream]) -> tuple[list[Float[Array, "B S D"]], list[Any]]:
-        """Reads several streams side by side, so that each layer's weights are gathered once.
+    def forward_streams(
+        self, streams: Mapping[str, Stream]
+    ) -> tuple[dict[str, Float[Array, "B S D"]], dict[str, Any]]:
+        """Applies the decoder to several streams at once, gathering each layer's weights once.
+
+        Args:
+          streams: the streams, by name.
 
         Returns:
-          The hidden states of each stream after the last norm, and each stream's statistics of the
-          router, stacked over layers (None for a model without a router).
+          The hidden states of each stream after the last norm, by name, and the router's statistics
+          of each stream, stacked over layers, by name (empty for a model without a router).
         """
-        hidden, _, statistics = self._forward(streams, [None] * len(streams))
+        hidden, _, statistics = self._forward(streams, dict.fromkeys(streams))
         return hidden, statistics
 
     def _forward(
-        self, streams: Sequence[Stream], caches: Sequence[KVCache | None]
-    ) -> tuple[list[jax.Array], list[KVCache | None], list[Any]]:
-        # The caches are carried, and not scanned over, so that they are written where they lie.
-        def apply_layer(carried: tuple[list[jax.Array], list[KVCache | None]], number, layer):
-            outputs = [
-                layer(h, stream, cache, number)
-                for h, stream, cache in zip(carried[0], streams, carried[1], strict=True)
-            ]
-            hidden, caches, statistics = (list(parts) for parts in zip(*outputs, strict=True))
+        self, streams: Mapping[str, Stream], caches: Mapping[str, KVCache | None]
+    ) -> tuple[dict[str, jax.Array], dict[str, KVCache | None], dict[str, Any]]:
+        # The caches are carried, not scanned over, so that XLA updates them in place.
+        def apply_layer(carried: tuple[dict[str, jax.Array], dict[str, Any]], number, layer):
+            hidden, caches, statistics = dict(carried[0]), dict(carried[1]), {}
+            for name, stream in streams.items():
+                hidden[name], caches[name], routed = layer(
+                    hidden[name], stream, caches[name], number
+                )
+                if routed is not None:
+                    statistics[name] = routed
             return (hidden, caches), statistics
 
-        embedded = self.embed([stream.tokens.reshape(-1) for stream in streams])
-        (hidden, caches), statistics = self._scan_layers(apply_layer, (embedded, list(caches)))
-        rows = [  # [M, D] -> [B, S, D]
-            self.norm(h).reshape(*stream.tokens.shape, -1)
-            for h, stream in zip(hidden, streams, strict=True)
-        ]
+        tokens = [stream.tokens.reshape(-1) for stream in streams.values()]
+        embedded = dict(zip(streams, self.embed(tokens), strict=True))
+        (hidden, caches), statistics = self._scan_layers(apply_layer, (embedded, dict(caches)))
+        rows = {  # [M, D] -> [B, S, D]
+            name: self.norm(hidden[name]).reshape(*stream.tokens.shape, -1)
+            for name, stream in streams.items()
+        }
         return rows, caches, statistics
 
     def _scan_layers(self, apply_layer: Callable[..., Any], carried: Any) -> tuple[Any, Any]:

@@ -86,11 +86,11 @@ def chunked_value_and_grad(
         shares: dict[str, Array] = {}
         if chunk.batch.chats is not None and chunk.weights is not None:
             shares["generative_loss"] = generative_loss(
-                model, hidden[-1], chunk.batch.chats, chunk.weights
+                model, hidden["chats"], chunk.batch.chats, chunk.weights
             )
         if has_router:
             shares["router_loss"] = load_balancing_loss(
-                router.choices, statistics[-1].probabilities, router.tokens
+                router.choices, statistics["chats"].probabilities, router.tokens
             )
         loss = weighted_sum(shares, model, config)
         if chunk.batch.embedding is not None:
@@ -122,7 +122,7 @@ def _read(model: Decoder, batch: Batch, config: LossConfig, has_router: bool) ->
     pooled = None
     if batch.embedding is not None:
         pooled = pool_pairs(hidden, batch.embedding, config)
-    return pooled, statistics[-1] if has_router else None
+    return pooled, statistics["chats"] if has_router else None
 
 
 def _divide(batch: Batch, config: LossConfig, num_chunks: int) -> _Chunk:

@@ -195,10 +195,12 @@ def hidden_and_gradients(model, tokens, mesh):
     weights = jax.random.normal(jax.random.key(0), (*tokens.shape, SIZES["hidden_size"]))
 
     def loss(state):
-        kinds = (False, True)
-        streams = [Stream(tokens, segment_ids, positions, is_causal) for is_causal in kinds]
+        streams = {
+            "bidirectional": Stream(tokens, segment_ids, positions, is_causal=False),
+            "causal": Stream(tokens, segment_ids, positions, is_causal=True),
+        }
         hidden, _ = nnx.merge(graph, state).forward_streams(streams)
-        return sum(jnp.sum(h * weights) for h in hidden), hidden
+        return sum(jnp.sum(h * weights) for h in hidden.values()), hidden
 
     with jax.set_mesh(mesh):
         if mesh.size > 1:
@@ -220,7 +222,8 @@ def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configur
 
 def read_partly_causal(model):
     ones = jnp.ones_like(TOKENS)
-    model.forward_streams([Stream(TOKENS, ones, TOKENS, is_causal=False, causal_tokens=ones > 0)])
+    stream = Stream(TOKENS, ones, TOKENS, is_causal=False, causal_tokens=ones > 0)
+    model.forward_streams({"texts": stream})
 
 
 @pytest.mark.parametrize(
