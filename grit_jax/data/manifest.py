@@ -21,7 +21,7 @@ from etils import epath
 from jaxtyping import Int, UInt64
 import numpy as np
 
-from grit_jax.data.storage import PreparedDataError, Records, read_file
+from grit_jax.data.storage import PreparedDataError, RecordReader, read_file
 from grit_jax.text.examples import ChatExample, EmbeddingExample, Text, from_bytes
 
 FORMAT_VERSION = 2
@@ -169,7 +169,7 @@ class PreparedDataset:
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.lengths = self._read_lengths()
         shards = [self.folder / shard for shard in self.manifest.shards]
-        self._records = Records(shards, self.manifest.count)
+        self._records = RecordReader(shards, self.manifest.count)
 
     def _read_lengths(self) -> Lengths:
         path = self.folder / "lengths.npz"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grit_jax.data.mixing import (
-    LONGEST_BLOCK,
+    MAX_BLOCK_LENGTH,
     EpochShuffle,
     MixtureSchedule,
     block_counts,
@@ -81,7 +81,7 @@ def test_blocks_are_the_shortest_that_keep_to_the_rates(given_rates, counts):
 def test_rates_that_no_block_keeps_to_are_kept_to_a_millionth():
     wanted = [np.pi, np.e, 1e-9]
     counts = block_counts(wanted)
-    assert abs(sum(counts) - LONGEST_BLOCK) <= len(counts)
+    assert abs(sum(counts) - MAX_BLOCK_LENGTH) <= len(counts)
     assert counts[2] == 1
     assert counts[0] / counts[1] == pytest.approx(np.pi / np.e, abs=1e-5)
 
