@@ -22,10 +22,10 @@ from jaxtyping import Int, UInt64
 import numpy as np
 
 from grit_jax.data.storage import PreparedDataError, Records, read_file
-from grit_jax.text.examples import ChatExample, EmbeddingExample, Text, from_bytes
+from grit_jax.text.examples import Example, Text
+from grit_jax.text.kinds import TEXT_KINDS
 
 FORMAT_VERSION = 2
-KINDS = ("embedding", "generative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,20 +106,19 @@ class Lengths:
     """
 
     tokens: Int[np.ndarray, " texts"]
-    first: Int[np.ndarray, " examples+1"]
+    first: Int[np.ndarray, " offsets"]
     num_positives: Int[np.ndarray, " examples"]
     fingerprints: UInt64[np.ndarray, " texts"]
 
     @classmethod
-    def of(cls, examples: Iterable[EmbeddingExample | ChatExample]) -> "Lengths":
+    def of(cls, examples: Iterable[Example]) -> "Lengths":
         """Returns the lengths of these examples."""
         counts, tokens, num_positives, fingerprints = [0], [], [], []
         for example in examples:
             counts.append(len(example.texts))
             tokens += [len(text) for text in example.texts]
             fingerprints += [fingerprint(text) for text in example.texts]
-            is_pair = isinstance(example, EmbeddingExample)
-            num_positives.append(len(example.positives) if is_pair else 0)
+            num_positives.append(example.num_positives)
         return cls(
             np.array(tokens, np.int32),
             np.cumsum(counts),
@@ -192,6 +191,7 @@ class PreparedDataset:
           PreparedDataError: a shard is missing or damaged, or not of these lengths; the message
             names it.
         """
+        from_bytes = TEXT_KINDS[self.manifest.kind].example.from_bytes
         examples = [from_bytes(record) for record in self._records.read(indices)]
         for index, example in zip(indices, examples, strict=True):
             if [len(text) for text in example.texts] != self.lengths[index].tolist():
