@@ -13,7 +13,7 @@ from grit_jax.prepare.fingerprints import fingerprints
 from grit_jax.prepare.worker import SplitResult, WorkItem
 from grit_jax.prepare.writing import MANIFEST, Part, lines_by_reason, put_in_place, write_dataset
 from grit_jax.text.examples import TextOptions
-from grit_jax.text.formats import FEATURE_RANKS
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class DatasetBuild:
             self.source.plan.kind,
             own.parts,
             own.rejected,
-            features=list(FEATURE_RANKS[self.source.plan.kind]),
+            features=list(TEXT_KINDS[self.source.plan.kind].features),
             options=dataclasses.asdict(self._options),
             tokenizer={
                 "name": self._tokenizer.name,

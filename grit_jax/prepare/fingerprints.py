@@ -16,6 +16,7 @@ from grit_jax.text import (
     formats,
     hugging_face_tokenizer,
     jsonl,
+    kinds,
     sentencepiece_tokenizer,
     templates,
 )
@@ -30,6 +31,7 @@ TEXT_MODULES = (
     formats,
     hugging_face_tokenizer,
     jsonl,
+    kinds,
     sentencepiece_tokenizer,
     templates,
     tokenizer_module,

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from grit_jax.sample import SAMPLE_FOLDER
 from grit_jax.text.examples import RejectedExample
-from grit_jax.text.formats import FEATURE_RANKS, Preprocess, to_canonical, tulu2
+from grit_jax.text.formats import Preprocess, tulu2
 from grit_jax.text.jsonl import (
     MEGABYTE,
     SUFFIXES,
@@ -27,6 +27,7 @@ from grit_jax.text.jsonl import (
     parse_line,
     read_blocks,
 )
+from grit_jax.text.kinds import TEXT_KINDS
 
 SPLITS = ("train", "held_out")
 
@@ -41,7 +42,7 @@ def text_features(kind: str) -> dict[str, seqio.Feature]:
     vocabulary = seqio.PassThroughVocabulary(size=1)
     return {
         name: seqio.Feature(vocabulary, add_eos=False, dtype=tf.string, rank=rank)
-        for name, rank in FEATURE_RANKS[kind].items()
+        for name, rank in TEXT_KINDS[kind].features.items()
     }
 
 
@@ -73,7 +74,7 @@ class JsonlSource(seqio.DataSource):
         del shuffle, seed  # Order is the training schedule's affair.
         signature = {
             name: tf.TensorSpec([None] if rank == 1 else [None, 2], tf.string)
-            for name, rank in FEATURE_RANKS[self.kind].items()
+            for name, rank in TEXT_KINDS[self.kind].features.items()
         }
         return tf.data.Dataset.from_generator(
             lambda: self._examples(split), output_signature=signature
@@ -92,14 +93,14 @@ class JsonlSource(seqio.DataSource):
         try:
             raw = parse_line(line)
             raw = raw if self.jsonl.preprocess is None else self.jsonl.preprocess(raw)
-            return None if raw is None else to_canonical(self.kind, raw)
+            return None if raw is None else TEXT_KINDS[self.kind].to_canonical(raw)
         except RejectedExample:
             return None
 
     def _tensors(self, raw: dict[str, Any]) -> dict[str, tf.Tensor]:
         return {
             name: tf.reshape(tf.constant(raw[name], tf.string), [-1] if rank == 1 else [-1, 2])
-            for name, rank in FEATURE_RANKS[self.kind].items()
+            for name, rank in TEXT_KINDS[self.kind].features.items()
         }
 
 
@@ -188,12 +189,12 @@ def kind_of(task: seqio.Task) -> str:
     Raises:
       SourceError: its features are neither's.
     """
-    for kind, ranks in FEATURE_RANKS.items():
-        if task.output_features.keys() == ranks.keys():
-            return kind
+    for kind in TEXT_KINDS.values():
+        if task.output_features.keys() == kind.features.keys():
+            return kind.name
     raise SourceError(
         f"the Task {task.name!r} has features {sorted(task.output_features)}: "
-        f"neither {sorted(FEATURE_RANKS['embedding'])} nor {sorted(FEATURE_RANKS['generative'])}"
+        f"expected {' or '.join(str(sorted(kind.features)) for kind in TEXT_KINDS.values())}"
     )
 
 

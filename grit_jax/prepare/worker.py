@@ -17,10 +17,11 @@ from typing import Any
 
 import cloudpickle
 
-from grit_jax.prepare.writing import Example, Part, write_part
-from grit_jax.text.examples import EXAMPLE_MAKERS, RejectedExample, TextOptions
-from grit_jax.text.formats import Preprocess, to_canonical
+from grit_jax.prepare.writing import Part, write_part
+from grit_jax.text.examples import Example, RejectedExample, TextOptions
+from grit_jax.text.formats import Preprocess
 from grit_jax.text.jsonl import Block, JsonlFiles, parse_line
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -147,8 +148,8 @@ def _example(plan: TaskPlan, read: Any) -> Example | None:
         raw = _preprocessed(plan.files.preprocess, raw)
         if raw is None:
             return None
-    make = EXAMPLE_MAKERS[plan.kind]
-    return make(_worker.tokenizer, to_canonical(plan.kind, raw), _worker.options)
+    kind = TEXT_KINDS[plan.kind]
+    return kind.tokenize(_worker.tokenizer, kind.to_canonical(raw), _worker.options)
 
 
 def _preprocessed(preprocess: Preprocess, raw: dict[str, Any]) -> dict[str, Any] | None:

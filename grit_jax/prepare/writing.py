@@ -13,9 +13,9 @@ from etils import epath
 import numpy as np
 
 from grit_jax.data.manifest import Lengths, Manifest
-from grit_jax.text.examples import ChatExample, EmbeddingExample, to_bytes
+from grit_jax.text.examples import Example
+from grit_jax.text.kinds import TEXT_KINDS
 
-Example = EmbeddingExample | ChatExample
 SHARD_NAME = "examples-{:05d}.arrayrecord"
 MANIFEST = "manifest.json"
 # Lines that a manifest names for each reason.
@@ -49,7 +49,7 @@ def write_part(folder: Path, number: int, examples: Sequence[Example]) -> Part:
         # Groups of one record: each read decompresses what it asked for and no more.
         writer = array_record_module.ArrayRecordWriter(str(folder / shard), "group_size:1")
         for example in examples:
-            writer.write(to_bytes(example))
+            writer.write(example.to_bytes())
         writer.close()
     except RuntimeError as error:  # Its word for a disk that is full, among others.
         raise OSError(str(error)) from None
@@ -110,12 +110,15 @@ def lines_by_reason(rejected: Sequence[Mapping[str, Any]], at_most: int) -> dict
 
 
 def _by_stream(kind: str, lengths: Lengths, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits one value a text into those of queries and passages, or of chats."""
-    if kind == "generative":
-        return {"chat": values}
-    is_query = np.zeros(len(values), bool)
-    is_query[lengths.first[:-1]] = True
-    return {"query": values[is_query], "passage": values[~is_query]}
+    """Splits an array with a value per text into one array per stream."""
+    index_in_example = np.arange(len(values)) - np.repeat(
+        lengths.first[:-1], np.diff(lengths.first)
+    )
+    indices = np.arange(index_in_example.max() + 1)
+    return {
+        stream: values[np.isin(index_in_example, indices[texts])]
+        for stream, texts in TEXT_KINDS[kind].streams.items()
+    }
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,8 @@ import zlib
 from etils import epath
 
 from grit_jax.text.examples import RejectedExample
-from grit_jax.text.formats import Preprocess, kind_of_line
+from grit_jax.text.formats import Preprocess
+from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MEGABYTE = 2**20
@@ -198,9 +199,8 @@ def kind_of_files(files: Iterable[epath.Path], preprocess: Preprocess | None) ->
                     return kind
                 first = first or f" (line {number}: {reason})"
     raise SourceError(
-        f"{', '.join(map(str, files))}: not one line is an example{first}; a line is "
-        '{"query": ..., "pos": [...], "neg": [...]}, {"messages": [...]}, '
-        '{"text": [user, assistant, ...]} or {"text": "..."}'
+        f"{', '.join(map(str, files))}: not one line is an example{first}; a line is one of "
+        + ", ".join(form for kind in TEXT_KINDS.values() for form in kind.line_formats)
     )
 
 

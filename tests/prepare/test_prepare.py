@@ -120,13 +120,13 @@ def test_rejects_are_counted_by_their_reason(prepared):
     assert manifest["rejected"] == {
         "empty text": 2,
         "no positive": 1,
-        "instruction alone is over the length": 1,
+        "instruction alone is too long": 1,
     }
     assert manifest["count"] == 3
     chats = json.loads((prepared / "chats" / "train" / "manifest.json").read_text())
     assert chats["rejected"] == {
         "a chat without an answer": 1,
-        "prompt alone is over the length": 1,
+        "prompt alone is too long": 1,
     }
     assert chats["count"] == 2
 

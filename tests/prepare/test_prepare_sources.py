@@ -187,10 +187,10 @@ DAMAGE = {
     "'neg' is neither a text nor [instruction, text]": b'{"query": "x", "pos": ["y"], "neg": [2]}',
     "no positive": b'{"query": "x", "pos": []}',
     "empty text": b'{"query": "", "pos": ["x"]}',
-    "instruction alone is over the length": json.dumps(
+    "instruction alone is too long": json.dumps(
         {"query": ["word " * 300, "x"], "pos": ["y"]}
     ).encode(),
-    "a chat among those of the other kind": b'{"text": ["u", "a"]}',
+    "a chat, not an embedding example": b'{"text": ["u", "a"]}',
     "invalid UTF-8": b'{"query": "\xff\xfe", "pos": ["x"]}',
     "NUL character": b'{"query": "a\0b", "pos": ["x"]}',
     "half of a surrogate pair": b'{"query": "\\ud83d", "pos": ["x"]}',
