@@ -231,7 +231,7 @@ def load_mixture(
             remedy = f"there are {', '.join(others)}" if others else remedy
         raise PreparedDataError(f"config.data.{field}={mixture!r}: {error}; {remedy}") from error
     splits = stored.get("splits", {})
-    # A dataset may have no held-out examples. The mixture says which do; a missing file is an error.
+    # The mixture says which splits a dataset has, so that a missing file is an error.
     rates = {n: rate for n, rate in stored["rates"].items() if split in splits.get(n, [split])}
     if not rates:
         raise PreparedDataError(

@@ -57,7 +57,7 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
 def _spread(
     lengths: Sequence[int] | np.ndarray, num_rows: int, row_length: int
 ) -> list[list[int]] | None:
-    """Assigns each text, longest first, to the emptiest row; returns None if a text does not fit."""
+    """Assigns each text, longest first, to the emptiest row; returns None if one does not fit."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     filled = [(0, row) for row in range(num_rows)]
     for text, length in _longest_first(lengths):

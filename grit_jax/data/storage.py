@@ -5,6 +5,7 @@ Transient failures are retried. A missing or damaged file is an error that names
 
 from collections.abc import Callable, Sequence
 import copy
+import functools
 import os
 import resource
 import time
@@ -130,20 +131,28 @@ class RecordReader:
             own = [index for index in indices if start <= index < start + count]
             if own:
                 in_file = [index - start for index in own]
-                found = with_retries(lambda: _open_records([path]).__getitems__(in_file), path)
+                found = with_retries(functools.partial(_read_records, path, in_file), path)
                 records |= zip(own, found, strict=True)
             start += count
         return [records[index] for index in indices]
 
     def _count_by_file(self) -> list[int]:
         """Returns the number of records of each file."""
-        return [with_retries(lambda: len(_open_records([path])), path) for path in self._paths]
+        return [with_retries(functools.partial(_count_records, path), path) for path in self._paths]
 
 
 def _open_records(paths: Sequence[str]) -> Any:
     import grain  # `grit-jax prepare` never reads records, and its workers start without grain.
 
     return grain.sources.ArrayRecordDataSource(paths)
+
+
+def _read_records(path: str, indices: Sequence[int]) -> Sequence[bytes]:
+    return _open_records([path]).__getitems__(indices)
+
+
+def _count_records(path: str) -> int:
+    return len(_open_records([path]))
 
 
 def _raise_open_file_limit() -> None:

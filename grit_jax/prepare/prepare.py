@@ -25,8 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from grit_jax.data.manifest import Manifest, PreparedDataError
-from grit_jax.data.saved_tokenizer import TOKENIZERS, save_tokenizer
+from grit_jax.data.manifest import TOKENIZERS, Manifest, PreparedDataError, save_tokenizer
 from grit_jax.files import locked
 from grit_jax.prepare.dataset_build import DatasetBuild
 from grit_jax.prepare.worker import WorkItem, start_worker, tokenise
