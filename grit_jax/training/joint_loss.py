@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import Decoder, MixtralConfig, Stream
+from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.next_token import (
@@ -103,9 +103,8 @@ def weighted_sum(
     weights = {
         "embedding_loss": config.embedding_weight,
         "generative_loss": config.generative_weight,
+        "router_loss": model.config.router_aux_loss_coef,
     }
-    if isinstance(model.config, MixtralConfig):
-        weights["router_loss"] = model.config.router_aux_loss_coef
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
 
 
