@@ -26,6 +26,8 @@ from grit_jax.text.examples import Example, Text
 from grit_jax.text.kinds import TEXT_KINDS
 
 FORMAT_VERSION = 2
+# Before `text_version`, manifests held a hash of the source code. This one made version 1.
+CODE_OF_TEXT_VERSION_1 = "cec6b6be94e1017baa466e05c5a9409b35e035f0ecda1bd8fba053d4c2c603f5"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Manifest:
       left_out: number of lines that the dataset's `preprocess` left out.
       source: what it was read from.
       seed: of the choice of held-out lines.
-      fingerprints: SHA-256 of all that the content depends on, by name.
+      text_version: the `TEXT_VERSION` that made the token ids; 0 if unknown.
       format_version: version of this format.
     """
 
@@ -68,7 +70,7 @@ class Manifest:
     left_out: int = 0
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    text_version: int = 0
     format_version: int = FORMAT_VERSION
 
 
@@ -81,6 +83,9 @@ def read_manifest(path: epath.Path) -> Manifest:
     stored = _read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise PreparedDataError(f"{path} is of another version: prepare it again")
+    code = stored.pop("fingerprints", {}).get("templates")
+    if code is not None:
+        stored["text_version"] = 1 if code == CODE_OF_TEXT_VERSION_1 else 0
     return Manifest(**stored)
 
 
