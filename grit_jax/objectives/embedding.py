@@ -93,7 +93,7 @@ class EmbeddingSpec:
             texts.segment_ids,
             texts.positions,
             is_causal=text == "c",
-            causal_tokens=None if instruction == text else ~texts.mask,
+            causal_query_mask=None if instruction == text else ~texts.mask,
         )
 
     def pool(self, hidden: Float[Array, "B S D"], texts: PackedTexts) -> Float[Array, "T D"]:

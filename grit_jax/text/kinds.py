@@ -35,6 +35,7 @@ class TextKind:
         list of texts, 2 for a list of lists.
       canonical: function from a line's object to its canonical form.
       tokenize: function from the canonical form to an example of token ids.
+      options: the fields of `TextOptions` that `tokenize` depends on.
       example: class of its examples, which converts them to bytes and back.
       streams: the streams of packed rows that its texts go to, in order, and which of an example's
         texts each stream takes. The texts of stream S are cut to `TextOptions.S_length` tokens.
@@ -48,6 +49,7 @@ class TextKind:
     features: Mapping[str, int]
     canonical: Callable[[dict[str, Any]], dict[str, Any]]
     tokenize: Callable[[Tokenizer, dict[str, Any], TextOptions], Example]
+    options: tuple[str, ...]
     example: type[Example]
     streams: Mapping[str, slice]
 
@@ -74,6 +76,7 @@ EMBEDDING = TextKind(
     features={"query": 1, "pos": 2, "neg": 2},
     canonical=canonical_embedding,
     tokenize=embedding_example,
+    options=("query_length", "passage_length"),
     example=EmbeddingExample,
     streams={"query": slice(0, 1), "passage": slice(1, None)},
 )
@@ -87,6 +90,7 @@ GENERATIVE = TextKind(
     features={"text": 1},
     canonical=canonical_chat,
     tokenize=chat_example,
+    options=("chat_length", "chat_labels"),
     example=ChatExample,
     streams={"chat": slice(0, 1)},
 )

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import Decoder
-from grit_jax.sharding import in_parts
+from grit_jax.sharding import microbatch
 from grit_jax.training.loss import Loss, Losses
 
 
@@ -103,7 +103,7 @@ def _divide(batch: Batch, loss: Loss, num_chunks: int) -> _Chunk:
     """Returns the batch as chunks: rows [B, S] as [chunks, B / chunks, S], others repeated."""
 
     def divide(array: jax.Array) -> jax.Array:
-        return in_parts(array, num_chunks)
+        return microbatch(array, num_chunks)
 
     def divide_rows(node: Any) -> Any:
         if isinstance(node, PackedTexts):

@@ -126,10 +126,10 @@ class NextTokenTerm(LossTerm):
 
     def loss_weights(self, config: ModelConfig) -> dict[str, float]:
         """Returns the weights of the next-token and the load-balancing loss."""
-        weights = {"generative_loss": self.config.generative_weight}
-        if _has_router(config):
-            weights["router_loss"] = config.router_aux_loss_coef  # pyright: ignore[reportAttributeAccessIssue]
-        return weights
+        return {
+            "generative_loss": self.config.generative_weight,
+            "router_loss": config.router_aux_loss_coef,
+        }
 
     def streams(self, part: ChatBatch) -> dict[str, Stream]:
         """Returns chats as input of the decoder."""
@@ -140,7 +140,7 @@ class NextTokenTerm(LossTerm):
 
     def has_batch_losses(self, config: ModelConfig) -> bool:
         """The load-balancing loss is a product of two means over all chats."""
-        return _has_router(config)
+        return config.has_experts
 
     def summarize(
         self, model: Decoder, hidden: Hidden, statistics: Statistics, part: ChatBatch
@@ -190,10 +190,6 @@ class NextTokenTerm(LossTerm):
             logits_dtype=model.config.logits_dtype,
         )
         return {"generative_loss": loss}
-
-
-def _has_router(config: ModelConfig) -> bool:
-    return hasattr(config, "router_aux_loss_coef")
 
 
 # The term of each kind of text, by the names in `text.kinds.TEXT_KINDS`.
