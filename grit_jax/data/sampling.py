@@ -46,7 +46,7 @@ class MixedSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -154,7 +154,7 @@ class SingleDatasetSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -192,7 +192,7 @@ class SingleDatasetSampler:
 Sampler = MixedSampler | SingleDatasetSampler
 
 
-def make_mixture_schedule(datasets: Mapping[PreparedDataset, float]) -> MixtureSchedule:
+def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> MixtureSchedule:
     """Returns the schedule of datasets with their rates.
 
     Raises:
