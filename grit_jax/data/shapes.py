@@ -93,7 +93,7 @@ class StepProfile:
     @property
     def max_tokens(self) -> dict[str, int]:
         """Maximum number of tokens of a step in each stream."""
-        return {stream: max(map(sum, steps)) for stream, steps in self.lengths.items()}
+        return {stream: int(max(map(sum, steps))) for stream, steps in self.lengths.items()}
 
 
 def choose_row_shapes(
@@ -160,7 +160,7 @@ def best_rows(steps: Sequence[Lengths], row_lengths: Sequence[int], limits: RowL
 
 
 def _fits_with_room(texts: Lengths, rows: Rows) -> bool:
-    usable = max(int(rows.length * USABLE_FRACTION), max(texts))
+    usable = max(int(rows.length * USABLE_FRACTION), int(max(texts)))
     return usable <= rows.length and fit_rows(texts, rows.count, usable) is not None
 
 
