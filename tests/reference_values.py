@@ -1,4 +1,4 @@
-"""The original's numbers on tiny random models, and those models in our modules.
+"""The original's numbers on tiny random models, and those models as our modules.
 
 `tests/reference` was made by running the original PyTorch code of GritLM in float32.
 """
@@ -39,7 +39,7 @@ def load_model(architecture: str, **overrides) -> Decoder:
 
 
 def set_parameters(model: Decoder, values: dict[str, np.ndarray]) -> None:
-    """Puts `values`, named as `named_parameters` names them, into the model."""
+    """Sets the parameters of a model to `values`, which have dotted paths as keys."""
     state = nnx.state(model, nnx.Param)
     for path, variable in nnx.to_flat_state(state):
         value = values[".".join(path)]
@@ -49,7 +49,7 @@ def set_parameters(model: Decoder, values: dict[str, np.ndarray]) -> None:
 
 
 def from_original(tensors: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
-    """Returns the original's tensors (weights, or their gradients) under our names and shapes."""
+    """Returns the original's tensors (weights or gradients) with our names and shapes."""
     D, H = config.hidden_size, config.head_dim
 
     def stack(name: str) -> np.ndarray:
@@ -86,7 +86,7 @@ def from_original(tensors: dict[str, np.ndarray], config) -> dict[str, np.ndarra
 
 
 def packed_texts(tokens: np.ndarray, attention_mask: np.ndarray, mask: np.ndarray) -> PackedTexts:
-    """Returns the original's padded batch, one text a row, in our form."""
+    """Returns the original's padded batch, one text in each row, as our `PackedTexts`."""
     count, length = tokens.shape
     return PackedTexts(
         tokens=np.where(attention_mask, tokens, 0).astype(np.int32),

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Int, UInt64
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.length_balancing import balance_batches
 from grit_jax.data.manifest import Lengths, PreparedDataError, PreparedDataset
 from grit_jax.data.mixing import EpochShuffle, MixtureSchedule, stable_seed
@@ -90,7 +91,7 @@ class MixedSampler:
 
     def _check_sizes(self) -> None:
         for dataset, count in zip(self.datasets, self._turns.counts, strict=True):
-            in_a_batch = min(self.batch_size, -(-self.batch_size * count // len(self._turns)))
+            in_a_batch = min(self.batch_size, ceil_div(self.batch_size * count, len(self._turns)))
             if len(dataset) < in_a_batch:
                 share = "a batch" if in_a_batch == self.batch_size else "its share of a batch,"
                 raise PreparedDataError(
@@ -182,7 +183,7 @@ class SingleDatasetSampler:
 
     def previews(self) -> list[tuple[float, list[SampledExamples]]]:
         """Returns the kinds of batch there are, one a dataset: its share, and some such batches."""
-        windows = -(-PREVIEWED_WINDOWS // len(self.datasets))
+        windows = ceil_div(PREVIEWED_WINDOWS, len(self.datasets))
         shares = self._turns.counts / len(self._turns)
         return [
             (float(share), drawn)

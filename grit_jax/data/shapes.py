@@ -11,6 +11,7 @@ import itertools
 
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.packing import fit_rows
 
 # How many more tokens the spare shape has room for than were seen.
@@ -66,11 +67,11 @@ class RowLimits:
     def lengths(self, stream: str, longest_text: int) -> list[int]:
         """Returns the row lengths that a stream may have, shortest first."""
         step, most = self.length_multiple, self.longest[stream]
-        return list(range(-(-longest_text // step) * step, most + 1, step)) or [most]
+        return list(range(ceil_div(longest_text, step) * step, most + 1, step)) or [most]
 
     def round_up(self, count: int) -> int:
         """Returns the smallest number of rows that the data shards divide and is not below."""
-        return -(-max(1, count) // self.count_multiple) * self.count_multiple
+        return ceil_div(max(1, count), self.count_multiple) * self.count_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _fit_with_room(texts: Lengths, rows: Rows) -> bool:
 def _candidates(tokens: int, lengths: Sequence[int], limits: RowLimits) -> Iterator[Rows]:
     """Yields rows that have places for this many tokens, and no more than twice as many."""
     for length in lengths:
-        count = limits.round_up(-(-tokens // length))
+        count = limits.round_up(ceil_div(tokens, length))
         while count * length <= max(2 * tokens, limits.count_multiple * length):
             yield Rows(count, length)
             count += limits.count_multiple

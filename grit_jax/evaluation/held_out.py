@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.batch_plan import check_row_length, deduplicated_ids
 from grit_jax.data.manifest import PreparedDataset, fingerprint
@@ -169,7 +170,7 @@ class HeldOut:
             for start in range(0, len(texts), self._batch_size)
         ]
         plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
-        num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
+        num_rows = ceil_div(max(len(plan) for plan in plans), shards) * shards
         for group, plan in zip(groups, plans, strict=True):
             numbered = dict(enumerate(group))
             packed = pack(numbered, plan, num_rows, row_length, num_texts=self._batch_size)

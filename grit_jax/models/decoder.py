@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         """Returns the hidden states after the last norm, and the updated cache if one is given.
 
         With a cache, tokens also attend to the tokens of their text from earlier calls. Those keys
-        and values do not change: a document may be read bidirectionally and a question after it
+        and values do not change: a document may be encoded bidirectionally and a question after it
         causally.
 
         Args:

@@ -18,6 +18,8 @@ import re
 
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
+
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
 
 # Operations that move nothing by themselves.
@@ -198,7 +200,7 @@ class _Program:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
         constants = [value for i in self._computations[condition] if (value := _constant(i))]
-        return -(-constants[0] // self._step(condition, body)) if len(constants) == 1 else 1
+        return ceil_div(constants[0], self._step(condition, body)) if len(constants) == 1 else 1
 
     def _step(self, condition: str, body: str) -> int:
         """Returns what a turn adds to a loop's counter: 2 where the compiler has unrolled it."""

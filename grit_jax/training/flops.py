@@ -1,11 +1,13 @@
-"""Useful work of a step: what its texts need, whatever the program does.
+"""Useful operations of a training step: those that its texts need, however they are computed.
 
-The rule, so that numbers can be compared: a product of [m, k] and [k, n] is 2mkn operations; the
-backward pass is twice the forward pass; padding does not count, nor does what is computed a second
-time (rematerialisation, GradCache); a token attends to its own text only, causal attention to half
-of it; logits count where a token is to be learned; an expert counts for the tokens that chose it.
-Weights that are not trained have no gradient, so that their backward pass is one forward pass; the
-products of low-rank updates, a hundredth of the others, are left out.
+The rule, so that numbers can be compared:
+
+- A product of [m, k] and [k, n] is 2mkn operations. The backward pass is two forward passes.
+- Padding and recomputation (rematerialization, GradCache) do not count.
+- A token attends to its own text, and causally to half of it.
+- Logits count for targets only, and an expert for the tokens that chose it.
+- Frozen weights have no gradient: their backward pass is one forward pass. Low-rank updates, about
+  a hundredth of the total, do not count.
 """
 
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import numpy as np
 from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import ARCHITECTURES, ModelConfig
 
-# Dense bfloat16 operations a second and device, from the makers' data sheets.
+# Dense bfloat16 operations per second of a device, from the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -32,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """Returns the operations a second of all devices together, None if their kind is unknown."""
+    """Returns the peak operations per second of all devices, or None if their kind is unknown."""
     kind = devices[0].device_kind
     matching = [name for name in PEAK_FLOPS if kind.startswith(name)]
     if not matching:
@@ -41,13 +43,12 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float:
-    """Returns the operations that a training step on this batch needs.
+    """Returns the useful operations of a training step on this batch.
 
     Args:
-      config: of the model.
-      batch: the step's texts, on the host. Of several hosts each has its own rows, and takes
-        those of the others to be alike.
-      is_causal: whether texts to be embedded are read causally; chats always are.
+      config: configuration of the model.
+      batch: this host's rows of the batch. The rows of other hosts are assumed to be like them.
+      is_causal: whether queries and passages attend causally. Chats always do.
     """
     streams: list[tuple[PackedTexts, bool]] = []
     num_targets = 0
@@ -55,21 +56,21 @@ def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float
         streams += [(batch.embedding.queries, is_causal), (batch.embedding.passages, is_causal)]
     if batch.chats is not None:
         streams.append((batch.chats, True))
-        num_targets = int(np.count_nonzero(batch.chats.mask) * _hosts(batch.chats))
+        num_targets = int(np.count_nonzero(batch.chats.mask) * _num_hosts(batch.chats))
     flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
-    of_weights = 2.0 * num_targets * config.hidden_size * config.vocab_size
-    of_attention = 0.0
+    weight_flops = 2.0 * num_targets * config.hidden_size * config.vocab_size
+    attention_flops = 0.0
     for texts, causal in streams:
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
-        visible = np.sum(lengths**2) / (2 if causal else 1)
-        hosts = _hosts(texts)
+        attended = np.sum(lengths**2) / (2 if causal else 1)
+        hosts = _num_hosts(texts)
         width = config.num_attention_heads * config.head_dim
-        of_weights += hosts * np.sum(lengths) * flops_per_token
-        of_attention += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
+        weight_flops += hosts * np.sum(lengths) * flops_per_token
+        attention_flops += hosts * 2.0 * 2.0 * attended * width * config.num_hidden_layers
     passes = 3.0 if config.lora is None else 2.0
-    return float(passes * of_weights + 3.0 * of_attention)
+    return float(passes * weight_flops + 3.0 * attention_flops)
 
 
-def _hosts(texts: PackedTexts) -> float:
-    """Returns how many times this host's rows all rows are."""
+def _num_hosts(texts: PackedTexts) -> float:
+    """Returns the number of rows of the batch divided by that of this host."""
     return (texts.num_rows or len(texts.tokens)) / len(texts.tokens)

@@ -1,4 +1,4 @@
-"""Reading in parts with a cache gives what reading at once gives, and the original's numbers."""
+"""Calls with a cache give the same results as one call without, and the original's numbers."""
 
 import functools
 
@@ -22,7 +22,7 @@ def assert_close(ours, theirs):
 
 
 def make_reader(model):
-    """Returns the jitted call with a donated cache, as a generator of text makes it."""
+    """Returns the jitted call with a donated cache, as text generation uses it."""
     graph, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnames="is_causal", donate_argnames="cache")
@@ -45,7 +45,7 @@ def random_parts(generator, num_rows):
 
 
 def at_once(model, texts):
-    """Returns the hidden states of each text, read whole and without a cache."""
+    """Returns the hidden states of each text in one call without a cache."""
     longest = max(len(text) for text in texts)
     is_token = np.arange(longest) < np.array([len(text) for text in texts])[:, None]
     tokens = np.zeros(is_token.shape, np.int32)
