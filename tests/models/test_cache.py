@@ -155,10 +155,10 @@ def test_eight_devices_read_as_one_does():
 def test_tokens_that_do_not_fit_are_an_error():
     model = reference_values.load_model("mistral")
     cache = model.make_cache(1, 8)
-    with pytest.raises(ValueError, match="8 slots, 0 of them taken, has no room for rows of 9"):
+    with pytest.raises(ValueError, match="8 slots, 0 of them in use, has no room for rows of 9"):
         jax.eval_shape(lambda cache: model(jnp.ones((1, 9), jnp.int32), cache=cache), cache)
     _, cache = model(jnp.ones((1, 6), jnp.int32), cache=cache)
-    with pytest.raises(ValueError, match="8 slots, 6 of them taken, has no room for rows of 3"):
+    with pytest.raises(ValueError, match="8 slots, 6 of them in use, has no room for rows of 3"):
         model(jnp.ones((1, 3), jnp.int32), cache=cache)
     _, cache = model(jnp.ones((1, 2), jnp.int32), cache=cache)
     assert int(cache.length) == cache.num_slots
