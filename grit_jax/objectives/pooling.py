@@ -47,7 +47,7 @@ def pooling_weights(
     """
 
     def count_in_text(values: Bool[Array | np.ndarray, "B S"]) -> Float[Array, "B S"]:
-        total = sum_by_text(values.astype(jnp.float32), segment_ids, num_texts)
+        total = sum_by_text(jnp.asarray(values, jnp.float32), segment_ids, num_texts)
         return jnp.concatenate([jnp.zeros(1), total])[segment_ids]
 
     segment_ids = jnp.asarray(segment_ids)
