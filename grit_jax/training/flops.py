@@ -10,12 +10,13 @@ The rule, so that numbers can be compared:
   a hundredth of the total, do not count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
 from grit_jax.data.batch import Batch, PackedTexts
+from grit_jax.data.kinds import BATCH_KINDS
 from grit_jax.models import ARCHITECTURES, ModelConfig
 
 # Dense bfloat16 operations per second of a device, from the vendors' data sheets.
@@ -42,27 +43,26 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] * len(devices)
 
 
-def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float:
+def useful_flops(config: ModelConfig, batch: Batch, causal_streams: Collection[str]) -> float:
     """Returns the useful operations of a training step on this batch.
 
     Args:
       config: configuration of the model.
       batch: this host's rows of the batch. The rows of other hosts are assumed to be like them.
-      is_causal: whether queries and passages attend causally. Chats always do.
+      causal_streams: names of the streams with causal attention.
     """
-    streams: list[tuple[PackedTexts, bool]] = []
-    num_targets = 0
-    if batch.embedding is not None:
-        streams += [(batch.embedding.queries, is_causal), (batch.embedding.passages, is_causal)]
-    if batch.chats is not None:
-        streams.append((batch.chats, True))
-        num_targets = int(np.count_nonzero(batch.chats.mask) * _num_hosts(batch.chats))
+    num_targets = sum(
+        int(np.count_nonzero(texts.mask) * _num_hosts(texts))
+        for kind, part in batch.parts.items()
+        if BATCH_KINDS[kind].predicts_tokens
+        for texts in part.streams.values()
+    )
     flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
     weight_flops = 2.0 * num_targets * config.hidden_size * config.vocab_size
     attention_flops = 0.0
-    for texts, causal in streams:
+    for name, texts in batch.streams.items():
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
-        attended = np.sum(lengths**2) / (2 if causal else 1)
+        attended = np.sum(lengths**2) / (2 if name in causal_streams else 1)
         hosts = _num_hosts(texts)
         width = config.num_attention_heads * config.head_dim
         weight_flops += hosts * np.sum(lengths) * flops_per_token
