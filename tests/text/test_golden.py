@@ -51,7 +51,7 @@ def tokenized(kind, line):
     example = kind.tokenize(Tokenizer(), kind.to_canonical(line), TextOptions(**OPTIONS))
     return {
         "tokens": [text.tokens.tolist() for text in example.texts],
-        "mask": ["".join("01"[counts] for counts in text.mask) for text in example.texts],
+        "mask": ["".join("01"[int(counts)] for counts in text.mask) for text in example.texts],
         "bytes": example.to_bytes().hex(),
     }
 
