@@ -212,7 +212,7 @@ class PreparedDataset:
 
 def load_mixture(
     folder: epath.PathLike, mixture: str, split: str, kind: str, field: str
-) -> dict[PreparedDataset, float]:
+) -> dict[PreparedDataset, int | float]:
     """Returns the datasets of a prepared mixture, with their rates.
 
     Args:

@@ -47,7 +47,7 @@ class MixedSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -155,7 +155,7 @@ class SingleDatasetSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -193,7 +193,7 @@ class SingleDatasetSampler:
 Sampler = MixedSampler | SingleDatasetSampler
 
 
-def make_mixture_schedule(datasets: Mapping[PreparedDataset, float]) -> MixtureSchedule:
+def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> MixtureSchedule:
     """Returns the schedule of datasets with their rates.
 
     Raises:

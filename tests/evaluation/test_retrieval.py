@@ -1,4 +1,4 @@
-"""Measures of retrieval by hand, and a baseline that finds what it should."""
+"""Retrieval measures computed by hand, the BM25 baseline, and held-out data."""
 
 import math
 

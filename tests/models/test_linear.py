@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import LoraConfig, ModelConfig, lora_layers, make_config, make_model, weights_of
+from grit_jax.models import (
+    LoraConfig,
+    ModelConfig,
+    lora_layers,
+    make_config,
+    make_model,
+    weights_of,
+)
 from grit_jax.models.weights import linear_layers
 
 SIZES = {

@@ -58,7 +58,10 @@ def test_policies_change_memory_and_not_the_gradient(architecture):
 @pytest.mark.parametrize("remat", ["save_matmuls", "offload"])
 def test_policies_reach_into_experts_on_a_mesh(remat):
     gradients = []
-    for config in (make_config("mixtral", **SIZES, remat=remat), make_config("mixtral", **SIZES, remat="none")):
+    for config in (
+        make_config("mixtral", **SIZES, remat=remat),
+        make_config("mixtral", **SIZES, remat="none"),
+    ):
         with jax.set_mesh(make_mesh(fsdp=2, tensor=2, expert=2)):
             compiled, arguments = compile_gradient(config)
             gradients.append(compiled(*arguments))
@@ -66,7 +69,9 @@ def test_policies_reach_into_experts_on_a_mesh(remat):
 
 
 def test_offloading_moves_the_products_to_the_host():
-    graph, parameters = nnx.split(make_model(make_config("mixtral", **SIZES, remat="offload"), seed=0))
+    graph, parameters = nnx.split(
+        make_model(make_config("mixtral", **SIZES, remat="offload"), seed=0)
+    )
     tokens = jnp.zeros((1, 64), jnp.int32)
 
     def loss(parameters):
