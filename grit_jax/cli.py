@@ -217,6 +217,9 @@ def _positive(text: str) -> int:
 
 def convert(argv: Sequence[str]) -> None:
     """Converts weights: from-hf FOLDER CHECKPOINT, from-gguf FILE CHECKPOINT, to-hf MODEL FOLDER"""
+    from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+    from grit_jax.objectives.pooling import POOLINGS
+
     parser = argparse.ArgumentParser(prog="grit-jax convert", description=convert.__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
@@ -244,24 +247,21 @@ def convert(argv: Sequence[str]) -> None:
         help="'mistral' or the path of a tokenizer.model or tokenizer.json; by default the one "
         "that lies with the model, else 'mistral'",
     )
-    to_hf.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
-    )
+    to_hf.add_argument("--dtype", choices=tuple(DTYPES), help="by default as stored")
     to_hf.add_argument(
         "--attention",
-        choices=("bbcc", "cccc"),  # cbcc has no counterpart in sentence-transformers.
+        choices=EXPORTED_PATTERNS,
         help="pattern it was trained with; by default what the model says, else bbcc",
     )
     to_hf.add_argument(
         "--pooling",
-        choices=("mean", "weightedmean", "lasttoken", "cls"),
+        choices=POOLINGS,
         help="of its embeddings; by default what the model says, else mean",
     )
     arguments = parser.parse_args(argv)
 
     from grit_jax.bucket import BucketError
     from grit_jax.conversion import ConversionError, GgufModel, HuggingFaceModel, open_model
-    from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
     from grit_jax.text.tokenizer import TokenizerError
 

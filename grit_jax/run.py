@@ -13,7 +13,7 @@ from rich.console import Console
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.config import Config, check_fields
 from grit_jax.consistency import check_agreement, check_shared
-from grit_jax.conversion import Model
+from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.evaluation.table import result_table
@@ -161,7 +161,7 @@ def _update_jax(options: dict[str, str]) -> None:
 def _first_state(
     config: Config,
     trainer: Trainer,
-    pretrained: Model | None,
+    pretrained: StoredModel | None,
     saved: Checkpoints,
     console: Console,
 ) -> TrainState:

@@ -158,7 +158,7 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
 
 def _results(arguments: argparse.Namespace) -> tuple[Results, str]:
     """Returns the folder of results, and what tells the model's weights from others'."""
-    revision = open_model(arguments.model, base=arguments.base).fingerprint()
+    revision = open_model(arguments.model, base=arguments.base).weights_fingerprint()
     return Results(arguments.output, revision), revision
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grit_jax.consistency import describe_differences
 from grit_jax.files import locked, write_json
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.training.checkpoints import describe_differences
 
 SCORES = "scores.json"
 

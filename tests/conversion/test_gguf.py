@@ -260,9 +260,11 @@ def test_a_damaged_file_and_a_missing_package(tiny, tmp_path, monkeypatch):
     for number, damaged in enumerate((content[:-5000], content[:2000], b"not a model", b"")):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(damaged)
-        with pytest.raises(ConversionError, match=rf"{number}\.gguf is no GGUF file, damaged or"):
+        with pytest.raises(
+            ConversionError, match=rf"{number}\.gguf is not a GGUF file, or is damaged or"
+        ):
             open_model(path)
-    with pytest.raises(ConversionError, match="no base"):
+    with pytest.raises(ConversionError, match="has no base model"):
         open_model(tiny[0], base=tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ConversionError, match=r"pip install 'grit-jax\[gguf\]'"):

@@ -38,7 +38,7 @@ def save_updates(base, folder, **sizes):
         for path in sorted(shapes, key=lambda path: (-len(path), path))
     }
     nnx.replace_by_pure_dict(state.parameters, unflatten_dict(trained))
-    description = {"lora": {**dataclasses.asdict(LORA), "base": base.fingerprint()}}
+    description = {"lora": {**dataclasses.asdict(LORA), "base": base.weights_fingerprint()}}
     where = epath.Path(folder / "checkpoints")
     with Checkpoints(
         where, config, description, 1, RetentionPolicy(keep=1), str(base.folder)
@@ -132,7 +132,7 @@ def test_updates_of_a_checkpoint_and_updates_of_updates(runs, saved_models, tmp_
     gate = ("layers", "feed_forward", "gate")
     np.testing.assert_allclose(twice[gate] - once[gate], once[gate] - before[gate], atol=1e-6)
     np.testing.assert_array_equal(twice[("head",)], before[("head",)])
-    assert open_model(tmp_path / "second").fingerprint() != first.fingerprint()
+    assert open_model(tmp_path / "second").weights_fingerprint() != first.weights_fingerprint()
 
 
 def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
@@ -141,14 +141,16 @@ def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
     save_updates(open_model(base), tmp_path / "run")
     before = content(open_model(tmp_path / "run"))
     base.rename(moved)
-    with pytest.raises(ConversionError, match=f"low-rank updates of {base}: .*not there.*--base"):
+    with pytest.raises(
+        ConversionError, match=f"LoRA checkpoint of {base}: .*does not exist.*--base"
+    ):
         open_model(tmp_path / "run")
     opened = open_model(tmp_path / "run", base=moved)
     assert isinstance(opened, LoraCheckpoint)
     for path, array in content(opened).items():
         np.testing.assert_array_equal(array, before[path])
     write_orbax(HuggingFaceModel(moved), tmp_path / "orbax")
-    with pytest.raises(ConversionError, match="is whole: there is no base"):
+    with pytest.raises(ConversionError, match="full model and has no base model"):
         open_model(tmp_path / "orbax", base=moved)
     # One number of one matrix is another.
     file = moved / "model.safetensors"

@@ -140,7 +140,7 @@ def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported, t
 
 
 def test_scores_that_were_measured_otherwise_are_no_scores_of_this_run(exported, tmp_path):
-    revision = open_model(exported).fingerprint()
+    revision = open_model(exported).weights_fingerprint()
     results = Results(tmp_path, revision)
     settings = MtebModel(GritLM.from_pretrained(exported), "small", "1", max_length=64).settings
     results.measure_with("mteb", settings)
