@@ -319,9 +319,9 @@ def plan(argv: Sequence[str]) -> None:
     from grit_jax.bucket import BucketError
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
-    from grit_jax.planning.chips import TopologyError, describe_topology, quiet
+    from grit_jax.planning.chips import TopologyError, describe_topology, suppress_stderr
     from grit_jax.planning.plan import fastest, make_plan, search
-    from grit_jax.planning.report import as_json, show_plan, show_tried
+    from grit_jax.planning.report import as_json, show_line, show_plan
     from grit_jax.sharding import MeshError
 
     tokens = {name: getattr(arguments, f"{name}_tokens") for name in ("query", "passage", "chat")}
@@ -331,7 +331,7 @@ def plan(argv: Sequence[str]) -> None:
         config, _ = parse_flags(rest)
         if arguments.slices > 1:
             config.mesh.slice = arguments.slices
-        with quiet():
+        with suppress_stderr():
             topology = describe_topology(arguments.topology, arguments.slices)
         if not arguments.search:
             found = make_plan(config, topology, tokens)
@@ -340,7 +340,7 @@ def plan(argv: Sequence[str]) -> None:
             for one in search(config, topology, tokens):
                 tried.append(one)
                 if not arguments.json:
-                    show_tried(one)
+                    show_line(one)
             found = fastest(tried)
     except (BucketError, ConfigError, MeshError, TopologyError) as error:
         fail(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import zipfile
 
 from etils import epath
 from flax import nnx
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_values
 
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, HuggingFaceModel, LoraCheckpoint, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_tokenizer import find_end_tokens
 from grit_jax.models import LoraConfig
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig
@@ -161,3 +165,23 @@ def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
         ConversionError, match=r"does not hold the weights that .*/7 was trained on"
     ):
         open_model(tmp_path / "run", base=moved)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_to_the_bit(tmp_path):
+    """`lora_checkpoint.zip` was written before any item or field was renamed.
+
+    It is a run with LoRA of rank 2 on `tiny-mistral`. `expected.npz` holds what that version read.
+    """
+    with zipfile.ZipFile(reference_values.FOLDER / "lora_checkpoint.zip") as archive:
+        archive.extractall(tmp_path)
+    with pytest.raises(ConversionError, match=r"/models/tiny-mistral does not exist.*--base"):
+        open_model(tmp_path)
+    model = open_model(tmp_path, base=reference_values.FOLDER / "tiny-mistral")
+    read, expected = content(model), np.load(tmp_path / "expected.npz")
+    np.testing.assert_array_equal(read["layers", "attention", "query"], expected["query"])
+    np.testing.assert_array_equal(read["layers", "feed_forward", "down"][0], expected["down"])
+    np.testing.assert_array_equal(read["norm", "scale"], expected["norm"])
+    assert model.weights_fingerprint() == str(expected["fingerprint"])
+    spec = EmbeddingSpec.from_fields(model.fields)
+    assert (spec.attention, spec.pooling) == ("cccc", "lasttoken")
+    assert find_end_tokens(model) == [2, 5]
