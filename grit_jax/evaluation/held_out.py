@@ -15,7 +15,7 @@ from grit_jax.data.batch_plan import check_row_length, deduplicated_ids
 from grit_jax.data.manifest import PreparedDataset, fingerprint
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.data.saved_tokenizer import load_saved_tokenizer
-from grit_jax.evaluation.retrieval import bm25_scores, chance_measures, retrieval_measures
+from grit_jax.evaluation.retrieval import bm25_scores, chance_metrics, retrieval_metrics
 from grit_jax.objectives.embedding import embed_texts
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
@@ -144,7 +144,7 @@ class HeldOut:
         """Returns what a random order of the passages earns on average, for one answer a query."""
         measures = {}
         for task in self._tasks:
-            found = chance_measures(len(task.passages))
+            found = chance_metrics(len(task.passages))
             measures |= {f"{task.name}/{measure}": value for measure, value in found.items()}
         return measures
 
@@ -192,5 +192,5 @@ class HeldOut:
 
 
 def _named(task: RetrievalTask, scores: np.ndarray) -> dict[str, float]:
-    measures = retrieval_measures(scores, task.relevant)
+    measures = retrieval_metrics(scores, task.relevant)
     return {f"{task.name}/{measure}": value for measure, value in measures.items()}

@@ -7,10 +7,11 @@ import numpy as np
 import optax
 from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
+from small_batches import SIZES
 
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
+from grit_jax.evaluation.retrieval import bm25_scores, retrieval_metrics
 from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.joint_loss import LossConfig
@@ -19,50 +20,50 @@ from grit_jax.training.train_step import Trainer
 
 def test_measures_of_known_ranks():
     scores = -np.tile(np.arange(20.0), (3, 1))  # Passage p has rank p.
-    measures = retrieval_measures(scores, [{0}, {2}, {15}])
+    measures = retrieval_metrics(scores, [{0}, {2}, {15}])
     assert measures["ndcg_at_10"] == pytest.approx((1 + 1 / math.log2(4) + 0) / 3)
     assert measures["recall_at_1"] == pytest.approx(1 / 3)
 
 
 def test_several_answers_are_held_against_the_best_order():
     scores = -np.tile(np.arange(20.0), (2, 1))
-    measures = retrieval_measures(scores, [{0, 1}, {0, 3}])
+    measures = retrieval_metrics(scores, [{0, 1}, {0, 3}])
     ideal = 1 + 1 / math.log2(3)
     assert measures["ndcg_at_10"] == pytest.approx((1 + (1 + 1 / math.log2(5)) / ideal) / 2)
     assert measures["recall_at_1"] == pytest.approx(0.5)
 
 
 def test_a_constant_score_earns_nothing():
-    measures = retrieval_measures(np.ones((4, 30)), [{n} for n in range(4)])
+    measures = retrieval_metrics(np.ones((4, 30)), [{n} for n in range(4)])
     assert measures == {"ndcg_at_10": 0.0, "recall_at_1": 0.0}
 
 
 def test_embeddings_that_are_no_numbers_earn_nothing():
-    measures = retrieval_measures(np.full((4, 30), np.nan), [{n} for n in range(4)])
+    measures = retrieval_metrics(np.full((4, 30), np.nan), [{n} for n in range(4)])
     assert measures == {"ndcg_at_10": 0.0, "recall_at_1": 0.0}
     scores = np.array([[np.nan, 2.0, 1.0]])  # Nor does a passage win because another is none.
-    assert retrieval_measures(scores, [{1}])["recall_at_1"] == 0.0
-    assert retrieval_measures(scores[:, ::2], [{0, 1}])["ndcg_at_10"] == 1.0
+    assert retrieval_metrics(scores, [{1}])["recall_at_1"] == 0.0
+    assert retrieval_metrics(scores[:, ::2], [{0, 1}])["ndcg_at_10"] == 1.0
 
 
 @pytest.mark.parametrize(("rank", "gain"), [(10, 1 / math.log2(11)), (11, 0)])
 def test_the_tenth_place_is_the_last_that_counts(rank, gain):
-    measures = retrieval_measures(-np.arange(20.0)[None], [{rank - 1}])
+    measures = retrieval_metrics(-np.arange(20.0)[None], [{rank - 1}])
     assert measures["ndcg_at_10"] == pytest.approx(gain)
 
 
 def test_more_answers_than_ten_can_still_be_perfect():
-    measures = retrieval_measures(-np.arange(20.0)[None], [set(range(12))])
+    measures = retrieval_metrics(-np.arange(20.0)[None], [set(range(12))])
     assert measures["ndcg_at_10"] == pytest.approx(1)
 
 
 def test_an_answer_stands_behind_those_it_ties_with_but_not_behind_other_answers():
     scores = np.array([[5.0, 3.0, 3.0, 3.0, 1.0]])
     for answer in (1, 2, 3):
-        measures = retrieval_measures(scores, [{answer}])
+        measures = retrieval_metrics(scores, [{answer}])
         assert measures["ndcg_at_10"] == pytest.approx(1 / math.log2(5))
     of_ranks = [1 / math.log2(1 + rank) for rank in (1, 2, 3, 4)]
-    measures = retrieval_measures(scores, [{1, 2, 3}])
+    measures = retrieval_metrics(scores, [{1, 2, 3}])
     assert measures["ndcg_at_10"] == pytest.approx(sum(of_ranks[1:]) / sum(of_ranks[:3]))
 
 
@@ -81,13 +82,14 @@ def held_out(tmp_path):
     random, mesh = np.random.default_rng(0), make_mesh(devices=jax.devices()[:1])
     write_prepared(tmp_path, "pairs", embedding_examples(random, 20, 12))
     write_prepared(tmp_path, "chats", chat_examples(random, 20, 24))
-    trainer = Trainer(ModelConfig(), LossConfig(), optax.sgd(0.1), mesh)
+    trainer = Trainer(ModelConfig(**SIZES), LossConfig(), optax.sgd(0.1), mesh)
 
     def make(query=12, passage=12, chat=24):
         pairs, chats = (list(open_datasets(tmp_path, {name: 1.0})) for name in ("pairs", "chats"))
         lengths = {"query": query, "passage": passage, "chat": chat}
         return HeldOut(trainer, pairs, chats, lengths, batch_size=4)
 
+    make.trainer = trainer
     return make
 
 
@@ -97,10 +99,18 @@ def test_a_text_that_is_longer_than_a_row_is_named_at_the_start(held_out, stream
         held_out(**{stream: 5})
 
 
-def test_one_batch_at_a_time_is_on_the_devices(held_out):
-    before, counts = len(jax.live_arrays()), []
-    for batch in held_out()._batches(held_out()._chats, "chat"):
-        counts.append(len(jax.live_arrays()) - before)
-        arrays = len(jax.tree.leaves(batch))
-        del batch
-    assert counts == [arrays] * 5
+def test_memory_does_not_grow_with_the_number_of_batches(held_out, monkeypatch):
+    data, trainer = held_out(), held_out.trainer
+    parameters = trainer.initial_state(0).model_parameters
+    counts, to_devices = [], trainer.to_devices
+
+    def counting(batch):
+        # Tokens, segment ids and positions of batches; nothing else is of their type and rank.
+        arrays = jax.live_arrays()
+        counts.append(sum(array.ndim == 2 and array.dtype == np.int32 for array in arrays))
+        return to_devices(batch)
+
+    monkeypatch.setattr(trainer, "to_devices", counting)
+    assert data.measure(parameters)["perplexity"] > 0
+    assert len(counts) >= 15  # Five batches of queries, of passages and of chats at least.
+    assert set(counts) == {0, 3}  # While a batch is made, at most the one before it is kept.

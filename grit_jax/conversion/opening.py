@@ -1,4 +1,4 @@
-"""Opens a stored model in whatever format it is."""
+"""Opens a stored model of any format."""
 
 import os
 from pathlib import Path
