@@ -1,5 +1,6 @@
 """LoRA checkpoints, whose updates are added to the base model's weights as they are read."""
 
+import dataclasses
 import functools
 
 from jaxtyping import Shaped
@@ -8,7 +9,7 @@ import numpy as np
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.conversion.orbax_model import OrbaxModel, read_item
 from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel, hash_weights
-from grit_jax.models import LoraConfig
+from grit_jax.models import LoraConfig, lora_layers
 from grit_jax.text.tokenizer import tokenizer_in
 
 # The item of a checkpoint that names the base model's folder. Only LoRA checkpoints have it.
@@ -42,7 +43,7 @@ class LoraCheckpoint(StoredModel):
         self.parameters = self._updates.parameters
         self._adapted = {
             ("layers", *layer.split("."))
-            for layer in self._lora.targeted(self.config.linear_layers)
+            for layer in lora_layers(dataclasses.replace(self.config, lora=self._lora))
         }
 
     @functools.cached_property
@@ -76,7 +77,7 @@ class LoraCheckpoint(StoredModel):
         """Returns a slice of (alpha / rank) A B, in float32."""
         *module, name = parameter.path
         a, b = (self._updates.read_whole((*module, f"{name}_lora", matrix)) for matrix in "ab")
-        num_stacked = len(parameter.stacked)
+        num_stacked = len(parameter.stack_shape)
         middle = num_stacked + parameter.num_inputs
         stack, inputs, outputs = index[:num_stacked], index[num_stacked:middle], index[middle:]
         a, b = a[(*stack, *inputs)], b[(*stack, slice(None), *outputs)]

@@ -169,13 +169,13 @@ class _LazyArray:
         self.nbytes = self.size * self.dtype.itemsize
         # Matrices of linear layers keep the order of Hugging Face's [out, in] tensors on the disk.
         self.order = "F" if parameter.num_inputs and len(parameter.shape) == 2 else "C"
-        self.chunk = (1,) * len(parameter.stacked) + parameter.shape
-        self._stacked = parameter.stacked
+        self.chunk = (1,) * len(parameter.stack_shape) + parameter.shape
+        self._stack_shape = parameter.stack_shape
         self._read = functools.partial(model.read, parameter)
 
     def slices(self) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
         """Yields the index of each chunk, and a function that reads it."""
-        for stack_index in itertools.product(*map(range, self._stacked)):
+        for stack_index in itertools.product(*map(range, self._stack_shape)):
             index = tuple(slice(i, i + 1) for i in stack_index)
             index += tuple(slice(0, size) for size in self.chunk[len(stack_index) :])
             yield index, functools.partial(self._read, index)

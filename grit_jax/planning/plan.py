@@ -22,7 +22,7 @@ from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
 from grit_jax.from_config import make_trainer, open_pretrained, row_limits
-from grit_jax.models import AttentionError, MixtralConfig
+from grit_jax.models import AttentionError
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, ProgramCost, program_cost
 from grit_jax.sharding import MeshError
@@ -260,7 +260,7 @@ def _expert_occupancy(trainer: Trainer) -> float:
     Every device has as many rows as it would receive if all tokens chose its experts.
     """
     model, expert_devices = trainer.model_config, trainer.mesh.shape["expert"]
-    if not isinstance(model, MixtralConfig) or expert_devices == 1:
+    if not model.has_experts or expert_devices == 1:
         return 1.0
     chosen = model.num_experts_per_tok
     return chosen / (expert_devices * min(chosen, model.num_local_experts // expert_devices))
