@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is named, and no half-made folder is left."""
+"""Damaged models are refused with the name of the file, and a failed conversion leaves nothing."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(params=["mistral", "mixtral"])
 def folder(request, tmp_path):
-    """A copy of the original's tiny model, to be damaged."""
+    """A copy of a tiny model to damage."""
     copy = tmp_path / request.param
     shutil.copytree(reference_values.FOLDER / f"tiny-{request.param}", copy)
     return copy

@@ -1,4 +1,4 @@
-"""Checkpoints of low-rank updates: read, merged and exported with the model that they are of."""
+"""LoRA checkpoints: read, merged with their base model, and exported."""
 
 import dataclasses
 import shutil
@@ -30,7 +30,7 @@ LORA = LoraConfig(rank=2, alpha=3.0, targets="*")
 
 
 def save_updates(base, folder, **sizes):
-    """Saves updates that are not 0 of a stored model, as a run does; returns its Flax module."""
+    """Saves a LoRA checkpoint of a stored model with random updates; returns its Flax module."""
     config = dataclasses.replace(base.config, lora=LORA, **sizes)
     mesh = make_mesh(devices=jax.devices()[:1])
     trainer = Trainer(config, make_joint_loss(LossConfig()), optax.sgd(0.1), mesh)
@@ -54,7 +54,7 @@ def save_updates(base, folder, **sizes):
 
 @pytest.fixture(scope="session")
 def runs(saved_models, tmp_path_factory):
-    """Folders of runs that trained updates of a Mistral and a Mixtral, and their Flax modules."""
+    """Folders of LoRA runs of a Mistral and a Mixtral, and their Flax modules."""
     root = tmp_path_factory.mktemp("runs")
     return {
         name: (root / name, save_updates(open_model(saved_models[name]), root / name))

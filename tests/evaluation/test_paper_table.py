@@ -1,4 +1,4 @@
-"""The paper's numbers, and one's own beside them."""
+"""The paper's tables with the scores of another model."""
 
 from concurrent.futures import ThreadPoolExecutor
 import json
