@@ -365,7 +365,7 @@ def test_an_unknown_schedule_is_named():
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--config.model.weights=nowhere"], ["config.model.weights", "nowhere is not there"]),
+        (["--config.model.weights=nowhere"], ["config.model.weights", "nowhere does not exist"]),
         ([f"--config.model.weights={'long' * 99}"], ["config.model.weights", "too long"]),
         (
             [f"--config.model.weights={TINY_MODELS / 'tiny-mixtral'}"],
