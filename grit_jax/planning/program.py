@@ -17,13 +17,8 @@ import re
 
 import numpy as np
 
-<<<<<<< HEAD
 from grit_jax.arithmetic import ceil_div
-
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
-=======
 from grit_jax.planning.hlo import Instruction, parse_hlo
->>>>>>> conversion
 
 # Instructions that move no data by themselves.
 FREE = {
@@ -176,13 +171,7 @@ class _Program:
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
-<<<<<<< HEAD
-        constants = [value for i in self._computations[condition] if (value := _constant(i))]
-        return ceil_div(constants[0], self._step(condition, body)) if len(constants) == 1 else 1
-=======
-        limits = [value for i in self._computations[condition] if (value := _constant(i))]
-        return -(-limits[0] // self._counter_step(condition, body)) if len(limits) == 1 else 1
->>>>>>> conversion
+        return ceil_div(limits[0], self._counter_step(condition, body)) if len(limits) == 1 else 1
 
     def _counter_step(self, condition: str, body: str) -> int:
         """Returns what an iteration adds to a loop's counter; 2 in a loop unrolled twice."""
