@@ -171,6 +171,7 @@ class _Program:
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known.group(1))
+        limits = [value for i in self._computations[condition] if (value := _constant(i))]
         return ceil_div(limits[0], self._counter_step(condition, body)) if len(limits) == 1 else 1
 
     def _counter_step(self, condition: str, body: str) -> int:
