@@ -28,10 +28,10 @@ from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-# Folder of the saved tokenizers, within a folder of prepared data.
-TOKENIZERS = "tokenizers"
 # Before `text_version`, manifests held a hash of the source code. This one made version 1.
 CODE_OF_TEXT_VERSION_1 = "cec6b6be94e1017baa466e05c5a9409b35e035f0ecda1bd8fba053d4c2c603f5"
+# Folder of the saved tokenizers, within a folder of prepared data.
+TOKENIZERS = "tokenizers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

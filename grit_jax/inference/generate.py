@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.inference.cache_utils import cache_shardings, join_caches, unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
 from grit_jax.models import Decoder, KVCache
@@ -277,4 +278,4 @@ def row_keys(seed: int, numbers: Sequence[int], num_rows: int) -> Key[Array, " B
 
 def round_up(number: int, multiple: int) -> int:
     """Returns the smallest multiple that is not below a number."""
-    return -(-number // multiple) * multiple
+    return ceil_div(number, multiple) * multiple

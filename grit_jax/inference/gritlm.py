@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.conversion import open_model
 from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
 from grit_jax.inference.batch_packing import TOKENS_PER_DEVICE
@@ -380,7 +381,7 @@ class GritLM:
 
     def _places(self, batch_size: int, length: int) -> int:
         """Returns the most places of a call on one device, for so many texts of a length."""
-        return min(TOKENS_PER_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
+        return min(TOKENS_PER_DEVICE, ceil_div(batch_size * length, batch_shards(self.mesh)))
 
     def _request(
         self,

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from grit_jax.conversion import Model
+from grit_jax.conversion import StoredModel
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.models import Decoder, make_model
 from grit_jax.models.linear import round_to_int8
 from grit_jax.sharding import check_sizes_fit_mesh, variable_shardings
 
 
-def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None = None) -> Decoder:
+def load_module(
+    stored: StoredModel, dtype: str, mesh: Mesh, linear_dtype: str | None = None
+) -> Decoder:
     """Returns the Flax module of a stored model, laid out on a mesh by the table of shardings.
 
     Raises:
@@ -47,7 +49,7 @@ def abstract_module(config: Any, mesh: Mesh) -> tuple[Any, Any]:
     return graph, shapes
 
 
-def _load_rounded(stored: Model, shapes: dict[str, Any]) -> dict[str, Any]:
+def _load_rounded(stored: StoredModel, shapes: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters as global arrays, those that are to be int8 rounded as they are read.
 
     No more of a parameter than one layer is in the host's memory unrounded.
@@ -81,7 +83,7 @@ class _Rounded:
     A scale is that of all inputs of an output, whatever part of them a device holds.
     """
 
-    def __init__(self, stored: Model, parameter: ParamSpec):
+    def __init__(self, stored: StoredModel, parameter: ParamSpec):
         self._stored, self._parameter = stored, parameter
         self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
 

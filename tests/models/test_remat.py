@@ -1,4 +1,4 @@
-"""Policies of rematerialisation: the same gradients, in less and less memory."""
+"""Rematerialization policies: the same gradients in less and less memory."""
 
 import types
 
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def compile_gradient(config):
-    """Returns the compiled gradient of a loss on eight rows, and the parameters it is taken at."""
+    """Returns the compiled gradient of a loss on eight rows, and its arguments."""
     graph, parameters = nnx.split(make_model(config, seed=0))
     tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, SIZES["vocab_size"])
 
@@ -82,7 +82,7 @@ def test_offloading_moves_the_products_to_the_host():
 
 
 def mesh_of(*devices):
-    """A mesh of devices, each given by the memories that it tells of."""
+    """Returns a mesh of devices with these kinds of memory."""
     devices = [
         types.SimpleNamespace(
             platform="abacus",
