@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
+from grit_jax.text.templates import ChatError, turns_of_messages
 
 # What an example has, and how deeply its texts are nested.
 FEATURE_RANKS = {"embedding": {"query": 1, "pos": 2, "neg": 2}, "generative": {"text": 1}}
@@ -46,7 +47,7 @@ def to_canonical(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
         }
     if "text" in raw:
         return {"text": _turns(raw["text"])}
-    return {"text": _chat(turns_of_messages(raw["messages"]))}
+    return {"text": _chat(_turns_of_messages(raw["messages"]))}
 
 
 def _pairs(raw: dict[str, Any], name: str) -> list[list[str]]:
@@ -93,34 +94,12 @@ def _readable(text: str) -> str:
     return text
 
 
-def turns_of_messages(messages: Any) -> list[str]:
-    """Returns user and assistant by turns; a system's text goes before the user's that follows.
-
-    Raises:
-      RejectedExample: they are no messages, or user and assistant do not take turns.
-    """
-    turns, system = [], []
-    if not isinstance(messages, list):
-        raise RejectedExample("'messages' is not a list")
-    for message in messages:
-        role, content = _role_and_content(message)
-        if role == "system":
-            system.append(content)
-        elif role != ("user", "assistant")[len(turns) % 2]:
-            raise RejectedExample("user and assistant do not take turns")
-        else:
-            turns.append("\n\n".join([*system, content]))
-            system = []
-    return turns
-
-
-def _role_and_content(message: Any) -> tuple[str, str]:
-    role, content = (
-        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    )
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise RejectedExample("a message whose role or content is no text")
-    return role, _readable(content)
+def _turns_of_messages(messages: Any) -> list[str]:
+    try:
+        turns = turns_of_messages(messages)
+    except ChatError as error:
+        raise RejectedExample(str(error)) from None
+    return [_readable(turn) for turn in turns]
 
 
 def tulu2(raw: dict[str, Any]) -> dict[str, Any] | None:

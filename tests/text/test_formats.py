@@ -65,12 +65,16 @@ def test_other_fields_are_of_no_account():
         ("generative", {"text": ["u", "a\0"]}, "NUL"),
         ("generative", {"messages": "u"}, "'messages' is not a list"),
         ("generative", {"messages": ["u"]}, "whose role"),
-        ("generative", {"messages": [{"role": "user"}]}, "whose role or content is no text"),
-        ("generative", {"messages": [message("user", None)]}, "whose role or content is no text"),
-        ("generative", {"messages": [message("user", [{"text": "a"}])]}, "content is no text"),
-        ("generative", {"messages": [message("assistant", "a")]}, "do not take turns"),
-        ("generative", {"messages": [message("user", "u")] * 2}, "do not take turns"),
-        ("generative", {"messages": [message("tool", "u")]}, "do not take turns"),
+        ("generative", {"messages": [{"role": "user"}]}, "whose role or content is not a string"),
+        (
+            "generative",
+            {"messages": [message("user", None)]},
+            "whose role or content is not a string",
+        ),
+        ("generative", {"messages": [message("user", [{"text": "a"}])]}, "content is not a string"),
+        ("generative", {"messages": [message("assistant", "a")]}, "do not alternate"),
+        ("generative", {"messages": [message("user", "u")] * 2}, "do not alternate"),
+        ("generative", {"messages": [message("tool", "u")]}, "do not alternate"),
     ],
 )
 def test_another_form_is_rejected_with_the_reason(kind, line, reason):
