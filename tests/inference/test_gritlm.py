@@ -47,7 +47,7 @@ def test_queries_and_documents_are_embedded_with_the_markers_of_training(model):
 
 
 def test_ready_made_instructions_of_queries_are_refused(model):
-    with pytest.raises(InputError, match="has the marker <|embed|>, which is added for you"):
+    with pytest.raises(InputError, match=r"has the marker <\|embed\|>, which is added for you"):
         model.encode_query("a", embedding_prefix("find"))
     with pytest.raises(InputError, match="instruction is of type list: give a string"):
         model.encode_document("a", [5, 6])
@@ -78,10 +78,8 @@ def test_a_chat_has_the_tokens_of_training(model):
 
 
 def test_chats_are_prompts_with_the_markers_written_by_hand(model):
-    prompts = [
-        chat_prompt("Who are you?", is_first=True),
-        chat_prompt("Be brief.\n\nHm", is_first=True),
-    ]
+    users = ["Who are you?", "Be brief.\n\nHm"]
+    prompts = [chat_prompt(user, is_first=True) for user in users]
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hm"}]
     assert prompts[0] == "<|user|>\nWho are you?\n<|assistant|>\n"
     assert model.chat([[USER], system], 6) == model.generate(prompts, 6)

@@ -194,9 +194,7 @@ def test_what_cannot_be_asked_is_named(index, model, monkeypatch):
         RagPipeline(model, index, "fast")
     with pytest.raises(InputError, match="positions='kept' must be"):
         RagPipeline(model, index, positions="kept")
-    with pytest.raises(
-        InputError, match="4 documents were requested, but .* has 3: request 1 to 3"
-    ):
+    with pytest.raises(InputError, match=r"4 documents were requested, but .* has 3"):
         RagPipeline(model, index, num_documents=4).ask(QUESTIONS)
     for questions, words in {
         (): "no questions were given",
