@@ -34,7 +34,7 @@ def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None 
     config = dataclasses.replace(
         stored.config, dtype=dtype, param_dtype=dtype, linear_dtype=linear_dtype
     )
-    check_sizes_fit_mesh(config, mesh)
+    check_sizes_fit_mesh(config.sharded_sizes(), mesh)
     graph, state = abstract_module(config, mesh)
     shapes = nnx.to_pure_dict(state)
     loaded = stored.load(shapes) if linear_dtype is None else _load_quantized(stored, shapes)
@@ -115,7 +115,7 @@ class _QuantizedParameter:
 
     def weights(self, index: Index) -> np.ndarray:
         """Returns a shard of the weights."""
-        num_stack_axes = len(self._parameter.stacked)
+        num_stack_axes = len(self._parameter.stack_shape)
         inputs = index[num_stack_axes : num_stack_axes + self._parameter.num_inputs]
         weights, _ = self._quantize(index)
         return weights[(*(slice(None),) * num_stack_axes, *inputs)]
@@ -128,7 +128,7 @@ class _QuantizedParameter:
         """Returns weights and scales of an index's layers and outputs, with all inputs."""
         parameter = self._parameter
         sizes = parameter.full_shape
-        num_stack_axes, num_inputs = len(parameter.stacked), parameter.num_inputs
+        num_stack_axes, num_inputs = len(parameter.stack_shape), parameter.num_inputs
         outputs = index[num_stack_axes + num_inputs :]
         inputs = tuple(slice(0, size) for size in parameter.shape[:num_inputs])
         stack = [

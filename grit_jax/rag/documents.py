@@ -1,11 +1,10 @@
 """Reads documents from text files, JSONL files or TensorFlow Datasets."""
 
 from collections.abc import Iterator, Mapping, Sequence
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from grit_jax.files import json_sha256
 from grit_jax.inference.prompt_encoder import InputError, check_unicode, title_and_text
 from grit_jax.text.examples import RejectedExample
 from grit_jax.text.jsonl import MEGABYTE, SourceError, parse_line, read_blocks
@@ -49,8 +48,7 @@ def document_hash(document: Mapping[str, Any], name: str = "a document") -> str:
     Raises:
       InputError: the document has no text; the message begins with `name`.
     """
-    content = json.dumps([*title_and_text(document, name)])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    return json_sha256([*title_and_text(document, name)])[:32]
 
 
 def _visible_files(folder: Path) -> list[Path]:
