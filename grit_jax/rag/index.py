@@ -105,7 +105,7 @@ class DocumentIndex:
         num_rows = next(size for size in QUERY_BATCH_SIZES if size >= len(queries))
         padded = np.pad(np.asarray(queries, np.float32), ((0, num_rows - len(queries)), (0, 0)))
         with jax.set_mesh(self._model.mesh):
-            nearest = _nearest(jnp.asarray(padded), *self._embeddings, count)
+            nearest = _nearest(padded, *self._embeddings, count)
         scores, document_ids = (np.asarray(array)[: len(queries)] for array in nearest)
         return scores, document_ids
 

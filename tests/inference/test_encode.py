@@ -1,4 +1,4 @@
-"""Embeddings: the original's numbers, whatever is read beside a text, and errors."""
+"""Embeddings equal the original's, do not depend on the batch, and errors name the text."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ TEXTS = ["A short one", "ünïcödé 🙂", "one\nmore line  and spaces", "word 
 
 
 def texts_of(values):
-    """Returns for each of the original's texts what is behind its instruction, and that."""
+    """Returns the text and the instruction of each of the original's texts."""
     length = int(values["embed_instruction_len"])
     rows = zip(values["embed_input_ids"], values["embed_attention_mask"], strict=True)
     texts = [ids[mask.astype(bool)] for ids, mask in rows]
@@ -35,7 +35,7 @@ def texts_of(values):
 
 
 def encode_each(model, texts, **options):
-    """Returns the embeddings of texts that have an instruction each."""
+    """Returns the embeddings of texts, each with an instruction of its own."""
     return np.stack([model.encode(text, instruction=before, **options) for text, before in texts])
 
 
@@ -81,7 +81,7 @@ def hidden_states(module, tokens, segment_ids, is_causal):
 
 
 def num_shared(tokenizer, instruction, text):
-    """Returns how many tokens are the instruction's alone: its last space is the next word's."""
+    """Returns the number of tokens of the instruction: its last space belongs to the next word."""
     own, whole = tokenizer.encode(instruction), tokenizer.encode(instruction + text)
     while own != whole[: len(own)]:
         own.pop()
@@ -89,13 +89,13 @@ def num_shared(tokenizer, instruction, text):
 
 
 def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
-    """Returns the normalised mean of a text's hidden states, read in a row of its own."""
+    """Returns the normalized mean of a text's hidden states, in a row of its own."""
     tokenizer = model.tokenizer
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
     skipped = 1 + num_shared(tokenizer, instruction, text) if instruction else 0
-    places = np.arange(600)[None]
-    padded = np.where(places < len(tokens), np.resize(tokens, places.shape), 0)
-    is_token = (places < len(tokens)).astype(np.int32)
+    positions = np.arange(600)[None]
+    padded = np.where(positions < len(tokens), np.resize(tokens, positions.shape), 0)
+    is_token = (positions < len(tokens)).astype(np.int32)
     hidden = hidden_states(model.model, padded, is_token, is_causal)[0, : len(tokens)]
     mean = np.asarray(hidden)[0 if pools_instruction else skipped :].mean(axis=0)
     return mean / np.linalg.norm(mean)
@@ -133,11 +133,11 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
     model = reference_model(attention="cbcc")
     texts, instruction = [[7, 8, 9, 10], [11, 12], [13] * 9], [1, 2, 3, 4, 5]
     embeddings = model.encode(texts, instruction=instruction)
-    # Read in two calls: the instruction causally, the text bidirectionally on top.
+    # With a cache: two calls, the instruction causally, then the text bidirectionally.
     cached, caches = model.encode(texts, instruction=instruction, get_cache=True)
     np.testing.assert_allclose(embeddings, cached, atol=1e-5)
     assert [int(cache.length) for cache in caches] == [9, 7, 14]
-    # Pooling the instruction does not change how it is read.
+    # Pooling the instruction does not change its attention.
     pooled = model.encode(texts, instruction=instruction, embed_instruction=True)
     cached, _ = model.encode(texts, instruction=instruction, embed_instruction=True, get_cache=True)
     np.testing.assert_allclose(pooled, cached, atol=1e-5)
@@ -148,7 +148,11 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
 def test_a_token_of_instruction_and_text_is_the_texts_in_a_partly_causal_pattern(tmp_path, model):
     tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "llama3")))
     partly_causal = GritLM(model.model, model.mesh, tokenizer, attention="cbcc")
-    texts = ["word", "\nword", "more"]  # The last line break of the instruction is the second's.
+    texts = [
+        "word",
+        "\nword",
+        "more",
+    ]  # The last line break of the instruction belongs to the second.
     expected = partly_causal.encode(texts, instruction=INSTRUCTION)
     found, caches = partly_causal.encode(texts, instruction=INSTRUCTION, get_cache=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -216,7 +220,7 @@ def test_arrays_of_jax_and_of_the_models_type(model):
     assert np.abs(rounded - half.encode(texts)).max() > 0
 
 
-def test_token_ids_are_read_as_they_are(model):
+def test_token_ids_are_used_as_they_are(model):
     tokenizer = model.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0])]
     expected = model.encode(TEXTS[0])
@@ -229,7 +233,7 @@ def test_token_ids_are_read_as_they_are(model):
     assert np.abs(plain - expected).max() > 1e-3
 
 
-def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named(tmp_path):
+def test_a_text_that_the_tokenizer_drops_is_named(tmp_path):
     tokenizer = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
     encoder = PromptEncoder(tokenizer, tokenizer.vocab_size)
     for instruction in ("find", ""):
@@ -270,12 +274,12 @@ def test_progress_is_shown_from_256_texts_on(model, capfd):
         (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_an_error(model, texts, options, message):
+def test_invalid_texts_are_errors(model, texts, options, message):
     with pytest.raises(ValueError, match=message):
         model.encode(texts, **options)
 
 
-def test_texts_are_cut_where_that_is_asked_for(model):
+def test_texts_are_truncated_on_request(model):
     with pytest.warns(UserWarning, match="1 of 2 texts were truncated to 20 tokens"):
         embeddings = model.encode(["word " * 100, "short"], max_length=20, truncate=True)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode("word " * 100)]
@@ -291,7 +295,7 @@ def test_devices_that_do_not_divide_a_model_are_refused():
         GritLM.from_pretrained(folder, mesh=three)
 
 
-def test_unknown_choices_and_a_missing_tokenizer(reference_model):
+def test_unknown_choices_and_a_missing_tokenizer_are_errors(reference_model):
     with pytest.raises(ValueError, match="pooling='max' must be one of mean, weightedmean"):
         reference_model(pooling="max")
     with pytest.raises(ValueError, match="attention='bb' must be one of bbcc, cbcc, cccc"):

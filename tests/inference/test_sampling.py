@@ -1,4 +1,4 @@
-"""The choice of a token: the filters of transformers, and the frequencies they ask for."""
+"""Sampling: filters equal those of transformers, and frequencies equal probabilities."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_filters_are_those_of_transformers(options):
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
 
-def test_tokens_come_as_often_as_they_are_likely():
+def test_tokens_are_sampled_as_often_as_they_are_likely():
     logits, count = np.array([2.0, 1.0, 0.0, -1.0, -3.0], np.float32), 20_000
     keys = jax.random.split(jax.random.key(0), count)
     rows = jnp.broadcast_to(logits, (count, 5))

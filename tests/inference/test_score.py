@@ -1,4 +1,4 @@
-"""How likely continuations are: the logits' own sums, whatever is read beside a pair."""
+"""Scores equal the sums of log-probabilities, and do not depend on the other pairs."""
 
 import functools
 from pathlib import Path
@@ -26,9 +26,9 @@ def logits_of(module, tokens):
 
 
 def by_logits(model, prompt, continuation):
-    """Returns the sum of the log-likelihoods of a pair of token ids, read alone, and if greedy."""
+    """Returns the log-likelihood of a pair of token ids on its own, and whether it is greedy."""
     tokens = [*prompt, *continuation]
-    padded = np.pad(tokens, (0, -len(tokens) % 96))  # What comes after is not seen.
+    padded = np.pad(tokens, (0, -len(tokens) % 96))  # Attention is causal.
     before = logits_of(model.model, padded[None])[len(prompt) - 1 : len(tokens) - 1]
     chances = jax.nn.log_softmax(before, axis=-1)
     own = chances[jnp.arange(len(continuation)), jnp.asarray(continuation)]
@@ -42,7 +42,7 @@ ids = st.lists(st.integers(3, 300), min_size=1, max_size=40)
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=6), st.integers(0, 5))
 def test_scores_are_the_logits_own_whatever_is_beside(reference_model, pairs, copies):
     model = reference_model()
-    # Continuations that differ in their last token are read together.
+    # Continuations that differ only in their last token share one input.
     pairs += [(prompt, [*rest[:-1], (rest[-1] + 1) % 300]) for prompt, rest in pairs[:copies]]
     values, are_greedy = model.score(*zip(*pairs, strict=True))
     for (prompt, rest), value, is_greedy in zip(pairs, values, are_greedy, strict=True):
@@ -103,7 +103,7 @@ def test_every_character_of_a_continuation_is_scored_once(prompt, continuation, 
     whole = [*pair.prompt, *pair.tokens]
     assert whole == [tokenizer.bos_id, *tokenizer.encode(prompt + continuation)]
     read = tokenizer.decode(pair.prompt[1:].tolist())
-    # What is read as the prompt is its beginning, less at most what shares a token with the rest.
+    # The prompt's tokens are its beginning, without a token that it shares with the continuation.
     assert prompt.encode().startswith(read.removesuffix("\ufffd").encode())
     assert len(pair.tokens)
 
@@ -148,7 +148,7 @@ def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
         (["a", "b"], ["c", "\ud83d"], "continuation 1 has half of a surrogate pair"),
     ],
 )
-def test_what_cannot_be_scored_is_named(model, prompts, continuations, message):
+def test_invalid_pairs_are_named(model, prompts, continuations, message):
     with pytest.raises(InputError, match=message):
         model.score(prompts, continuations)
 

@@ -1,4 +1,4 @@
-"""An index on disk: made in parts, added to, interrupted, searched; what is wrong with it."""
+"""An index on disk: built in parts, extended, interrupted, searched, and errors."""
 
 import dataclasses
 import gzip
@@ -91,7 +91,7 @@ def test_an_interrupted_index_goes_on_and_is_added_to(tmp_path, model):
 
     with pytest.raises(KeyboardInterrupt):
         build_index(model, cut_off(), tmp_path / "index")
-    assert len(DocumentIndex(tmp_path / "index", model)) == 4  # Whole parts alone.
+    assert len(DocumentIndex(tmp_path / "index", model)) == 4  # Only complete parts.
     (tmp_path / "index" / ".part-of-a-killed-process").mkdir()
     assert build_index(model, DOCUMENTS[:7], tmp_path / "index") == 3
     assert build_index(model, DOCUMENTS, tmp_path / "index") == 4

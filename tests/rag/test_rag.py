@@ -36,7 +36,7 @@ def index(tmp_path, model):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model of transformers, and the folder that it was exported to."""
+    """A model of transformers, and the folder it was exported to."""
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -53,7 +53,7 @@ def exported(tmp_path_factory):
     return theirs, folder / "exported"
 
 
-def test_keys_are_turned_to_where_they_would_have_been_read(model):
+def test_rotated_keys_are_those_of_later_positions(model):
     module = model.model
     tokens = np.arange(5, 25)[None]
 
@@ -106,7 +106,7 @@ def test_answers_do_not_change_where_few_are_asked_at_once(index, model, monkeyp
     found = pipeline.ask(questions)
     assert [one.answer for one in found] == [one.answer for one in expected]
     assert [one.document_ids for one in found] == [one.document_ids for one in expected]
-    # The last call is as large as the others, and the numbers go on, with which tokens are drawn.
+    # The last batch is padded to the size of the others, and the indices for sampling continue.
     assert calls == [(2, 0), (2, 2), (2, 4)]
     near = [one.document_ids[0] for one in found]
     each_once = [{*near[:2]}, {*near[2:4]}, {near[4]}]
@@ -124,8 +124,8 @@ def test_a_document_that_was_cut_is_read_as_it_was_embedded(tmp_path, model):
     assert answers[0].answer == answers[1].answer
 
 
-def test_a_cache_stands_in_the_place_of_its_text(index, model):
-    """The document's cache and the question's text, put together by hand."""
+def test_a_cache_replaces_its_text(index, model):
+    """The document's cache and the question's text, combined by hand."""
     (answered,) = RagPipeline(model, index, "document-cache").ask(QUESTIONS[0])
     document = DOCUMENTS[answered.document_ids[0]]
     _, (cache,) = model.encode_corpus([document], instruction=EMBED, get_cache=True)
@@ -136,11 +136,11 @@ def test_a_cache_stands_in_the_place_of_its_text(index, model):
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["continued", "restarted"])
 def test_joined_caches_are_a_text_whose_parts_are_apart(tmp_path, exported, positions):
-    """In transformers: all tokens in one pass, with a mask and positions written by hand."""
+    """In transformers: one forward pass over all tokens, with mask and positions made by hand."""
     import torch
 
     theirs, exported = exported
-    # Read causally throughout, as transformers does.
+    # Causal attention everywhere, as in transformers.
     ours = GritLM.from_pretrained(exported, dtype="float32", attention="cccc")
     build_index(ours, DOCUMENTS, tmp_path / "index", caches="float32")
     index = DocumentIndex(tmp_path / "index", ours)
@@ -158,20 +158,27 @@ def test_joined_caches_are_a_text_whose_parts_are_apart(tmp_path, exported, posi
     prompt = ours.tokenizer.encode(PROMPTS["query-document-cache"] + "The answer is")
     tokens = [token for block in blocks for token in block] + prompt
     block_of = np.repeat([0, 1, 2, 3], [*map(len, blocks), len(prompt)])
-    places = np.arange(len(tokens))
+    position_ids = np.arange(len(tokens))
     if positions == "restarted":
         starts = np.cumsum([0, *map(len, blocks)])[:3]
-        before = places < len(tokens) - len(prompt)
-        places = np.where(before, places - starts[np.minimum(block_of, 2)], places)
+        before = position_ids < len(tokens) - len(prompt)
+        position_ids = np.where(
+            before, position_ids - starts[np.minimum(block_of, 2)], position_ids
+        )
     for _ in range(8):
-        sees = np.tril(np.ones((len(tokens), len(tokens)), bool))
-        sees &= (block_of[:, None] == block_of) | (block_of[:, None] == 3)
-        mask = torch.where(torch.tensor(sees), 0.0, torch.finfo(torch.float32).min)[None, None]
+        attends = np.tril(np.ones((len(tokens), len(tokens)), bool))
+        attends &= (block_of[:, None] == block_of) | (block_of[:, None] == 3)
+        mask = torch.where(torch.tensor(attends), 0.0, torch.finfo(torch.float32).min)[None, None]
         logits = theirs(
-            torch.tensor([tokens]), attention_mask=mask, position_ids=torch.tensor(places[None])
+            torch.tensor([tokens]),
+            attention_mask=mask,
+            position_ids=torch.tensor(position_ids[None]),
         ).logits
         tokens.append(int(logits[0, -1].argmax()))
-        block_of, places = np.append(block_of, 3), np.append(places, places[-1] + 1)
+        block_of, position_ids = (
+            np.append(block_of, 3),
+            np.append(position_ids, position_ids[-1] + 1),
+        )
     assert (
         answered.answer
         == ours.tokenizer.decode(prompt + tokens[-8:])[len(ours.tokenizer.decode(prompt)) :]
