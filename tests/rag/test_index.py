@@ -346,4 +346,4 @@ def test_documents_come_from_a_dataset_of_tfds(tmp_path, monkeypatch):
         assert line.partition(" ")[2] == str(expected)
     assert "tfds:shelf/none has no split 'none': use one of" in lines[4]
     assert "tfds:nothing/at/all is not a dataset of TFDS" in lines[5]
-    assert lines[6] == "tfds:numbers, example 0 has no string 'text'"
+    assert lines[6] == "tfds:numbers, example 0 has no string 'text': give an object with 'text'"
