@@ -56,7 +56,7 @@ def plan_calls(lengths: Sequence[int], num_shards: int, tokens_per_device: int) 
       tokens_per_device: maximum tokens of a call on one device; a single row may have more.
     """
     remaining = np.maximum(np.asarray(lengths, np.int64), MIN_TOKENS_PER_TEXT)
-    row_length = max(SHORTEST_PACKED_ROW, row_length_for(remaining.max()))
+    row_length = max(SHORTEST_PACKED_ROW, row_length_for(int(remaining.max())))
     calls = []
     while remaining.any():
         rows = plan_rows(remaining, row_length)
