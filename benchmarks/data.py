@@ -1,8 +1,8 @@
-"""How full rows are and how fast batches are read: python benchmarks/data.py [--prepared FOLDER]
+"""Measures padding and data throughput: python benchmarks/data.py [--prepared FOLDER]
 
-Makes a corpus of random tokens with the original's limits (256, 2048 and 2048 tokens) and
-long-tailed lengths, and measures on it and on the prepared sample (`make demo` prepares it): the
-share of places in the rows that hold a token, and real tokens read and packed a second.
+Measures, on the prepared sample (`make demo` prepares it) and on a corpus of random tokens with
+long-tailed lengths (at most 256, 2048 and 2048 tokens, as in the paper): the fraction of each row
+that is not padding, and the tokens read and packed per second, without padding.
 """
 
 import argparse
@@ -16,23 +16,24 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from grit_jax.data.batch_plan import Plan
+from grit_jax.data.batch_plan import BatchPlan
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
 from grit_jax.prepare.writing import write_dataset, write_shard
 from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
+from grit_jax.text.kinds import STREAMS
 
-STREAMS = {"query": "queries", "passage": "passages", "chat": "chats"}
-# Median and spread (of the logarithm) of tokens in queries and in passages, and rates.
+# Median and spread (of the logarithm) of the tokens of queries and of passages, and the rate.
 PAIRS = {"pairs_short": (18, 0.5, 90, 0.6, 0.5), "pairs_long": (45, 0.8, 260, 0.9, 0.5)}
+# The same, of chats.
 CHATS = {"chats_short": (250, 0.9, 0.6), "chats_long": (900, 0.8, 0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Batches to measure, of a corpus."""
+    """Batches to measure."""
 
     title: str
     folder: Path
@@ -49,21 +50,21 @@ class Case:
             return {PreparedDataset(self.folder, n, "train"): rate for n, rate in rates.items()}
 
         embedding = SingleDatasetSampler if self.homogeneous else MixedSampler
-        streams = {
+        samplers = {
             "embedding": embedding(datasets(self.pairs), self.batch_sizes[0], 2, seed=0),
             "generative": MixedSampler(datasets(self.chats), self.batch_sizes[1], 0, seed=1),
         }
-        return Batches(streams, self.limits)
+        return Batches(samplers, self.limits)
 
 
 def main() -> None:
-    """Makes the corpus, and prints a table of packing and a table of throughput."""
+    """Writes the corpus, and prints a table of packing and a table of throughput."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prepared", type=Path, default="data/sample", help="the prepared sample")
     parser.add_argument(
-        "--examples", type=int, default=30_000, help="of each dataset of the corpus"
+        "--examples", type=int, default=30_000, help="examples of each dataset of the corpus"
     )
-    parser.add_argument("--steps", type=int, default=300, help="to plan, on the sample")
+    parser.add_argument("--steps", type=int, default=300, help="steps to plan, on the sample")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_corpus(Path(folder), options.examples)
@@ -96,8 +97,8 @@ def make_corpus(folder: Path, count: int) -> None:
     def texts(median: float, spread: float, longest: int, count: int) -> list[Text]:
         lengths = random.lognormal(np.log(median), spread, count).astype(int).clip(4, longest)
         tokens = random.integers(3, 32_000, lengths.sum()).astype(np.int32)
-        places = np.cumsum(lengths)[:-1]
-        return [Text(own, np.arange(len(own)) > 1) for own in np.split(tokens, places)]
+        ends = np.cumsum(lengths)[:-1]
+        return [Text(own, np.arange(len(own)) > 1) for own in np.split(tokens, ends)]
 
     for name, (query, query_spread, passage, passage_spread, _) in PAIRS.items():
         queries = texts(query, query_spread, 256, count)
@@ -116,42 +117,43 @@ def write(folder: Path, examples: list, kind: str) -> None:
 
 
 def packing_table(cases: list[Case], steps: int) -> Table:
-    """Returns for each stream how full its rows are, beside one text a row as long as the longest.
+    """Returns a table of the fraction of each stream's rows that is not padding.
+
+    It is compared with rows of one text, padded to the longest text of the step.
 
     Args:
       cases: what to measure.
-      steps: number of steps of the first cases; a tenth of it where batches are large.
+      steps: number of steps per case; a fifth of it if batches are large.
     """
-    table = Table(title="places that hold a token")
+    table = Table(title="fraction of rows that is not padding")
     for column in ("", "stream", "packed", "padded to the longest", "rows x length (steps)"):
         table.add_column(column, justify="left" if column in ("", "stream") else "right")
     for case in cases:
         batches = case.batches()
         few = steps if case.batch_sizes[0] < 1000 else max(1, steps // 5)
         plans = [batches.plans[step] for step in range(few)]
-        for name, title in STREAMS.items():
+        for name in STREAMS:
             real = sum(plan.streams[name].lengths.sum() for plan in plans)
-            packed = sum(plan.shape[name].places for plan in plans)
-            padded = sum(padded_places(plan.streams[name].lengths) for plan in plans)
-            first = name == "query"
+            packed = sum(plan.shape[name].capacity for plan in plans)
+            padded = sum(padded_size(plan.streams[name].lengths) for plan in plans)
             table.add_row(
-                case.title if first else "",
-                title,
+                case.title if name == STREAMS[0] else "",
+                name,
                 f"{real / packed:.1%}",
                 f"{real / padded:.1%}",
                 shapes_used(plans, name),
-                end_section=name == "chat",
+                end_section=name == STREAMS[-1],
             )
     return table
 
 
-def padded_places(lengths: np.ndarray) -> int:
-    """Returns the places of one text a row, all rows as long as the longest."""
+def padded_size(lengths: np.ndarray) -> int:
+    """Returns the tokens of rows of one text, padded to the longest text."""
     return int(np.count_nonzero(lengths) * lengths.max())
 
 
-def shapes_used(plans: list[Plan], name: str) -> str:
-    """Returns the rows that plans have in a stream, each with the number of steps."""
+def shapes_used(plans: list[BatchPlan], name: str) -> str:
+    """Returns the rows of a stream in these plans, each with its number of steps."""
     used: dict[tuple[int, int], int] = {}
     for plan in plans:
         rows = (plan.shape[name].count, plan.shape[name].length)
@@ -160,7 +162,7 @@ def shapes_used(plans: list[Plan], name: str) -> str:
 
 
 def throughput_table(cases: list[Case]) -> Table:
-    """Returns the time that it takes to plan a batch, and real tokens read a second."""
+    """Returns a table of the time to plan a batch, and the tokens read per second."""
     table = Table(title="batches read ahead")
     for column in ("", "threads", "milliseconds to plan", "tokens a second"):
         table.add_column(column, justify="right" if column else "left")
@@ -174,8 +176,8 @@ def throughput_table(cases: list[Case]) -> Table:
             plan_seconds = (time.perf_counter() - began) / len(steps)
             batches = case.batches()
             began = time.perf_counter()
-            coming = read_ahead(batches, steps.start, steps.stop, threads)
-            tokens = sum(int(batch.num_tokens) for batch in coming)
+            ahead = read_ahead(batches, steps.start, steps.stop, threads)
+            tokens = sum(int(batch.num_tokens) for batch in ahead)
             speed = tokens / (time.perf_counter() - began)
             table.add_row(case.title, str(threads), f"{plan_seconds * 1000:.1f}", f"{speed:,.0f}")
     return table

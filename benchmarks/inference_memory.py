@@ -27,7 +27,7 @@ from grit_jax.inference.loading import abstract_module
 from grit_jax.inference.sampling import Sampling
 from grit_jax.models import ModelConfig
 from grit_jax.objectives.embedding import EmbeddingSpec
-from grit_jax.planning.chips import describe_topology, quiet
+from grit_jax.planning.chips import describe_topology, suppress_stderr
 from grit_jax.sharding import make_mesh
 
 ROW_LENGTH = 512
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--slots", type=int, default=1024)
     options = parser.parse_args()
-    with quiet():
+    with suppress_stderr():
         devices = describe_topology(options.topology).devices[:1]
     mesh = make_mesh(devices=devices)
     config = ModelConfig(

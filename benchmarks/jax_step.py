@@ -1,4 +1,4 @@
-"""The project's side of `train_step.py`: its joint step on packed rows, and what it is made of."""
+"""The grit-jax side of `train_step.py`: the joint step on packed rows, and a profile of it."""
 
 from collections.abc import Callable
 import time
@@ -18,14 +18,14 @@ from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.optimizer import make_optimizer
 from grit_jax.training.train_step import Trainer
 
-# The least memory that holds a 7B model in bfloat16 (parameters, gradient, first moment: 2 bytes a
-# parameter, second moment: 4; 72 GB) and what a step needs besides.
-ROOM_FOR_FLOAT32_MOMENT = 110e9
+# Minimum memory for training 7B in bfloat16 with a float32 second moment: 72 GB (2 bytes per
+# parameter for parameters, gradient and first moment, 4 for the second), and activations.
+MEMORY_FOR_FLOAT32_MOMENT = 110e9
 MATMUL_SIZE = 3072
 
 
 class JaxSide:
-    """Makes steps with the project, by cuDNN's attention on a GPU."""
+    """Takes steps with grit-jax, with cuDNN attention on a GPU."""
 
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         device = jax.devices()[0]
@@ -45,8 +45,8 @@ class JaxSide:
         self._packed = {case: pack_steps(steps) for case, steps in cases.items()}
 
     def step(self, case: str, number: int) -> dict[str, float]:
-        """Makes a step on the texts of that number; returns its seconds and losses."""
-        batch = self._place(case, number)
+        """Takes a step on a case's texts of this index; returns its seconds and losses."""
+        batch = self._to_devices(case, number)
         with jax.set_mesh(self.trainer.mesh):
             start = time.perf_counter()
             self.state, metrics = jax.block_until_ready(self.trainer.step(self.state, batch))
@@ -55,20 +55,20 @@ class JaxSide:
         return {"seconds": seconds, **losses}
 
     def peak_memory(self) -> float | None:
-        """Returns the most bytes that the device has held, None where it does not say."""
+        """Returns the peak memory of the device in bytes, or None if it is unknown."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def useful_flops(self, case: str, number: int) -> float:
-        """Returns the operations that a step needs (see `grit_jax.training.flops`)."""
+        """Returns the useful operations of a step (see `grit_jax.training.flops`)."""
         batch = self._packed[case][number]
         return useful_flops(self.trainer.model_config, batch, causal_streams={"chat"})
 
     def peak_flops(self) -> float | None:
-        """Returns the operations a second that the maker states, None if that is not known."""
+        """Returns the peak operations per second of the device, or None if it is unknown."""
         return peak_flops(jax.devices()[:1])
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Returns the parameters as Hugging Face's tensors by name."""
+        """Returns the parameters as Hugging Face tensors, by name."""
         from grit_jax.conversion.layout import parameters
 
         ours = nnx.to_pure_dict(self.state.parameters)
@@ -82,8 +82,8 @@ class JaxSide:
         return tensors
 
     def profile(self, case: str) -> dict[str, float]:
-        """Returns what a step needs and takes: operations, bytes, and seconds of its parts."""
-        batch = self._place(case, 0)
+        """Returns the operations, bytes and seconds of a step and of its parts."""
+        batch = self._to_devices(case, 0)
         trainer = self.trainer
 
         def loss(trained: Any, batch: Any) -> Any:
@@ -115,14 +115,14 @@ class JaxSide:
         )
         return found
 
-    def _place(self, case: str, number: int) -> Any:
+    def _to_devices(self, case: str, number: int) -> Any:
         return self.trainer.to_devices(self._packed[case][number])
 
 
 def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransformation:
-    """Returns AdamW as training has it, or all in bfloat16 where its second moment has no room."""
+    """Returns AdamW as in training, or all in bfloat16 if its second moment does not fit."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    if setting.sizes["hidden_size"] >= 4096 and limit and limit < ROOM_FOR_FLOAT32_MOMENT:
+    if setting.sizes["hidden_size"] >= 4096 and limit and limit < MEMORY_FOR_FLOAT32_MOMENT:
         adamw = optax.adamw(setting.learning_rate, weight_decay=0.0)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
     return make_optimizer(
@@ -138,7 +138,7 @@ def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransforma
 
 
 def matmul_rate() -> float:
-    """Returns the operations a second of a large float32 product, the best of five."""
+    """Returns the operations per second of a large float32 matrix product, the best of five."""
     matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
     square = jax.jit(lambda matrix: matrix @ matrix)
     seconds = [_seconds(square, matrix) for _ in range(6)]
@@ -156,9 +156,9 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 
 
 def product_flops(program: Any) -> float:
-    """Returns the operations of all products in a jaxpr, loops counted as often as they run.
+    """Returns the operations of all matrix products in a jaxpr, including repetitions in loops.
 
-    Of the branches of a condition the largest counts.
+    Only the largest branch of a condition counts.
     """
     total = 0.0
     for equation in program.eqns:

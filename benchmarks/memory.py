@@ -1,7 +1,7 @@
-"""How much memory a step takes, undivided and by GradCache: python benchmarks/memory.py [--small]
+"""Measures the memory of a step, with and without GradCache: python benchmarks/memory.py [--small]
 
-Compiles the joint step of a 124.7 M Mistral for one CPU device and prints what the compiler says,
-without running it. Texts of 64 tokens, four to a row; chunks of 256 queries.
+Compiles the joint step of a 124.7 M Mistral for one CPU device and prints the compiler's memory
+analysis, without running the step. Texts have 64 tokens, four per row; chunks have 256 queries.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grit_jax.config import default_config
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.from_config import make_trainer
 
 SIZES = {
@@ -33,8 +33,8 @@ def main() -> None:
     batch_sizes = [256, 512, 1024, 2048, 4096, 8192]
     if parser.parse_args().small:
         batch_sizes = batch_sizes[:3]
-    table = Table(title="temporary memory of a step (GB), beside 1.5 GB of parameters and moments")
-    for column in ("queries", "undivided", "chunks", "by GradCache"):
+    table = Table(title="temporary memory of a step (GB), plus 1.5 GB of parameters and moments")
+    for column in ("queries", "undivided", "chunks", "with GradCache"):
         table.add_column(column, justify="right")
     for batch_size in batch_sizes:
         chunks = batch_size // QUERIES_A_CHUNK
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def temporary_bytes(batch_size: int, chunks: int) -> int:
-    """Returns the bytes that the compiled step takes beside its arguments and results."""
+    """Returns the bytes that the compiled step needs besides its arguments and results."""
     config = default_config()
     config.model.sizes = SIZES
     config.model.dtype = "float32"
@@ -56,20 +56,21 @@ def temporary_bytes(batch_size: int, chunks: int) -> int:
 
 
 def make_batch(batch_size: int) -> Batch:
-    """Returns the shapes of a batch with two passages a query and a chat for eight queries."""
+    """Returns the shapes of a batch with two passages per query and one chat per eight queries."""
 
     def texts(count: int) -> PackedTexts:
         shape = (count // TEXTS_A_ROW, ROW_LENGTH)
         ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (np.int32, np.bool_))
         return PackedTexts(ids, ids, ids, mask, num_texts=count)
 
-    def numbers(count: int) -> jax.ShapeDtypeStruct:
+    def indices(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count,), np.int32)
 
     pairs = EmbeddingBatch(
-        texts(batch_size), texts(2 * batch_size), numbers(batch_size), numbers(2 * batch_size)
+        texts(batch_size), texts(2 * batch_size), indices(batch_size), indices(2 * batch_size)
     )
-    return Batch(pairs, texts(batch_size // 8))
+    chats = ChatBatch(texts(batch_size // 8))
+    return Batch({"embedding": pairs, "generative": chats})
 
 
 if __name__ == "__main__":

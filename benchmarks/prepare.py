@@ -1,15 +1,14 @@
-"""How fast text becomes token ids: python benchmarks/prepare.py [--megabytes N] [--runs N]
+"""Speed of tokenizing a dataset: python benchmarks/prepare.py [--megabytes N] [--runs N]
 
 Compares `grit-jax prepare` with `datasets.map` and Hugging Face's fast tokenizer, on the same file
-and the same number of processes, a run of each in turn. Needs two packages more than preparing
-does, in an environment of any kind:
+and with the same number of processes, in alternating runs. This needs two more packages, in any
+environment:
 
     pip install datasets transformers        (--datasets-python names its Python)
 
-Both sides read one file of lines, put the templates around the texts, cut them to 256 and 2048
-tokens and write what training reads. Timed is the whole of it, from the start of the command to its
-end, without what stands before in both: the import of TensorFlow, and that of datasets. The file is
-made of the embedded sample: `short` has its own texts, `long` passages of nine texts each.
+Both sides read a JSONL file, apply the templates, cut texts to 256 and 2048 tokens and write the
+result for training. The time is that of the whole command without imports. The file is made of the
+embedded sample: `short` has its texts, `long` has passages of nine texts each.
 """
 
 import argparse
@@ -36,12 +35,12 @@ TEXTS = ("wordnet_senses", "jargon_entries")
 
 
 def main() -> None:
-    """Makes the files, runs both sides in turn, and prints one table."""
+    """Writes the files, runs both sides in turn, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=100, help="size of each file (100)")
-    parser.add_argument("--runs", type=int, default=5, help="of each side (5)")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each side (5)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--datasets-python", default=sys.executable, help="one that has datasets")
+    parser.add_argument("--datasets-python", default=sys.executable, help="one with datasets")
     parser.add_argument("--side", choices=("ours", "datasets"), help=argparse.SUPPRESS)
     parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -59,7 +58,7 @@ def main() -> None:
 
 
 def make_file(path: Path, kind: str, size: int) -> Path:
-    """Writes lines of the sample, in any order, until the file has the size."""
+    """Writes random lines of the sample until the file has `size` bytes."""
     order = random.Random(0)
     files = [SAMPLE_FOLDER / "train" / f"{name}.jsonl.gz" for name in TEXTS]
     lines = [
@@ -83,7 +82,7 @@ def make_file(path: Path, kind: str, size: int) -> Path:
 
 
 def add_rows(table: Table, kind: str, file: Path, options: argparse.Namespace) -> None:
-    """Runs each side in turn and adds its row, with the median of its times."""
+    """Runs both sides in turn and adds a row for each with its median times."""
     measured = {side: [] for side in SIDES}
     for _ in range(options.runs):
         for side, times in measured.items():
@@ -114,8 +113,6 @@ def add_rows(table: Table, kind: str, file: Path, options: argparse.Namespace) -
 
 def ours(file: Path, processes: int) -> dict[str, float]:
     """Prepares the file in a temporary folder."""
-    import seqio  # noqa: F401  Before the clock starts.
-
     from grit_jax.prepare.prepare import prepare_mixtures
 
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +124,7 @@ def ours(file: Path, processes: int) -> dict[str, float]:
 
 
 def datasets_map(file: Path, processes: int) -> dict[str, float]:
-    """Tokenises the file with datasets.map, in batches, and its cache in a temporary folder."""
+    """Tokenizes the file with batched datasets.map, caching in a temporary folder."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -136,7 +133,7 @@ def datasets_map(file: Path, processes: int) -> dict[str, float]:
         (Path(folder) / "tokenizer.model").write_bytes(tokenizer_path("mistral").read_bytes())
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if not tokenizer.is_fast:
-            raise SystemExit("the tokenizer is not Hugging Face's fast one")
+            raise SystemExit("transformers did not load a fast tokenizer")
 
         def ids(pairs, length):
             texts = [
@@ -147,7 +144,7 @@ def datasets_map(file: Path, processes: int) -> dict[str, float]:
             made = tokenizer(texts, truncation=True, max_length=length, add_special_tokens=False)
             return made["input_ids"]
 
-        def tokenise(batch):
+        def tokenize(batch):
             made = {"query": ids(batch["query"], options.query_length)}
             for name in ("pos", "neg"):
                 passages = [pair for own in batch[name] for pair in own]
@@ -160,14 +157,14 @@ def datasets_map(file: Path, processes: int) -> dict[str, float]:
                 "json", data_files=str(file), split="train", cache_dir=folder
             )
             made = lines.map(
-                tokenise, batched=True, num_proc=processes, remove_columns=lines.column_names
+                tokenize, batched=True, num_proc=processes, remove_columns=lines.column_names
             )
             assert len(made)
         return clock.times
 
 
 class Clock:
-    """Seconds, and processor seconds of this process and those that it has started."""
+    """Measures seconds, and CPU seconds of this process and its children."""
 
     def __enter__(self) -> "Clock":
         self._cpu, self._start = cpu_seconds(), time.perf_counter()
@@ -179,7 +176,7 @@ class Clock:
 
 
 def cpu_seconds() -> float:
-    """Returns the processor seconds of this process and of its children that have ended."""
+    """Returns the CPU seconds of this process and of its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,4 +1,4 @@
-"""The two sides of `train_step.py`, each in processes of its own, and what they need for steps."""
+"""Runs the two sides of `train_step.py` in separate processes, and measures their steps."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,30 +11,30 @@ import numpy as np
 from step_work import SETTINGS, full_steps, num_tokens, sample_steps
 
 CASES = {"full": full_steps, "sample": sample_steps}
-# 7B needs more of a GPU's memory than JAX takes by itself.
+# 7B needs more of a GPU's memory than JAX allocates by default.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def jax_side() -> type:
-    """Returns the project's side."""
+    """Returns the class of grit-jax's side."""
     from jax_step import JaxSide
 
     return JaxSide
 
 
 def torch_side() -> type:
-    """Returns torch's side."""
+    """Returns the class of torch's side."""
     from torch_step import TorchSide
 
     return TorchSide
 
 
-# A process imports what its own side needs.
+# Functions, so that a process imports only its own side.
 SIDES = {"torch": torch_side, "grit-jax": jax_side}
 
 
 class Remote:
-    """A side in a process of its own, which ends with `close`."""
+    """A side in a process of its own, which runs until `close`."""
 
     def __init__(self, side: str, preset: str, cases: Sequence[str]):
         self.side = side
@@ -46,13 +46,13 @@ class Remote:
         far_end.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Returns what a method of the side returns."""
+        """Calls a method of the side and returns its result."""
         self._connection.send((method, arguments))
         try:
             return self._connection.recv()
         except EOFError:
-            self._process.join()  # It is still writing the error.
-            raise SystemExit("the other process has ended; its error stands above") from None
+            self._process.join()  # It may still be writing the error.
+            raise SystemExit("the process of a side failed; see its error above") from None
 
     def close(self) -> None:
         """Ends the process."""
@@ -61,7 +61,7 @@ class Remote:
 
 
 def serve(connection: Any, side: str, preset: str, cases: Sequence[str]) -> None:
-    """Makes a side, and answers what it is asked until there is no more."""
+    """Creates a side, and answers requests until it receives None."""
     setting = SETTINGS[preset]
     made = SIDES[side]()(setting, {case: CASES[case](setting) for case in cases})
     while (request := connection.recv()) is not None:
@@ -71,13 +71,14 @@ def serve(connection: Any, side: str, preset: str, cases: Sequence[str]) -> None
 
 @dataclasses.dataclass
 class Measured:
-    """What one side needed for the steps of one case.
+    """Measurements of one side's steps of one case.
 
     Attributes:
-      seconds: of each step.
-      tokens: of real text, of each step.
-      useful_flops: of each step, and of the device in a second where that is known.
-      peak_memory: bytes on the device, where it says.
+      seconds: duration of each step.
+      tokens: tokens of each step, without padding.
+      useful_flops: useful operations of each step.
+      peak_flops: peak operations per second of the device, if known.
+      peak_memory: peak memory of the device in bytes, if known.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -87,7 +88,7 @@ class Measured:
     peak_memory: float | None = None
 
     def add(self, remote: Remote, case: str, number: int, tokens: int) -> None:
-        """Has a step made, and adds what it needed."""
+        """Runs a step and adds its measurements."""
         step = remote.ask("step", case, number)
         self.seconds.append(step["seconds"])
         self.tokens.append(tokens)
@@ -98,26 +99,26 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Tokens of real text a second: the median over steps."""
+        """Tokens per second, without padding: the median over steps."""
         return statistics.median(np.array(self.tokens) / np.array(self.seconds))
 
     @property
     def useful_rate(self) -> float:
-        """Useful operations a second: the median over steps."""
+        """Useful operations per second: the median over steps."""
         return statistics.median(np.array(self.useful_flops) / np.array(self.seconds))
 
 
 def measure(
     preset: str, cases: Sequence[str], sides: Sequence[str], rounds: int, repeats: int
 ) -> dict[tuple[str, str], Measured]:
-    """Returns what was measured by case and side.
+    """Returns the measurements by case and side.
 
     Args:
-      preset: names the model.
-      cases: what to measure.
-      sides: take turns.
-      rounds: steps of a case that a side makes one after the other.
-      repeats: turns of each side, each in a new process.
+      preset: name of the model.
+      cases: the cases to measure.
+      sides: the sides, which alternate.
+      rounds: consecutive steps of a case per process.
+      repeats: processes of each side.
     """
     measured: dict[tuple[str, str], Measured] = {}
     steps = {case: CASES[case](SETTINGS[preset]) for case in cases}
@@ -125,20 +126,20 @@ def measure(
         remote = Remote(side, preset, cases)
         for case in cases:
             numbers = [number % len(steps[case]) for number in range(rounds)]
-            for number in sorted(set(numbers)):  # Compiles, and takes the memory.
+            for number in sorted(set(numbers)):  # Compiles and allocates.
                 remote.ask("step", case, number)
             own = measured.setdefault((case, side), Measured())
             for number in numbers:
                 own.add(remote, case, number, num_tokens(steps[case][number]))
         remote.close()
-    for (case, _), own in measured.items():  # The work is the same on both sides.
+    for (case, _), own in measured.items():  # Both sides do the same useful work.
         ours = measured.get((case, "grit-jax"), own)
         own.useful_flops, own.peak_flops = ours.useful_flops, ours.peak_flops
     return dict(sorted(measured.items(), key=lambda item: list(cases).index(item[0][0])))
 
 
 def has_gpu() -> bool:
-    """Returns whether JAX finds a GPU, looking in a process of its own: this one takes none."""
+    """Returns whether JAX finds a GPU; asks another process, so that this one does not use it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_platform) == "gpu"
 

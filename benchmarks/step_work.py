@@ -1,7 +1,7 @@
-"""The work that `train_step.py` gives to both sides: sizes of a model, and the texts of its steps.
+"""The workload of `train_step.py` for both sides: model sizes, and the texts of the steps.
 
-Tokens are random; the lengths of the case "sample" are those of batches of the embedded sample, in
-`sample_lengths.npz`, so that this needs neither the data nor what reads it.
+Tokens are random. The lengths of the case "sample" are those of batches of the embedded sample,
+stored in `sample_lengths.npz`, so that neither the data nor its dependencies are needed.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import RowLimits, Shape, StepProfile, choose_row_shapes
 from grit_jax.text.examples import Text
+from grit_jax.text.kinds import STREAMS
 
 LENGTHS_FILE = Path(__file__).with_name("sample_lengths.npz")
-STREAMS = ("query", "passage", "chat")
 GROUP_SIZE = 2
 TEMPERATURE = 0.02
-# Batches of the sample: queries and chats a step, and steps whose lengths are stored.
+# Batches of the sample: queries and chats per step, and number of steps stored.
 SAMPLE_QUERIES, SAMPLE_CHATS, SAMPLE_STEPS = 64, 16, 24
-# Rows as config.py has them, for texts of at most 256, 2,048 and 2,048 tokens.
+# The row limits of config.py, for texts of at most 256, 2,048 and 2,048 tokens.
 LIMITS = RowLimits(
     longest={"query": 512, "passage": 2560, "chat": 2560}, length_multiple=128, count_multiple=1
 )
@@ -32,11 +32,11 @@ class Setting:
     """A model and how it is trained, on both sides.
 
     Attributes:
-      sizes: of the model, by the names of Hugging Face's config.json.
+      sizes: sizes of the model, by the names of Hugging Face's config.json.
       full_rows: number and length of the queries, passages and chats of the case "full".
-      dtype: of the parameters and of the computation.
-      remat: of the project's side; "none" or "full", which is gradient checkpointing on torch's.
-      learning_rate: of AdamW.
+      dtype: dtype of the parameters and of the computation.
+      remat: "none", or "full", which is gradient checkpointing in torch.
+      learning_rate: learning rate of AdamW.
     """
 
     sizes: dict[str, int]
@@ -88,18 +88,18 @@ SETTINGS = {"124m": SMALL, "7b": LARGE, "tiny": TINY}
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts by number; a number may be left unused, where a query has no negative."""
+    """Texts by index; an index is unused if a query has no negative."""
 
-    by_number: dict[int, Text]
+    by_index: dict[int, Text]
     num_texts: int
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text, 0 where there is none."""
-        return [len(self.by_number.get(number, ())) for number in range(self.num_texts)]
+        """Tokens of each text, 0 for an unused index."""
+        return [len(self.by_index.get(index, ())) for index in range(self.num_texts)]
 
 
-# The texts of a step: "query", "passage" and "chat".
+# The texts of a step, by stream.
 StepTexts = dict[str, Texts]
 
 
@@ -111,7 +111,8 @@ def num_tokens(texts: StepTexts) -> int:
 def full_steps(setting: Setting) -> list[StepTexts]:
     """Returns the one step of the case "full": all texts of a stream have the same length.
 
-    A sixteenth of a query and a passage is instruction; a chat is learned from its second token on.
+    A sixteenth of each query and passage is instruction; all but the first token of a chat are
+    predicted.
     """
     random = np.random.default_rng(0)
     step = {}
@@ -123,7 +124,7 @@ def full_steps(setting: Setting) -> list[StepTexts]:
 
 
 def sample_steps(setting: Setting) -> list[StepTexts]:
-    """Returns steps whose texts are as long as those of the embedded sample."""
+    """Returns steps whose texts have the lengths of the embedded sample's."""
     random = np.random.default_rng(0)
     with np.load(LENGTHS_FILE) as stored:
         lengths = {name: (stored[name], stored[f"{name}_uncounted"]) for name in STREAMS}
@@ -143,36 +144,32 @@ def _random_texts(
     vocab_size: int,
 ) -> Texts:
     texts = {
-        number: Text(
-            random.integers(3, vocab_size, length).astype(np.int32), np.arange(length) >= left_out
+        index: Text(
+            random.integers(3, vocab_size, length).astype(np.int32), np.arange(length) >= start
         )
-        for number, (length, left_out) in enumerate(zip(lengths, uncounted, strict=True))
+        for index, (length, start) in enumerate(zip(lengths, uncounted, strict=True))
         if length
     }
     return Texts(texts, len(lengths))
 
 
 def measure_lengths(prepared: Path) -> None:
-    """Stores the lengths of batches of the prepared sample, as training would draw them."""
-    # What reads prepared data is not needed otherwise.
+    """Stores the lengths of batches of the prepared sample, as training would sample them."""
+    # Only this function needs prepared data.
     from grit_jax.data.batches import Batches
     from grit_jax.data.manifest import load_mixture
     from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 
     pairs = load_mixture(prepared, "sample_embedding", "train", "embedding", "embedding")
     chats = load_mixture(prepared, "sample_chat", "train", "generative", "generative")
-    streams = {
+    samplers = {
         "embedding": SingleDatasetSampler(pairs, SAMPLE_QUERIES, GROUP_SIZE, seed=0),
         "generative": MixedSampler(chats, SAMPLE_CHATS, 0, seed=1),
     }
-    batches = Batches(streams, LIMITS)
+    batches = Batches(samplers, LIMITS)
     stored: dict[str, list[np.ndarray]] = {}
     for step in range(SAMPLE_STEPS):
-        batch = batches[step]
-        assert batch.embedding is not None
-        assert batch.chats is not None
-        packed = (batch.embedding.queries, batch.embedding.passages, batch.chats)
-        for name, texts in zip(STREAMS, packed, strict=True):
+        for name, texts in batches[step].streams.items():
             lengths = _tokens_by_text(texts, texts.segment_ids)
             counted = _tokens_by_text(texts, texts.segment_ids[texts.mask])
             stored.setdefault(name, []).append(lengths)
@@ -186,34 +183,34 @@ def _tokens_by_text(texts: PackedTexts, segment_ids: np.ndarray) -> np.ndarray:
 
 
 def pack_steps(steps: Sequence[StepTexts]) -> list[Batch]:
-    """Returns the batches of steps, in the shapes that training would choose for them."""
+    """Returns the batches of steps, in the row shapes that training would choose."""
     shapes = _shapes(steps)
     batches = []
     for texts in steps:
         packed = _pack(texts, shapes)
         passages = texts["passage"]
-        numbers = np.arange(passages.num_texts, dtype=np.int32)
-        contents = np.where(np.array(passages.lengths) > 0, numbers, -1).astype(np.int32)
-        positives = numbers[::GROUP_SIZE]
-        pairs = EmbeddingBatch(packed["query"], packed["passage"], positives, contents)
-        batches.append(Batch(pairs, packed["chat"]))
+        indices = np.arange(passages.num_texts, dtype=np.int32)
+        passage_ids = np.where(np.array(passages.lengths) > 0, indices, -1).astype(np.int32)
+        positives = indices[::GROUP_SIZE]
+        pairs = EmbeddingBatch(packed["query"], packed["passage"], positives, passage_ids)
+        batches.append(Batch({"embedding": pairs, "generative": ChatBatch(packed["chat"])}))
     return batches
 
 
 def _shapes(steps: Sequence[StepTexts]) -> list[Shape]:
-    """Returns the shapes for steps, each of which is a kind of its own."""
+    """Returns the row shapes for steps, with a profile for each step."""
     lengths = [{name: texts.lengths for name, texts in step.items()} for step in steps]
-    kinds = [
+    profiles = [
         StepProfile(1 / len(steps), {name: [tokens] for name, tokens in step.items()})
         for step in lengths
     ]
     longest = {name: max(max(step[name]) for step in lengths) for name in STREAMS}
-    most = {name: len(lengths[0][name]) for name in STREAMS}
-    return choose_row_shapes(kinds, longest, most, LIMITS)
+    num_texts = {name: len(lengths[0][name]) for name in STREAMS}
+    return choose_row_shapes(profiles, longest, num_texts, LIMITS)
 
 
 def _pack(texts: StepTexts, shapes: Sequence[Shape]) -> dict[str, PackedTexts]:
-    """Returns the rows of a step in the first shape that its texts fit."""
+    """Returns the rows of a step in the first shape that fits its texts."""
     for shape in shapes:
         rows = {
             name: fit_rows(texts[name].lengths, shape[name].count, shape[name].length)
@@ -223,7 +220,7 @@ def _pack(texts: StepTexts, shapes: Sequence[Shape]) -> dict[str, PackedTexts]:
         if len(fitting) == len(rows):
             return {
                 name: pack(
-                    texts[name].by_number,
+                    texts[name].by_index,
                     fitting[name],
                     shape[name].count,
                     shape[name].length,

@@ -1,7 +1,7 @@
-"""The joint step of GRIT written with transformers and torch, as the original has it.
+"""The joint step of GRIT with transformers and torch, as in the original implementation.
 
-Queries, passages and chats are padded to the longest of each and read one after the other; the loss
-is InfoNCE over all passages plus the cross-entropy of the chats. GradCache is left out.
+Queries, passages and chats are padded to the longest of each, and processed one after the other.
+The loss is InfoNCE over all passages plus the cross-entropy of the chats. It omits GradCache.
 """
 
 import time
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class TorchSide:
-    """Makes steps with torch, on a GPU where there is one."""
+    """Takes steps with torch, on a GPU if there is one."""
 
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,12 +40,12 @@ class TorchSide:
         )
 
     def step(self, case: str, number: int) -> dict[str, float]:
-        """Makes a step on the texts of that number; returns its seconds and losses."""
+        """Takes a step on a case's texts of this index; returns its seconds and losses."""
         texts = self._cases[case][number]
         streams = {name: self._pad(stream) for name, stream in texts.items()}
-        # Where its positive is among the passages that there are.
-        places = {passage: place for place, passage in enumerate(texts["passage"].by_number)}
-        own = [places[query * GROUP_SIZE] for query in texts["query"].by_number]
+        # The rows have no unused indices, so the positives have other indices in them.
+        rows = {passage: row for row, passage in enumerate(texts["passage"].by_index)}
+        own = [rows[query * GROUP_SIZE] for query in texts["query"].by_index]
         positives = torch.tensor(own, device=self.device)
         self._wait()
         start = time.perf_counter()
@@ -54,7 +54,7 @@ class TorchSide:
         return {"seconds": time.perf_counter() - start, **losses}
 
     def peak_memory(self) -> float | None:
-        """Returns the most bytes that the GPU has held, None without one."""
+        """Returns the peak memory of the GPU in bytes, or None without one."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def _step(
@@ -76,30 +76,30 @@ class TorchSide:
     def _embed(
         self, tokens: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the normalised mean of the tokens that count, read bidirectionally."""
-        # The mask goes by the configuration, attention without a mask by the keyword.
+        """Returns the normalized mean of the masked tokens, with bidirectional attention."""
+        # transformers builds the mask from the configuration, and sdpa uses the keyword.
         self.model.config.is_causal = False
-        read: Any = self.model.model(tokens, attention_mask=is_token, is_causal=False)
+        output: Any = self.model.model(tokens, attention_mask=is_token, is_causal=False)
         weights = counts.float()[..., None]
-        mean = (read.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+        mean = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
         return functional.normalize(mean, dim=-1)
 
     def _generative_loss(
         self, tokens: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the mean cross-entropy of the tokens that count, read causally."""
+        """Returns the mean cross-entropy of the masked tokens, with causal attention."""
         self.model.config.is_causal = True
         labels = tokens.masked_fill(~counts, IGNORED)
         return self.model(tokens, attention_mask=is_token, labels=labels).loss
 
     def _pad(self, texts: Texts) -> tuple[torch.Tensor, ...]:
-        """Returns tokens, which of them are any, and which count; one text a row."""
-        shape = (len(texts.by_number), max(texts.lengths))
+        """Returns tokens, which of them are not padding, and the mask; one text per row."""
+        shape = (len(texts.by_index), max(texts.lengths))
         tokens, is_token = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         counts = np.zeros(shape, bool)
-        for row, text in enumerate(texts.by_number.values()):
-            place = (row, slice(len(text)))
-            tokens[place], is_token[place], counts[place] = text.tokens, 1, text.mask
+        for row, text in enumerate(texts.by_index.values()):
+            span = (row, slice(len(text)))
+            tokens[span], is_token[span], counts[span] = text.tokens, 1, text.mask
         return tuple(torch.from_numpy(each).to(self.device) for each in (tokens, is_token, counts))
 
     def _wait(self) -> None:

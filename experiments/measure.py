@@ -15,7 +15,7 @@ from rich.table import Table
 
 from experiments.datasets import DATASETS
 from experiments.files import SUFFIX, Line, read_lines
-from grit_jax.evaluation.retrieval import retrieval_measures
+from grit_jax.evaluation.retrieval import retrieval_metrics
 
 # Texts and their instruction to embeddings: float32 [N, D].
 Encode = Callable[[Sequence[str], str], Float[np.ndarray, "N D"]]
@@ -71,7 +71,7 @@ def measure_retrieval(score: Score, folder: Path) -> Measures:
         texts = [query["text"] for query in queries]
         scores = score(dataset.instruction, texts, documents)
         relevant = [set(query["relevant"]) for query in queries]
-        found = retrieval_measures(scores, relevant)
+        found = retrieval_metrics(scores, relevant)
         hard = [query for query in queries if query["negatives"]]
         if hard:
             found["hard_negatives"] = _above_negatives(score, dataset.instruction, hard, documents)

@@ -221,6 +221,9 @@ def _positive(text: str) -> int:
 
 def convert(argv: Sequence[str]) -> None:
     """Converts weights: from-hf FOLDER CHECKPOINT, from-gguf FILE CHECKPOINT, to-hf MODEL FOLDER"""
+    from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+    from grit_jax.objectives.pooling import POOLINGS
+
     parser = argparse.ArgumentParser(prog="grit-jax convert", description=convert.__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
@@ -248,24 +251,21 @@ def convert(argv: Sequence[str]) -> None:
         help="'mistral' or the path of a tokenizer.model or tokenizer.json; by default the one "
         "that lies with the model, else 'mistral'",
     )
-    to_hf.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="by default as stored"
-    )
+    to_hf.add_argument("--dtype", choices=tuple(DTYPES), help="by default as stored")
     to_hf.add_argument(
         "--attention",
-        choices=("bbcc", "cccc"),  # cbcc has no counterpart in sentence-transformers.
+        choices=EXPORTED_PATTERNS,
         help="pattern it was trained with; by default what the model says, else bbcc",
     )
     to_hf.add_argument(
         "--pooling",
-        choices=("mean", "weightedmean", "lasttoken", "cls"),
+        choices=POOLINGS,
         help="of its embeddings; by default what the model says, else mean",
     )
     arguments = parser.parse_args(argv)
 
     from grit_jax.bucket import BucketError
     from grit_jax.conversion import ConversionError, GgufModel, HuggingFaceModel, open_model
-    from grit_jax.conversion.export import write_hugging_face
     from grit_jax.conversion.orbax_model import write_orbax
     from grit_jax.text.tokenizer import TokenizerError
 
@@ -323,9 +323,9 @@ def plan(argv: Sequence[str]) -> None:
     from grit_jax.bucket import BucketError
     from grit_jax.config import ConfigError
     from grit_jax.config_flags import parse_flags
-    from grit_jax.planning.chips import TopologyError, describe_topology, quiet
+    from grit_jax.planning.chips import TopologyError, describe_topology, suppress_stderr
     from grit_jax.planning.plan import fastest, make_plan, search
-    from grit_jax.planning.report import as_json, show_plan, show_tried
+    from grit_jax.planning.report import as_json, show_line, show_plan
     from grit_jax.sharding import MeshError
 
     tokens = {name: getattr(arguments, f"{name}_tokens") for name in ("query", "passage", "chat")}
@@ -335,7 +335,7 @@ def plan(argv: Sequence[str]) -> None:
         config, _ = parse_flags(rest)
         if arguments.slices > 1:
             config.mesh.slice = arguments.slices
-        with quiet():
+        with suppress_stderr():
             topology = describe_topology(arguments.topology, arguments.slices)
         if not arguments.search:
             found = make_plan(config, topology, tokens)
@@ -344,7 +344,7 @@ def plan(argv: Sequence[str]) -> None:
             for one in search(config, topology, tokens):
                 tried.append(one)
                 if not arguments.json:
-                    show_tried(one)
+                    show_line(one)
             found = fastest(tried)
     except (BucketError, ConfigError, MeshError, TopologyError) as error:
         fail(f"{type(error).__name__}: {error}")

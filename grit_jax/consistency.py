@@ -14,6 +14,7 @@ import socket
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -42,6 +43,19 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     # Where the code differs, so may the names of the facts: the code goes first.
     _check({"the code of grit-jax": _code(), "the versions of packages": _versions()})
     _check(facts)
+
+
+def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Returns a description of each value that differs between two nested dictionaries.
+
+    A key that only one of them has counts as None in the other.
+    """
+    before, now = (flatten_dict(dict(tree), sep=".") for tree in (stored, current))
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _check_devices() -> None:

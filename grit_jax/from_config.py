@@ -15,7 +15,7 @@ import optax
 
 from grit_jax.bucket import in_bucket
 from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError
-from grit_jax.conversion import ConversionError, Model, open_model
+from grit_jax.conversion import ConversionError, StoredModel, open_model
 from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
 from grit_jax.data.manifest import (
@@ -66,7 +66,7 @@ def make_checkpoints(
     trainer: Trainer,
     batches: Batches,
     folder: epath.Path,
-    pretrained: Model | None = None,
+    pretrained: StoredModel | None = None,
 ) -> Checkpoints:
     """Returns the checkpoints of a run, which only a run on the same data continues.
 
@@ -90,7 +90,7 @@ def make_checkpoints(
     base_folder = None
     if trainer.model_config.lora is not None and pretrained is not None:
         updates = dataclasses.asdict(trainer.model_config.lora)
-        description["lora"] = {**updates, "base": pretrained.fingerprint()}
+        description["lora"] = {**updates, "base": pretrained.weights_fingerprint()}
         base_folder = str(pretrained.folder.resolve())
     dataset = batches.datasets[0]
     described = dataset.manifest.tokenizer
@@ -112,7 +112,7 @@ def make_checkpoints(
     )
 
 
-def open_pretrained(config: Config) -> Model | None:
+def open_pretrained(config: Config) -> StoredModel | None:
     """Opens the weights that a configuration starts from, None if it starts at random.
 
     Raises:
@@ -135,7 +135,7 @@ def open_pretrained(config: Config) -> Model | None:
 
 def make_trainer(
     config: Config,
-    pretrained: Model | None = None,
+    pretrained: StoredModel | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
     """Returns the trainer of a configuration.
@@ -160,7 +160,7 @@ def make_trainer(
     )
 
 
-def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig:
+def model_config(config: Config, pretrained: StoredModel | None = None) -> ModelConfig:
     """Returns the model's configuration, with the sizes of the model it starts from.
 
     Raises:
@@ -194,7 +194,7 @@ def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig
         raise ConfigError(str(error)) from None
 
 
-def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
+def _lora_config(config: Config, pretrained: StoredModel | None) -> LoraConfig | None:
     """Returns the configuration of the low-rank updates, None if all parameters are trained."""
     if not config.lora.rank:
         return None
@@ -213,7 +213,7 @@ def _lora_config(config: Config, pretrained: Model | None) -> LoraConfig | None:
     return LoraConfig(**config.lora.to_dict())
 
 
-def _check_sizes(sizes: dict[str, Any], pretrained: Model) -> None:
+def _check_sizes(sizes: dict[str, Any], pretrained: StoredModel) -> None:
     """Checks that no size was asked for that the pretrained model does not have.
 
     A size at its default was not asked for: the command line fills them in.
@@ -342,7 +342,7 @@ def row_limits(config: Config, mesh: Mesh) -> RowLimits:
 
 
 def cross_process_settings(
-    config: Config, batches: Batches, pretrained: Model | None
+    config: Config, batches: Batches, pretrained: StoredModel | None
 ) -> dict[str, Any]:
     """Returns what must be alike in all processes of a run, by names fit for a message."""
     fields: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
@@ -351,7 +351,7 @@ def cross_process_settings(
     # A host may have its copies of data and weights in another place, but for those in a bucket.
     fields["data.folder"] = batches.description
     if pretrained is not None and not in_bucket(pretrained.folder):
-        fields["model.weights"] = pretrained.fingerprint()
+        fields["model.weights"] = pretrained.weights_fingerprint()
     return {f"config.{name}": value for name, value in fields.items()}
 
 
@@ -375,7 +375,7 @@ def _check_tokenizers(datasets: Sequence[PreparedDataset]) -> None:
             )
 
 
-def check_tokenizer(batches: Batches, pretrained: Model | None) -> None:
+def check_tokenizer(batches: Batches, pretrained: StoredModel | None) -> None:
     """Checks that the data's tokens are those of the tokenizer that lies beside given weights.
 
     Where there is none, or one that cannot be read here, nothing is compared.

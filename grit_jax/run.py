@@ -13,10 +13,10 @@ from rich.console import Console
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.config import Config, check_fields
 from grit_jax.consistency import check_agreement, check_shared
-from grit_jax.conversion import Model
+from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.evaluation.table import result_table
+from grit_jax.evaluation.held_out_table import held_out_table
 from grit_jax.files import locked, write_json
 from grit_jax.from_config import (
     check_attention,
@@ -161,7 +161,7 @@ def _update_jax(options: dict[str, str]) -> None:
 def _first_state(
     config: Config,
     trainer: Trainer,
-    pretrained: Model | None,
+    pretrained: StoredModel | None,
     saved: Checkpoints,
     console: Console,
 ) -> TrainState:
@@ -258,6 +258,6 @@ def _show_results(workdir: epath.Path, held_out: HeldOut | None, console: Consol
     lines = read_metrics(workdir / METRICS)
     draw_curves(lines, workdir / "curves.png")
     if held_out is not None:
-        console.print(result_table(held_out, lines))
+        console.print(held_out_table(held_out, lines))
     for name in ("checkpoints", METRICS, "curves.png"):
         console.print(f"{name:15} {workdir / name}", highlight=False, soft_wrap=True)

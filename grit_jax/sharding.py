@@ -1,7 +1,7 @@
-"""The mesh of devices, and the one table that says how every array lies on it.
+"""The device mesh, and the table that maps logical axes to mesh axes.
 
-Arrays name their axes by what they hold ("embed", "heads", "batch"); the table below maps those
-names to mesh axes. Nothing else in the project names a mesh axis in a sharding.
+Arrays have logical axes, named by what they hold ("embed", "heads", "batch"). All shardings follow
+from `LOGICAL_AXIS_RULES`; no other module names a mesh axis in a sharding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 MESH_AXES = ("slice", "fsdp", "tensor", "expert")
 
-# Logical axis -> mesh axes, each with its reason.
+# Logical axis -> mesh axes, with the reason for each.
 LOGICAL_AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    # Rows of texts: every axis that does not split a layer's mathematics carries data.
+    # Rows of texts are split over every axis that does not split the computation of a layer.
     "batch": ("slice", "fsdp", "expert"),
-    # Fully sharded data parallelism splits each weight along its model dimension; slices are
-    # joined by the slow network, so weights are whole within each slice.
+    # Fully sharded data parallelism splits each weight along its model dimension. Slices are
+    # connected by a slow network, so each slice has all weights.
     "embed": "fsdp",
     # Megatron-style tensor parallelism: heads, feed-forward columns and vocabulary.
     "heads": "tensor",
@@ -29,7 +29,7 @@ LOGICAL_AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
-    # Too small to be worth a collective, or walked over one at a time.
+    # Too small to be worth a collective, or scanned over.
     "head_dim": None,
     "norm": None,
     "embedding": None,
@@ -41,11 +41,11 @@ LOGICAL_AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 class MeshError(ValueError):
-    """The mesh asked for cannot be laid over the devices at hand, or the model over the mesh."""
+    """The mesh does not fit the devices, or the model does not fit the mesh."""
 
 
 def make_mesh(
-    slice: int = 1,  # noqa: A002  the axis is called so in every configuration
+    slice: int = 1,  # noqa: A002  the name in the configuration
     fsdp: int = -1,
     tensor: int = 1,
     expert: int = 1,
@@ -53,40 +53,42 @@ def make_mesh(
 ) -> Mesh:
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
-    Args:
-      slice: number of TPU slices; plain data parallelism between them.
-      fsdp: data parallelism with sharded weights.
-      tensor: ways in which heads, feed-forward columns and vocabulary are split.
-      expert: ways in which the experts of a Mixtral are split.
-      devices: the devices to use, by default all of them.
+    One size may be -1, for all devices that the other axes leave.
 
-    One size may be -1: what the others leave. Where the devices lie in several slices of TPUs,
-    the axis "slice" is those.
+    Args:
+      slice: number of TPU slices, with plain data parallelism between them.
+      fsdp: shards of fully sharded data parallelism.
+      tensor: shards of heads, feed-forward columns and vocabulary.
+      expert: shards of the experts, if the model has any.
+      devices: the devices of the mesh, by default all of them.
 
     Raises:
-      MeshError: the sizes do not multiply to the number of devices, or cut through a slice.
+      MeshError: the product of the sizes is not the number of devices, or `slice` is not a multiple
+        of the number of TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = _complete({"slice": slice, "fsdp": fsdp, "tensor": tensor, "expert": expert}, devices)
+    sizes = _resolve_sizes(
+        {"slice": slice, "fsdp": fsdp, "tensor": tensor, "expert": expert}, devices
+    )
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
     if num_slices == 1:
-        # Eight experts on a block of 4 x 4 x 4 chips split one of its sides.
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(placed, MESH_AXES, axis_types=axis_types)
+        # Eight shards of experts on 4 x 4 x 4 chips split a physical axis.
+        device_array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(device_array, MESH_AXES, axis_types=axis_types)
     if sizes[0] % num_slices:
         raise MeshError(
-            f"config.mesh.slice={sizes[0]}, but the devices lie in {num_slices} slices: only data "
-            "parallelism crosses the slow network between them"
+            f"config.mesh.slice={sizes[0]} must be a multiple of the {num_slices} slices that the "
+            "devices are in: only data parallelism crosses the slow network between slices"
         )
-    within, between = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
-    placed = mesh_utils.create_hybrid_device_mesh(
-        within, between, devices, allow_split_physical_axes=True
+    within_slice, between_slices = (sizes[0] // num_slices, *sizes[1:]), (num_slices, 1, 1, 1)
+    device_array = mesh_utils.create_hybrid_device_mesh(
+        within_slice, between_slices, devices, allow_split_physical_axes=True
     )
-    return Mesh(placed, MESH_AXES, axis_types=axis_types)
+    return Mesh(device_array, MESH_AXES, axis_types=axis_types)
 
 
-def _complete(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int, ...]:
+def _resolve_sizes(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int, ...]:
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [axis for axis, size in sizes.items() if size == 0 or size < -1]
@@ -121,38 +123,37 @@ def check_sizes_fit_mesh(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> No
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:
-    """Returns the partition of an array whose axes have these names, by `LOGICAL_AXIS_RULES`."""
+    """Returns the partition spec of an array with these logical axes."""
     return PartitionSpec(*(LOGICAL_AXIS_RULES[axis] for axis in logical_axes))
 
 
 def mesh_axes(logical_axis: str | None) -> tuple[str, ...]:
-    """Returns the mesh axes that split an axis of this name, outermost first."""
+    """Returns the mesh axes that split a logical axis, outermost first."""
     axes = LOGICAL_AXIS_RULES[logical_axis] or ()
     return (axes,) if isinstance(axes, str) else axes
 
 
 def shards(mesh: Mesh | AbstractMesh, logical_axis: str) -> int:
-    """Returns the number of ways in which an axis of this name is split over `mesh`."""
+    """Returns the number of shards of a logical axis on `mesh`."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes(logical_axis))
 
 
 def current_shards(logical_axis: str) -> int:
-    """Returns the number of ways in which an axis of this name is split over the mesh in use."""
+    """Returns the number of shards of a logical axis on the current mesh, 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else shards(mesh, logical_axis)
 
 
 def all_gather_fsdp(weight: jax.Array, axis: int) -> jax.Array:
-    """Returns a weight whole along "embed", inside a `shard_map` over the axes of "batch".
+    """All-gathers a weight along "embed", inside a `shard_map` over the axes of "batch".
 
-    Each device may then do something else with it. Its gradient is summed and split up once, where
-    this is called.
+    Its gradient is reduce-scattered once, at this call.
 
     Args:
-      weight: the device's part.
-      axis: the number of its axis "embed".
+      weight: this device's shard.
+      axis: index of its axis "embed".
     """
-    # XLA for CPUs ends the process where it is to sum up bfloat16 here, as the gradient does.
+    # XLA crashes on CPUs if it reduces bfloat16 here, as the gradient does.
     dtype = jnp.float32 if platform() == "cpu" else weight.dtype
     gathered = jax.lax.all_gather(weight.astype(dtype), mesh_axes("embed"), axis=axis, tiled=True)
     same_along = tuple(axis for axis in mesh_axes("batch") if axis not in mesh_axes("embed"))
@@ -160,12 +161,12 @@ def all_gather_fsdp(weight: jax.Array, axis: int) -> jax.Array:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of ways in which rows of texts are split over `mesh`."""
+    """Returns the number of shards of the rows of texts on `mesh`."""
     return shards(mesh, "batch")
 
 
 def local_shards(mesh: Mesh) -> list[int]:
-    """Returns the numbers of the shards of rows of texts that this process's devices hold."""
+    """Returns the indices of the row shards that this process's devices hold."""
     count = batch_shards(mesh)
     sharding = NamedSharding(mesh, partition_spec("batch"))
     held = sharding.addressable_devices_indices_map((count,)).values()
@@ -173,19 +174,19 @@ def local_shards(mesh: Mesh) -> list[int]:
 
 
 def platform() -> str:
-    """Returns what the computation is for: that of the mesh in use, else of the default device.
+    """Returns the platform that is compiled for: the current mesh's, else the default device's.
 
-    They differ where a program is compiled for devices that are not at hand.
+    They differ when a program is compiled for devices that are not attached.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def with_logical_constraint(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Lays `array` on the mesh in use as `LOGICAL_AXIS_RULES` says; without a mesh it does nothing.
+    """Constrains the sharding of `array` on the current mesh; does nothing without a mesh.
 
-    Left alone, the compiler may prefer to split activations along the model dimension, as the
-    weights are, and to gather the activations in place of the much smaller weights.
+    Left alone, XLA may split activations along the model dimension, as the weights are, and gather
+    activations instead of the much smaller weights.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return array
@@ -193,10 +194,10 @@ def with_logical_constraint(array: jax.Array, *logical_axes: str | None) -> jax.
 
 
 def microbatch(rows: jax.Array, num_parts: int) -> jax.Array:
-    """Returns rows [B, ...] as [parts, B / parts, ...].
+    """Splits rows [B, ...] into microbatches [parts, B / parts, ...].
 
-    Part p takes the rows p, p + parts, ...: an equal share of those of every device, so that no
-    row travels. B is a multiple of the number of parts times that of the data shards.
+    Part p has the rows p, p + parts, ..., an equal share of every device's rows, so that no row
+    moves between devices. B must be a multiple of the number of parts times the data shards.
     """
     assert rows.shape[0] % num_parts == 0, "rows are a multiple of the number of parts"
     parts = jnp.moveaxis(rows.reshape(-1, num_parts, *rows.shape[1:]), 1, 0)
@@ -204,14 +205,14 @@ def microbatch(rows: jax.Array, num_parts: int) -> jax.Array:
 
 
 def variable_shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns the sharding of each variable of an NNX state, from the axis names it carries.
+    """Returns the sharding of each variable of an NNX state.
 
     Args:
-      state: an NNX state, abstract or not, whose variables carry `out_sharding`.
+      state: an NNX state, abstract or not, whose variables have `out_sharding` metadata.
       mesh: a mesh with the axes `MESH_AXES`.
 
     Returns:
-      A tree of the same structure with a `NamedSharding` in the place of each array.
+      A tree of the same structure with a `NamedSharding` instead of each array.
     """
 
     def sharding(variable: nnx.Variable) -> nnx.Variable:

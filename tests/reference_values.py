@@ -1,6 +1,6 @@
-"""The original's numbers on tiny random models, and those models in our modules.
+"""Reference values of the original implementation on tiny random models, and the models.
 
-`tests/reference` was made by running the original PyTorch code of GritLM in float32.
+`tests/reference` holds the output of the original PyTorch code of GritLM in float32.
 """
 
 import json
@@ -21,12 +21,12 @@ EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def load_values(architecture: str) -> dict[str, np.ndarray]:
-    """Returns the numbers of the original by name."""
+    """Returns the reference values of the original, by name."""
     return dict(np.load(FOLDER / f"{architecture}.npz"))
 
 
 def load_model(architecture: str, **overrides) -> Decoder:
-    """Returns our model with the weights of the original's tiny one."""
+    """Returns the tiny model of the original as a `Decoder`."""
     folder = FOLDER / f"tiny-{architecture}"
     stored = json.loads((folder / "config.json").read_text())
     names = ARCHITECTURES[architecture].sizes
@@ -39,7 +39,7 @@ def load_model(architecture: str, **overrides) -> Decoder:
 
 
 def set_parameters(model: Decoder, values: dict[str, np.ndarray]) -> None:
-    """Puts `values`, named as `named_parameters` names them, into the model."""
+    """Sets the model's parameters to `values`, by dotted path."""
     state = nnx.state(model, nnx.Param)
     for path, variable in nnx.to_flat_state(state):
         value = values[".".join(path)]
@@ -49,7 +49,7 @@ def set_parameters(model: Decoder, values: dict[str, np.ndarray]) -> None:
 
 
 def from_original(tensors: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
-    """Returns the original's tensors (weights, or their gradients) under our names and shapes."""
+    """Converts tensors of the original (weights or gradients) to our names and shapes."""
     D, H = config.hidden_size, config.head_dim
 
     def stack(name: str) -> np.ndarray:
@@ -86,7 +86,7 @@ def from_original(tensors: dict[str, np.ndarray], config) -> dict[str, np.ndarra
 
 
 def packed_texts(tokens: np.ndarray, attention_mask: np.ndarray, mask: np.ndarray) -> PackedTexts:
-    """Returns the original's padded batch, one text a row, in our form."""
+    """Converts a padded batch of the original, one text per row."""
     count, length = tokens.shape
     return PackedTexts(
         tokens=np.where(attention_mask, tokens, 0).astype(np.int32),

@@ -1,4 +1,4 @@
-"""The mesh, and what is said when devices or a model do not fit it."""
+"""The mesh, and the errors when devices or a model do not fit it."""
 
 import itertools
 

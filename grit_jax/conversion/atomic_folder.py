@@ -1,4 +1,4 @@
-"""Where a conversion writes to: a folder that is whole or not there."""
+"""The folder that a conversion writes: it appears when it is complete, or not at all."""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,18 +8,18 @@ import tempfile
 
 from safetensors import SafetensorError
 
-from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.conversion.stored_model import ConversionError
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives a path to make a folder at, which takes its place when it is full.
+    """Yields a temporary path to write a folder to; it is renamed to `folder` at the end.
 
-    If filling it fails, all of it goes.
+    If an error is raised in the `with` block, everything written is removed.
 
     Raises:
-      ConversionError: `folder` exists or cannot be made, the disk is full, or what it is made of
-        cannot be read. A FileNotFoundError of the latter comes as it is.
+      ConversionError: `folder` exists or cannot be created, the disk is full, or the source is
+        damaged. A FileNotFoundError is raised as it is.
     """
     try:
         if folder.exists():
@@ -27,26 +27,27 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 f"{folder} exists already; choose another destination or remove it"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # On the same disk, so that it can be renamed; in a folder of its own, with all that its
-        # writers put beside it.
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
-            unfinished = Path(aside).absolute() / folder.name
+        # On the disk of `folder`, so that it can be renamed. Orbax writes temporary folders next to
+        # its destination: they are removed together with this one.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+            unfinished = Path(temporary).absolute() / folder.name
             yield unfinished
             unfinished.rename(folder)
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError) as error:
-        raise ConversionError(f"{folder} was not made: {error}") from None
+        raise ConversionError(f"{folder} could not be written: {error}") from None
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Checks that the disk of `folder` has room for so many bytes.
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Checks that the disk of `folder` has `num_bytes` free.
 
     Raises:
-      ConversionError: it has not.
+      ConversionError: the disk has less.
     """
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free < num_bytes:
         raise ConversionError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, but the weights take {needed / 1e9:.1f}"
+            f"{folder.parent} has {free / 1e9:.1f} GB free, but the weights take "
+            f"{num_bytes / 1e9:.1f} GB"
         )

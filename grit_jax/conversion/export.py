@@ -1,16 +1,15 @@
-"""A model as a folder that transformers, sentence-transformers and vLLM load."""
+"""Exports a model as a folder for transformers, sentence-transformers and vLLM."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from grit_jax.conversion import Model
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import DENSE, ParamSpec
-from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, ConversionError
+from grit_jax.conversion.safetensors_folder import INDEX, SINGLE
 from grit_jax.conversion.sidecar_files import (
     copy_tokenizer,
     write_chat_template,
@@ -18,16 +17,20 @@ from grit_jax.conversion.sidecar_files import (
     write_sentence_transformers,
     write_tokenizer,
 )
-from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
 from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
-# Bytes of a file of weights: what has to fit in memory.
+# Default size of a file of weights. It bounds the memory of an export.
 SHARD_BYTES = 2**30
-TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+# Patterns that the exported model can follow: sentence-transformers cannot mix the two kinds of
+# attention in one text, as cbcc does.
+EXPORTED_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern[0] == pattern[1])
 
 
 def write_hugging_face(
-    model: Model,
+    model: StoredModel,
     folder: Path,
     *,
     tokenizer: str | None = None,
@@ -36,129 +39,152 @@ def write_hugging_face(
     pooling: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model as a folder for transformers and sentence-transformers.
+    """Exports a model as a Hugging Face folder.
 
-    The folder is whole or not there.
+    If writing fails, nothing is left behind.
 
     Args:
-      model: the weights.
-      folder: must not exist.
-      tokenizer: name or path, see `data.tokenizer`; by default the tokenizer that lies with the
-        model, else Mistral's.
-      dtype: "float32", "bfloat16" or "float16"; by default each tensor's own.
-      attention: pattern of the model, by which embeddings are read bidirectionally or causally; by
-        default the one that the model says, else "bbcc".
-      pooling: of the embeddings; by default the one that the model says, else "mean".
-      shard_bytes: largest size of a file of weights, unless one tensor is larger.
+      model: the model to export.
+      folder: the folder to create.
+      tokenizer: "mistral" or the path of a tokenizer; by default the model's own, or Mistral's
+        for a model without one.
+      dtype: "float32", "bfloat16" or "float16"; by default the stored type of each tensor.
+      attention: the attention pattern of the model, "bbcc" or "cccc"; by default the one stored
+        with the model, or "bbcc".
+      pooling: the pooling of its embeddings; by default the one stored with the model, or "mean".
+      shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
     Raises:
-      ConversionError: the folder exists, the disk is full, or the tokenizer is not the model's.
-      FileNotFoundError, TokenizerError: there is no such tokenizer, or it is damaged.
+      ConversionError: the folder exists, the disk is full, the pattern cannot be exported, or the
+        tokenizer does not fit the model.
+      ValueError: the attention pattern or the pooling is unknown.
+      FileNotFoundError, TokenizerError: the tokenizer is missing or damaged.
     """
     spec = EmbeddingSpec.from_fields(model.fields, attention, pooling)
-    if spec.attention == "cbcc":
+    if spec.attention not in EXPORTED_PATTERNS:
         raise ConversionError(
-            f"{model.folder} was trained in the pattern 'cbcc', which sentence-transformers does "
-            "not have: say --attention bbcc or cccc"
+            f"{model.folder} was trained with the pattern {spec.attention!r}, which "
+            f"sentence-transformers does not support: use --attention "
+            f"{' or '.join(EXPORTED_PATTERNS)}"
         )
     with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
         _write_tokenizer(model, unfinished, tokenizer)
         write_chat_template(unfinished)
         write_sentence_transformers(unfinished, model.config, spec)
-        stored = write_weights(model, unfinished, dtype, shard_bytes)
-        fields = model.fields | {"torch_dtype": stored, **spec.to_fields()}
+        stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
+        fields = model.fields | {"torch_dtype": stored_dtype, **spec.to_fields()}
         fields["architectures"] = [f"{model.fields['model_type'].capitalize()}ForCausalLM"]
-        fields.pop("dtype", None)  # Its newer name, which would win, has the source's type.
-        fields.pop("auto_map", None)  # Code that is not in the folder, nor needed.
+        # The new name of torch_dtype has precedence, and still holds the type of the source.
+        fields.pop("dtype", None)
+        fields.pop("auto_map", None)  # It names code that the export neither has nor needs.
         write_json(unfinished / "config.json", fields)
         ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", ends)
 
 
-def write_weights(model: Model, folder: Path, dtype: str | None, shard_bytes: int) -> str:
-    """Writes the weights in safetensors, a file at a time; returns the type of most of them."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor to write.
+
+    Attributes:
+      name: its name in Hugging Face's checkpoints.
+      stack_index: the layer (and expert) of the parameter that it is; () if there is no stack.
+      parameter: the parameter.
+      dtype: the type to write.
+    """
+
+    name: str
+    stack_index: tuple[int, ...]
+    parameter: ParamSpec
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.parameter.shape)) * self.dtype.itemsize
+
+    def read(self, model: StoredModel) -> np.ndarray:
+        shape = self.parameter.shape
+        index = tuple(slice(i, i + 1) for i in self.stack_index)
+        index += tuple(slice(0, size) for size in shape)
+        array = model.read(self.parameter, index).reshape(shape)
+        return self.parameter.to_tensor(array).astype(self.dtype, copy=False)
+
+
+def write_weights(model: StoredModel, folder: Path, dtype: str | None, shard_bytes: int) -> str:
+    """Writes the weights as safetensors, file by file; returns the most common type."""
     tensors = [
-        (name, place, parameter, np.dtype(TYPES[dtype] if dtype else model.dtype(parameter)))
+        _Tensor(name, index, parameter, _dtype(model, parameter, name, dtype))
         for parameter in model.parameters
-        for place, name in parameter.tensors()
+        for index, name in parameter.tensors()
     ]
-    check_space(folder.parent, sum(_bytes(tensor) for tensor in tensors))
-    _write_dense(model, folder, [tensor for tensor in tensors if _is_dense(tensor)])
+    check_space(folder.parent, sum(tensor.num_bytes for tensor in tensors))
+    _write_dense(model, folder, [tensor for tensor in tensors if _is_dense(tensor.name)])
+    tensors = [tensor for tensor in tensors if not _is_dense(tensor.name)]
     # Layer by layer, as transformers writes them.
-    tensors = [tensor for tensor in tensors if not _is_dense(tensor)]
-    tensors.sort(key=lambda tensor: (len(tensor[1]) > 0, tensor[1][:1]))
+    tensors.sort(key=lambda tensor: (len(tensor.stack_index) > 0, tensor.stack_index[:1]))
     shards = _split(tensors, shard_bytes)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    file_names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = [SINGLE]
-    for file_name, shard in zip(names, shards, strict=True):
-        content = {name: _read(model, *tensor) for name, *tensor in shard}
+        file_names = [SINGLE]
+    for file_name, shard in zip(file_names, shards, strict=True):
+        content = {tensor.name: tensor.read(model) for tensor in shard}
         save_file(content, folder / file_name, metadata={"format": "pt"})
     if len(shards) > 1:
-        weight_map = {
-            tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = sum(_bytes(tensor) for tensor in tensors)
+        files = zip(file_names, shards, strict=True)
+        weight_map = {tensor.name: file_name for file_name, shard in files for tensor in shard}
+        total = sum(tensor.num_bytes for tensor in tensors)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return max((kind.name for *_, kind in tensors), key=[k.name for *_, k in tensors].count)
+    dtypes = [tensor.dtype.name for tensor in tensors]
+    return max(dtypes, key=dtypes.count)
 
 
-def _write_dense(model: Model, folder: Path, tensors: list[Any]) -> None:
-    """Writes the layer that makes embeddings of pooled hidden states, where there is one.
+def _dtype(model: StoredModel, parameter: ParamSpec, name: str, dtype: str | None) -> np.dtype:
+    """Returns the type to write a tensor in: the given one, or the stored one."""
+    if _is_dense(name):
+        return np.dtype(np.float32)  # sentence-transformers computes this layer in float32.
+    return model.dtype(parameter) if dtype is None else np.dtype(DTYPES[dtype])
 
-    In float32, which sentence-transformers computes it in.
-    """
+
+def _is_dense(name: str) -> bool:
+    """Returns whether a tensor belongs to the embedding projection, which has its own folder."""
+    return name.startswith(f"{DENSE}/")
+
+
+def _write_dense(model: StoredModel, folder: Path, tensors: list[_Tensor]) -> None:
+    """Writes the embedding projection, if there is one, for sentence-transformers."""
     if not tensors:
         return
-    content = {
-        name.removeprefix(f"{DENSE}/"): _read(model, place, parameter, np.dtype(np.float32))
-        for name, place, parameter, _ in tensors
-    }
+    content = {tensor.name.removeprefix(f"{DENSE}/"): tensor.read(model) for tensor in tensors}
     save_file(content, folder / DENSE / SINGLE, metadata={"format": "pt"})
 
 
-def _is_dense(tensor: Any) -> bool:
-    return tensor[0].startswith(f"{DENSE}/")
-
-
-def _read(model: Model, place: tuple[int, ...], parameter: ParamSpec, kind: np.dtype) -> np.ndarray:
-    index = tuple(slice(i, i + 1) for i in place) + tuple(slice(0, s) for s in parameter.shape)
-    part = model.read(parameter, index).reshape(parameter.shape)
-    return parameter.to_tensor(part).astype(kind, copy=False)
-
-
-def _bytes(tensor: Any) -> int:
-    _, _, parameter, kind = tensor
-    return int(np.prod(parameter.shape)) * kind.itemsize
-
-
-def _split(tensors: list[Any], shard_bytes: int) -> list[list[Any]]:
-    """Returns the tensors in runs that are each as large as a file may be."""
-    shards: list[list[Any]] = []
+def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
+    """Splits the tensors, in order, into shards of at most `shard_bytes`."""
+    shards: list[list[_Tensor]] = []
     filled = shard_bytes
     for tensor in tensors:
-        if filled + _bytes(tensor) > shard_bytes:
+        if filled + tensor.num_bytes > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)
-        filled += _bytes(tensor)
+        filled += tensor.num_bytes
     return shards
 
 
-def _write_tokenizer(model: Model, folder: Path, name: str | None) -> None:
-    """Writes the tokenizer of that name, else the model's own, else Mistral's."""
+def _write_tokenizer(model: StoredModel, folder: Path, name: str | None) -> None:
+    """Writes the tokenizer `name`, by default the model's own, or Mistral's if it has none."""
     if name is None:
         copy_tokenizer(model.tokenizer_folder, folder)
         if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
-            return  # What lies beside it is as its model needs it.
+            return  # The model brings the settings of transformers for its tokenizer.
     own = tokenizer_in(folder)
     tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConversionError(
-            f"the tokenizer {name or MISTRAL!r} has {tokenizer.vocab_size} pieces, but the model "
-            f"{model.folder} only {model.config.vocab_size}; name its own with --tokenizer"
+            f"the tokenizer {name or MISTRAL!r} has {tokenizer.vocab_size} tokens, but the model "
+            f"{model.folder} only {model.config.vocab_size}: name its own with --tokenizer"
         )
-    for file in folder.iterdir():  # Of a copied tokenizer, what would contradict what is written.
+    for file in folder.iterdir():  # Settings of a copied tokenizer may contradict the new ones.
         file.unlink()
     write_tokenizer(tokenizer, folder, model.config.max_position_embeddings)

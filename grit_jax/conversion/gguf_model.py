@@ -1,4 +1,4 @@
-"""A model in a GGUF file, the format of llama.cpp: checked, then read by parts as it is needed."""
+"""Models in GGUF files, the format of llama.cpp."""
 
 import functools
 from pathlib import Path
@@ -11,24 +11,22 @@ from jaxtyping import Shaped
 import ml_dtypes
 import numpy as np
 
-from grit_jax.conversion.fingerprint import fingerprint
 from grit_jax.conversion.gguf_tokenizer import gguf_tokenizer
-from grit_jax.conversion.hugging_face import load_sharded
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
-from grit_jax.conversion.safetensors_folder import ConversionError
 from grit_jax.conversion.sidecar_files import write_tokenizer
+from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights
 from grit_jax.files import write_json
-from grit_jax.models import ModelConfig, config_from_hugging_face
+from grit_jax.models import config_from_hugging_face
 from grit_jax.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
-# What llama.cpp calls the models that are Mistrals here. It says nothing else of a Mistral.
+# llama.cpp's name for both Llama and Mistral.
 ARCHITECTURE = "llama"
-# Types that weights are read in as they are stored. All others are made float32 of.
-TYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Whose number of rows is that of the tokens.
+# Types that are read as they are stored. All other types are converted to float32.
+DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# The tensor that has a row for each token of the vocabulary.
 EMBEDDINGS = "token_embd.weight"
-# Sizes in config.json, by their names in a GGUF file.
+# The names in GGUF's metadata of the sizes in config.json.
 SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -38,20 +36,21 @@ SIZES = {
 }
 
 
-class GgufModel:
-    """The weights of a Llama or a Mistral as a GGUF file holds them, quantised or not.
+class GgufModel(StoredModel):
+    """A Llama or Mistral in a GGUF file, quantized or not.
 
-    Opening reads the metadata, and checks that all tensors are there, each of its shape, and no
-    other. Quantised weights become the numbers in float32 that they stand for.
+    The constructor reads the metadata. It checks that every tensor is there with its shape, and no
+    other tensor. Quantized weights are dequantized to float32 as they are read.
 
     Args:
       path: the file.
-      tokenizer: path of a tokenizer in the place of the file's own.
+      tokenizer: path of a tokenizer to use instead of the one in the file.
 
     Raises:
-      ConversionError: the package `gguf` is not installed; or the file is damaged, or holds what
-        these models do not do; the message names it.
+      ConversionError: the package `gguf` is not installed, or the file is damaged or not supported.
     """
+
+    folder: Path
 
     def __init__(self, path: Path, tokenizer: str | None = None):
         self.folder = path
@@ -60,15 +59,17 @@ class GgufModel:
         try:
             reader = self._gguf.GGUFReader(path)
         except (ValueError, IndexError, KeyError) as error:
-            raise ConversionError(f"{path} is no GGUF file, damaged or cut off: {error}") from None
+            raise ConversionError(
+                f"{path} is not a GGUF file, or is damaged or cut off: {error}"
+            ) from None
         self._metadata = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._check_kind()
+        self._check_supported()
         self.fields = self._fields()
         try:
-            self.config: ModelConfig = config_from_hugging_face(self.fields)
+            self.config = config_from_hugging_face(self.fields)
         except ValueError as error:
-            raise ConversionError(f"{path}, as a {error}") from None
+            raise ConversionError(f"{path}: {error}") from None
         self.parameters = parameters(self.config)
         self._names = self._gguf.get_tensor_name_map(
             self._gguf.MODEL_ARCH.LLAMA, self.config.num_hidden_layers
@@ -77,11 +78,11 @@ class GgufModel:
 
     @functools.cached_property
     def tokenizer_folder(self) -> Path:
-        """A folder with the tokenizer that the metadata describe, there as long as this object.
+        """A temporary folder with the file's tokenizer, removed together with this object.
 
         Raises:
-          ConversionError: it is of a kind that is not known.
-          FileNotFoundError, TokenizerError: one was given that is not there, or is damaged.
+          ConversionError: the file's tokenizer is of an unknown kind.
+          FileNotFoundError, TokenizerError: the given tokenizer is missing or damaged.
         """
         folder = Path(tempfile.mkdtemp(prefix="gguf_tokenizer"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -95,21 +96,17 @@ class GgufModel:
         return folder
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
-        """Returns the type that the parameter is read in."""
+        """Returns the stored type, or float32 for quantized weights and layers of several types."""
         stored = {self._tensor(name).tensor_type.name for _, name in parameter.tensors()}
-        return np.dtype(TYPES.get(stored.pop(), np.float32) if len(stored) == 1 else np.float32)
+        return np.dtype(DTYPES.get(stored.pop(), np.float32) if len(stored) == 1 else np.float32)
 
     def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
-        """Returns a part of a parameter, of which no more than the rows it needs are read."""
+        """Returns a slice of a parameter; only the rows of the tensors that it needs are read."""
         return parameter.read(index, self._read).astype(self.dtype(parameter), copy=False)
 
-    def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parameters as global arrays, see `HuggingFaceModel.load`."""
-        return load_sharded(self, shapes)
-
-    def fingerprint(self) -> str:
-        """Returns what tells these weights from others, see `fingerprint`."""
-        return fingerprint("gguf", [self.folder])
+    def weights_fingerprint(self) -> str:
+        """Returns a hash of the file, see `StoredModel.weights_fingerprint`."""
+        return hash_weights("gguf", [self.folder])
 
     def _value(self, key: str, default: Any = None) -> Any:
         return self._metadata[key].contents() if key in self._metadata else default
@@ -118,7 +115,7 @@ class GgufModel:
         return self._value(f"{ARCHITECTURE}.{name}", default)
 
     def _tensor(self, name: str) -> Any:
-        """Returns the tensor that Hugging Face calls `name`."""
+        """Returns the tensor with this name in Hugging Face's checkpoints."""
         return self._tensors[self._gguf_name(name)]
 
     def _gguf_name(self, name: str) -> str:
@@ -133,45 +130,49 @@ class GgufModel:
         return np.asarray(self._gguf.dequantize(data, tensor.tensor_type))[:, *columns]
 
     def _stored_rows(self, num_rows: int) -> np.ndarray:
-        """Returns where the rows of a query's or key's matrix lie.
+        """Returns the index in the file of each row of a query or key matrix.
 
-        llama.cpp rotates neighbours (0, 1), (2, 3), ... of a head, where Hugging Face rotates
-        (0, H/2), (1, H/2 + 1), ...: in the file, the two halves of a head take turns.
+        Rotary embeddings rotate pairs of a head's dimensions: (0, 1), (2, 3), ... in llama.cpp, and
+        (0, H/2), (1, H/2 + 1), ... in Hugging Face. So the file interleaves the halves of a head.
         """
-        places = np.arange(num_rows).reshape(-1, self.config.head_dim // 2, 2)
-        return places.swapaxes(1, 2).ravel()
+        rows = np.arange(num_rows).reshape(-1, self.config.head_dim // 2, 2)
+        return rows.swapaxes(1, 2).ravel()
 
-    def _check_kind(self) -> None:
+    def _check_supported(self) -> None:
         architecture = self._value("general.architecture")
         if architecture != ARCHITECTURE:
             raise ConversionError(
-                f"{self.folder} holds a model of the architecture {architecture!r}; only "
-                f"{ARCHITECTURE!r} is read, which Llama and Mistral have"
+                f"{self.folder} has the architecture {architecture!r}; only {ARCHITECTURE!r} "
+                "(Llama and Mistral) is supported"
             )
         if self._setting("expert_count", 0):
-            raise ConversionError(f"{self.folder} has experts: a Mixtral is read from safetensors")
+            raise ConversionError(
+                f"{self.folder} has experts: convert a Mixtral from safetensors instead"
+            )
         if self._value("split.count", 1) > 1:
             raise ConversionError(
-                f"{self.folder} is one of several parts: llama-gguf-split --merge makes one file"
+                f"{self.folder} is one of several files: merge them (llama-gguf-split --merge)"
             )
         if "rope_freqs.weight" in self._tensors:
             raise ConversionError(
-                f"{self.folder} has scaled rotary frequencies, as Llama 3.1 and later have, which "
-                "are not supported"
+                f"{self.folder} has scaled rotary frequencies (Llama 3.1 and later), which are not "
+                "supported"
             )
 
     def _fields(self) -> dict[str, Any]:
-        """Returns what a config.json would hold of this model."""
+        """Returns the content of a Hugging Face config.json for this model."""
         sizes = {ours: self._setting(name) for ours, name in SIZES.items()}
         if missing := [SIZES[name] for name, size in sizes.items() if size is None]:
-            raise ConversionError(f"{self.folder} does not say {ARCHITECTURE}.{missing[0]}")
+            raise ConversionError(f"{self.folder} has no metadata {ARCHITECTURE}.{missing[0]}")
         if EMBEDDINGS not in self._tensors:
             raise ConversionError(f"{self.folder} lacks 1 tensors: {EMBEDDINGS}")
         heads = sizes["num_attention_heads"]
         head_dim = self._setting("attention.key_length", sizes["hidden_size"] // heads)
         if self._setting("rope.dimension_count", head_dim) != head_dim:
-            raise ConversionError(f"{self.folder} rotates a part of each head: not supported")
-        # Old files have another name for the factor, and a factor alone means "linear".
+            raise ConversionError(
+                f"{self.folder} rotates only a part of each head, which is not supported"
+            )
+        # Old files have another name for the factor, and name no type for "linear".
         factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 1.0))
         kind = self._setting("rope.scaling.type", "none" if factor in (0, 1) else "linear")
         rope = {"rope_type": kind.replace("none", "default")}
@@ -184,7 +185,7 @@ class GgufModel:
             "num_key_value_heads": self._setting("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "vocab_size": int(self._tensors[EMBEDDINGS].shape[-1]),
-            "rms_norm_eps": _as_written(self._setting("attention.layer_norm_rms_epsilon", 1e-6)),
+            "rms_norm_eps": _shortest(self._setting("attention.layer_norm_rms_epsilon", 1e-6)),
             "rope_parameters": rope | {"rope_theta": self._setting("rope.freq_base", 10000.0)},
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "hidden_act": "silu",
@@ -200,20 +201,13 @@ class GgufModel:
             for parameter in self.parameters
             for _, name in parameter.tensors()
         }
-        present = set(self._tensors)
-        for verb, names in (
-            ("lacks", expected.keys() - present),
-            ("has unknown", present - expected.keys()),
-        ):
-            if names:
-                shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-                raise ConversionError(f"{self.folder} {verb} {len(names)} tensors: {shown}")
+        self._check_tensor_names(expected.keys(), self._tensors.keys())
         for name, parameter in expected.items():
             tensor = self._tensors[name]
             shape = tuple(int(size) for size in reversed(tensor.shape))
             if shape != parameter.tensor_shape:
                 raise ConversionError(
-                    f"{self.folder}: {name} has the shape {shape}, but its metadata ask for "
+                    f"{self.folder}: {name} has the shape {shape}, but its metadata asks for "
                     f"{parameter.tensor_shape}"
                 )
         for tensor in {t.tensor_type: t for t in self._tensors.values()}.values():
@@ -221,8 +215,8 @@ class GgufModel:
                 self._gguf.dequantize(tensor.data[:1], tensor.tensor_type)
             except NotImplementedError:
                 raise ConversionError(
-                    f"{self.folder}: {tensor.name} is quantised as {tensor.tensor_type.name}, "
-                    "which the package gguf cannot undo"
+                    f"{self.folder}: {tensor.name} is quantized as {tensor.tensor_type.name}, "
+                    "which the package gguf cannot dequantize"
                 ) from None
 
 
@@ -231,11 +225,11 @@ def _import_gguf() -> Any:
         import gguf
     except ImportError:
         raise ConversionError(
-            "GGUF files are read with the package gguf: pip install 'grit-jax[gguf]'"
+            "GGUF files need the package gguf: pip install 'grit-jax[gguf]'"
         ) from None
     return gguf
 
 
-def _as_written(number: float) -> float:
-    """Returns the shortest number that is the same in float32: 1e-5, not 9.99999974e-6."""
+def _shortest(number: float) -> float:
+    """Returns the shortest decimal that equals a number in float32: 1e-5, not 9.99999974e-6."""
     return float(str(np.float32(number)))

@@ -1,4 +1,4 @@
-"""The tokenizer that the metadata of a GGUF file describe, as a file of its own kind."""
+"""The tokenizer in the metadata of a GGUF file, as a tokenizer.json or tokenizer.model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.conversion.stored_model import ConversionError
 from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
 
-# Types of tokens, which GGUF numbers as SentencePiece does.
+# Token types, numbered as in SentencePiece.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
-# How text is split into words before it is merged, as the models' own tokenizer.json say it.
+# Patterns that split text into words before merging, from the models' own tokenizer.json.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,96 +25,99 @@ TEKKEN = (
 PATTERNS = {"llama-bpe": LLAMA_3, "llama3": LLAMA_3, "llama-v3": LLAMA_3, "tekken": TEKKEN}
 GPT_2, SMOLLM = "gpt-2", "smollm"
 
-# Returns a value of the metadata, or a default: value(key, default).
-Value = Callable[..., Any]
+# Looks up metadata: get_metadata(key, default).
+GetMetadata = Callable[..., Any]
 
 
-def gguf_tokenizer(path: Path, value: Value) -> tuple[str, bytes, dict[str, str]]:
-    """Returns the tokenizer of a GGUF file: name of its file, content, and special tokens.
+def gguf_tokenizer(path: Path, get_metadata: GetMetadata) -> tuple[str, bytes, dict[str, str]]:
+    """Returns the tokenizer of a GGUF file: the name and content of a file, and special tokens.
 
     Args:
-      path: of the GGUF file, for messages.
-      value: returns a value of its metadata.
+      path: the GGUF file, for error messages.
+      get_metadata: looks up the file's metadata.
 
     Raises:
-      ConversionError: the tokenizer is of a kind that is not known.
+      ConversionError: the tokenizer is of an unknown kind.
     """
-    kind = value("tokenizer.ggml.model")
-    tokens = value("tokenizer.ggml.tokens")
+    kind = get_metadata("tokenizer.ggml.model")
+    tokens = get_metadata("tokenizer.ggml.tokens")
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
-        number = value(f"tokenizer.ggml.{key}_token_id")
-        if number is not None:
-            special[f"{name}_token"] = tokens[number]
+        token_id = get_metadata(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            special[f"{name}_token"] = tokens[token_id]
     if missing := {"bos_token", "eos_token"} - special.keys():
-        raise ConversionError(f"{path} does not say what its {min(missing)} is")
+        raise ConversionError(f"{path} has a tokenizer without {min(missing)}")
     if kind == "gpt2":
-        return HUGGING_FACE, _byte_pairs(path, tokens, value), special
+        return HUGGING_FACE, _byte_pair_encoding(path, tokens, get_metadata), special
     if kind == "llama":
-        return SENTENCEPIECE, _sentencepiece(tokens, special, value), special
+        return SENTENCEPIECE, _sentencepiece(tokens, special, get_metadata), special
     raise ConversionError(
-        f"{path} has a tokenizer of the kind {kind!r}, which is not known: give the original "
-        "model's (tokenizer=PATH, or --tokenizer PATH)"
+        f"{path} has a tokenizer of the unknown kind {kind!r}: give the original model's tokenizer "
+        "(tokenizer=PATH, or --tokenizer PATH)"
     )
 
 
-def _byte_pairs(path: Path, tokens: list[str], value: Value) -> bytes:
-    """Returns the content of a tokenizer.json for pairs of bytes, merged one after the other."""
-    split = value("tokenizer.ggml.pre", GPT_2)
+def _byte_pair_encoding(path: Path, tokens: list[str], get_metadata: GetMetadata) -> bytes:
+    """Returns the content of a tokenizer.json for byte-pair encoding."""
+    split = get_metadata("tokenizer.ggml.pre", GPT_2)
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(pair.split(" ")) for pair in value("tokenizer.ggml.merges")],
-            # A word that is a token is taken whole, even if no merges lead to it.
+            vocab={token: token_id for token_id, token in enumerate(tokens)},
+            merges=[tuple(pair.split(" ")) for pair in get_metadata("tokenizer.ggml.merges")],
+            # A word that is a token stays whole, even if no merges produce it.
             ignore_merges=split in PATTERNS,
         )
     )
-    of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in PATTERNS)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in PATTERNS)
     if split == GPT_2:
-        tokenizer.pre_tokenizer = of_bytes
+        tokenizer.pre_tokenizer = byte_level
     elif split == SMOLLM:
         digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, of_bytes])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     elif split in PATTERNS:
         words = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[split]), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, of_bytes])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
     else:
         known = ", ".join((GPT_2, SMOLLM, *PATTERNS))
         raise ConversionError(
-            f"{path} splits text as {split!r}, which is not known, only {known}: give the original "
-            "model's tokenizer.json (tokenizer=PATH, or --tokenizer PATH)"
+            f"{path} splits text as {split!r}, which is unknown (known are {known}): give the "
+            "original model's tokenizer.json (tokenizer=PATH, or --tokenizer PATH)"
         )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = value("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, kinds, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            is_special = kind == CONTROL
+    token_types = get_metadata("tokenizer.ggml.token_type", [])
+    for token, token_type in zip(tokens, token_types, strict=False):
+        if token_type in (CONTROL, USER_DEFINED):
+            is_special = token_type == CONTROL
             added = tokenizers.AddedToken(token, normalized=False, special=is_special)
             (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([added])
     return tokenizer.to_str(pretty=True).encode()
 
 
-def _sentencepiece(tokens: list[str], special: dict[str, str], value: Value) -> bytes:
-    """Returns the content of a SentencePiece model of the same pieces and scores.
+def _sentencepiece(tokens: list[str], special: dict[str, str], get_metadata: GetMetadata) -> bytes:
+    """Returns the content of a SentencePiece model with the same pieces and scores.
 
-    Its texts are not normalised, which is not said in the file: no Llama and no Mistral does.
+    GGUF does not store the normalization of text. Llama and Mistral have none.
     """
     from sentencepiece import sentencepiece_model_pb2  # Needs protobuf, of the extra `gguf`.
 
-    model: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009  made when imported
-    kinds, scores = value("tokenizer.ggml.token_type"), value("tokenizer.ggml.scores")
-    for token, kind, score in zip(tokens, kinds, scores, strict=True):
-        model.pieces.add(piece=token, type=kind, score=score)
+    model: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009  defined at import
+    token_types = get_metadata("tokenizer.ggml.token_type")
+    scores = get_metadata("tokenizer.ggml.scores")
+    for token, token_type, score in zip(tokens, token_types, scores, strict=True):
+        model.pieces.add(piece=token, type=token_type, score=score)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = BYTE in kinds
+    trainer.byte_fallback = BYTE in token_types
     for name, token in special.items():
         setattr(trainer, name.replace("token", "id"), tokens.index(token))
         setattr(trainer, name.replace("token", "piece"), token)
     trainer.pad_id = -1
     normalizer.name = "identity"
-    normalizer.add_dummy_prefix = value("tokenizer.ggml.add_space_prefix", True)
-    normalizer.remove_extra_whitespaces = value("tokenizer.ggml.remove_extra_whitespaces", False)
+    normalizer.add_dummy_prefix = get_metadata("tokenizer.ggml.add_space_prefix", True)
+    normalizer.remove_extra_whitespaces = get_metadata(
+        "tokenizer.ggml.remove_extra_whitespaces", False
+    )
     normalizer.escape_whitespaces = True
     return model.SerializeToString()

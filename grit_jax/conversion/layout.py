@@ -1,9 +1,8 @@
-"""Where each parameter lies in a Hugging Face checkpoint, and how its axes lie there.
+"""The layout of each parameter in a Hugging Face checkpoint.
 
-Hugging Face keeps a linear layer's weight as [out, in], a matrix for each layer and expert. Ours
-are stacked over layers and experts, have the inputs first, and keep heads apart from their
-dimension. Legend of dimensions: L layers, E experts, D hidden, N heads, K key/value heads, H head
-dimension, F feed-forward, V vocabulary, P embedding.
+Hugging Face stores a linear layer's weight as [out, in], one matrix for each layer and expert. Our
+parameters are stacked over layers and experts, have the inputs first, and have an axis for the
+heads and one for the size of a head. For dimensions see `grit_jax.models`.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,28 +14,27 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.models import ModelConfig, weights_of
-from grit_jax.models.weights import LAYERS, PROJECTION_FOLDER
+from grit_jax.models.weights import DENSE as DENSE
+from grit_jax.models.weights import LAYERS
 
-DENSE = PROJECTION_FOLDER
-
-# Side of the squares that a matrix is transposed by.
-SQUARE = 128
+# Side of the blocks in which a matrix is transposed.
+BLOCK = 128
 
 Index = tuple[slice, ...]
-# Reads the part of a tensor that an index names: read(name, index).
+# Reads a part of a tensor: read(name, index).
 Read = Callable[[str, Index], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter of ours, and the tensors of Hugging Face's that it is made of.
+    """A parameter and the Hugging Face tensors that it is made of.
 
     Attributes:
       path: its path in the model, such as ("layers", "attention", "query").
-      name: name of the tensors, with {layer} and {expert} where there are several.
-      stacked: sizes of the axes that count layers and experts, in front of the others.
+      name: name of the tensors, with {layer} and {expert} if there are several.
+      stack_shape: sizes of the first axes, which stack layers and experts.
       shape: sizes of the other axes.
-      num_inputs: how many of the other axes are inputs; 0 for what is no matrix of a linear layer.
+      num_inputs: number of input axes in `shape`; 0 for a weight that is not of a linear layer.
     """
 
     path: tuple[str, ...]
@@ -52,70 +50,71 @@ class ParamSpec:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor of Hugging Face's."""
+        """Shape of each Hugging Face tensor."""
         if not self.num_inputs:
             return self.shape
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         return math.prod(outputs), math.prod(inputs)
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Yields the place of each tensor in the stack, and its name."""
-        for place in itertools.product(*map(range, self.stack_shape)):
-            yield place, self._tensor_name(place)
+        """Yields the index of each tensor in the stack, and its name."""
+        for index in itertools.product(*map(range, self.stack_shape)):
+            yield index, self._tensor_name(index)
 
     def read(self, index: Index, read: Read) -> Shaped[np.ndarray, "..."]:
-        """Returns the part `index` of the parameter, reading no other part of the tensors."""
+        """Returns the part `index` of the parameter, reading no other parts of the tensors."""
         bounds = [range(*i.indices(size)) for i, size in zip(index, self.full_shape, strict=True)]
-        places, own = bounds[: len(self.stack_shape)], bounds[len(self.stack_shape) :]
+        stack, own = bounds[: len(self.stack_shape)], bounds[len(self.stack_shape) :]
         parts = [
-            self._read_tensor(self._tensor_name(place), own, read)
-            for place in itertools.product(*places)
+            self._read_tensor(self._tensor_name(stack_index), own, read)
+            for stack_index in itertools.product(*stack)
         ]
-        shape = [len(place) for place in places] + list(parts[0].shape)
+        shape = [len(axis) for axis in stack] + list(parts[0].shape)
         return parts[0].reshape(shape) if len(parts) == 1 else np.stack(parts).reshape(shape)
 
     def to_tensor(self, part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Returns one layer's (and expert's) part of the parameter as Hugging Face's tensor."""
+        """Returns the Hugging Face tensor of one layer's (and expert's) part of the parameter."""
         if not self.num_inputs:
             return np.ascontiguousarray(part)
         rows, columns = self.tensor_shape
-        return transposed(part.reshape(columns, rows))
+        return transpose(part.reshape(columns, rows))
 
-    def _tensor_name(self, place: tuple[int, ...]) -> str:
-        return self.name.format(**dict(zip(("layer", "expert"), place, strict=False)))
+    def _tensor_name(self, stack_index: tuple[int, ...]) -> str:
+        return self.name.format(**dict(zip(("layer", "expert"), stack_index, strict=False)))
 
     def _read_tensor(self, name: str, own: list[range], read: Read) -> np.ndarray:
         if not self.num_inputs:
             return read(name, tuple(slice(axis.start, axis.stop) for axis in own))
         inputs, outputs = own[: self.num_inputs], own[self.num_inputs :]
         matrix = read(
-            name, (_run(outputs, self.shape[self.num_inputs :]), _run(inputs, self.shape))
+            name,
+            (_flat_slice(outputs, self.shape[self.num_inputs :]), _flat_slice(inputs, self.shape)),
         )
         if len(own) == 2:
-            return matrix.T  # A view: what reads on takes either order.
-        return transposed(matrix).reshape([len(axis) for axis in own])
+            return matrix.T  # A view: callers accept either order.
+        return transpose(matrix).reshape([len(axis) for axis in own])
 
 
-def transposed(matrix: Shaped[np.ndarray, "rows columns"]) -> Shaped[np.ndarray, "columns rows"]:
-    """Returns the transpose, contiguous, made four times as fast as NumPy makes it.
+def transpose(matrix: Shaped[np.ndarray, "rows columns"]) -> Shaped[np.ndarray, "columns rows"]:
+    """Returns the contiguous transpose, four times as fast as NumPy.
 
-    Square by square, so that what is read and what is written both stay in the cache.
+    Works block by block, so that the input and the output of a block both stay in the cache.
     """
     if matrix.flags.f_contiguous:
         return matrix.T
     rows, columns = matrix.shape
     result = np.empty((columns, rows), matrix.dtype)
-    for row, column in itertools.product(range(0, rows, SQUARE), range(0, columns, SQUARE)):
-        square = matrix[row : row + SQUARE, column : column + SQUARE]
-        result[column : column + SQUARE, row : row + SQUARE] = square.T
+    for row, column in itertools.product(range(0, rows, BLOCK), range(0, columns, BLOCK)):
+        block = matrix[row : row + BLOCK, column : column + BLOCK]
+        result[column : column + BLOCK, row : row + BLOCK] = block.T
     return result
 
 
-def _run(axes: list[range], sizes: tuple[int, ...]) -> slice:
-    """Returns the rows of a matrix that a part of its unfolded axes is."""
+def _flat_slice(axes: list[range], sizes: tuple[int, ...]) -> slice:
+    """Returns the slice of one axis of a matrix that equals a part of the axes folded into it."""
     inner = math.prod(sizes[1 : len(axes)])
     assert all(len(axis) == size for axis, size in zip(axes[1:], sizes[1:], strict=False)), (
-        "only the first of the axes that a matrix unfolds into is ever split"
+        "only the first of the folded axes may be split"
     )
     return slice(axes[0].start * inner, axes[0].stop * inner)
 

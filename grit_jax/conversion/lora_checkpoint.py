@@ -1,48 +1,44 @@
-"""A model with low-rank updates (LoRA): a base's weights, and what is added as they are read."""
+"""LoRA checkpoints, whose updates are added to the base model's weights as they are read."""
 
 import dataclasses
-from typing import Any
+import functools
 
 from jaxtyping import Shaped
 import numpy as np
 
-from grit_jax.conversion.fingerprint import fingerprint
-from grit_jax.conversion.gguf_model import GgufModel
-from grit_jax.conversion.hugging_face import HuggingFaceModel, load_sharded
 from grit_jax.conversion.layout import Index, ParamSpec
-from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
-from grit_jax.conversion.safetensors_folder import ConversionError
+from grit_jax.conversion.orbax_model import OrbaxModel, read_item
+from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel, hash_weights
 from grit_jax.models import LoraConfig, lora_layers
 from grit_jax.text.tokenizer import tokenizer_in
 
-# The item of a checkpoint that says where the base lies: the mark of low-rank updates.
+# The item of a checkpoint that names the base model's folder. Only LoRA checkpoints have it.
 BASE_MODEL = "base_model"
 
 
-class LoraCheckpoint:
-    """The weights W + (alpha / rank) A B; no more of them is in memory than is being read.
+class LoraCheckpoint(StoredModel):
+    """The merged weights W + (alpha / rank) A B of a base model and a LoRA checkpoint.
+
+    Only the slice that is read is merged, so that the merged model never has to fit in memory.
 
     Args:
-      folder: a checkpoint of a run that trained low-rank updates.
-      base: the model that they were trained on.
+      folder: a checkpoint of a run that trained LoRA.
+      base: the model that the run started from.
 
     Raises:
-      ConversionError: the base is another model.
+      ConversionError: `base` holds other weights than the run started from.
     """
 
-    def __init__(
-        self, folder: Folder, base: "HuggingFaceModel | GgufModel | OrbaxModel | LoraCheckpoint"
-    ):
+    def __init__(self, folder: Folder, base: StoredModel):
         settings = read_item(folder, "description")["lora"]
-        if base.fingerprint() != settings.pop("base"):
+        if base.weights_fingerprint() != settings.pop("base"):
             raise ConversionError(
-                f"{base.folder} does not hold the weights that {folder} was trained on"
+                f"{base.folder} does not hold the weights that {folder} was trained on: give its "
+                "base model's folder with --base"
             )
         self._base, self._updates = base, OrbaxModel(folder)
         self._lora = LoraConfig(**settings)
-        self.folder, self.tokenizer_folder = folder, self._updates.tokenizer_folder
-        if tokenizer_in(self.tokenizer_folder) is None:  # A checkpoint of older versions.
-            self.tokenizer_folder = base.tokenizer_folder
+        self.folder = folder
         self.fields, self.config = self._updates.fields, self._updates.config
         self.parameters = self._updates.parameters
         self._adapted = {
@@ -50,37 +46,37 @@ class LoraCheckpoint:
             for layer in lora_layers(dataclasses.replace(self.config, lora=self._lora))
         }
 
+    @functools.cached_property
+    def tokenizer_folder(self) -> Folder:
+        """The checkpoint's own tokenizer; old checkpoints have none and use the base model's."""
+        own = self._updates.tokenizer_folder
+        return own if tokenizer_in(own) is not None else self._base.tokenizer_folder
+
     def dtype(self, parameter: ParamSpec) -> np.dtype:
-        """Returns the type that W is stored in."""
-        return self._holder(parameter).dtype(parameter)
+        """Returns the type that W is stored in; `read` returns adapted weights in float32."""
+        return self._owner(parameter).dtype(parameter)
 
     def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
-        """Returns a part of a parameter, in float32 where there is an update."""
-        part = self._holder(parameter).read(parameter, index)
+        """Returns a slice of a parameter, in float32 if LoRA adapts it."""
+        weight = self._owner(parameter).read(parameter, index)
         if parameter.path not in self._adapted:
-            return part
-        return part + self._update(parameter, index).reshape(part.shape)  # A and B are float32.
+            return weight
+        return weight + self._update(parameter, index).reshape(weight.shape)
 
-    def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parameters as global arrays, see `HuggingFaceModel.load`."""
-        return load_sharded(self, shapes)
+    def weights_fingerprint(self) -> str:
+        """Returns a hash of the base model's weights, the updates and LoRA's settings."""
+        parts = (self._base.weights_fingerprint(), self._updates.weights_fingerprint())
+        return hash_weights(" ".join((*parts, str(self._lora))), [])
 
-    def fingerprint(self) -> str:
-        """Returns what tells these weights from others, see `fingerprint`."""
-        parts = (self._base.fingerprint(), self._updates.fingerprint(), str(self._lora))
-        return fingerprint(" ".join(parts), [])
-
-    def _holder(
-        self, parameter: ParamSpec
-    ) -> "HuggingFaceModel | GgufModel | OrbaxModel | LoraCheckpoint":
-        """Returns the model that has the parameter's W."""
-        # The layer that makes embeddings is trained whole, beside the updates.
+    def _owner(self, parameter: ParamSpec) -> StoredModel:
+        """Returns the model that stores the parameter's W."""
+        # LoRA does not adapt the embedding projection: it is trained in full and saved whole.
         return self._updates if parameter.path[0] == "embedding_projection" else self._base
 
     def _update(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
-        """Returns a part of (alpha / rank) A B."""
+        """Returns a slice of (alpha / rank) A B, in float32."""
         *module, name = parameter.path
-        a, b = (self._updates.whole((*module, f"{name}_lora", matrix)) for matrix in "ab")
+        a, b = (self._updates.read_whole((*module, f"{name}_lora", matrix)) for matrix in "ab")
         num_stacked = len(parameter.stack_shape)
         middle = num_stacked + parameter.num_inputs
         stack, inputs, outputs = index[:num_stacked], index[num_stacked:middle], index[middle:]

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors, read slice by slice."""
+"""The tensors in a Hugging Face folder of safetensors, read slice by slice."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -11,26 +11,23 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from grit_jax.conversion.layout import DENSE
+from grit_jax.conversion.stored_model import ConversionError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# What a file begins with that git cloned without lfs.
+# The start of the placeholder that `git clone` without LFS leaves instead of a large file.
 GIT_LFS = b"version https://git-lfs"
-
-
-class ConversionError(Exception):
-    """A checkpoint cannot be read or written; the message names the file and what is wrong."""
 
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, in one file or in several with an index.
 
-    Opening reads no more than the files' headers. Names are those that transformers gives: a
-    further `model.` in front, which the original GritLM's trainer leaves, is taken off, and an
-    embedding-only checkpoint's missing `model.` put there.
+    The constructor reads only the files' headers. Tensors have the names that transformers gives
+    them: the second `model.` prefix that the original GritLM's trainer writes is removed, and the
+    prefix that embedding-only checkpoints lack is added.
 
     Raises:
-      ConversionError: there are no safetensors, a file is missing or damaged; the message names it.
+      ConversionError: there are no safetensors, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -38,9 +35,9 @@ class SafetensorsFolder:
         self._tensors: dict[str, _Tensor] = {}
         for path in _files(folder):
             self._tensors |= {_standard_name(t.stored_name): t for t in _tensors(path)}
-        beside = folder / DENSE / SINGLE
-        if beside.exists():
-            self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(beside)}
+        dense = folder / DENSE / SINGLE
+        if dense.exists():
+            self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(dense)}
 
     @property
     def names(self) -> set[str]:
@@ -56,20 +53,20 @@ class SafetensorsFolder:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Returns the type of a tensor, as safetensors names it."""
+        """Returns safetensors' name of the type of a tensor."""
         return self._tensors[name].dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
-        """Returns a part of a tensor, reading only that from the disk."""
+        """Returns a slice of a tensor and reads nothing else from the disk."""
         tensor = self._tensors[name]
-        # Opened anew each time: an open file keeps what was read of it in memory.
+        # An open file keeps everything read from it in memory, so it is opened for each slice.
         with _open(tensor.path) as file:
             return file.get_slice(tensor.stored_name)[index]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies, and what the header says of it."""
+    """The file of a tensor, and the tensor's entry in the header."""
 
     path: Path
     stored_name: str
@@ -79,7 +76,7 @@ class _Tensor:
 
 def _tensors(path: Path) -> Iterator[_Tensor]:
     with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118  it is no dictionary
+        for name in file.keys():  # noqa: SIM118  it is not a dictionary
             tensor = file.get_slice(name)
             yield _Tensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
 
@@ -88,12 +85,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file.
 
     Raises:
-      ConversionError: it is not there or no JSON object; the message names it.
+      ConversionError: the file is missing or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConversionError(f"{path} is not there; is {path.parent} a model's folder?") from None
+        raise ConversionError(
+            f"{path} does not exist; is {path.parent} a model's folder?"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -102,23 +101,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Returns the paths of the folder's safetensors; all that the index names are there."""
-    if (folder / SINGLE).exists():  # Where both lie there, transformers reads this one too.
+    """Returns the paths of the folder's safetensors."""
+    if (folder / SINGLE).exists():  # It goes before an index, as in transformers.
         return [folder / SINGLE]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
         paths = [folder / name for name in sorted(set(weight_map.values()))]
         for path in paths:
             if not path.exists():
-                raise ConversionError(f"{path} is missing: {folder / INDEX} names it")
+                raise ConversionError(f"{path} is missing, but {folder / INDEX} names it")
         return paths
     pickles = sorted(
         path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending)
     )
     if pickles:
         raise ConversionError(
-            f"{folder / pickles[0]} is a pickle, which can run any code when it is read. Load the "
-            "model with transformers and save it with save_pretrained(), which writes safetensors."
+            f"{folder / pickles[0]} is a pickle, which can run any code when it is loaded: load "
+            "the model with transformers and save it with save_pretrained() as safetensors"
         )
     raise ConversionError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
@@ -130,13 +129,13 @@ def _open(path: Path) -> Any:
         with path.open("rb") as file:
             if file.read(len(GIT_LFS)) == GIT_LFS:
                 raise ConversionError(
-                    f"{path} only says where git lfs has its content: git lfs pull gets it"
+                    f"{path} is a placeholder of git lfs: git lfs pull downloads its content"
                 ) from None
         raise ConversionError(f"{path} is damaged or cut off: {error}") from None
 
 
 def _standard_name(name: str) -> str:
-    """Returns the name transformers gives to a tensor of a causal language model."""
+    """Returns transformers' name of a tensor of a causal language model."""
     while name.startswith("model.model.") or name.startswith("model.lm_head."):
         name = name.removeprefix("model.")
     is_bare = name.startswith(("layers.", "embed_tokens.", "norm."))

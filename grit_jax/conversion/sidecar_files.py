@@ -1,4 +1,4 @@
-"""What stands beside the weights in an exported folder: tokenizer, chat template, and pooling."""
+"""The files next to the weights of an export: tokenizer, chat template, pooling settings."""
 
 import json
 from pathlib import Path
@@ -23,28 +23,28 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "config.json",  # It may be all that says what begins and ends a text.
+    "config.json",  # It may be the only file that names the BOS and EOS tokens.
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
-    """Writes a tokenizer as transformers reads it: with a begin, and no end, around each text.
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Writes a tokenizer for transformers that adds BOS, but no EOS, to each text.
 
     Args:
-      tokenizer: of the model.
-      folder: where to.
-      longest: the longest text that the model is made for, in tokens.
+      tokenizer: the model's tokenizer.
+      folder: the folder to write to.
+      max_length: the longest text that the model supports, in tokens.
     """
     is_sentencepiece = tokenizer.file_name == SENTENCEPIECE
-    # Few models have a token for padding, which has no part in any result.
+    # Few models have a padding token. Padding is masked, so that any token will do.
     special = tokenizer.special_tokens | {"pad_token": tokenizer.special_tokens["eos_token"]}
     settings: dict[str, Any] = {
-        # The second takes tokenizer.json at its word, where others put their own rules above it.
+        # PreTrainedTokenizerFast follows tokenizer.json; other classes override parts of it.
         "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": longest,
+        "model_max_length": max_length,
         "padding_side": "right",
     }
     if is_sentencepiece:
@@ -55,7 +55,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
 
 
 def copy_tokenizer(source: Path | epath.Path, folder: Path) -> None:
-    """Copies the files of a tokenizer, if there is one, from a folder to another."""
+    """Copies a tokenizer's files from one folder to another; does nothing if there are none."""
     if tokenizer_in(source) is None:
         return
     for name in TOKENIZER_FILES:
@@ -64,16 +64,16 @@ def copy_tokenizer(source: Path | epath.Path, folder: Path) -> None:
 
 
 def write_chat_template(folder: Path) -> None:
-    """Writes the chat format of GRIT in the place of the tokenizer's own."""
+    """Replaces the tokenizer's chat template by GRIT's."""
     template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    # Before version 4.43, transformers looked for it among the tokenizer's settings.
+    # Versions of transformers before 4.43 read it from the tokenizer's settings.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
 
 
 def write_sentence_transformers(folder: Path, config: ModelConfig, spec: EmbeddingSpec) -> None:
-    """Writes what sentence-transformers needs to embed as this model does."""
+    """Writes the settings with which sentence-transformers computes the model's embeddings."""
     transformer = "sentence_transformers.models.Transformer"
     if spec.attention[1] == "b":
         module = "bidirectional_transformer.py"
@@ -111,9 +111,9 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
         },
     )
     (folder / modules[-1][1]).mkdir()
-    longest = min(512, config.max_position_embeddings)
+    max_length = min(512, config.max_position_embeddings)
     write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": longest, "do_lower_case": False}
+        folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
     )
     write_json(
         folder / "config_sentence_transformers.json",

@@ -67,8 +67,8 @@ class Manifest:
     rejected: dict[str, int]
     shards: list[str]
     features: list[str] = dataclasses.field(default_factory=list)
-    token_lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    instruction_lengths: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    token_lengths: dict[str, dict[str, int | float]] = dataclasses.field(default_factory=dict)
+    instruction_lengths: dict[str, dict[str, int | float]] = dataclasses.field(default_factory=dict)
     rejected_lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -212,7 +212,7 @@ class PreparedDataset:
 
 def load_mixture(
     folder: epath.PathLike, mixture: str, split: str, kind: str, field: str
-) -> dict[PreparedDataset, float]:
+) -> dict[PreparedDataset, int | float]:
     """Returns the datasets of a prepared mixture, with their rates.
 
     Args:

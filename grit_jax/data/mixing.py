@@ -37,7 +37,7 @@ class MixtureSchedule:
       ValueError: a rate is not a positive number.
     """
 
-    def __init__(self, rates: Sequence[float]):
+    def __init__(self, rates: Sequence[int | float]):
         self.counts = np.array(block_counts(rates), np.int64)
         datasets = np.repeat(np.arange(len(rates)), self.counts)
         ranks = np.concatenate([np.arange(count) for count in self.counts])
@@ -57,7 +57,7 @@ class MixtureSchedule:
         return datasets, blocks * self.counts[datasets] + self._ranks[offsets]
 
 
-def block_counts(rates: Sequence[float]) -> list[int]:
+def block_counts(rates: Sequence[int | float]) -> list[int]:
     """Returns the number of slots of each rate in the shortest block that has exact proportions.
 
     Raises:

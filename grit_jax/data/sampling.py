@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Int
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.kinds import BATCH_KINDS, SampledExamples
 from grit_jax.data.length_balancing import balance_batches
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset
@@ -46,7 +47,7 @@ class MixedSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -66,7 +67,7 @@ class MixedSampler:
 
     def _check_sizes(self) -> None:
         for dataset, count in zip(self.datasets, self.schedule.counts, strict=True):
-            in_a_batch = min(self.batch_size, -(-self.batch_size * count // len(self.schedule)))
+            in_a_batch = min(self.batch_size, ceil_div(self.batch_size * count, len(self.schedule)))
             if len(dataset) < in_a_batch:
                 share = "a batch" if in_a_batch == self.batch_size else "its share of a batch,"
                 raise PreparedDataError(
@@ -154,7 +155,7 @@ class SingleDatasetSampler:
 
     def __init__(
         self,
-        datasets: Mapping[PreparedDataset, float],
+        datasets: Mapping[PreparedDataset, int | float],
         batch_size: int,
         group_size: int,
         seed: int,
@@ -180,7 +181,7 @@ class SingleDatasetSampler:
 
     def previews(self) -> list[tuple[float, list[SampledExamples]]]:
         """Returns the profiles of batches, one per dataset: its share, and some of its batches."""
-        windows = -(-PREVIEWED_WINDOWS // len(self.datasets))
+        windows = ceil_div(PREVIEWED_WINDOWS, len(self.datasets))
         shares = self.schedule.counts / len(self.schedule)
         return [
             (float(share), sampled)
@@ -192,7 +193,7 @@ class SingleDatasetSampler:
 Sampler = MixedSampler | SingleDatasetSampler
 
 
-def make_mixture_schedule(datasets: Mapping[PreparedDataset, float]) -> MixtureSchedule:
+def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> MixtureSchedule:
     """Returns the schedule of datasets with their rates.
 
     Raises:

@@ -11,6 +11,7 @@ import itertools
 
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.packing import fit_rows
 
 # Capacity of the spare shape, relative to the largest step seen.
@@ -71,11 +72,11 @@ class RowLimits:
     def lengths(self, stream: str, longest_text: int) -> list[int]:
         """Returns the allowed row lengths of a stream, shortest first."""
         step, maximum = self.length_multiple, self.longest[stream]
-        return list(range(-(-longest_text // step) * step, maximum + 1, step)) or [maximum]
+        return list(range(ceil_div(longest_text, step) * step, maximum + 1, step)) or [maximum]
 
     def round_up(self, count: int) -> int:
         """Returns the smallest allowed row count that is at least `count`."""
-        return -(-max(1, count) // self.count_multiple) * self.count_multiple
+        return ceil_div(max(1, count), self.count_multiple) * self.count_multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _fits_with_room(texts: Lengths, rows: Rows) -> bool:
 def _candidates(tokens: int, row_lengths: Sequence[int], limits: RowLimits) -> Iterator[Rows]:
     """Yields rows with a capacity of at least `tokens`, and at most twice as much."""
     for length in row_lengths:
-        count = limits.round_up(-(-tokens // length))
+        count = limits.round_up(ceil_div(tokens, length))
         while count * length <= max(2 * tokens, limits.count_multiple * length):
             yield Rows(count, length)
             count += limits.count_multiple

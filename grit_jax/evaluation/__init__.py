@@ -1,1 +1,1 @@
-"""How good a model is: retrieval and perplexity on held-out data, beside a lexical baseline."""
+"""Evaluation: held-out data during training, and the MTEB and lm-eval benchmarks."""

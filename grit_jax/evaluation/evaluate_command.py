@@ -1,4 +1,4 @@
-"""grit-jax evaluate: a model measured by MTEB and by lm-eval, beside the paper's table."""
+"""grit-jax evaluate: MTEB and lm-eval scores of a model, next to the paper's."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from rich.console import Console
 from grit_jax.conversion import open_model
 from grit_jax.evaluation.paper import GENERATIVE, MTEB_BENCHMARK, NUM_FEWSHOT, QUICK_TASKS
 from grit_jax.evaluation.paper_table import paper_tables
-from grit_jax.evaluation.results import Results, settings_of
+from grit_jax.evaluation.results import Results, model_settings
 from grit_jax.inference.model_options import add_model_options, load_model
 from grit_jax.inference.prompt_encoder import InputError
 from grit_jax.user_modules import import_named
 
 
 def run(argv: Sequence[str]) -> None:
-    """Measures a model by MTEB or lm-eval, or prints the paper's table with its column
+    """Evaluates a model with MTEB or lm-eval, or prints the paper's tables with its scores
 
     Raises:
-      InputError, ModuleError, ResultsError, ConversionError: the message names what is wrong.
+      InputError, ModuleError, ResultsError, ConversionError: an argument or a file is wrong.
       ImportError: a harness is not installed.
     """
     arguments = _parser().parse_args(argv)
-    {"mteb": _run_mteb, "lm-eval": _run_lm_eval, "table": _show}[arguments.action](arguments)
+    actions = {"mteb": _run_mteb, "lm-eval": _run_lm_eval, "table": _print_tables}
+    actions[arguments.action](arguments)
 
 
 def _run_mteb(arguments: argparse.Namespace) -> None:
@@ -38,38 +39,38 @@ def _run_mteb(arguments: argparse.Namespace) -> None:
 
     tasks = _mteb_tasks(arguments)
     instructions = _read_instructions(arguments.instructions)
-    results, revision = _results(arguments)
+    results, fingerprint = _open_results(arguments)
     model: Any = MtebModel(
         load_model(arguments),
         Path(arguments.model).resolve(),
-        revision,
+        fingerprint,
         max_length=arguments.max_length,
         instructions=instructions,
     )
-    results.measure_with("mteb", model.settings)
-    failed = []
+    results.begin("mteb", model.settings)
+    errors = []
     for task in tasks:
-        measured = mteb.evaluate(
+        evaluated = mteb.evaluate(
             model,
             task,
             encode_kwargs={"batch_size": arguments.batch_size},
             cache=mteb.ResultCache(arguments.output / "mteb"),
             raise_error=False,
         )
-        failed += measured.exceptions or []
-        scores = {one.task_name: float(one.get_score()) for one in measured.task_results}
+        errors += evaluated.exceptions or []
+        scores = {result.task_name: float(result.get_score()) for result in evaluated.task_results}
         results.add("mteb", scores)
         for name, score in scores.items():
             print(f"{name}: {100 * score:.1f}", flush=True)
-    _show(arguments)
-    for error in failed:
+    _print_tables(arguments)
+    for error in errors:
         print(f"{error.task_name} failed: {' '.join(error.exception.split())}", file=sys.stderr)
-    if failed:
+    if errors:
         raise SystemExit(1)
 
 
 def _mteb_tasks(arguments: argparse.Namespace) -> list[Any]:
-    """Returns the tasks that were asked for, one's own first."""
+    """Returns the tasks of the arguments, those of the user's modules first."""
     import mteb
     from mteb.abstasks import AbsTask
 
@@ -82,7 +83,7 @@ def _mteb_tasks(arguments: argparse.Namespace) -> list[Any]:
         return [*own.values(), *mteb.get_benchmark(MTEB_BENCHMARK).tasks]
     wanted = [*own, *QUICK_TASKS] if arguments.preset == "quick" else arguments.tasks or [*own]
     if not wanted:
-        raise InputError("say which tasks: --tasks NAME ..., --preset paper, or --module of yours")
+        raise InputError("no tasks: use --tasks NAME ..., --preset paper, or --module MODULE")
     tasks = []
     for name in wanted:
         try:
@@ -93,7 +94,7 @@ def _mteb_tasks(arguments: argparse.Namespace) -> list[Any]:
 
 
 def _read_instructions(path: Path | None) -> dict[str, str] | None:
-    """Returns the content of a file of instructions, None if there is none."""
+    """Returns the instructions in a JSON file, by task."""
     if path is None:
         return None
     try:
@@ -101,7 +102,7 @@ def _read_instructions(path: Path | None) -> dict[str, str] | None:
     except ValueError as error:
         raise InputError(f"--instructions {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"--instructions {path} does not hold an object of instructions by task")
+        raise InputError(f"--instructions {path} must hold a JSON object of instructions by task")
     return content
 
 
@@ -120,21 +121,21 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
     unknown = [name for name in wanted if not manager.match_tasks([name])]
     if unknown or not wanted:
         raise InputError(
-            f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists them, and "
-            "--task-folder says where yours are"
+            f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its tasks, and "
+            "--task-folder adds a folder of your own"
             if unknown
-            else "say which tasks: --tasks NAME ..., or --preset paper"
+            else "no tasks: use --tasks NAME ..., or --preset paper"
         )
-    results, _ = _results(arguments)
+    results, _ = _open_results(arguments)
     loaded = load_model(arguments)
-    results.measure_with("lm_eval", settings_of(loaded))
+    results.begin("lm_eval", model_settings(loaded))
     model = LmEvalModel(loaded, batch_size=arguments.batch_size)
     evaluate: Any = lm_eval.simple_evaluate  # Its decorator hides its parameters.
     for name in wanted:
         num_fewshot = arguments.num_fewshot
         if num_fewshot is None and arguments.preset == "paper":
             num_fewshot = NUM_FEWSHOT.get(name)
-        measured: Any = evaluate(
+        evaluated: Any = evaluate(
             model,
             tasks=[name],
             num_fewshot=num_fewshot,
@@ -144,32 +145,32 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             log_samples=arguments.log_samples,
             confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
         )
-        _keep(arguments.output / "lm_eval", name, measured)
-        # A part of a task is another measure, and no number for the table.
-        part = "" if arguments.limit is None else f" (limit {arguments.limit})"
-        scores = {f"{task}{part}": values for task, values in measured["results"].items()}
+        _save(arguments.output / "lm_eval", name, evaluated)
+        # The tables do not show scores on a part of a task.
+        suffix = "" if arguments.limit is None else f" (limit {arguments.limit})"
+        scores = {f"{task}{suffix}": values for task, values in evaluated["results"].items()}
         results.add("lm_eval", scores)
         for task, values in scores.items():
             numbers = {key: value for key, value in values.items() if isinstance(value, float)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
             print(f"{task}: {shown}", flush=True)
-    _show(arguments)
+    _print_tables(arguments)
 
 
-def _results(arguments: argparse.Namespace) -> tuple[Results, str]:
-    """Returns the folder of results, and what tells the model's weights from others'."""
-    revision = open_model(arguments.model, base=arguments.base).fingerprint()
-    return Results(arguments.output, revision), revision
+def _open_results(arguments: argparse.Namespace) -> tuple[Results, str]:
+    """Returns the folder of results and the fingerprint of the model's weights."""
+    fingerprint = open_model(arguments.model, base=arguments.base).weights_fingerprint()
+    return Results(arguments.output, fingerprint), fingerprint
 
 
-def _keep(folder: Path, name: str, measured: dict[str, Any]) -> None:
-    """Writes all that lm-eval says of a task to a file of its own."""
+def _save(folder: Path, name: str, evaluated: dict[str, Any]) -> None:
+    """Writes lm-eval's full output for a task to a file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}.json"
-    path.write_text(json.dumps(measured, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(evaluated, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _show(arguments: argparse.Namespace) -> None:
+def _print_tables(arguments: argparse.Namespace) -> None:
     results = None if arguments.output is None else Results(arguments.output)
     for table in paper_tables(results):
         Console(width=120).print(table)
@@ -178,42 +179,50 @@ def _show(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="grit-jax evaluate")
     actions = parser.add_subparsers(dest="action", required=True)
-    embedding = actions.add_parser("mteb", help="embeddings, by MTEB's tasks")
-    generation = actions.add_parser("lm-eval", help="generation, by lm-eval's tasks")
-    table = actions.add_parser("table", help="print the paper's table, with one's own column")
-    table.add_argument("--output", type=Path, help="results to show (none)")
+    embedding = actions.add_parser("mteb", help="evaluate embeddings with MTEB")
+    generation = actions.add_parser("lm-eval", help="evaluate generation with lm-eval")
+    table = actions.add_parser("table", help="print the paper's tables and your model's scores")
+    table.add_argument("--output", type=Path, help="folder of results to show (default: none)")
     presets = {
-        embedding: {"choices": ("paper", "quick"), "help": "the paper's 56 tasks, or 9 small ones"},
-        generation: {"choices": ("paper",), "help": "the tasks nearest the paper's"},
+        embedding: {
+            "choices": ("paper", "quick"),
+            "help": "the paper's 56 tasks, or 9 of them",
+        },
+        generation: {"choices": ("paper",), "help": "the tasks closest to the paper's"},
     }
-    for each, preset in presets.items():
-        add_model_options(each)
-        each.add_argument("--output", type=Path, required=True, help="folder for the results")
-        which = each.add_mutually_exclusive_group()
-        which.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of the harness")
-        which.add_argument("--preset", **preset)
+    for action, preset in presets.items():
+        add_model_options(action)
+        action.add_argument("--output", type=Path, required=True, help="folder for the results")
+        tasks = action.add_mutually_exclusive_group()
+        tasks.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks to run")
+        tasks.add_argument("--preset", **preset)
     embedding.add_argument(
-        "--languages", nargs="+", default=["eng"], help="of --tasks, as MTEB codes them (eng)"
+        "--languages",
+        nargs="+",
+        default=["eng"],
+        help="language codes of --tasks (eng)",
     )
     embedding.add_argument(
-        "--module", action="append", default=[], help="Python module that declares tasks of yours"
+        "--module", action="append", default=[], help="Python module with MTEB tasks of your own"
     )
     embedding.add_argument(
-        "--instructions", type=Path, help="JSON file of instructions by task, for MTEB's own"
+        "--instructions", type=Path, help="JSON file of instructions by task, replacing MTEB's"
     )
-    embedding.add_argument("--max-length", type=int, default=512, help="tokens of a text (512)")
-    embedding.add_argument("--batch-size", type=int, default=256, help="bounds memory (256)")
-    generation.add_argument("--task-folder", type=Path, help="folder of YAML tasks of yours")
-    generation.add_argument("--num-fewshot", type=int, help="examples (as the task has it)")
-    generation.add_argument("--limit", type=int, help="take so many of a task's documents")
-    generation.add_argument("--batch-size", type=int, default=32, help="prompts at once (32)")
+    embedding.add_argument("--max-length", type=int, default=512, help="most tokens per text (512)")
+    embedding.add_argument("--batch-size", type=int, default=256, help="texts per batch (256)")
+    generation.add_argument("--task-folder", type=Path, help="folder with YAML tasks of your own")
     generation.add_argument(
-        "--apply-chat-template", action="store_true", help="put prompts in GRIT's chat format"
+        "--num-fewshot", type=int, help="examples before each question (default: the task's)"
     )
-    generation.add_argument("--log-samples", action="store_true", help="keep every answer")
+    generation.add_argument("--limit", type=int, help="use only the first documents of each task")
+    generation.add_argument("--batch-size", type=int, default=32, help="prompts per batch (32)")
+    generation.add_argument(
+        "--apply-chat-template", action="store_true", help="format prompts as GRIT chats"
+    )
+    generation.add_argument("--log-samples", action="store_true", help="save every answer")
     generation.add_argument(
         "--confirm-run-unsafe-code",
         action="store_true",
-        help="let tasks run the code that the model writes (HumanEval)",
+        help="allow tasks to run code that the model wrote (HumanEval)",
     )
     return parser

@@ -11,12 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.batch_plan import check_row_length
 from grit_jax.data.kinds import deduplicated_ids
 from grit_jax.data.manifest import PreparedDataset, load_saved_tokenizer, text_fingerprint
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.evaluation.retrieval import bm25_scores, chance_measures, retrieval_measures
+from grit_jax.evaluation.retrieval import bm25_scores, chance_metrics, retrieval_metrics
 from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
@@ -56,7 +57,7 @@ class TextBatcher:
             for start in range(0, len(texts), self.batch_size)
         ]
         plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
-        num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
+        num_rows = ceil_div(max(len(plan) for plan in plans), shards) * shards
         for group, plan in zip(groups, plans, strict=True):
             packed = pack(group, plan, num_rows, row_length, num_texts=self.batch_size)
             yield self.trainer.to_devices(packed)
@@ -124,11 +125,11 @@ class RetrievalTask:
 
     def measures(self, scores: Float[np.ndarray, "Q P"]) -> dict[str, float]:
         """Returns the measures of the scores of all queries and passages, as DATASET/MEASURE."""
-        return self._named(retrieval_measures(scores, self.relevant))
+        return self._named(retrieval_metrics(scores, self.relevant))
 
     def chance(self) -> dict[str, float]:
         """Returns the expected measures of a random order, for one positive per query."""
-        return self._named(chance_measures(len(self.passages)))
+        return self._named(chance_metrics(len(self.passages)))
 
     def _named(self, measures: Mapping[str, float]) -> dict[str, float]:
         return {f"{self.name}/{measure}": value for measure, value in measures.items()}

@@ -19,7 +19,7 @@ from mteb.types import PromptType
 import numpy as np
 
 from grit_jax.evaluation.paper import INSTRUCTIONS
-from grit_jax.evaluation.results import settings_of
+from grit_jax.evaluation.results import model_settings
 from grit_jax.inference.gritlm import GritLM
 
 # Types of tasks whose documents get no instruction.
@@ -56,7 +56,7 @@ class MtebModel(AbsEncoder):
         own = dict(instructions or {})
         self.prompts_dict = INSTRUCTIONS | own
         self._max_length = max_length
-        self.settings: dict[str, Any] = settings_of(model) | {
+        self.settings: dict[str, Any] = model_settings(model) | {
             "attention": model.embedding_spec.attention,
             "pooling": model.embedding_spec.pooling,
             "max_length": max_length,

@@ -1,9 +1,9 @@
-"""The tasks that the paper measures (arXiv 2402.09906, tables 1 and 2), and what it found."""
+"""The benchmarks and scores of the GRIT paper (arXiv 2402.09906, tables 1 and 2)."""
 
 from collections.abc import Mapping
 import dataclasses
 
-# MTEB's name of the paper's 56 English tasks, and a few of them that take minutes.
+# MTEB's name for the paper's 56 English tasks, and a few of them that take only minutes.
 MTEB_BENCHMARK = "MTEB(eng, v1)"
 QUICK_TASKS = (
     "Banking77Classification",
@@ -20,7 +20,7 @@ QUICK_TASKS = (
 FORUMS = (
     "Android English Gaming Gis Mathematica Physics Programmers Stats Tex Unix Webmasters Wordpress"
 )
-# Of the original, where MTEB says none of its own.
+# Instructions of the original GritLM for tasks that have none in MTEB.
 INSTRUCTIONS = {
     "SummEval": "Given a news summary, retrieve other semantically similar summaries",
 } | {
@@ -34,38 +34,38 @@ MODELS = ("GritLM 7B", "embedding only", "generation only", "GritLM 8x7B")
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingRow:
-    """A kind of MTEB's tasks.
+    """A row of the paper's table of embedding scores: one type of MTEB tasks.
 
     Attributes:
-      kind: as MTEB calls it.
-      measure: the main one of these tasks.
-      values: of `MODELS`, in hundredths.
-      tasks: their names in MTEB.
+      task_type: MTEB's name of the type.
+      metric: the main metric of these tasks.
+      scores: the average scores of `MODELS`, in percent.
+      tasks: MTEB's names of the tasks.
     """
 
-    kind: str
-    measure: str
-    values: tuple[float, ...]
+    task_type: str
+    metric: str
+    scores: tuple[float, ...]
     tasks: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerativeRow:
-    """A benchmark of generation.
+    """A row of the paper's table of generation scores: one benchmark.
 
     Attributes:
-      name: as the paper calls it.
-      setting: of the paper.
-      tasks: lm-eval's tasks that come nearest; none if it has none.
-      metric: of lm-eval's results.
-      values: of `MODELS`, in hundredths.
+      name: the paper's name of the benchmark.
+      setting: the number of examples in the prompt, and other settings of the paper.
+      tasks: the closest tasks of lm-eval, if it has any.
+      metric: the metric of these tasks in lm-eval's results.
+      scores: the scores of `MODELS`, in percent.
     """
 
     name: str
     setting: str
     tasks: tuple[str, ...]
     metric: str
-    values: tuple[float, ...]
+    scores: tuple[float, ...]
 
 
 def _names(names: str) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ EMBEDDING = (
         _names("SummEval"),
     ),
 )
-# Over tasks, not over kinds.
+# The average over tasks, not over types of tasks.
 EMBEDDING_AVERAGE = (66.8, 66.8, 41.2, 65.7)
 
 TYDIQA_LANGUAGES = ("ar", "bn", "en", "fi", "id", "ko", "ru", "sw", "te")
@@ -158,41 +158,42 @@ GENERATIVE = (
     GenerativeRow("AlpacaEval", "0-shot, wins", (), "", (74.8, 0.0, 75.4, 84.0)),
 )
 GENERATIVE_AVERAGE = (55.5, 7.6, 55.2, 65.7)
-# Examples before a question, where lm-eval's own number is another than the paper's.
+# Numbers of examples before a question that differ between lm-eval and the paper.
 NUM_FEWSHOT = {task: 1 for row in GENERATIVE if row.name == "TyDi QA" for task in row.tasks}
 
 
-def own_embedding_values(
+def average_embedding_scores(
     scores: Mapping[str, float],
 ) -> tuple[dict[str, tuple[float, int]], float | None]:
-    """Returns one's own mean of each kind of tasks and how many it is of, and the mean of all.
+    """Averages the scores of MTEB tasks by type of task.
 
     Args:
-      scores: main score of each task, between 0 and 1.
+      scores: the main score of each task, between 0 and 1.
 
     Returns:
-      Values in hundredths; the mean of all is None unless every task has a score.
+      The average of each type of task, in percent, with the number of its tasks that have a score;
+      and the average over all tasks, or None unless every task has a score.
     """
-    found, every = {}, []
+    averages, all_scores = {}, []
     for row in EMBEDDING:
-        own = [scores[task] for task in row.tasks if task in scores]
-        if own:
-            found[row.kind] = (100 * sum(own) / len(own), len(own))
-        every += own
-    is_whole = len(every) == sum(len(row.tasks) for row in EMBEDDING)
-    return found, 100 * sum(every) / len(every) if is_whole else None
+        found = [scores[task] for task in row.tasks if task in scores]
+        if found:
+            averages[row.task_type] = (100 * sum(found) / len(found), len(found))
+        all_scores += found
+    is_complete = len(all_scores) == sum(len(row.tasks) for row in EMBEDDING)
+    return averages, 100 * sum(all_scores) / len(all_scores) if is_complete else None
 
 
-def own_generative_values(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Returns one's own value, in hundredths, of each benchmark whose tasks all have one.
+def average_generative_scores(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the score, in percent, of each benchmark whose tasks all have one.
 
     Args:
-      results: lm-eval's, of each task or group.
+      results: lm-eval's metrics of each task or group.
     """
-    found = {}
+    scores = {}
     for row in GENERATIVE:
-        measured = [results.get(task, {}) for task in row.tasks]
-        own = [values[row.metric] for values in measured if row.metric in values]
-        if own and len(own) == len(row.tasks):
-            found[row.name] = 100 * sum(own) / len(own)
-    return found
+        metrics = [results.get(task, {}) for task in row.tasks]
+        found = [values[row.metric] for values in metrics if row.metric in values]
+        if found and len(found) == len(row.tasks):
+            scores[row.name] = 100 * sum(found) / len(found)
+    return scores

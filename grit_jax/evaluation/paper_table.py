@@ -1,4 +1,4 @@
-"""The paper's tables, with a column for one's own model."""
+"""The paper's tables of scores, with a column for another model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,56 +10,56 @@ from grit_jax.evaluation.paper import (
     GENERATIVE,
     GENERATIVE_AVERAGE,
     MODELS,
-    own_embedding_values,
-    own_generative_values,
+    average_embedding_scores,
+    average_generative_scores,
 )
 from grit_jax.evaluation.results import Results
 
 
 def paper_tables(results: Results | None) -> Iterator[Table]:
-    """Yields the paper's tables of embedding and of generation.
+    """Yields the paper's table of embedding scores and its table of generation scores.
 
     Args:
-      results: of one's own model; None leaves its column empty.
+      results: the scores for the last column; None leaves it empty.
     """
     yield _embedding_table({} if results is None else results.mteb)
     yield _generative_table({} if results is None else results.lm_eval)
 
 
 def _embedding_table(scores: Mapping[str, float]) -> Table:
-    own, average = own_embedding_values(scores)
+    averages, total = average_embedding_scores(scores)
     table = _table("MTEB, English")
     for row in EMBEDDING:
-        value, count = own.get(row.kind, (None, 0))
+        score, count = averages.get(row.task_type, (None, 0))
         num_tasks = len(row.tasks)
-        cell = _cell(value) + (f" ({count} tasks)" if 0 < count < num_tasks else "")
-        table.add_row(f"{row.kind} ({num_tasks})", row.measure, *_cells(row.values), cell)
-    table.add_row("average (56)", "", *_cells(EMBEDDING_AVERAGE), _cell(average))
+        cell = _cell(score) + (f" ({count} tasks)" if 0 < count < num_tasks else "")
+        table.add_row(f"{row.task_type} ({num_tasks})", row.metric, *_cells(row.scores), cell)
+    table.add_row("average (56)", "", *_cells(EMBEDDING_AVERAGE), _cell(total))
     return table
 
 
-def _generative_table(measured: Mapping[str, Mapping[str, float]]) -> Table:
-    own = own_generative_values(measured)
+def _generative_table(metrics: Mapping[str, Mapping[str, float]]) -> Table:
+    scores = average_generative_scores(metrics)
     table = _table("Generation")
     for row in GENERATIVE:
-        table.add_row(row.name, row.setting, *_cells(row.values), _cell(own.get(row.name)))
-    # AlpacaEval is measured by no harness here, so that there is no average of one's own.
+        table.add_row(row.name, row.setting, *_cells(row.scores), _cell(scores.get(row.name)))
+    # lm-eval does not include AlpacaEval, so that there is no average of the last column.
     table.add_row("average (6)", "", *_cells(GENERATIVE_AVERAGE), "")
     return table
 
 
 def _table(title: str) -> Table:
     table = Table(title=title)
-    for column in ("", "setting" if title == "Generation" else "measure"):
+    for column in ("", "setting" if title == "Generation" else "metric"):
         table.add_column(column)
     for column in (*MODELS, "this model"):
         table.add_column(column, justify="right")
     return table
 
 
-def _cells(values: Sequence[float]) -> list[str]:
-    return [_cell(value) for value in values]
+def _cells(scores: Sequence[float]) -> list[str]:
+    return [_cell(score) for score in scores]
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _cell(score: float | None) -> str:
+    return "" if score is None else f"{score:.1f}"

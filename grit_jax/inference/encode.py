@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
@@ -82,7 +83,7 @@ class Encoder:
         shards = batch_shards(self._mesh)
         row_length = row_length_for(max(len(text) for text in texts))
         num_rows = max(1, tokens_per_device // row_length) * shards
-        num_rows = min(num_rows, -(-len(texts) // shards) * shards)
+        num_rows = min(num_rows, ceil_div(len(texts), shards) * shards)
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
         caches: dict[int, KVCache] = {}
         for instruction_length, members in _group_by_instruction(texts, spec, num_rows):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.inference.cache_utils import place_cache, stack_caches
 from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
@@ -282,4 +283,4 @@ def row_keys(seed: int, indices: Sequence[int], num_rows: int) -> Key[Array, " B
 
 def round_up(number: int, multiple: int) -> int:
     """Returns the smallest multiple of `multiple` that is at least `number`."""
-    return -(-number // multiple) * multiple
+    return ceil_div(number, multiple) * multiple

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.conversion import open_model
 from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
 from grit_jax.inference.batch_packing import TOKENS_PER_DEVICE
@@ -574,7 +575,7 @@ class GritLM:
 
     def _tokens_per_device(self, batch_size: int, length: int) -> int:
         """Returns the maximum tokens of a call on one device, for a batch size and text length."""
-        return min(TOKENS_PER_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
+        return min(TOKENS_PER_DEVICE, ceil_div(batch_size * length, batch_shards(self.mesh)))
 
     @functools.cached_property
     def _generator(self) -> Generator:

@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from grit_jax.conversion import Model
+from grit_jax.conversion import StoredModel
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.models import Decoder, make_model
 from grit_jax.models.linear import round_to_int8
 from grit_jax.sharding import check_sizes_fit_mesh, variable_shardings
 
 
-def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None = None) -> Decoder:
+def load_module(
+    stored: StoredModel, dtype: str, mesh: Mesh, linear_dtype: str | None = None
+) -> Decoder:
     """Returns the Flax module of a stored model, sharded over a mesh.
 
     Args:
@@ -75,7 +77,7 @@ def unstack_layers(model: Decoder, mesh: Mesh) -> Decoder:
     return unstacked
 
 
-def _load_quantized(stored: Model, shapes: dict[str, Any]) -> dict[str, Any]:
+def _load_quantized(stored: StoredModel, shapes: dict[str, Any]) -> dict[str, Any]:
     """Returns the parameters as global arrays, quantizing to int8 while reading.
 
     At most one layer of a parameter is in host memory unquantized.
@@ -109,7 +111,7 @@ class _QuantizedParameter:
     The scale of an output depends on all of its inputs, even if a shard has only some of them.
     """
 
-    def __init__(self, stored: Model, parameter: ParamSpec):
+    def __init__(self, stored: StoredModel, parameter: ParamSpec):
         self._stored, self._parameter = stored, parameter
         self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
 

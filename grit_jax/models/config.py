@@ -139,6 +139,8 @@ class ModelConfig:
             # 0 turns a feature off.
             if value < 0 or (value == 0 and field.default != 0):
                 raise ValueError(f"config.model.{field.name} must be positive, not {value}")
+            if isinstance(field.default, float):  # config.json may say 10000 for 10000.0.
+                object.__setattr__(self, field.name, float(value))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.model.num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -93,7 +93,7 @@ class DecoderLayer(nnx.Module):
         update, cache = self.attention(self.attention_norm(hidden), mask, cache, layer)
         hidden += update
         update, statistics = self.feed_forward(
-            self.feed_forward_norm(hidden), jnp.reshape(stream.segment_ids, -1) > 0
+            self.feed_forward_norm(hidden), jnp.asarray(stream.segment_ids).reshape(-1) > 0
         )
         return with_logical_constraint(hidden + update, "batch", None), cache, statistics
 
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         """Returns the hidden states after the last norm, and the updated cache if one is given.
 
         With a cache, tokens also attend to the tokens of their text from earlier calls. Those keys
-        and values do not change: a document may be read bidirectionally and a question after it
+        and values do not change: a document may be encoded bidirectionally and a question after it
         causally.
 
         Args:
@@ -217,6 +217,8 @@ class Decoder(nnx.Module):
     def _forward(
         self, streams: Mapping[str, Stream], caches: Mapping[str, KVCache | None]
     ) -> tuple[dict[str, jax.Array], dict[str, KVCache | None], dict[str, RouterStatistics]]:
+        streams = jax.tree.map(jnp.asarray, dict(streams))  # The caller may give NumPy arrays.
+
         # The caches are carried, not scanned over, so that XLA updates them in place.
         def apply_layer(carried: tuple[dict[str, jax.Array], dict[str, Any]], number, layer):
             hidden, caches, statistics = dict(carried[0]), dict(carried[1]), {}
@@ -228,7 +230,7 @@ class Decoder(nnx.Module):
                     statistics[name] = routed
             return (hidden, caches), statistics
 
-        tokens = [jnp.reshape(stream.tokens, -1) for stream in streams.values()]
+        tokens = [stream.tokens.reshape(-1) for stream in streams.values()]
         embedded = dict(zip(streams, self.embed(tokens), strict=True))
         start = (embedded, dict(caches))
         (hidden, updated_caches), statistics = self._scan_layers(apply_layer, start)

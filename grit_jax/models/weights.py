@@ -22,7 +22,7 @@ LAYERS = "layers."
 
 # The folder in which sentence-transformers stores a linear layer that follows pooling. The names of
 # its tensors begin with the folder's.
-PROJECTION_FOLDER = "2_Dense"
+DENSE = "2_Dense"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def base_weights(config: ModelConfig) -> WeightTable:
     if not config.tie_word_embeddings:
         table["head"] = WeightSpec(axes=("embed", "vocab"), name="lm_head.weight", num_inputs=1)
     if config.embedding_projection_size is not None:
-        projection = f"{PROJECTION_FOLDER}/linear"
+        projection = f"{DENSE}/linear"
         table["embedding_projection.weight"] = WeightSpec(
             axes=("embed", "embedding"), name=f"{projection}.weight", num_inputs=1
         )

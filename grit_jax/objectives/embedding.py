@@ -1,24 +1,22 @@
-"""How a model embeds text: which tokens attend to which, and how hidden states are pooled.
+"""How a model embeds text: its attention pattern and its pooling.
 
-Legend of dimensions: B rows, S positions, T texts, D hidden, P embedding.
+Dimensions: B rows, S positions, D hidden size, P embedding size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Array, Float
 
+from grit_jax.data.batch import PackedTexts
 from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
 
-if TYPE_CHECKING:
-    from grit_jax.data.batch import PackedTexts
-
-# Attention of the embedding instruction, the embedding text, the generation instruction and the
-# generation text: b (bidirectional) or c (causal).
+# One letter each for embedding instructions, embedding texts, generation instructions and
+# generation texts: b (bidirectional) or c (causal).
 PATTERNS = ("bbcc", "cbcc", "cccc")
 
 # The field of config.json that stores a model's attention and pooling. Only grit-jax reads it.
@@ -33,7 +31,7 @@ class EmbeddingSpec:
       attention: one of `PATTERNS`. The first two letters apply to embedding.
       pooling: "mean", "weightedmean", "lasttoken" or "cls" (see `objectives.pooling`).
       normalize: whether embeddings are scaled to length 1.
-      pool_instruction: whether the tokens of the instruction are pooled as well.
+      pool_instruction: whether the tokens of the instruction are pooled, too.
 
     Raises:
       ValueError: the pattern or the pooling is unknown.
@@ -84,8 +82,8 @@ class EmbeddingSpec:
     def stream(self, texts: PackedTexts) -> Stream:
         """Returns packed texts as input of the decoder.
 
-        Tokens that are not pooled (BOS and the instruction) follow the pattern's first letter, the
-        others its second.
+        The first letter of the pattern applies to tokens outside of the mask (BOS and the
+        instruction), the second letter to the others.
         """
         instruction, text = self.attention[:2]
         return Stream(
@@ -96,12 +94,12 @@ class EmbeddingSpec:
             causal_query_mask=None if instruction == text else ~texts.mask,
         )
 
-    def pool(self, hidden: Float[Array, "B S D"], texts: PackedTexts) -> Float[Array, "T D"]:
+    def pool(self, hidden: Float[Array, "B S D"], texts: PackedTexts) -> Float[Array, "texts D"]:
         """Returns the pooled hidden states of each text, zeros for a text without tokens."""
         mask = texts.segment_ids > 0 if self.pool_instruction else texts.mask
         return pool(hidden, mask, texts.segment_ids, texts.positions, texts.num_texts, self.pooling)
 
-    def project(self, model: Decoder, pooled: Float[Array, "T D"]) -> Float[Array, "T P"]:
+    def project(self, model: Decoder, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the embeddings of pooled texts, in float32."""
         embeddings = model.project(pooled)
         return normalize(embeddings) if self.normalize else embeddings

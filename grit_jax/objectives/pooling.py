@@ -13,7 +13,7 @@ POOLINGS = ("mean", "weightedmean", "lasttoken", "cls")
 
 def sum_by_text(
     values: Float[Array, "B S *D"], segment_ids: Int[Array | np.ndarray, "B S"], num_texts: int
-) -> Float[Array, "{num_texts} *D"]:  # noqa: F821
+) -> Float[Array, " {num_texts} *D"]:
     """Returns the sum of the values of each text.
 
     Args:
@@ -47,7 +47,7 @@ def pooling_weights(
     """
 
     def count_in_text(values: Bool[Array | np.ndarray, "B S"]) -> Float[Array, "B S"]:
-        total = sum_by_text(values.astype(jnp.float32), segment_ids, num_texts)
+        total = sum_by_text(jnp.asarray(values, jnp.float32), segment_ids, num_texts)
         return jnp.concatenate([jnp.zeros(1), total])[segment_ids]
 
     segment_ids = jnp.asarray(segment_ids)

@@ -1,4 +1,4 @@
-"""TPU chips, and slices of them described without having any."""
+"""TPU chips, and topologies of them to compile for on a machine without TPUs."""
 
 import contextlib
 import dataclasses
@@ -14,13 +14,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """What a chip has, from Google's pages on each TPU; its peak is in `training.flops`.
+    """The memory and bandwidths of a TPU chip, from Google's documentation of each TPU.
+
+    `training.flops` has the peak operations a second.
 
     Attributes:
       hbm_bytes: main memory that a program can use.
-      hbm_bandwidth: bytes a second of it.
-      link_bandwidth: bytes a second each way over a link to a neighbour.
-      network_bandwidth: bytes a second of a chip's share of its host's network, between slices.
+      hbm_bandwidth: bytes a second from and to main memory.
+      link_bandwidth: bytes a second in each direction over a link to a neighboring chip (ICI).
+      network_bandwidth: bytes a second between slices (DCN), a chip's share of its host's network.
     """
 
     hbm_bytes: float
@@ -52,17 +54,17 @@ CHIPS = {
 
 
 class TopologyError(ValueError):
-    """There is no such topology, or nothing to compile for it with."""
+    """A topology does not exist, or libtpu is not installed or does not support it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of chips, each a block such as 4x4x4.
+    """One or more slices of TPU chips.
 
     Attributes:
-      name: such as "v5p:4x4x4".
-      num_slices: how many such blocks.
-      devices: the chips, for meshes and the compiler; they cannot run anything.
+      name: the chip and the shape of a slice, such as "v5p:4x4x4".
+      num_slices: the number of slices.
+      devices: the chips, for meshes and the compiler. They cannot run programs.
     """
 
     name: str
@@ -71,28 +73,28 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What each chip has."""
+        """The memory and bandwidths of each chip."""
         return CHIPS[self.name.partition(":")[0]]
 
 
 def describe_topology(name: str, num_slices: int = 1) -> Topology:
-    """Returns a topology to compile for; no TPU is needed, but the package libtpu.
+    """Returns a topology to compile for. It needs the package libtpu, but no TPU.
 
     Args:
-      name: chip and sizes, such as "v5e:16x16" or "v5p:4x4x8".
-      num_slices: number of such slices.
+      name: the chip and the shape of a slice, such as "v5e:16x16" or "v5p:4x4x8".
+      num_slices: the number of slices.
 
     Raises:
-      TopologyError: it cannot be compiled for; the message says why.
+      TopologyError: there is no such topology, or libtpu cannot compile for it.
     """
     chip, _, sizes = name.partition(":")
     dimensions = 3 if chip == "v5p" else 2
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)" + f"{{{dimensions - 1}}}", sizes):
         raise TopologyError(
-            f"--topology={name}: it is a chip and the sizes of its slice, such as v5e:4x4, v6e:8x8 "
-            f"or v5p:4x4x4; chips are {', '.join(CHIPS)}"
+            f"--topology={name} must be a chip ({', '.join(CHIPS)}) and the shape of a slice, such "
+            "as v5e:4x4, v6e:8x8 or v5p:4x4x4"
         )
-    # Before libtpu is loaded: it is not to look for the chips of this machine.
+    # Set before libtpu is loaded, so that it does not look for chips in this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -101,11 +103,11 @@ def describe_topology(name: str, num_slices: int = 1) -> Topology:
     slices = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices)
-    except Exception as error:  # Whatever libtpu, or its absence, makes of it.
+    except Exception as error:  # libtpu and its absence raise many types.
         reason = " ".join(str(error).split())[:300]
         raise TopologyError(
-            f"--topology={name} cannot be compiled for: {reason}. It takes the package libtpu: "
-            "pip install 'grit-jax[tpu]'"
+            f"--topology={name} cannot be compiled for: {reason}. It needs the package libtpu (pip "
+            "install 'grit-jax[tpu]')"
         ) from None
     devices = list(described.devices)
     expected = num_slices * math.prod(int(size) for size in sizes.split("x"))
@@ -115,19 +117,19 @@ def describe_topology(name: str, num_slices: int = 1) -> Topology:
 
 
 @contextlib.contextmanager
-def quiet():
-    """A context without what libtpu prints about the machine, which has no TPU."""
-    null, kept = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+def suppress_stderr():
+    """Discards what is written to standard error: libtpu prints that the machine has no TPU."""
+    null, stderr = os.open(os.devnull, os.O_WRONLY), os.dup(2)
     os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(stderr, 2)
         os.close(null)
-        os.close(kept)
+        os.close(stderr)
 
 
 def dimensions_spanned(group: list[jax.Device]) -> int:
-    """Returns along how many dimensions of their slice some chips lie."""
+    """Returns the number of dimensions of their slice in which some chips differ."""
     coordinates: list[tuple[int, ...]] = [tuple(chip.coords) for chip in group]  # pyright: ignore[reportAttributeAccessIssue]
-    return sum(len(set(along)) > 1 for along in zip(*coordinates, strict=True))
+    return sum(len(set(axis)) > 1 for axis in zip(*coordinates, strict=True))

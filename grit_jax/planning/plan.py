@@ -1,8 +1,9 @@
-"""What a training step needs on a TPU topology, asked of the TPU's own compiler.
+"""Plans: the memory and a lower bound of the time of a training step on a TPU topology.
 
-The step is the one that training makes: the same program, shardings and kernels. How fast it can
-be at most follows from what it does (`program`) and what the chips can do (`chips`): the slowest of
-matrix products, main memory, links and network, as if each ran beside the others all the time.
+The training step itself is compiled with the TPU compiler: the same program, shardings and kernels.
+The bound follows from the cost of the program (`program`) and the speed of the chips (`chips`). It
+is the longest of the times for matrix products, main memory, links between chips and the network
+between slices, as if all four overlapped perfectly.
 """
 
 from __future__ import annotations
@@ -30,40 +31,42 @@ from grit_jax.training.flops import peak_flops, useful_flops
 from grit_jax.training.loop import batch_rows, causal_streams, count_tokens
 from grit_jax.training.train_step import Trainer
 
-# The longest text of a run, in parts of the longest row that is allowed.
+# Assumed length of a run's longest text, as a fraction of the maximum row length.
 LONGEST_TEXT = 0.8
-# What the compiler says of a program that does not fit.
+# The compiler's message about a program that does not fit in memory.
 TOO_LARGE = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step on a topology; bytes and operations are those of one chip, but for `flops_per_step`.
+    """The memory and the speed of a training step on a topology.
+
+    If the step does not fit, every field from `flops_per_step` on is 0 or empty.
 
     Attributes:
-      topology: its name.
-      num_chips: in all slices.
-      mesh: sizes of its axes.
+      topology: the number of slices and the topology of a slice.
+      num_chips: the number of chips in all slices.
+      mesh: the size of each mesh axis.
       remat: `config.model.remat`.
       grad_cache_chunks: `config.grad_cache_chunks`.
-      rows: number and length of each stream's rows.
-      tokens_per_step: real tokens.
-      fits: whether the compiler finds room for it.
-      hbm_bytes_per_chip: main memory that it takes.
-      hbm_limit_bytes_per_chip: main memory that there is.
-      parameter_bytes_per_chip: of that, parameters.
-      optimizer_bytes_per_chip: of that, the optimizer's state.
-      compile_seconds: what compiling took here.
-      flops_per_step: operations of all chips; 0 where the step does not fit, as what follows.
+      rows: the number and length of each stream's rows.
+      tokens_per_step: tokens in a step, without padding.
+      fits: whether the step fits in the chips' main memory.
+      hbm_bytes_per_chip: main memory that the step needs.
+      hbm_limit_bytes_per_chip: main memory of a chip.
+      parameter_bytes_per_chip: the parameters' share of `hbm_bytes_per_chip`.
+      optimizer_bytes_per_chip: the optimizer state's share of `hbm_bytes_per_chip`.
+      compile_seconds: how long the compilation took on this machine.
+      flops_per_step: operations of all chips.
       hbm_traffic_bytes_per_chip: bytes read from and written to main memory.
-      ici_seconds: what each chip's links are in use for.
-      dcn_seconds: what the network between slices is in use for.
-      compute_seconds: what the matrix products take at the chip's peak.
-      hbm_seconds: what the traffic takes.
-      step_seconds_bound: the largest of the four.
-      mfu_bound: useful operations a second, by the rule of `flops`, in parts of the peak.
-      collectives: kind, bytes, devices and how often, the costliest first.
+      compute_seconds: time of the matrix products at peak speed.
+      hbm_seconds: time of the memory traffic.
+      ici_seconds: time that each chip's links to its neighbors are busy.
+      dcn_seconds: time that the network between slices is busy.
+      step_seconds_bound: the longest of the four times.
+      mfu_bound: model FLOPs utilization at that bound (`training.flops` defines useful operations).
+      collectives: the kind, bytes, devices, count and times of each collective, the slowest first.
     """
 
     topology: str
@@ -91,18 +94,18 @@ class Plan:
 
 
 def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Plan:
-    """Compiles the step of a configuration for a topology and returns what it takes.
+    """Compiles the training step of a configuration for a topology.
 
-    Of the weights that a run starts from, the sizes are read, and nothing else.
+    Of the weights that a run starts from, only the sizes are read.
 
     Args:
       config: the configuration.
       topology: the chips.
-      tokens: of a text on average, by stream ("query", "passage", "chat").
+      tokens: the average tokens of a text of each stream ("query", "passage", "chat").
 
     Raises:
-      ConfigError, MeshError: the configuration does not fit the chips; the message names the field.
-      BucketError: the weights are in a bucket that cannot be used.
+      ConfigError, MeshError: the configuration does not fit the topology.
+      BucketError: the weights are in a bucket that cannot be read.
     """
     trainer = make_trainer(config, open_pretrained(config), topology.devices)
     batch = typical_batch(config, trainer, tokens)
@@ -125,22 +128,27 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
     }
     if compiled is None:
         return Plan(fits=False, **common)
-    work = program_cost(compiled.as_text(), len(topology.devices), _rows_used(trainer))
+    cost = program_cost(compiled.as_text(), len(topology.devices), _expert_occupancy(trainer))
     useful = useful_flops(trainer.model_config, batch, causal_streams(trainer.loss, batch))
     fits = used <= topology.chip.hbm_bytes
-    return Plan(fits=fits, **common, **_speed(work, useful, topology, trainer))
+    return Plan(fits=fits, **common, **_speed(cost, useful, topology, trainer))
 
 
 def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterator[Plan]:
-    """Yields the plans of other meshes, remat policies and numbers of GradCache's chunks.
+    """Tries meshes, remat policies and numbers of GradCache chunks, and yields their plans.
 
-    For each mesh and policy, the fewest chunks that fit are sought, among powers of two.
+    For each mesh and policy, the number of chunks is doubled from 1 until the step fits.
+
+    Args:
+      config: the configuration; its mesh, remat policy and chunks are replaced.
+      topology: see `make_plan`.
+      tokens: see `make_plan`.
 
     Raises:
       ConfigError, BucketError: see `make_plan`.
-      MeshError: none of the meshes can be laid over the chips, or divides the model.
+      MeshError: no mesh fits both the topology and the model.
     """
-    problem, is_tried = None, False
+    mesh_error, found_mesh = None, False
     for tensor in (1, 2, 4):
         for remat in ("save_matmuls", "full"):
             chunks = 1
@@ -150,32 +158,37 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
                 tried.model.remat, tried.grad_cache_chunks = remat, chunks
                 try:
                     plan = make_plan(tried, topology, tokens)
-                except MeshError as error:  # One that does not divide the model.
-                    problem = problem or error
+                except MeshError as error:  # This mesh does not divide the model.
+                    mesh_error = mesh_error or error
                     break
-                is_tried = True
+                found_mesh = True
                 yield plan
-                if plan.fits or _state_alone_is_too_large(plan):
+                if plan.fits or _state_is_too_large(plan):
                     break
                 chunks *= 2
-    if problem is not None and not is_tried:
-        raise problem
+    if mesh_error is not None and not found_mesh:
+        raise mesh_error
 
 
 def fastest(plans: list[Plan]) -> Plan | None:
-    """Returns the plan that fits and is bound to be the fastest, None if none fits."""
+    """Returns the plan with the lowest bound among those that fit, or None."""
     fitting = [plan for plan in plans if plan.fits]
     return min(fitting, key=lambda plan: plan.step_seconds_bound, default=None)
 
 
 def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> Batch:
-    """Returns a batch in the rows that a run would choose for it.
+    """Returns a batch of made-up texts, packed as a run would pack it.
 
-    Its texts have between half of the average length and half as much again. The longest of the
-    run are longer: rows have room for them.
+    The lengths of the texts are spread evenly between 0.5 and 1.5 times the average. Rows are long
+    enough for the longest text of a run, which is assumed to be longer than those of the batch.
+
+    Args:
+      config: the configuration.
+      trainer: its trainer.
+      tokens: see `make_plan`.
 
     Raises:
-      ConfigError: a text of that length does not fit a row.
+      ConfigError: the longest text does not fit in a row.
     """
     data = config.data
     counts = {
@@ -190,28 +203,30 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
         lengths = np.rint(np.linspace(mean / 2, 3 * mean / 2, counts[stream])).astype(int)
         if lengths[-1] > longest:
             raise ConfigError(
-                f"config.data.{stream}_row_length={longest} is below the {lengths[-1]} tokens of "
-                f"the longest {stream}, where they have {mean} on average"
+                f"config.data.{stream}_row_length={longest} is below {lengths[-1]}, the longest "
+                f"{stream} for an average of {mean} tokens: raise it, or lower --{stream}-tokens"
             )
-        longest_of_run = max(int(lengths[-1]), int(longest * LONGEST_TEXT))
-        rows = best_rows([lengths], limits.lengths(stream, longest_of_run), limits)
-        places = fit_rows(lengths, rows.count, rows.length)
-        assert places is not None, "the rows were chosen for these texts"
-        made = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in lengths]
-        return pack(made, places, rows.count, rows.length)
+        longest_in_run = max(int(lengths[-1]), int(longest * LONGEST_TEXT))
+        rows = best_rows([lengths], limits.lengths(stream, longest_in_run), limits)
+        assignment = fit_rows(lengths, rows.count, rows.length)
+        assert assignment is not None, "the rows were chosen for these texts"
+        made_up = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in lengths]
+        return pack(made_up, assignment, rows.count, rows.length)
 
     parts = {}
     if config.mode in ("unified", "embedding"):
         positives = np.arange(0, counts["passage"], data.group_size, dtype=np.int32)
-        contents = np.arange(counts["passage"], dtype=np.int32)
-        parts["embedding"] = EmbeddingBatch(texts("query"), texts("passage"), positives, contents)
+        passage_ids = np.arange(counts["passage"], dtype=np.int32)
+        parts["embedding"] = EmbeddingBatch(
+            texts("query"), texts("passage"), positives, passage_ids
+        )
     if config.mode in ("unified", "generative"):
         parts["generative"] = ChatBatch(texts("chat"))
     return Batch(parts)
 
 
 def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:
-    """Returns the compiled step, None if it does not fit, and the main memory that it takes."""
+    """Returns the compiled step, or None if it does not fit, and the main memory it needs."""
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
     with jax.set_mesh(trainer.mesh):
         try:
@@ -221,9 +236,9 @@ def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not (said := TOO_LARGE.search(str(error))):
+            if not (too_large := TOO_LARGE.search(str(error))):
                 raise
-            return None, float(said.group(1)) * UNITS[said.group(2)]
+            return None, float(too_large.group(1)) * UNITS[too_large.group(2)]
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -239,38 +254,39 @@ def _bytes_per_chip(state: Any) -> float:
     )
 
 
-def _rows_used(trainer: Trainer) -> float:
-    """Returns the part of the room for rows at the experts that is used where all are chosen alike.
+def _expert_occupancy(trainer: Trainer) -> float:
+    """Returns the fraction of the rows at each expert that hold a token, for a balanced router.
 
-    There is room for all choices of all devices along the axis of the experts.
+    Every device has as many rows as it would receive if all tokens chose its experts.
     """
-    model, ways = trainer.model_config, trainer.mesh.shape["expert"]
-    if not model.has_experts or ways == 1:
+    model, expert_devices = trainer.model_config, trainer.mesh.shape["expert"]
+    if not model.has_experts or expert_devices == 1:
         return 1.0
     chosen = model.num_experts_per_tok
-    return chosen / (ways * min(chosen, model.num_local_experts // ways))
+    return chosen / (expert_devices * min(chosen, model.num_local_experts // expert_devices))
 
 
-def _state_alone_is_too_large(plan: Plan) -> bool:
-    """Returns whether no number of chunks makes it fit."""
+def _state_is_too_large(plan: Plan) -> bool:
+    """Returns whether the step does not fit with any number of chunks."""
     state = plan.parameter_bytes_per_chip + plan.optimizer_bytes_per_chip
     return state > plan.hbm_limit_bytes_per_chip
 
 
 def _speed(
-    work: ProgramCost, useful: float, topology: Topology, trainer: Trainer
+    cost: ProgramCost, useful: float, topology: Topology, trainer: Trainer
 ) -> dict[str, Any]:
+    """Returns the fields of `Plan` that a step that does not fit lacks."""
     chip, num_chips = topology.chip, len(topology.devices)
     peak = peak_flops(topology.devices)
-    assert peak is not None, "the peak of every chip that can be planned for is known"
+    assert peak is not None, "every chip in CHIPS has a known peak"
     devices = list(trainer.mesh.devices.flat)
     times: list[tuple[float, float, Collective, int]] = []
-    for collective, count in work.collectives.items():
-        links, network = _seconds(collective, devices, topology)
+    for collective, count in cost.collectives.items():
+        links, network = _collective_seconds(collective, devices, topology)
         times.append((count * links, count * network, collective, count))
     seconds = {
-        "compute_seconds": work.flops * num_chips / peak,
-        "hbm_seconds": work.hbm_bytes / chip.hbm_bandwidth,
+        "compute_seconds": cost.flops * num_chips / peak,
+        "hbm_seconds": cost.hbm_bytes / chip.hbm_bandwidth,
         "ici_seconds": sum(links for links, *_ in times),
         "dcn_seconds": sum(network for _, network, *_ in times),
     }
@@ -278,8 +294,8 @@ def _speed(
     times.sort(key=lambda each: -each[0] - each[1])
     return {
         **seconds,
-        "flops_per_step": work.flops * num_chips,
-        "hbm_traffic_bytes_per_chip": work.hbm_bytes,
+        "flops_per_step": cost.flops * num_chips,
+        "hbm_traffic_bytes_per_chip": cost.hbm_bytes,
         "step_seconds_bound": bound,
         "mfu_bound": useful / (bound * peak),
         "collectives": [
@@ -296,10 +312,12 @@ def _speed(
     }
 
 
-def _seconds(collective: Collective, devices: list[Any], topology: Topology) -> tuple[float, float]:
-    """Returns for how long a collective keeps each chip's links, and the network, at least.
+def _collective_seconds(
+    collective: Collective, devices: list[Any], topology: Topology
+) -> tuple[float, float]:
+    """Returns the minimum times that a collective keeps each chip's links and the network busy.
 
-    Chips of a slice send along all dimensions that their group spans, both ways.
+    Chips of a slice send in both directions of every dimension that their group spans.
     """
     chip = topology.chip
     if collective.kind == "send":
@@ -307,6 +325,6 @@ def _seconds(collective: Collective, devices: list[Any], topology: Topology) -> 
     if collective.kind == "collective-permute":
         return collective.num_bytes / chip.link_bandwidth, 0.0
     group = [devices[number] for number in collective.group]
-    there_and_back = 2 if collective.kind == "all-reduce" else 1
-    moved = there_and_back * collective.num_bytes * (1 - 1 / len(group))
-    return moved / (2 * chip.link_bandwidth * max(dimensions_spanned(group), 1)), 0.0
+    num_passes = 2 if collective.kind == "all-reduce" else 1  # Reduce-scatter, then all-gather.
+    sent_bytes = num_passes * collective.num_bytes * (1 - 1 / len(group))
+    return sent_bytes / (2 * chip.link_bandwidth * max(dimensions_spanned(group), 1)), 0.0

@@ -1,4 +1,4 @@
-"""A plan as people and as programs read it."""
+"""Prints a plan as tables, and writes it as JSON."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ from rich.table import Table
 
 from grit_jax.planning.plan import GIB, Plan
 
-# Collectives that the table shows.
-MOST_SHOWN = 8
+# Collectives that the table lists.
+MAX_COLLECTIVES = 8
 
 
 def as_json(plan: Plan) -> str:
@@ -17,8 +17,8 @@ def as_json(plan: Plan) -> str:
     return json.dumps(dataclasses.asdict(plan), indent=1)
 
 
-def show_tried(plan: Plan) -> None:
-    """Prints a plan in one line."""
+def show_line(plan: Plan) -> None:
+    """Prints a plan of `search` in one line."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
     head = f"{mesh}  remat={plan.remat}  chunks={plan.grad_cache_chunks}"
     print(f"{head:50} {_fit(plan)}" + (f"  {_speed(plan)}" if plan.fits else ""), flush=True)
@@ -27,41 +27,41 @@ def show_tried(plan: Plan) -> None:
 def show_plan(plan: Plan) -> None:
     """Prints a plan as tables."""
     console = Console()
-    table = Table(title=f"a step on {plan.topology}", show_header=False)
+    table = Table(title=f"training step on {plan.topology}", show_header=False)
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     rows = ", ".join(f"{stream} {shape}" for stream, shape in plan.rows.items())
     table.add_row("mesh", mesh)
     table.add_row("rows", f"{rows}: {plan.tokens_per_step:,} tokens")
     table.add_row("remat, chunks", f"{plan.remat}, {plan.grad_cache_chunks}")
-    table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
-    table.add_row("memory of a chip", _fit(plan))
+    table.add_row("compile time", f"{plan.compile_seconds:.0f} s")
+    table.add_row("memory per chip", _fit(plan))
     table.add_row("  parameters", _gib(plan.parameter_bytes_per_chip))
     table.add_row("  optimizer", _gib(plan.optimizer_bytes_per_chip))
     rest = plan.hbm_bytes_per_chip - plan.parameter_bytes_per_chip - plan.optimizer_bytes_per_chip
-    table.add_row("  activations and the rest", _gib(rest))
+    table.add_row("  activations and other", _gib(rest))
     if plan.fits:
-        table.add_row("matrix products", f"{plan.compute_seconds:.3f} s at the peak")
-        table.add_row("main memory", f"{plan.hbm_seconds:.3f} s")
-        table.add_row("links between chips", f"{plan.ici_seconds:.3f} s")
-        table.add_row("network between slices", f"{plan.dcn_seconds:.3f} s")
-        table.add_row("so at best", _speed(plan))
+        table.add_row("matrix products", f"{plan.compute_seconds:.3f} s at peak speed")
+        table.add_row("main memory (HBM)", f"{plan.hbm_seconds:.3f} s")
+        table.add_row("links between chips (ICI)", f"{plan.ici_seconds:.3f} s")
+        table.add_row("network between slices (DCN)", f"{plan.dcn_seconds:.3f} s")
+        table.add_row("at best", _speed(plan))
     console.print(table)
     if plan.collectives:
         console.print(_collectives(plan))
 
 
 def _collectives(plan: Plan) -> Table:
-    table = Table(title="what chips exchange in a step, the costliest first")
+    table = Table(title="communication of a step, the slowest first")
     for column in ("kind", "MB", "chips", "times", "links s", "network s"):
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for one in plan.collectives[:MOST_SHOWN]:
+    for collective in plan.collectives[:MAX_COLLECTIVES]:
         table.add_row(
-            one["kind"],
-            f"{one['bytes'] / 1e6:,.1f}",
-            str(one["devices"]),
-            str(one["times"]),
-            f"{one['ici_seconds']:.4f}",
-            f"{one['dcn_seconds']:.4f}",
+            collective["kind"],
+            f"{collective['bytes'] / 1e6:,.1f}",
+            str(collective["devices"]),
+            str(collective["times"]),
+            f"{collective['ici_seconds']:.4f}",
+            f"{collective['dcn_seconds']:.4f}",
         )
     return table
 

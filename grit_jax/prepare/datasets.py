@@ -20,7 +20,7 @@ from grit_jax.text.kinds import TEXT_KINDS
 
 # How often a dataset is drawn from: a number, or a function of the dataset, called once all
 # datasets are prepared.
-Rate = float | Callable[[Any], float]
+Rate = int | float | Callable[[Any], float]
 
 # Published collections by name, with the function that changes each of their lines.
 COLLECTIONS: dict[str, Preprocess | None] = {"medi2": None, "e5": None, "tulu2": tulu2}
@@ -41,7 +41,7 @@ class Mixture:
     name: str
     rates: Mapping[Dataset, Rate]
 
-    def rate(self, dataset: Dataset) -> float:
+    def rate(self, dataset: Dataset) -> int | float:
         """Returns the rate of a dataset as a number."""
         rate = self.rates[dataset]
         return rate(dataset) if callable(rate) else rate

@@ -123,7 +123,7 @@ def _by_stream(
     }
 
 
-def _summary(values: Int[np.ndarray, " texts"]) -> dict[str, float]:
+def _summary(values: Int[np.ndarray, " texts"]) -> dict[str, int | float]:
     return {"texts": len(values), "mean": round(float(values.mean()), 2), "sum": int(values.sum())}
 
 

@@ -1,10 +1,9 @@
-"""A small sample of real text for both streams, ready to train and to test on.
+"""The embedded sample: a little real text of both kinds, for demos and tests.
 
-``train/`` and ``held_out/`` each hold two embedding files (``wordnet_senses.jsonl.gz`` and
-``jargon_entries.jsonl.gz``) and two chat files (``wordnet_chat.jsonl.gz`` and
-``jargon_chat.jsonl.gz``). Lines are sorted by word, which keeps the files small, so shuffle the
-training lines before batching them. ``LICENSES.md`` says where the text comes from, and
-``python -m tools.sample.build`` makes the files again.
+`train/` and `held_out/` each hold two files of embedding examples (`wordnet_senses.jsonl.gz`,
+`jargon_entries.jsonl.gz`) and two of chats (`wordnet_chat.jsonl.gz`, `jargon_chat.jsonl.gz`). Lines
+are sorted by word, which keeps the files small. `LICENSES.md` names the sources of the text, and
+`python -m tools.sample.build` builds the files.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@ import abc
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Any
 
 from jaxtyping import Bool, Int
 import msgpack
@@ -48,7 +48,7 @@ class Example(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> "Example":
         """Returns the example of these `texts` and `fields`."""
 
     @property
@@ -73,7 +73,7 @@ class Example(abc.ABC):
         return msgpack.Packer().pack(record | self.fields)
 
     @classmethod
-    def from_bytes(cls, record_bytes: bytes) -> Self:
+    def from_bytes(cls, record_bytes: bytes) -> "Example":
         """Returns the example of a record made by `to_bytes`."""
         record = msgpack.unpackb(record_bytes)
         lengths = record["lengths"]
@@ -99,7 +99,7 @@ class EmbeddingExample(Example):
         return [self.query, *self.positives, *self.negatives]
 
     @classmethod
-    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> "EmbeddingExample":
         """Returns the example of a query, `fields["num_positives"]` positives, and negatives."""
         first_negative = 1 + fields["num_positives"]
         return cls(texts[0], texts[1:first_negative], texts[first_negative:])
@@ -127,7 +127,7 @@ class ChatExample(Example):
         return [self.chat]
 
     @classmethod
-    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> "ChatExample":
         """Returns the example of one text."""
         del fields
         return cls(texts[0])

@@ -1,4 +1,4 @@
-"""Text to token ids as a `tokenizer.json` of Hugging Face's says."""
+"""Tokenizer of a Hugging Face `tokenizer.json`."""
 
 from collections.abc import Iterator
 import json
@@ -9,7 +9,7 @@ from jaxtyping import Int
 import numpy as np
 import tokenizers
 
-# Which token begins and ends a text stands beside tokenizer.json, by its content or by its id.
+# Files next to tokenizer.json that name the begin and end token, by content or by id.
 BY_CONTENT, BY_ID = ("tokenizer_config.json", "special_tokens_map.json"), "config.json"
 
 
@@ -17,34 +17,34 @@ class HuggingFaceTokenizer:
     """A tokenizer of the package `tokenizers`.
 
     Args:
-      path: of a `tokenizer.json`.
+      path: path of a `tokenizer.json`.
 
     Raises:
-      ValueError: it is none, or nothing beside it says which tokens begin and end a text.
+      ValueError: the file is not a tokenizer, or no file next to it names its begin or end token.
     """
 
     def __init__(self, path: Path):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # The package raises no other kind.
-            raise ValueError(f"it is no tokenizer.json: {error}") from None
-        # Special tokens go in as ids. In a text, "</s>" is four characters.
+        except Exception as error:  # `tokenizers` raises plain Exceptions.
+            raise ValueError(f"not a valid tokenizer.json: {error}") from None
+        # Special tokens are added as ids. In a text, "</s>" is four characters.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self._begin = self._special_token(path.parent, "bos_token", "begins")
-        self._end = self._special_token(path.parent, "eos_token", "ends")
+        self._begin = self._special_token(path.parent, "bos_token")
+        self._end = self._special_token(path.parent, "eos_token")
         self.bos_id: int = vocabulary[self._begin]
         self.eos_id: int = vocabulary[self._end]
 
     def special_tokens(self) -> dict[str, str]:
-        """Returns what begins and ends a text, by the names that transformers has for it."""
+        """Returns the begin and end token by their names in transformers."""
         return {"bos_token": self._begin, "eos_token": self._end}
 
     def exported(self) -> bytes:
-        """Returns the content of a tokenizer.json that puts the begin before each text."""
+        """Returns the content of a tokenizer.json that prepends the begin token to each text."""
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         begin = self._begin
         copy.post_processor = tokenizers.processors.TemplateProcessing(
@@ -55,11 +55,11 @@ class HuggingFaceTokenizer:
         return copy.to_str(pretty=True).encode()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without those of its begin and end."""
+        """Returns the ids of `text`, without begin and end token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`; special ids leave no trace."""
+        """Returns the text of `ids`, skipping special ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
@@ -70,19 +70,17 @@ class HuggingFaceTokenizer:
         self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
     ) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `prefix + text`."""
-        del prefix_ids  # They may not be the first of them.
+        del prefix_ids  # A token may span the boundary.
         return self.ids(prefix + text)
 
-    def _special_token(self, folder: Path, name: str, verb: str) -> str:
+    def _special_token(self, folder: Path, name: str) -> str:
         for token in self._named_tokens(folder, name):
             if token is not None and self._tokenizer.token_to_id(token) is not None:
                 return token
-        raise ValueError(
-            f"nothing says which token {verb} a text: put {name!r} into {folder / BY_CONTENT[0]}"
-        )
+        raise ValueError(f"its {name} is unknown: set {name!r} in {folder / BY_CONTENT[0]}")
 
     def _named_tokens(self, folder: Path, name: str) -> Iterator[str | None]:
-        """Yields the tokens that the files beside the tokenizer name, None where one names none."""
+        """Yields the token that each file next to the tokenizer names, or None."""
         for file in BY_CONTENT:
             token = _read_json(folder / file).get(name)
             yield token.get("content") if isinstance(token, dict) else token

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
-from typing import Any, BinaryIO, Self
+from typing import Any
 import zlib
 
 from etils import epath
@@ -76,7 +77,7 @@ def read_blocks(path: epath.PathLike, block_bytes: int) -> Iterator[Block]:
 
 
 def split_blocks(
-    stream: BinaryIO, block_bytes: int, position: Callable[[], int] = lambda: 0
+    stream: io.IOBase, block_bytes: int, position: Callable[[], int] = lambda: 0
 ) -> Iterator[Block]:
     """Yields a stream in blocks of whole lines.
 
@@ -162,7 +163,7 @@ class JsonlFiles:
         preprocess: Preprocess | None = None,
         held_out: float = 0.0,
         seed: int = 0,
-    ) -> Self:
+    ) -> "JsonlFiles":
         """Returns the JSONL files in files and folders.
 
         Args:
@@ -229,7 +230,7 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def kind_of_files(files: Iterable[epath.Path], preprocess: Preprocess | None) -> str:
+def kind_of_files(files: Iterable[epath.PathLike], preprocess: Preprocess | None) -> str:
     """Returns the name of the kind of the first example in these files.
 
     Raises:

@@ -1,4 +1,8 @@
-"""Text to token ids with SentencePiece, the reference for Mistral's tokenizer."""
+"""Tokenizer of a SentencePiece model, such as Mistral's.
+
+If no piece spans a word boundary, a text is encoded word by word with a cache of the words' ids,
+which gives the same ids as encoding it whole and is faster on text with repeated words.
+"""
 
 from collections.abc import Callable
 import functools
@@ -8,25 +12,25 @@ from jaxtyping import Int
 import numpy as np
 import sentencepiece
 
-# How SentencePiece writes a space.
+# The character for a space in SentencePiece.
 SPACE = "\u2581"
-# Spaces, and the word that they stand before.
+# A word with the spaces before it.
 WORDS = re.compile(" *[^ ]+| +")
-# Texts in which a tokenizer shows whether it takes words one by one.
+# Texts that test whether a model can be applied word by word.
 SPACED = ("a b", " a", "a ", "a  b", "\na\n b \n\n", "a\tb\r\nc", "", " ", "\n", "日本 🙂\nü")
 
 
-class _Cache(dict):
-    """The ids of words as bytes, made when they are first asked for."""
+class _WordCache(dict):
+    """The ids of words as bytes, computed on first use."""
 
     MAX_WORDS, MAX_LENGTH = 250_000, 32
 
-    def __init__(self, make: Callable[[str], bytes]):
+    def __init__(self, encode: Callable[[str], bytes]):
         super().__init__()
-        self._make = make
+        self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = self._make(word)
+        ids = self._encode(word)
         if len(word) <= self.MAX_LENGTH:
             if len(self) >= self.MAX_WORDS:
                 self.clear()
@@ -42,45 +46,45 @@ class SentencePieceTokenizer:
     """A SentencePiece model.
 
     Args:
-      model: the content of its file.
+      model: content of the model file.
 
     Raises:
-      ValueError: it is none, or has no token that begins or ends a text.
+      ValueError: the model is invalid, or has no begin or end token.
     """
 
     def __init__(self, model: bytes):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise ValueError("it is no SentencePiece model") from None
+            raise ValueError("not a SentencePiece model") from None
         self._model = model
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        for token, verb in ((self.bos_id, "begins"), (self.eos_id, "ends")):
-            if token < 0:  # T5's has nothing that begins a text.
-                raise ValueError(f"it has no token that {verb} a text: take another tokenizer")
+        for token, name in ((self.bos_id, "begin"), (self.eos_id, "end")):
+            if token < 0:  # T5 has no begin token.
+                raise ValueError(f"it has no {name} token: use another tokenizer")
 
     def special_tokens(self) -> dict[str, str]:
-        """Returns what begins and ends a text and stands for the unknown, as transformers says."""
+        """Returns the begin, end and unknown token by their names in transformers."""
         ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
         return {f"{name}_token": self._processor.id_to_piece(i) for name, i in ids.items()}
 
     def exported(self) -> bytes:
-        """Returns the model, with which transformers puts `<s>` before each text by itself."""
+        """Returns the model file, with which transformers prepends `<s>` to each text."""
         return self._model
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without `<s>` and `</s>`."""
+        """Returns the ids of `text`, without begin and end token."""
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`; special and unknown ids leave no trace."""
+        """Returns the text of `ids`, skipping special and unknown ids."""
         return self._processor.decode([number for number in ids if number < self.vocab_size])
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
-        """Returns the ids of `encode`, sooner: most words have been seen before."""
-        if not self._words_stand_apart:
+        """Returns the ids of `encode` as an array."""
+        if not self._is_word_by_word:
             return np.array(self.encode(text), np.int32)
         if not text:
             return np.zeros(0, np.int32)
@@ -91,51 +95,51 @@ class SentencePieceTokenizer:
     def ids_after(
         self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
     ) -> Int[np.ndarray, " tokens"]:
-        """Returns the ids of `prefix + text`, given those of `prefix`."""
-        if not self._words_stand_apart or not prefix.endswith("\n"):
+        """Returns the ids of `prefix + text`, given the ids of `prefix`."""
+        if not self._is_word_by_word or not prefix.endswith("\n"):
             return self.ids(prefix + text)
         lines = self._line_break.join(map(self._line, text.split("\n")))
         return np.concatenate([prefix_ids, np.frombuffer(lines, np.int32)])
 
     def _first_line(self, line: str) -> bytes:
-        """Returns the ids of a text's first line, before which SentencePiece puts a space."""
+        """Returns the ids of a text's first line; SentencePiece inserts a space before it."""
         if SPACE in line:
             return _to_bytes(self.encode(line))
         return self._words(f" {line}")
 
     def _line(self, line: str) -> bytes:
-        """Returns the ids of a line that is not the first."""
+        """Returns the ids of a line after a line break."""
         end = line.find(" ")
         if end < 0 or SPACE in line:
             return self._first_word_ids[line]
         return self._first_word_ids[line[:end]] + self._words(line[end:])
 
     def _words(self, words: str) -> bytes:
-        """Returns the ids of words, each with one or more spaces before it."""
+        """Returns the ids of words, each after one or more spaces."""
         if "  " in words:
             return b"".join(self._word_ids[word[1:]] for word in WORDS.findall(words))
         return b"".join(map(self._word_ids.__getitem__, words[1:].split(" ")))
 
     @functools.cached_property
-    def _word_ids(self) -> "_Cache":
+    def _word_ids(self) -> _WordCache:
         space = _to_bytes([self._processor.piece_to_id(SPACE)])
-        return _Cache(lambda word: _to_bytes(self.encode(word)) if word else space)
+        return _WordCache(lambda word: _to_bytes(self.encode(word)) if word else space)
 
     @functools.cached_property
-    def _first_word_ids(self) -> "_Cache":
-        before = len(self.encode("\n"))
-        return _Cache(lambda word: _to_bytes(self.encode(f"\n{word}")[before:]))
+    def _first_word_ids(self) -> _WordCache:
+        num_before = len(self.encode("\n"))
+        return _WordCache(lambda word: _to_bytes(self.encode(f"\n{word}")[num_before:]))
 
     @functools.cached_property
     def _line_break(self) -> bytes:
         return _to_bytes(self.encode("a\n")[len(self.encode("a")) :])
 
     @functools.cached_property
-    def _words_stand_apart(self) -> bool:
-        """Whether a text's ids are those of its words: no piece goes beyond a word or a line."""
+    def _is_word_by_word(self) -> bool:
+        """Whether the ids of a text are those of its words, one after the other."""
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
         if any("\n" in piece or SPACE in piece.lstrip(SPACE) for piece in pieces):
             return False
-        # Some tokenizers also change or drop spaces and line breaks.
-        self.__dict__["_words_stand_apart"] = True
+        # Some models also change or drop spaces and line breaks.
+        self.__dict__["_is_word_by_word"] = True
         return all(self.ids(text).tolist() == self.encode(text) for text in SPACED)

@@ -1,4 +1,4 @@
-"""What makes token ids of text: a SentencePiece model, or a `tokenizer.json` of Hugging Face's."""
+"""Tokenizers: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
 
 from collections.abc import Mapping
 import hashlib
@@ -19,17 +19,18 @@ SENTENCEPIECE, HUGGING_FACE = "tokenizer.model", "tokenizer.json"
 
 
 class TokenizerError(ValueError):
-    """A file is no tokenizer, or does not say what must be known; the message names it."""
+    """A file is not a usable tokenizer; the message names the file and the reason."""
 
 
 def tokenizer_path(name: str) -> Path:
-    """Returns the file of the tokenizer called `name`: a path, or "mistral".
+    """Returns the file of a tokenizer.
 
-    "mistral" is the tokenizer of Mistral 7B and Mixtral 8x7B as the package `mistral-common` brings
-    it (32,000 pieces, Apache-2.0).
+    Args:
+      name: the path of the file, or "mistral" for the tokenizer of Mistral 7B and Mixtral 8x7B in
+        the package `mistral-common` (32,000 pieces, Apache-2.0).
 
     Raises:
-      FileNotFoundError: there is no such file, or the package is not installed.
+      FileNotFoundError: the file does not exist, or the package is not installed.
     """
     if name != MISTRAL:
         path = Path(name)
@@ -43,7 +44,7 @@ def tokenizer_path(name: str) -> Path:
     package = importlib.util.find_spec("mistral_common")
     if package is None or not package.submodule_search_locations:
         raise FileNotFoundError(
-            f"tokenizer {MISTRAL!r} comes with the package mistral-common: "
+            f"tokenizer {MISTRAL!r} needs the package mistral-common: "
             "pip install 'grit-jax[prepare]', or give the path of a tokenizer.model or "
             "tokenizer.json"
         )
@@ -51,33 +52,33 @@ def tokenizer_path(name: str) -> Path:
 
 
 def tokenizer_in(folder: Path | epath.Path) -> Path | epath.Path | None:
-    """Returns the path of a folder's tokenizer, None without one; SentencePiece's comes first."""
+    """Returns the tokenizer file in a folder, preferring SentencePiece, or None."""
     paths = (folder / name for name in (SENTENCEPIECE, HUGGING_FACE))
     return next((path for path in paths if path.is_file()), None)
 
 
 class Tokenizer:
-    """Makes token ids of text, and text of token ids.
+    """Converts text to token ids and back.
 
-    A text never yields the ids of special tokens, whatever is written in it.
+    Text never becomes special tokens: "</s>" in a text is encoded as four characters.
 
     Args:
-      name: "mistral", or the path of a SentencePiece model or of a `tokenizer.json`. What begins
-        and ends a text is said by the files beside the latter: `tokenizer_config.json`, or else
-        `special_tokens_map.json` or `config.json`.
+      name: "mistral", or the path of a SentencePiece model or of a `tokenizer.json`. For the
+        latter, the begin and end tokens are those in `tokenizer_config.json`,
+        `special_tokens_map.json` or `config.json` in the same folder.
 
     Attributes:
       vocab_size: number of ids.
-      bos_id: of the token that begins a text, `<s>` in the formats of GRIT.
-      eos_id: of the token that ends one, `</s>`.
-      special_tokens: these tokens, and what stands for the unknown if there is one, by the names
-        that transformers has for them.
+      bos_id: id of the token that begins a text (`<s>`).
+      eos_id: id of the token that ends a text (`</s>`).
+      special_tokens: these tokens, and the unknown token if there is one, by their names in
+        transformers ("bos_token", ...).
       file_name: "tokenizer.model" or "tokenizer.json".
-      fingerprint: the SHA-256 of the file; of a `tokenizer.json` together with those two ids.
+      fingerprint: SHA-256 of the file; for a `tokenizer.json`, also of the begin and end ids.
 
     Raises:
       FileNotFoundError: see `tokenizer_path`.
-      TokenizerError: the file is no tokenizer, or nothing says what begins and ends a text.
+      TokenizerError: the file is not a tokenizer, or its begin or end token is unknown.
     """
 
     def __init__(self, name: str = MISTRAL):
@@ -87,23 +88,23 @@ class Tokenizer:
         digest = hashlib.sha256(content)
         try:
             if path.suffix == ".json":
-                self._kind = HuggingFaceTokenizer(path)
-                digest.update(f"{self._kind.bos_id} {self._kind.eos_id}".encode())
+                self._backend = HuggingFaceTokenizer(path)
+                digest.update(f"{self._backend.bos_id} {self._backend.eos_id}".encode())
                 self.file_name = HUGGING_FACE
             else:
-                self._kind = SentencePieceTokenizer(content)
+                self._backend = SentencePieceTokenizer(content)
                 self.file_name = SENTENCEPIECE
         except ValueError as error:
             raise TokenizerError(f"tokenizer {path}: {error}") from None
-        self.vocab_size: int = self._kind.vocab_size
-        self.bos_id: int = self._kind.bos_id
-        self.eos_id: int = self._kind.eos_id
-        self.special_tokens: dict[str, str] = self._kind.special_tokens()
+        self.vocab_size: int = self._backend.vocab_size
+        self.bos_id: int = self._backend.bos_id
+        self.eos_id: int = self._backend.eos_id
+        self.special_tokens: dict[str, str] = self._backend.special_tokens()
         self.fingerprint: str = digest.hexdigest()
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
-        """Returns the tokenizer of such files as the attribute `files` has."""
+        """Returns the tokenizer in files as returned by `files`."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
@@ -111,46 +112,44 @@ class Tokenizer:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Name and content of the files that it can be read from again."""
+        """Name and content of the files that define the tokenizer."""
         if self.file_name == SENTENCEPIECE:
             return {SENTENCEPIECE: self._content}
         special = json.dumps(self.special_tokens).encode()
         return {HUGGING_FACE: self._content, BY_CONTENT[0]: special}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without those of its begin and end."""
-        return self._kind.encode(text)
+        """Returns the ids of `text`, without begin and end token."""
+        return self._backend.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids`; special ids, and those it does not have, leave no trace.
+        """Returns the text of `ids`, skipping special and unknown ids.
 
         A model may have more ids than its tokenizer.
         """
-        return self._kind.decode(ids)
+        return self._backend.decode(ids)
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
-        """Returns the ids of `encode` as an array, maybe sooner."""
-        return self._kind.ids(text)
+        """Returns the ids of `encode` as an array. This is faster if words repeat."""
+        return self._backend.ids(text)
 
     def ids_after(
         self, prefix: str, prefix_ids: Int[np.ndarray, " prefix_tokens"], text: str
     ) -> tuple[Int[np.ndarray, " tokens"], int]:
-        """Returns the ids of `prefix + text`, and how many of them belong to the prefix alone.
+        """Returns the ids of `prefix + text`, and how many of them belong to the prefix.
 
-        The ids are those of the two strings in one, which a tokenizer may split elsewhere than
-        between them: ">\\n" and "\\nfoo" may become ">", "\\n\\n" and "foo". The prefix has those
-        before the first that is not its own, so that every token with a character of the text
-        belongs to the text.
+        A token may span the boundary: ">\\n" and "\\nfoo" may become ">", "\\n\\n" and "foo". Such
+        a token belongs to the text.
 
         Args:
-          prefix: what stands before the text.
-          prefix_ids: its ids, as of `ids`.
-          text: not empty.
+          prefix: the string before the text.
+          prefix_ids: the ids of `prefix`.
+          text: the text, not empty.
         """
-        ids = self._kind.ids_after(prefix, prefix_ids, text)
-        is_shared = ids[: len(prefix_ids)] == prefix_ids[: len(ids)]
-        return ids, len(is_shared) if is_shared.all() else int(np.argmin(is_shared))
+        ids = self._backend.ids_after(prefix, prefix_ids, text)
+        is_prefix = ids[: len(prefix_ids)] == prefix_ids[: len(ids)]
+        return ids, len(is_prefix) if is_prefix.all() else int(np.argmin(is_prefix))
 
     def exported(self) -> bytes:
-        """Returns the content of a file with which transformers puts the begin before each text."""
-        return self._kind.exported()
+        """Returns the file for transformers, which then prepends the begin token to each text."""
+        return self._backend.exported()

@@ -9,12 +9,12 @@ from typing import Any
 
 from etils import epath
 from flax import nnx
-from flax.traverse_util import flatten_dict
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from grit_jax.bucket import one_line
+from grit_jax.consistency import describe_differences
 from grit_jax.models import ModelConfig, config_to_hugging_face
 from grit_jax.objectives.embedding import GRIT_FIELD
 from grit_jax.training.checkpoint_recovery import forget_garbled_measures, is_damage, quarantine
@@ -271,16 +271,6 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.folder}; those already there are whole "
             f"(newest: step {self.latest_step}). {one_line(failure)}"
         )
-
-
-def describe_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Returns in words where two nested dictionaries differ; what is not there counts as None."""
-    there, here = (flatten_dict(dict(tree), sep=".") for tree in (theirs, ours))
-    return [
-        f"{key} was {there.get(key)!r} and is {here.get(key)!r}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
 
 
 def _sizes(model_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""Useful work of a step: what its texts need, whatever the program does.
+"""Useful operations of a training step: those that its texts need, however they are computed.
 
-The rule, so that numbers can be compared: a product of [m, k] and [k, n] is 2mkn operations; the
-backward pass is twice the forward pass; padding does not count, nor does what is computed a second
-time (rematerialisation, GradCache); a token attends to its own text only, causal attention to half
-of it; logits count where a token is to be learned; an expert counts for the tokens that chose it.
-Weights that are not trained have no gradient, so that their backward pass is one forward pass; the
-products of low-rank updates, a hundredth of the others, are left out.
+The rule, so that numbers can be compared:
+
+- A product of [m, k] and [k, n] is 2mkn operations. The backward pass is two forward passes.
+- Padding and recomputation (rematerialization, GradCache) do not count.
+- A token attends to its own text, and causally to half of it.
+- Logits count for targets only, and an expert for the tokens that chose it.
+- Frozen weights have no gradient: their backward pass is one forward pass. Low-rank updates, about
+  a hundredth of the total, do not count.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +19,7 @@ from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.data.kinds import BATCH_KINDS
 from grit_jax.models import ARCHITECTURES, ModelConfig
 
-# Dense bfloat16 operations a second and device, from the makers' data sheets.
+# Dense bfloat16 operations per second of a device, from the vendors' data sheets.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -33,7 +35,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """Returns the operations a second of all devices together, None if their kind is unknown."""
+    """Returns the peak operations per second of all devices, or None if their kind is unknown."""
     kind = devices[0].device_kind
     matching = [name for name in PEAK_FLOPS if kind.startswith(name)]
     if not matching:
@@ -42,34 +44,33 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def useful_flops(config: ModelConfig, batch: Batch, causal_streams: Collection[str]) -> float:
-    """Returns the operations that a training step on this batch needs.
+    """Returns the useful operations of a training step on this batch.
 
     Args:
       config: configuration of the model.
-      batch: the batch, on the host. With several hosts it has this host's rows; the rows of the
-        other hosts are assumed to be similar.
+      batch: this host's rows of the batch. The rows of other hosts are assumed to be like them.
       causal_streams: names of the streams with causal attention.
     """
     num_targets = sum(
-        int(np.count_nonzero(texts.mask) * _hosts(texts))
+        int(np.count_nonzero(texts.mask) * _num_hosts(texts))
         for kind, part in batch.parts.items()
         if BATCH_KINDS[kind].predicts_tokens
         for texts in part.streams.values()
     )
     flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
-    of_weights = 2.0 * num_targets * config.hidden_size * config.vocab_size
-    of_attention = 0.0
+    weight_flops = 2.0 * num_targets * config.hidden_size * config.vocab_size
+    attention_flops = 0.0
     for name, texts in batch.streams.items():
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
-        visible = np.sum(lengths**2) / (2 if name in causal_streams else 1)
-        hosts = _hosts(texts)
+        attended = np.sum(lengths**2) / (2 if name in causal_streams else 1)
+        hosts = _num_hosts(texts)
         width = config.num_attention_heads * config.head_dim
-        of_weights += hosts * np.sum(lengths) * flops_per_token
-        of_attention += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
+        weight_flops += hosts * np.sum(lengths) * flops_per_token
+        attention_flops += hosts * 2.0 * 2.0 * attended * width * config.num_hidden_layers
     passes = 3.0 if config.lora is None else 2.0
-    return float(passes * of_weights + 3.0 * of_attention)
+    return float(passes * weight_flops + 3.0 * attention_flops)
 
 
-def _hosts(texts: PackedTexts) -> float:
-    """Returns how many times this host's rows all rows are."""
+def _num_hosts(texts: PackedTexts) -> float:
+    """Returns the number of rows of the batch divided by that of this host."""
     return (texts.num_rows or len(texts.tokens)) / len(texts.tokens)

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is named, and no half-made folder is left."""
+"""Damaged models are refused with the name of the file, and a failed conversion leaves nothing."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(params=["mistral", "mixtral"])
 def folder(request, tmp_path):
-    """A copy of the original's tiny model, to be damaged."""
+    """A copy of a tiny model to damage."""
     copy = tmp_path / request.param
     shutil.copytree(reference_values.FOLDER / f"tiny-{request.param}", copy)
     return copy
@@ -87,7 +87,7 @@ def test_a_file_cut_off_and_files_missing(folder):
     with pytest.raises(ConversionError, match=f"{WEIGHTS} is damaged or cut off"):
         HuggingFaceModel(folder)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(ConversionError, match=f"{WEIGHTS} only says where .*: git lfs pull"):
+    with pytest.raises(ConversionError, match=f"{WEIGHTS} is a placeholder .*: git lfs pull"):
         HuggingFaceModel(folder)
     path.unlink()
     with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
@@ -156,14 +156,14 @@ def test_a_destination_is_whole_or_not_there(folder, tmp_path):
     with pytest.raises(ConversionError, match="destination exists already"):
         write_orbax(model, destination)
     destination.rmdir()
-    with pytest.raises(ConversionError, match="not there"):
+    with pytest.raises(ConversionError, match="does not exist"):
         open_model(destination)
 
 
 def test_what_keeps_a_destination_from_being_made_is_named(tmp_path):
     source = reference_values.FOLDER / "tiny-mistral"
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConversionError, match=r"file/new was not made: .*File exists"):
+    with pytest.raises(ConversionError, match=r"file/new could not be written: .*File exists"):
         write_orbax(HuggingFaceModel(source), tmp_path / "file" / "new")
     # Nothing is wrong with the destination where the tokenizer is not there.
     with pytest.raises(FileNotFoundError, match=r"tokenizer 'typo.model': no such file"):

@@ -1,4 +1,4 @@
-"""GGUF files: the original's tiny model as llama.cpp would store it, and its tokenizer."""
+"""GGUF files: the tiny Mistral as llama.cpp would store it, and its tokenizer."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def rounded(name, tensor):
 
 
 def in_turns(tensor, num_heads):
-    """Returns the rows of a matrix with the two halves of each head taking turns."""
+    """Returns a matrix with the rows of the two halves of each head interleaved."""
     halves = tensor.reshape(num_heads, 2, -1, tensor.shape[-1])
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(tensor.shape)
 
@@ -134,7 +134,7 @@ def load(path):
     return GritLM.from_pretrained(path, dtype="float32", mesh=make_mesh(devices=jax.devices()[:1]))
 
 
-def test_weights_are_what_was_quantised_in_hugging_faces_order(tiny):
+def test_weights_are_dequantized_in_hugging_faces_order(tiny):
     model = open_model(tiny[0])
     assert isinstance(model, GgufModel)
     expected = {name: rounded(stored, t) for stored, (name, t) in stored_names().items()}
@@ -260,9 +260,11 @@ def test_a_damaged_file_and_a_missing_package(tiny, tmp_path, monkeypatch):
     for number, damaged in enumerate((content[:-5000], content[:2000], b"not a model", b"")):
         path = tmp_path / f"{number}.gguf"
         path.write_bytes(damaged)
-        with pytest.raises(ConversionError, match=rf"{number}\.gguf is no GGUF file, damaged or"):
+        with pytest.raises(
+            ConversionError, match=rf"{number}\.gguf is not a GGUF file, or is damaged or"
+        ):
             open_model(path)
-    with pytest.raises(ConversionError, match="no base"):
+    with pytest.raises(ConversionError, match="has no base model"):
         open_model(tiny[0], base=tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ConversionError, match=r"pip install 'grit-jax\[gguf\]'"):

@@ -290,5 +290,5 @@ def test_an_export_that_would_be_read_causally_does_not_load(exported, tmp_path)
     assert text.count("is_causal = False") == 2
     # As a version of transformers does that does not know the setting.
     module.write_text(text.replace("is_causal = False", "is_causal = True"))
-    with pytest.raises(RuntimeError, match="reads the texts causally"):
+    with pytest.raises(RuntimeError, match="uses causal attention"):
         SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")

@@ -1,4 +1,4 @@
-"""Any part of any parameter is read from the bytes it needs, and no others."""
+"""Reading any part of any parameter reads only the bytes it needs."""
 
 import math
 
@@ -21,7 +21,7 @@ FOLDERS = {name: reference_values.FOLDER / f"tiny-{name}" for name in ("mistral"
 
 @pytest.fixture(scope="module", params=["mistral", "mixtral"])
 def opened(request):
-    """The original's tiny model, and the same weights as another piece of code lays them out."""
+    """The original's tiny model, and its weights in our layout by independent code."""
     model = HuggingFaceModel(FOLDERS[request.param])
     expected = nnx.to_pure_dict(nnx.state(reference_values.load_model(request.param)))
     return model, expected

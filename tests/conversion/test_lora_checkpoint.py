@@ -1,7 +1,8 @@
-"""Checkpoints of low-rank updates: read, merged and exported with the model that they are of."""
+"""LoRA checkpoints: read, merged with their base model, and exported."""
 
 import dataclasses
 import shutil
+import zipfile
 
 from etils import epath
 from flax import nnx
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_values
 
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, HuggingFaceModel, LoraCheckpoint, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_tokenizer import find_end_tokens
 from grit_jax.models import LoraConfig
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss
@@ -26,7 +30,7 @@ LORA = LoraConfig(rank=2, alpha=3.0, targets="*")
 
 
 def save_updates(base, folder, **sizes):
-    """Saves updates that are not 0 of a stored model, as a run does; returns its Flax module."""
+    """Saves a LoRA checkpoint of a stored model with random updates; returns its Flax module."""
     config = dataclasses.replace(base.config, lora=LORA, **sizes)
     mesh = make_mesh(devices=jax.devices()[:1])
     trainer = Trainer(config, make_joint_loss(LossConfig()), optax.sgd(0.1), mesh)
@@ -39,7 +43,7 @@ def save_updates(base, folder, **sizes):
         for path in sorted(shapes, key=lambda path: (-len(path), path))
     }
     nnx.replace_by_pure_dict(state.parameters, unflatten_dict(trained))
-    description = {"lora": {**dataclasses.asdict(LORA), "base": base.fingerprint()}}
+    description = {"lora": {**dataclasses.asdict(LORA), "base": base.weights_fingerprint()}}
     where = epath.Path(folder / "checkpoints")
     with Checkpoints(
         where, config, description, 1, RetentionPolicy(keep=1), str(base.folder)
@@ -50,7 +54,7 @@ def save_updates(base, folder, **sizes):
 
 @pytest.fixture(scope="session")
 def runs(saved_models, tmp_path_factory):
-    """Folders of runs that trained updates of a Mistral and a Mixtral, and their Flax modules."""
+    """Folders of LoRA runs of a Mistral and a Mixtral, and their Flax modules."""
     root = tmp_path_factory.mktemp("runs")
     return {
         name: (root / name, save_updates(open_model(saved_models[name]), root / name))
@@ -133,7 +137,7 @@ def test_updates_of_a_checkpoint_and_updates_of_updates(runs, saved_models, tmp_
     gate = ("layers", "feed_forward", "gate")
     np.testing.assert_allclose(twice[gate] - once[gate], once[gate] - before[gate], atol=1e-6)
     np.testing.assert_array_equal(twice[("head",)], before[("head",)])
-    assert open_model(tmp_path / "second").fingerprint() != first.fingerprint()
+    assert open_model(tmp_path / "second").weights_fingerprint() != first.weights_fingerprint()
 
 
 def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
@@ -142,14 +146,16 @@ def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
     save_updates(open_model(base), tmp_path / "run")
     before = content(open_model(tmp_path / "run"))
     base.rename(moved)
-    with pytest.raises(ConversionError, match=f"low-rank updates of {base}: .*not there.*--base"):
+    with pytest.raises(
+        ConversionError, match=f"LoRA checkpoint of {base}: .*does not exist.*--base"
+    ):
         open_model(tmp_path / "run")
     opened = open_model(tmp_path / "run", base=moved)
     assert isinstance(opened, LoraCheckpoint)
     for path, array in content(opened).items():
         np.testing.assert_array_equal(array, before[path])
     write_orbax(HuggingFaceModel(moved), tmp_path / "orbax")
-    with pytest.raises(ConversionError, match="is whole: there is no base"):
+    with pytest.raises(ConversionError, match="full model and has no base model"):
         open_model(tmp_path / "orbax", base=moved)
     # One number of one matrix is another.
     file = moved / "model.safetensors"
@@ -160,3 +166,23 @@ def test_a_base_that_is_gone_has_moved_or_is_another(saved_models, tmp_path):
         ConversionError, match=r"does not hold the weights that .*/7 was trained on"
     ):
         open_model(tmp_path / "run", base=moved)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_to_the_bit(tmp_path):
+    """`lora_checkpoint.zip` was written before any item or field was renamed.
+
+    It is a run with LoRA of rank 2 on `tiny-mistral`. `expected.npz` holds what that version read.
+    """
+    with zipfile.ZipFile(reference_values.FOLDER / "lora_checkpoint.zip") as archive:
+        archive.extractall(tmp_path)
+    with pytest.raises(ConversionError, match=r"/models/tiny-mistral does not exist.*--base"):
+        open_model(tmp_path)
+    model = open_model(tmp_path, base=reference_values.FOLDER / "tiny-mistral")
+    read, expected = content(model), np.load(tmp_path / "expected.npz")
+    np.testing.assert_array_equal(read["layers", "attention", "query"], expected["query"])
+    np.testing.assert_array_equal(read["layers", "feed_forward", "down"][0], expected["down"])
+    np.testing.assert_array_equal(read["norm", "scale"], expected["norm"])
+    assert model.weights_fingerprint() == str(expected["fingerprint"])
+    spec = EmbeddingSpec.from_fields(model.fields)
+    assert (spec.attention, spec.pooling) == ("cccc", "lasttoken")
+    assert find_end_tokens(model) == [2, 5]

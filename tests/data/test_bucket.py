@@ -1,4 +1,4 @@
-"""Prepared data in a bucket: read over HTTP from a server that answers as Google's storage does."""
+"""Prepared data in a bucket, read over HTTP from a server that imitates Google Cloud Storage."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def bucket(tmp_path):
 
 
 def read_from(bucket, script, *arguments):
-    """What a process prints for which gs:// is this server."""
+    """Returns the output of a process for which gs:// is this server."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     finished = subprocess.run(
         command,
@@ -59,7 +59,7 @@ except PreparedDataError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failures", [0, 2])
-def test_a_bucket_is_read_as_a_folder_is_and_tried_again(bucket, tmp_path, failures):
+def test_a_bucket_is_read_like_a_folder_with_retries(bucket, tmp_path, failures):
     bucket.failures = failures
     assert read_from(bucket, COMPARE, tmp_path, "gs://bucket") == "3000"
     assert bucket.failures == 0
@@ -67,7 +67,7 @@ def test_a_bucket_is_read_as_a_folder_is_and_tried_again(bucket, tmp_path, failu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["manifest.json", "examples-00000.arrayrecord"])
-def test_what_is_missing_in_a_bucket_is_named(bucket, file):
+def test_a_missing_object_is_named(bucket, file):
     del bucket.objects[f"chats/train/{file}"]
     message = read_from(bucket, MISSING)
     assert message.startswith(f"gs://bucket/chats/train/{file} does not exist")

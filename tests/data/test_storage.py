@@ -1,4 +1,4 @@
-"""Storage: what fails for a moment is tried again, and what is broken is named."""
+"""Storage: transient failures are retried, and errors name the damaged or missing file."""
 
 import os
 import resource
@@ -14,7 +14,7 @@ from grit_jax.data.storage import PreparedDataError, RecordReader, read_file, wi
 
 @pytest.fixture
 def waited(monkeypatch):
-    """The seconds that were waited, none of which pass."""
+    """The waits between tries, in seconds, which are skipped."""
     waits = []
     monkeypatch.setattr(storage.time, "sleep", waits.append)
     return waits
@@ -32,12 +32,12 @@ def failing(error, times, result="content"):
 
 
 @pytest.mark.parametrize("error", [OSError("connection reset"), RuntimeError("HTTP 503")])
-def test_what_fails_for_a_moment_is_tried_again_after_growing_waits(waited, error):
+def test_a_transient_failure_is_retried_after_growing_waits(waited, error):
     assert with_retries(failing(error, 3), "gs://bucket/file") == "content"
     assert waited == [0.5, 1.0, 2.0]
 
 
-def test_what_keeps_failing_is_named(waited):
+def test_a_persistent_failure_names_the_file(waited):
     with pytest.raises(PreparedDataError, match=r"gs://bucket/file cannot be read in 6 tries.*503"):
         with_retries(failing(OSError("HTTP 503"), 99), "gs://bucket/file")
     assert sum(waited) == 15.5
@@ -51,19 +51,19 @@ def test_what_keeps_failing_is_named(waited):
         (RuntimeError("Corrupted Riegeli/records file: chunk data hash mismatch"), "is damaged"),
     ],
 )
-def test_what_no_further_try_can_change_is_named_at_once(waited, error, words):
+def test_a_permanent_failure_is_not_retried(waited, error, words):
     with pytest.raises(PreparedDataError, match=f"a/file {words}"):
         with_retries(failing(error, 1), "a/file")
     assert not waited
 
 
-def test_a_mistake_in_the_code_is_not_tried_again(waited):
+def test_a_bug_is_not_retried(waited):
     with pytest.raises(ZeroDivisionError):
         with_retries(lambda: 1 // 0, "a/file")
     assert not waited
 
 
-def test_files_are_read_by_address_as_by_path(tmp_path):
+def test_files_are_read_by_url_as_by_path(tmp_path):
     (tmp_path / "file").write_bytes(b"content")
     assert read_file(tmp_path / "file") == b"content"
     assert read_file(f"file://{tmp_path}/file") == b"content"
@@ -72,7 +72,7 @@ def test_files_are_read_by_address_as_by_path(tmp_path):
             read_file(address)
 
 
-def test_an_address_of_no_known_kind_is_named(waited):
+def test_a_url_with_an_unknown_scheme_is_named(waited):
     with pytest.raises(PreparedDataError, match="pigeon://loft/file cannot be read"):
         read_file("pigeon://loft/file")
     assert waited
@@ -95,24 +95,24 @@ def overwrite(path, start, count):
 
 
 @pytest.mark.usefixtures("waited")
-def test_a_damaged_shard_is_named_when_what_is_damaged_is_read(folder):
+def test_a_damaged_shard_is_named_when_the_damaged_records_are_read(folder):
     shard = folder / "examples-00000.arrayrecord"
     whole = [text.chat.tokens.tolist() for text in open_chats(folder).read(range(4000))]
     overwrite(shard, shard.stat().st_size // 2, 20)
     chats = open_chats(folder)
     with pytest.raises(PreparedDataError, match=f"{shard} is damaged: copy it again, .*--redo"):
         chats.read(range(4000))
-    # Elsewhere it can still be read.
+    # Its other records can still be read.
     assert [text.chat.tokens.tolist() for text in chats.read([3, 1])] == [whole[3], whole[1]]
 
 
 @pytest.mark.usefixtures("waited")
 @pytest.mark.parametrize("left", [0, 70_000])
-def test_a_shard_that_was_cut_off_is_named(folder, left):
+def test_a_truncated_shard_is_named(folder, left):
     shard = folder / "examples-00000.arrayrecord"
     assert shard.stat().st_size > left
     shard.write_bytes(shard.read_bytes()[:left])
-    # Who prepares it once more without --redo is told that it is there already.
+    # Without --redo, prepare would skip the dataset as already prepared.
     with pytest.raises(PreparedDataError, match=rf"{shard}.*--redo"):
         open_chats(folder)
 
@@ -133,7 +133,7 @@ def test_a_shard_too_few_is_an_error(folder):
         RecordReader([path], 4001)
 
 
-def test_records_are_numbered_through_all_shards(folder):
+def test_record_indices_continue_over_all_shards(folder):
     path = folder / "examples-00000.arrayrecord"
     records = RecordReader([path, path], 8000)
     assert records.read([4000, 3999, 7, 4007]) == records.read([0, 7999, 7, 7])
@@ -161,7 +161,7 @@ def test_a_missing_file_is_named(folder, file):
         open_chats(folder)
 
 
-def test_files_of_two_preparations_are_told_apart(folder):
+def test_mixed_files_of_two_preparations_are_an_error(folder):
     kept = (folder / "examples-00000.arrayrecord").read_bytes()
     write_prepared(folder.parents[1], "chats", chat_examples(np.random.default_rng(1), 4000, 60))
     (folder / "examples-00000.arrayrecord").write_bytes(kept)
@@ -177,7 +177,7 @@ def test_damaged_lengths_are_named(folder, left):
 
 
 @pytest.mark.parametrize("left", [0, 100])
-def test_a_manifest_or_a_mixture_that_was_cut_off_is_named(folder, left):
+def test_a_truncated_manifest_or_mixture_is_named(folder, left):
     manifest, mixture = folder / "manifest.json", folder.parents[1] / "mine.json"
     mixture.write_text(manifest.read_text()[:left])
     with pytest.raises(PreparedDataError, match=r"mine.json is damaged.*grit-jax prepare mine"):

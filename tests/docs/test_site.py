@@ -18,7 +18,7 @@ DOCUMENTED = (
     "grit_jax.rag.index.DocumentIndex.search",
     "grit_jax.rag.pipeline.Answerer.ask",
     "grit_jax.text.templates.embedding_prefix",
-    "grit_jax.models.decoder.Mistral.__call__",
+    "grit_jax.models.decoder.Decoder.__call__",
     "grit_jax.sharding.make_mesh",
     "grit_jax.conversion.open_model",
     "grit_jax.conversion.export.write_hugging_face",

@@ -19,7 +19,7 @@ from grit_jax.evaluation import evaluate_command
 from grit_jax.evaluation.mteb_model import MtebModel
 from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
 from grit_jax.evaluation.results import Results, ResultsError
-from grit_jax.evaluation.retrieval import retrieval_measures
+from grit_jax.evaluation.retrieval import retrieval_metrics
 from grit_jax.inference.prompt_encoder import InputError
 from grit_jax.text.templates import EMBED, embedding_prefix
 from grit_jax.user_modules import ModuleError
@@ -57,11 +57,11 @@ def test_retrieval_of_real_texts_has_the_measure_of_the_embeddings(model, mteb_m
         [query["text"] for query in queries], instruction=embedding_prefix(SLANG_INSTRUCTION)
     )
     answers = model.encode([document["text"] for document in corpus], instruction=EMBED)
-    expected = retrieval_measures(asked @ answers.T, [{number} for number in range(len(queries))])
+    expected = retrieval_metrics(asked @ answers.T, [{number} for number in range(len(queries))])
     assert found.task_results[0].get_score() == pytest.approx(expected["ndcg_at_10"], abs=1e-5)
     # Without its instruction a query is another: the comparison can fail.
     plain = model.encode([query["text"] for query in queries], instruction=EMBED)
-    others = retrieval_measures(plain @ answers.T, [{number} for number in range(len(queries))])
+    others = retrieval_metrics(plain @ answers.T, [{number} for number in range(len(queries))])
     assert others["ndcg_at_10"] != pytest.approx(expected["ndcg_at_10"], abs=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_the_papers_tasks_have_the_originals_instructions(mteb_model):
     tasks = {task.metadata.name: task for task in mteb.get_benchmark(MTEB_BENCHMARK).tasks}
     assert len(tasks) == 56 and set(QUICK_TASKS) <= set(tasks)
     kinds = {name: task.metadata.type for name, task in tasks.items()}
-    assert {task: row.kind for row in EMBEDDING for task in row.tasks} == kinds
+    assert {task: row.task_type for row in EMBEDDING for task in row.tasks} == kinds
     parts = tasks.pop("CQADupstackRetrieval").metadata.tasks
     for name, task in (tasks | {part.metadata.name: part for part in parts}).items():
         sides = [
@@ -140,10 +140,10 @@ def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported, t
 
 
 def test_scores_that_were_measured_otherwise_are_no_scores_of_this_run(exported, tmp_path):
-    revision = open_model(exported).fingerprint()
+    revision = open_model(exported).weights_fingerprint()
     results = Results(tmp_path, revision)
     settings = MtebModel(GritLM.from_pretrained(exported), "small", "1", max_length=64).settings
-    results.measure_with("mteb", settings)
+    results.begin("mteb", settings)
     results.add("mteb", {"STS12": 0.5})
     command = ["mteb", str(exported), "--output", str(tmp_path), "--tasks", "BIOSSES"]
     with pytest.raises(ResultsError, match="max_length was 64 and is 512"):
@@ -200,7 +200,7 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
     ("options", "error", "named"),
     [
         (["--tasks", "NoSuchTask"], InputError, "NoSuchTask"),
-        ([], InputError, "say which tasks"),
+        ([], InputError, "no tasks: use"),
         (["--module", "no_such_module.tasks"], ModuleError, "no_such_module"),
     ],
 )

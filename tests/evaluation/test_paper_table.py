@@ -1,4 +1,4 @@
-"""The paper's numbers, and one's own beside them."""
+"""The paper's tables with the scores of another model."""
 
 from concurrent.futures import ThreadPoolExecutor
 import json
@@ -19,7 +19,7 @@ from grit_jax.evaluation.paper import (
 from grit_jax.evaluation.paper_table import paper_tables
 from grit_jax.evaluation.results import Results, ResultsError
 
-KINDS = {task: row.kind for row in EMBEDDING for task in row.tasks}
+TASK_TYPES = {task: row.task_type for row in EMBEDDING for task in row.tasks}
 
 
 def shown(results):
@@ -32,9 +32,9 @@ def shown(results):
 
 def test_the_papers_numbers_have_the_papers_averages():
     for number in range(len(MODELS)):
-        total = sum(row.values[number] * len(row.tasks) for row in EMBEDDING)
+        total = sum(row.scores[number] * len(row.tasks) for row in EMBEDDING)
         assert total / 56 == pytest.approx(EMBEDDING_AVERAGE[number], abs=0.06)
-        total = sum(row.values[number] for row in GENERATIVE)
+        total = sum(row.scores[number] for row in GENERATIVE)
         assert total / 6 == pytest.approx(GENERATIVE_AVERAGE[number], abs=0.06)
 
 
@@ -51,7 +51,7 @@ def test_the_own_column_has_means_of_what_is_there(tmp_path):
     assert own["STS (10)"] == "60.0 (2 tasks)" and own["Summarization (1)"] == "30.0"
     assert own["average (56)"] == "" and own["Retrieval (15)"] == ""
     assert own["MMLU"] == "25.0" and own["TyDi QA"] == ""  # One language of nine.
-    results.add("mteb", {task: 0.5 if KINDS[task] == "STS" else 0.25 for task in KINDS})
+    results.add("mteb", {task: 0.5 if TASK_TYPES[task] == "STS" else 0.25 for task in TASK_TYPES})
     expected = 100 * (10 * 0.5 + 46 * 0.25) / 56
     assert shown(results)["average (56)"] == f"{expected:.1f}"
 
@@ -67,10 +67,10 @@ def test_results_are_those_of_one_model_and_whole(tmp_path):
         "lm_eval": {"mmlu": {"acc,none": 0.25}},
     }
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "scores.json"}
-    with pytest.raises(ResultsError, match=r"results of another model \(one, and this is two\)"):
+    with pytest.raises(ResultsError, match=r"results of another model \(one; this is two\)"):
         Results(tmp_path, "two")
     (tmp_path / "scores.json").write_text("{")
-    with pytest.raises(ResultsError, match=r"no JSON: delete it"):
+    with pytest.raises(ResultsError, match=r"not JSON: delete it"):
         Results(tmp_path, "one")
 
 
@@ -97,15 +97,15 @@ def test_scores_that_are_added_in_one_moment_all_stay(tmp_path):
 
 def test_scores_of_one_harness_are_measured_in_one_way(tmp_path):
     results = Results(tmp_path, "one")
-    results.measure_with("mteb", {"dtype": "float32", "pooling": "cls"})
+    results.begin("mteb", {"dtype": "float32", "pooling": "cls"})
     results.add("mteb", {"STS12": 0.5})
     again = Results(tmp_path, "one")
-    again.measure_with("mteb", {"dtype": "float32", "pooling": "cls"})
-    again.measure_with("lm_eval", {"dtype": "bfloat16"})
-    with pytest.raises(ResultsError, match=r"pooling was 'cls' and is 'mean'. Say another --out"):
-        again.measure_with("mteb", {"dtype": "float32", "pooling": "mean"})
+    again.begin("mteb", {"dtype": "float32", "pooling": "cls"})
+    again.begin("lm_eval", {"dtype": "bfloat16"})
+    with pytest.raises(ResultsError, match=r"pooling was 'cls' and is 'mean'. Choose another"):
+        again.begin("mteb", {"dtype": "float32", "pooling": "mean"})
     with pytest.raises(FileExistsError):  # Before anything is measured.
-        Results(tmp_path / "scores.json", "one").measure_with("mteb", {})
+        Results(tmp_path / "scores.json", "one").begin("mteb", {})
 
 
 def test_a_part_of_a_task_is_no_number_of_the_table(tmp_path):

@@ -48,6 +48,6 @@ def test_a_model_or_data_that_is_not_there_is_named_in_a_line(whole_data, tmp_pa
     nowhere = str(tmp_path / "nowhere")
     for command in (rag.main, measure_model.main):
         assert command([nowhere, str(whole_data)]) == 1
-        assert capsys.readouterr().err.startswith(f"error: {nowhere} is not there")
+        assert capsys.readouterr().err.startswith(f"error: {nowhere} does not exist")
     assert rag.main([nowhere, nowhere]) == 1
     assert "experiments.build_data" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a token sees, and that every implementation of attention computes the same."""
+"""The attention mask, and the equality of all implementations of attention."""
 
 from flax import nnx
 import jax
@@ -73,7 +73,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_what_a_token_sees(kind):
+def test_which_keys_a_query_attends_to(kind):
     expected = [[place == "x" for place in line.split()] for line in PICTURES[kind].split("\n")]
     mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).as_array()
     np.testing.assert_array_equal(mask[0], expected[1:-1])
@@ -100,7 +100,7 @@ def packed_rows(generator):
 
 
 def heads_and_gradients(implementation, kind, mesh=None):
-    """Returns what attention gives for tokens, and the gradients of a loss on them."""
+    """Returns the output of attention for tokens, and the gradients of a loss on it."""
     generator = np.random.default_rng(0)
     segment_ids, positions = packed_rows(generator)
     is_token = (segment_ids > 0)[:, :, None, None]
@@ -158,7 +158,7 @@ def test_splash_gives_the_numbers_and_gradients_of_xla(is_causal, sliding_window
         ({"is_causal": True, "length": 200}, False),
     ],
 )
-def test_auto_takes_the_kernel_on_a_tpu_where_it_serves(monkeypatch, case, has_kernel):
+def test_auto_uses_the_kernel_on_a_tpu_for_the_cases_it_supports(monkeypatch, case, has_kernel):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     length = case.get("length", 256)
     kind = {name: value for name, value in case.items() if name != "length"}
@@ -222,17 +222,17 @@ def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configur
     assert "pallas_call" in str(jax.make_jaxpr(splash)(TOKENS)), "not the kernel"
 
 
-def read_partly_causal(model):
+def run_partly_causal(model):
     ones = jnp.ones_like(TOKENS)
     stream = Stream(TOKENS, ones, TOKENS, is_causal=False, causal_query_mask=ones > 0)
     model.forward_streams({"texts": stream})
 
 
 @pytest.mark.parametrize(
-    ("implementation", "fields", "read", "unserved"),
+    ("implementation", "fields", "read", "reason"),
     [
         ("splash", {}, lambda model: model(TOKENS[:, :100]), "rows of 100 positions"),
-        ("splash", {}, read_partly_causal, "tokens are partly causal"),
+        ("splash", {}, run_partly_causal, "tokens are partly causal"),
         ("splash", {}, lambda model: model(TOKENS, cache=model.make_cache(2, 256)), "a cache"),
         ("cudnn", {}, lambda model: model(TOKENS), "the type float32"),
         ("cudnn", {"dtype": "bfloat16"}, lambda model: model(TOKENS), "the platform cpu"),
@@ -245,11 +245,11 @@ def read_partly_causal(model):
         ),
     ],
 )
-def test_a_case_that_an_implementation_does_not_serve_is_named(
-    implementation, fields, read, unserved
+def test_an_unsupported_case_is_named(
+    implementation, fields, read, reason
 ):
     model = make_model(implementation, **fields)
-    with pytest.raises(AttentionError, match=unserved) as error:
+    with pytest.raises(AttentionError, match=reason) as error:
         read(model)
     assert f"config.model.attention_implementation={implementation!r}" in str(error.value)
 

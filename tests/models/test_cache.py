@@ -1,4 +1,4 @@
-"""Reading in parts with a cache gives what reading at once gives, and the original's numbers."""
+"""Calls with a cache give the same results as one call without, and the original's numbers."""
 
 import functools
 
@@ -22,7 +22,7 @@ def assert_close(ours, theirs):
 
 
 def make_reader(model):
-    """Returns the jitted call with a donated cache, as a generator of text makes it."""
+    """Returns the jitted call with a donated cache, as text generation uses it."""
     graph, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnames="is_causal", donate_argnames="cache")
@@ -45,7 +45,7 @@ def random_parts(generator, num_rows):
 
 
 def at_once(model, texts):
-    """Returns the hidden states of each text, read whole and without a cache."""
+    """Returns the hidden states of each text in one call without a cache."""
     longest = max(len(text) for text in texts)
     is_token = np.arange(longest) < np.array([len(text) for text in texts])[:, None]
     tokens = np.zeros(is_token.shape, np.int32)
@@ -155,10 +155,10 @@ def test_eight_devices_read_as_one_does():
 def test_tokens_that_do_not_fit_are_an_error():
     model = reference_values.load_model("mistral")
     cache = model.make_cache(1, 8)
-    with pytest.raises(ValueError, match="8 slots, 0 of them taken, has no room for rows of 9"):
+    with pytest.raises(ValueError, match="8 slots, 0 of them in use, has no room for rows of 9"):
         jax.eval_shape(lambda cache: model(jnp.ones((1, 9), jnp.int32), cache=cache), cache)
     _, cache = model(jnp.ones((1, 6), jnp.int32), cache=cache)
-    with pytest.raises(ValueError, match="8 slots, 6 of them taken, has no room for rows of 3"):
+    with pytest.raises(ValueError, match="8 slots, 6 of them in use, has no room for rows of 3"):
         model(jnp.ones((1, 3), jnp.int32), cache=cache)
     _, cache = model(jnp.ones((1, 2), jnp.int32), cache=cache)
     assert int(cache.length) == cache.num_slots

@@ -1,4 +1,4 @@
-"""Experts against a plain loop over them, on one device and on meshes of eight."""
+"""Experts against a plain loop over them, on one device and on meshes of eight devices."""
 
 import functools
 
@@ -139,7 +139,7 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
 
 
 def test_tpus_get_their_own_kernels():
-    """A CPU cannot run them, but the program for a TPU can be made and read."""
+    """A CPU cannot run them, but it can lower the program for a TPU."""
     mesh = make_mesh(fsdp=2, expert=4)
     inputs = make_inputs(48, routings(48)["even"])
 

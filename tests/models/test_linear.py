@@ -1,4 +1,4 @@
-"""Low-rank updates: the model with W + (alpha / rank) A B, and which layers have one."""
+"""Low-rank updates: equality with W + (alpha / rank) A B, and the choice of layers."""
 
 import dataclasses
 import functools
@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import LoraConfig, ModelConfig, lora_layers, make_config, make_model, weights_of
+from grit_jax.models import (
+    LoraConfig,
+    ModelConfig,
+    lora_layers,
+    make_config,
+    make_model,
+    weights_of,
+)
 from grit_jax.models.weights import linear_layers
 
 SIZES = {
@@ -54,7 +61,7 @@ def merge(parameters, scale):
 
 
 def read(config, parameters):
-    """Returns the hidden states of some tokens, and a number that is made of them all."""
+    """Returns a scalar function of the hidden states of some tokens, and the hidden states."""
     graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, 0)))
     nnx.replace_by_pure_dict(state, parameters)
     tokens = jnp.arange(24).reshape(2, 12) * 7 % SIZES["vocab_size"]
@@ -64,7 +71,7 @@ def read(config, parameters):
 
 
 def initial(config):
-    """Returns the parameters of a model, by their paths."""
+    """Returns the initial parameters of a model, by path."""
     with jax.default_prng_impl("rbg"):  # Compiled in a fifth of the time.
         return flatten_dict(jax.jit(lambda: nnx.to_pure_dict(nnx.state(make_model(config, 0))))())
 

@@ -1,4 +1,4 @@
-"""The models and the joint loss give the numbers of the original PyTorch code."""
+"""Equality of the models and the joint loss with the original PyTorch code."""
 
 from flax import nnx
 import jax
@@ -17,7 +17,7 @@ ARCHITECTURES = ("mistral", "mixtral")
 
 
 def assert_close(ours, theirs, relative=1e-4):
-    """Compares to a share of the largest value: single small values are all rounding."""
+    """Compares relative to the largest value, since small values are mostly rounding errors."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=relative * np.abs(theirs).max())
 
 

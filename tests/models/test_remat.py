@@ -1,4 +1,4 @@
-"""Policies of rematerialisation: the same gradients, in less and less memory."""
+"""Rematerialization policies: the same gradients in less and less memory."""
 
 import types
 
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def compile_gradient(config):
-    """Returns the compiled gradient of a loss on eight rows, and the parameters it is taken at."""
+    """Returns the compiled gradient of a loss on eight rows, and its arguments."""
     graph, parameters = nnx.split(make_model(config, seed=0))
     tokens = jax.random.randint(jax.random.key(1), (8, 64), 0, SIZES["vocab_size"])
 
@@ -58,7 +58,10 @@ def test_policies_change_memory_and_not_the_gradient(architecture):
 @pytest.mark.parametrize("remat", ["save_matmuls", "offload"])
 def test_policies_reach_into_experts_on_a_mesh(remat):
     gradients = []
-    for config in (make_config("mixtral", **SIZES, remat=remat), make_config("mixtral", **SIZES, remat="none")):
+    for config in (
+        make_config("mixtral", **SIZES, remat=remat),
+        make_config("mixtral", **SIZES, remat="none"),
+    ):
         with jax.set_mesh(make_mesh(fsdp=2, tensor=2, expert=2)):
             compiled, arguments = compile_gradient(config)
             gradients.append(compiled(*arguments))
@@ -66,7 +69,9 @@ def test_policies_reach_into_experts_on_a_mesh(remat):
 
 
 def test_offloading_moves_the_products_to_the_host():
-    graph, parameters = nnx.split(make_model(make_config("mixtral", **SIZES, remat="offload"), seed=0))
+    graph, parameters = nnx.split(
+        make_model(make_config("mixtral", **SIZES, remat="offload"), seed=0)
+    )
     tokens = jnp.zeros((1, 64), jnp.int32)
 
     def loss(parameters):
@@ -77,7 +82,7 @@ def test_offloading_moves_the_products_to_the_host():
 
 
 def mesh_of(*devices):
-    """A mesh of devices, each given by the memories that it tells of."""
+    """Returns a mesh of devices with these kinds of memory."""
     devices = [
         types.SimpleNamespace(
             platform="abacus",

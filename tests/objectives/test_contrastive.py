@@ -32,7 +32,7 @@ def loss_by_hand(queries, passages, positives, contents, temperature):
 
 @pytest.fixture
 def batch():
-    """8 queries, 16 places for passages; 5 is a copy of 0, 7 of 3, and the last two are unused."""
+    """8 queries and 16 passages: 5 is a copy of 0, 7 a copy of 3, and the last two are unused."""
     passages = embeddings(16, 1)
     contents = np.arange(16)
     for copy, first in ((5, 0), (7, 3)):

@@ -1,4 +1,4 @@
-"""The next-token loss against loops over tokens, and its reductions by hand."""
+"""The next-token loss against loops over tokens, and its reductions computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ TARGETS_OF_TEXTS = [3, 1, 0, 2, 4]
 
 
 def weight_of_texts(reduction, group_size=2):
-    """The weight of a target of each text, by hand."""
+    """Returns the weight of a target of each text, computed by hand."""
     if reduction == "token":
         return [1 / 5] * 5
     if reduction == "mean":

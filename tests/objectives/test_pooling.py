@@ -1,4 +1,4 @@
-"""Pooling of packed rows: each text's embedding is the one it would have alone."""
+"""Pooling of packed rows: each text has the embedding that it would have alone."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def pool_packed(hidden, packed, pooling):
 
 
 def pool_alone(states, mask, pooling):
-    """The embedding of one text, written as loops."""
+    """Returns the embedding of one text, computed with loops."""
     counted = [state for state, counts in zip(states, mask, strict=True) if counts]
     if pooling == "cls":
         return states[0]

@@ -1,4 +1,4 @@
-"""The router's loss against its formula, token by token."""
+"""The load-balancing loss against its formula, token by token."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ LAYERS, TOKENS, EXPERTS = 3, 20, 4
 
 
 def statistics(probabilities, choices_a_token):
-    """What a model collects, and the loss by loops over layers, tokens and choices."""
+    """Returns the statistics of a router, and the loss by loops over layers, tokens and choices."""
     layers, tokens, experts = probabilities.shape
     choices = np.zeros((layers, choices_a_token, experts))
     for layer in range(layers):

@@ -1,4 +1,4 @@
-"""The step compiled for TPUs by their own compiler, where libtpu has a wheel."""
+"""Training steps compiled with the TPU compiler, on platforms that have libtpu."""
 
 import json
 
@@ -112,7 +112,7 @@ def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     mesh = make_mesh(slice=2, devices=topology.devices)
     slices = [{device.slice_index for device in half.flat} for half in mesh.devices]
     assert slices == [{0}, {1}]
-    with pytest.raises(MeshError, match="the devices lie in 2 slices"):
+    with pytest.raises(MeshError, match="multiple of the 2 slices"):
         make_mesh(fsdp=8, devices=topology.devices)
     line = [topology.devices[0], topology.devices[1]]
     assert dimensions_spanned(line) == 1
@@ -199,7 +199,7 @@ def test_the_weights_that_a_run_starts_from_have_the_say_about_sizes(monkeypatch
 
 def test_the_search_finds_what_fits(monkeypatch):
     def pretend(config, topology, tokens):
-        """In the place of minutes of compiling: memory halves with chunks, and grows by remat."""
+        """Stands in for minutes of compiling: memory halves with chunks and depends on remat."""
         chunks, saves = config.grad_cache_chunks, config.model.remat == "save_matmuls"
         used = (40 if saves else 20) * plan_module.GIB / chunks / config.mesh.tensor
         seconds = (1.0 if saves else 1.2) * (1 + 0.1 * chunks) * (1 + 0.2 * config.mesh.tensor)
@@ -250,7 +250,7 @@ def test_the_search_does_not_pass_over_a_mistake():
 def test_attention_that_does_not_serve_a_step_is_named():
     config = small_config()
     config.model.attention_implementation = "cudnn"
-    with pytest.raises(ConfigError, match="'cudnn' does not serve the platform tpu"):
+    with pytest.raises(ConfigError, match="'cudnn' does not support the platform tpu"):
         make_plan(config, describe_topology("v5e:2x2"), TOKENS)
 
 

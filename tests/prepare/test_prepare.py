@@ -128,7 +128,7 @@ def test_rejects_are_counted_by_their_reason(prepared):
     assert chats["count"] == 2
 
 
-def test_the_manifest_says_what_it_was_made_from(prepared):
+def test_the_manifest_says_what_the_data_were_made_from(prepared):
     dataset = PreparedDataset(prepared, "chats", "train")
     longest = max(len(example.chat) for example in dataset.read(range(len(dataset))))
     manifest = dataset.manifest
@@ -162,10 +162,10 @@ def test_the_embedded_sample_loses_no_example(prepared_sample):
     }
 
 
-# ---- What goes wrong ----
+# ---- Errors ----
 
 
-def test_an_unknown_mixture_is_named_beside_those_there_are(project, tmp_path):
+def test_an_unknown_mixture_is_named_with_those_that_exist(project, tmp_path):
     finished = grit_jax_in_process("prepare", "nonsense", "--output", tmp_path / "out", cwd=project)
     assert_fails_in_one_line(finished, "'nonsense'", "sample_chat", "sample_embedding")
     assert not (tmp_path / "out").exists()
@@ -175,10 +175,10 @@ def test_a_module_that_is_not_there_is_named(project, tmp_path):
     names = ("mine", "--module", "my_datasetz.mine", "--output", tmp_path / "out")
     finished = grit_jax_in_process("prepare", *names, cwd=project)
     assert_fails_in_one_line(finished, "my_datasetz")
-    assert "pip install" not in finished.stderr, "no package of that name is to be had"
+    assert "pip install" not in finished.stderr, "there is no package of that name"
 
 
-def test_a_dataset_of_which_nothing_can_be_used_is_named(project, tmp_path):
+def test_a_dataset_without_a_usable_line_is_named(project, tmp_path):
     names = ("useless", "--module", "my_datasets", "--output", tmp_path / "out")
     finished = grit_jax_in_process("prepare", *names, cwd=project)
     assert_fails_in_one_line(finished, "useless_pairs/train", "not one of 2 examples")
@@ -186,7 +186,7 @@ def test_a_dataset_of_which_nothing_can_be_used_is_named(project, tmp_path):
 
 
 def write(folder, count, examples_a_shard=100):
-    """Writes a dataset of chats of growing length as `grit-jax prepare` does."""
+    """Writes a dataset of chats of 1, 2, ... tokens."""
     texts = [
         Text(np.arange(1, length + 1, dtype=np.int32), np.ones(length, bool))
         for length in range(1, count + 1)
@@ -195,10 +195,10 @@ def write(folder, count, examples_a_shard=100):
 
 
 class Interrupted(Exception):
-    """What stands for the power cut."""
+    """Stands for a power cut."""
 
 
-def test_an_interrupted_write_leaves_what_was_there_before_and_no_more(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_dataset_and_nothing_else(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise Interrupted
 
@@ -242,13 +242,13 @@ except OSError as error:
 """
 
 
-def test_a_shard_for_which_the_disk_has_no_room_is_an_error_of_the_system(tmp_path):
+def test_a_full_disk_raises_oserror_from_a_shard(tmp_path):
     finished = run_python(with_full_disk(WRITE_SHARD, 10_000), cwd=tmp_path)
     assert "File too large; writing shards/examples-00000" in finished.stdout, finished.stderr
 
 
 def test_on_a_bucket_a_dataset_is_copied_with_its_manifest_last(tmp_path, monkeypatch):
-    """A local folder stands for the bucket: what is copied, and in which order, is the same."""
+    """A local folder stands for the bucket: the same files are copied in the same order."""
     write(tmp_path, 3)
     monkeypatch.setattr(writing, "is_remote", lambda path: True)
     copied = []
@@ -267,7 +267,7 @@ def test_on_a_bucket_a_dataset_is_copied_with_its_manifest_last(tmp_path, monkey
     assert [len(example.chat) for example in dataset.read(range(5))] == [1, 2, 3, 4, 5]
 
 
-def test_examples_are_found_in_whichever_shard_they_are(tmp_path):
+def test_examples_are_read_from_several_shards(tmp_path):
     write(tmp_path, 5, examples_a_shard=2)
     dataset = PreparedDataset(tmp_path, "chats", "train")
     assert len(dataset.manifest.shards) == 3
@@ -300,7 +300,7 @@ def test_a_mixture_of_the_other_kind_names_the_field(tmp_path):
         load_mixture(tmp_path, "talk", "train", "embedding", "embedding")
 
 
-def test_a_dataset_without_held_out_examples_is_left_out_there(tmp_path):
+def test_a_dataset_without_held_out_examples_is_not_in_that_split(tmp_path):
     write(tmp_path, 3)
     stored = {"rates": {"chats": 1.0, "more": 1.0}, "splits": {"chats": ["train"], "more": []}}
     (tmp_path / "talk.json").write_text(json.dumps(stored))
@@ -362,7 +362,7 @@ def test_training_never_loads_tensorflow(tmp_path):
     assert not loaded & {"tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio", "torch"}
 
 
-def test_the_manifest_is_written_as_it_is_read(tmp_path):
+def test_a_manifest_survives_a_round_trip(tmp_path):
     write(tmp_path, 3)
     stored = json.loads((tmp_path / "chats" / "train" / "manifest.json").read_text())
     manifest = PreparedDataset(tmp_path, "chats", "train").manifest

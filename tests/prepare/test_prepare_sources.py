@@ -56,7 +56,7 @@ def prepare(*arguments, cwd):
     return finished.stdout
 
 
-# ---- A folder, without a line of Python ----
+# ---- Folders and files ----
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_folder_of_both_kinds_makes_two_mixtures_with_rates_by_size(folder):
     assert [dataset.name for dataset in chats] == ["My_data.talk"]
 
 
-def test_the_held_out_fraction_is_kept_apart_and_nothing_is_lost(folder):
+def test_the_held_out_fraction_is_separate_and_nothing_is_lost(folder):
     train, held_out = (
         queries(PreparedDataset(folder / "out", "My_data.news_views", split))
         for split in ("train", "held_out")
@@ -97,14 +97,14 @@ def test_the_held_out_fraction_is_kept_apart_and_nothing_is_lost(folder):
     assert sorted(train + held_out) == sorted(order)
 
 
-def test_a_dataset_too_small_to_hold_anything_out_is_whole_in_training(folder):
+def test_a_dataset_too_small_to_hold_out_a_line_is_all_in_train(folder):
     held_out = load_mixture(folder / "out", "My_data_embedding", "held_out", "embedding", "x")
     assert "My_data.tiny" not in {dataset.name for dataset in held_out}
     assert len(PreparedDataset(folder / "out", "My_data.tiny", "train")) == 1
 
 
-def test_a_line_that_would_be_held_out_and_cannot_be_used_counts_among_all_of_the_file(folder):
-    """Of the few lines that are held out of a small file, one may be a tenth or all."""
+def test_rejects_among_held_out_lines_count_against_the_whole_file(folder):
+    """One reject may be more than a tenth of the few held-out lines of a small file."""
     manifest = PreparedDataset(folder / "out", "My_data.few", "train").manifest
     assert manifest.rejected_lines == {"not a JSON object": ["few.jsonl:21"]}
 
@@ -137,7 +137,7 @@ def test_folders_train_and_held_out_are_the_splits(tmp_path):
 
 
 @pytest.mark.slow
-def test_collections_are_reformatted_as_they_need(tmp_path):
+def test_published_collections_are_prepared_from_their_own_formats(tmp_path):
     medi2 = {
         "query": ["Represent the title:", "a title"],
         "pos": [["Represent the text:", "a text"]],
@@ -200,7 +200,7 @@ DAMAGE = {
 
 
 def damaged_file(path, good_lines):
-    """Writes good lines, then damaged ones of every kind, each followed by a good one."""
+    """Writes good lines, then damaged lines of every kind, each followed by a good line."""
     with path.open("wb") as file:
         for number in range(good_lines):
             file.write(json.dumps(pair(number)).encode() + b"\n")
@@ -209,7 +209,7 @@ def damaged_file(path, good_lines):
 
 
 @pytest.mark.slow
-def test_every_kind_of_damage_costs_its_line_and_is_reported(tmp_path):
+def test_every_kind_of_damage_rejects_its_line_and_is_reported(tmp_path):
     damaged_file(tmp_path / "pairs.jsonl", 200)
     report = prepare("pairs.jsonl", "--output", "out", cwd=tmp_path)
     dataset = PreparedDataset(tmp_path / "out", "pairs", "train")
@@ -238,7 +238,7 @@ def test_more_damage_than_allowed_fails_in_one_line_and_leaves_nothing(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_damaged_archive_and_a_file_of_something_else_are_named(tmp_path):
+def test_a_damaged_archive_and_a_file_without_examples_are_named(tmp_path):
     write_lines(tmp_path / "cut" / "a.jsonl.gz", [pair(n) for n in range(2000)])
     content = (tmp_path / "cut" / "a.jsonl.gz").read_bytes()
     (tmp_path / "cut" / "a.jsonl.gz").write_bytes(content[: len(content) // 2])
@@ -410,7 +410,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_at_once_in_one_line(killing):
-    # As in a terminal: what a shell starts in the background ignores the signal.
+    # As in a terminal: a background process of a shell ignores the signal.
     script = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {MAIN}"
     command = [sys.executable, "-c", script, "prepare", "pairs.jsonl", "wait"]
     command += ["--module", "killing", "--output", "out"]
@@ -431,7 +431,7 @@ def wait_for(condition):
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError("it has not come to pass")
+    raise AssertionError("timed out")
 
 
 def is_running(pid):
@@ -443,7 +443,7 @@ def is_running(pid):
 
 
 @pytest.mark.slow
-def test_a_function_that_fails_on_a_line_costs_that_line(killing):
+def test_an_error_in_preprocess_rejects_the_line(killing):
     arguments = ("--module", "killing", "--max-rejected", 0.5, "--output", "out")
     prepare("fails", *arguments, cwd=killing)
     dataset = PreparedDataset(killing / "out", "fails", "train")
@@ -507,7 +507,7 @@ for _ in range(2):
 
 
 @pytest.mark.slow
-def test_any_seqio_source_is_prepared_a_tfds_dataset_among_them(tmp_path):
+def test_any_seqio_source_is_prepared_including_tfds(tmp_path):
     (tmp_path / "questions.py").write_text(QUESTIONS)
     write_lines(tmp_path / "pairs.jsonl", [pair(n) for n in range(10)])
     sources = ("questions", "numbers", "--module", "questions")
@@ -556,7 +556,7 @@ with tfds.testing.mock_data(num_examples=3):
     for example in squad.preprocessors[0](raw).as_numpy_iterator():
         shapes = {name: example[name].shape for name in ("query", "pos", "neg")}
         found.setdefault("squad", []).append(shapes)
-# What TFDS needs to download it, the checksums, is read without a network.
+# The checksums for downloading it are in TFDS, and need no network.
 found["files"] = sorted(url.rpartition("/")[2] for url in tfds.builder("squad").url_infos)
 try:
     tasks.add_task("both", "embedding", tasks.jsonl_source("embedding", "pairs.jsonl"), [print])
@@ -568,7 +568,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_seqio_reads_the_tasks_as_preparing_does(tmp_path):
+def test_seqio_yields_the_examples_that_are_prepared(tmp_path):
     write_lines(tmp_path / "pairs.jsonl", [pair(n) for n in range(50)])
     with (tmp_path / "pairs.jsonl").open("a") as file:
         file.write("broken\n")

@@ -1,4 +1,4 @@
-"""Text to token ids as the original makes them, and the examples that cannot be used."""
+"""Token ids and masks equal to the original's, and the reasons for rejecting an example."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ def tokenizer():
 
 
 def unpadded(collated, row):
-    """Returns the ids of one row of the original's batch, whose padding is `<s>` unattended."""
+    """Returns the ids of a row of the original's batch, which is padded with masked `<s>`."""
     length = sum(collated["attention_mask"][row])
     return collated["input_ids"][row][:length]
 
@@ -57,14 +57,14 @@ def test_embedding_texts_have_the_ids_of_the_original_batches(tokenizer):
         for row, sample in enumerate(pairs):
             ours = embedding_text(tokenizer, *sample[0], case["query_max_len"])
             assert ours.tokens.tolist() == unpadded(queries, row)
-            for place, pair in enumerate(sample[1]):
+            for index, pair in enumerate(sample[1]):
                 ours = embedding_text(tokenizer, *pair, case["passage_max_len"])
-                assert ours.tokens.tolist() == unpadded(passages, len(sample[1]) * row + place)
+                assert ours.tokens.tolist() == unpadded(passages, len(sample[1]) * row + index)
                 compared += 1
     assert compared >= 4
 
 
-def test_the_mask_leaves_out_the_instruction_and_nothing_else(tokenizer):
+def test_the_mask_excludes_only_the_instruction(tokenizer):
     text = embedding_text(tokenizer, "\tFind it: \n", "a world of words", 64)
     whole = "<|user|>\nFind it\n<|embed|>\na world of words"
     assert tokenizer.decode(text.tokens.tolist()) == whole
@@ -82,7 +82,7 @@ def test_chats_have_the_ids_of_the_original_and_labels_that_do_not_drift(tokeniz
     first_turn = ours.tokens.tolist().index(tokenizer.eos_id) + 1
     is_label = np.array(theirs["labels"][0][:first_turn]) != -100
     np.testing.assert_array_equal(ours.mask[:first_turn], is_label)
-    # Every answer and its </s>, and nothing else, is learned; the original's labels drift.
+    # The mask selects every answer and its </s>; the original's labels drift.
     learned = ours.tokens[ours.mask].tolist()
     answers = [tokenizer.encode(f"\n{turn.strip()}")[2:] for turn in turns[1::2]]
     assert learned == [token for ids in answers for token in [*ids, tokenizer.eos_id]]
@@ -102,7 +102,7 @@ def test_a_plain_text_has_the_ids_of_the_original_between_begin_and_end(tokenize
         chat_example(tokenizer, TEXT_KINDS["generative"].to_canonical({"text": " "}), TextOptions())
 
 
-def test_the_originals_labels_can_be_asked_for(tokenizer):
+def test_the_labels_of_the_original_are_an_option(tokenizer):
     case = COLLATION["cases"]["multi_turn_trunc"]
     labels = np.array(case["batch"]["generative"]["labels"][0])
     ours = chat_text(tokenizer, case["samples"][0][2], 64, labels="original")
@@ -178,7 +178,7 @@ turns = strategies.lists(strategies.text(characters, min_size=1), min_size=1, ma
 
 @settings(deadline=None, max_examples=50)
 @given(strategies.lists(strategies.tuples(turns.map(" ".join), turns.map(" ".join)), min_size=1))
-def test_answers_are_learned_and_nothing_else_in_whatever_script(pairs):
+def test_only_answers_are_trained_on_in_any_script(pairs):
     tokenizer = Tokenizer()
     text = chat_text(tokenizer, [f" {turn}\n" for pair in pairs for turn in pair], 100_000)
     learned = text.tokens[text.mask].tolist()
@@ -190,7 +190,7 @@ def test_answers_are_learned_and_nothing_else_in_whatever_script(pairs):
     assert answers == [answer for _, answer in pairs]
 
 
-def test_a_last_question_without_an_answer_is_left_out(tokenizer):
+def test_a_last_question_without_an_answer_is_dropped(tokenizer):
     whole = chat_text(tokenizer, ["q", "a", "again?"], 64)
     assert whole.tokens.tolist() == chat_text(tokenizer, ["q", "a"], 64).tokens.tolist()
 
@@ -234,8 +234,8 @@ spaced = strategies.text("ab<|.é日🙂 \n\t\u2581", max_size=40)
 
 @settings(deadline=None)
 @given(spaced, spaced)
-def test_ids_word_by_word_are_those_of_the_whole_text(first, second):
-    tokenizer = tokenizer_with_words()
+def test_ids_from_the_cache_of_words_are_those_of_the_whole_text(first, second):
+    tokenizer = cached_tokenizer()
     assert tokenizer.ids(first).tolist() == tokenizer.encode(first)
     prefix = f"{first}\n"
     ids, num_before = tokenizer.ids_after(prefix, tokenizer.ids(prefix), second)
@@ -244,13 +244,11 @@ def test_ids_word_by_word_are_those_of_the_whole_text(first, second):
 
 
 @functools.cache
-def tokenizer_with_words():
-    tokenizer = Tokenizer()
-    assert tokenizer._kind._words_stand_apart
-    return tokenizer
+def cached_tokenizer():
+    return Tokenizer()
 
 
-def test_the_ids_of_long_text_are_the_same_however_often_it_is_read(tokenizer):
+def test_the_ids_of_long_text_are_the_same_when_it_is_encoded_again(tokenizer):
     text = (Path(__file__).parents[2] / "docs" / "decisions.md").read_text()
     for _ in range(2):
         assert tokenizer.ids(text).tolist() == tokenizer.encode(text)
@@ -266,8 +264,8 @@ def test_the_ids_of_long_text_are_the_same_however_often_it_is_read(tokenizer):
         {"user_defined_symbols": ["<|a b|>"]},
     ],
 )
-def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
-    """Where pieces go beyond a word, or spaces are changed, words are not taken one by one."""
+def test_models_that_do_not_split_at_words_have_the_same_ids(tmp_path, options):
+    """Models whose pieces span words, or that change spaces, are not applied word by word."""
     lines = [f"the quick brown fox {number} of the same  kind" for number in range(200)]
     options = {
         "byte_fallback": True,
@@ -284,8 +282,8 @@ def test_tokenizers_of_other_ways_are_read_as_they_are(tmp_path, options):
         assert ids.tolist() == other.encode(prefix + text)
 
 
-def test_a_text_of_which_the_tokenizer_leaves_nothing_is_rejected(tmp_path):
-    """Nothing would be pooled: the embedding would be zeros, and no one would be told."""
+def test_a_text_without_tokens_is_rejected(tmp_path):
+    """Nothing would be pooled: its embedding would be zeros."""
     other = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
     assert any(embedding_text(other, "find", "fox", 64).mask)
     for instruction in ("find", ""):

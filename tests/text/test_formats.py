@@ -1,4 +1,4 @@
-"""The forms of a line: what is accepted as what, and what is refused and why."""
+"""Input formats: canonical forms, and the reasons for rejecting a line."""
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_negatives_may_be_missing(negatives):
     assert EMBEDDING.to_canonical({"query": "q", "pos": ["p"], **negatives})["neg"] == []
 
 
-def test_other_fields_are_of_no_account():
+def test_other_fields_are_ignored():
     assert EMBEDDING.to_canonical({**PAIR, "id": 3, "text": None}) == PAIR
     assert GENERATIVE.to_canonical({"text": ["u", "a"], "query": 1}) == {"text": ["u", "a"]}
 
@@ -78,12 +78,12 @@ def test_other_fields_are_of_no_account():
         ("generative", {"messages": [message("tool", "u")]}, "do not alternate"),
     ],
 )
-def test_another_form_is_rejected_with_the_reason(kind, line, reason):
+def test_an_invalid_line_is_rejected_with_the_reason(kind, line, reason):
     with pytest.raises(RejectedExample, match=reason):
         TEXT_KINDS[kind].to_canonical(line)
 
 
-def test_a_systems_text_goes_before_the_users_that_follows():
+def test_a_system_message_is_prepended_to_the_next_user_message():
     messages = [
         message("system", "be kind"),
         message("user", "hello"),
@@ -97,7 +97,7 @@ def test_a_systems_text_goes_before_the_users_that_follows():
     }
 
 
-def test_tulus_lines_on_itself_are_left_out():
+def test_lines_of_tulu_2_about_itself_are_skipped():
     assert tulu2({"dataset": "hard_coded", "messages": []}) is None
     line = {"dataset": "flan_v2", "messages": []}
     assert tulu2(line) is line

@@ -1,4 +1,4 @@
-"""Files of lines in blocks: no line is lost, doubled or misnumbered, whatever the file holds."""
+"""JSONL files in blocks: no line is lost, repeated or misnumbered."""
 
 import gzip
 import io
@@ -137,7 +137,7 @@ def test_the_kind_of_a_file_is_that_of_its_first_example(tmp_path):
     path.write_text('{"title": 1}\n')
     with pytest.raises(
         SourceError,
-        match=r"a\.jsonl: not one line is an example \(line 1: it has 'title'\); .*\"messages\"",
+        match=r"a\.jsonl: no line is an example \(line 1: it has 'title'\); .*\"messages\"",
     ):
         kind_of_files([path], None)
     path.write_bytes('{"query": "q"}\n'.encode("utf-16"))

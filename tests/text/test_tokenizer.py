@@ -1,4 +1,4 @@
-"""Tokenizers in a tokenizer.json: text there and back, and texts behind what stands before them."""
+"""Tokenizers of Hugging Face: round trips, and texts after a prefix."""
 
 import functools
 import json
@@ -38,20 +38,20 @@ def test_text_of_bytes_comes_back_as_it_was(style, text):
 
 @settings(deadline=None)
 @given(style=strategies.sampled_from(STYLES), before=TEXTS, text=TEXTS)
-def test_a_text_behind_another_has_the_ids_of_both_in_one(style, before, text):
+def test_a_text_after_a_prefix_has_the_ids_of_both_in_one_string(style, before, text):
     own = tokenizer(style)
     for prefix in (PREFIX, before, f"{before}\n"):
         ids, num_before = own.ids_after(prefix, own.ids(prefix), text)
         assert ids.tolist() == own.encode(prefix + text)
         assert ids[:num_before].tolist() == own.encode(prefix)[:num_before]
-        if style in SPLITS:  # Every character of the text is in the tokens that are its own.
+        if style in SPLITS:  # The text's own tokens contain all its characters.
             assert own.decode(ids[num_before:].tolist()).endswith(text)
             assert num_before < len(ids)
 
 
 @settings(deadline=None)
 @given(style=strategies.sampled_from(STYLES), text=TEXTS.filter(lambda text: text.strip()))
-def test_the_instruction_is_left_out_to_the_token_unless_the_text_begins_with_space(style, text):
+def test_the_mask_excludes_the_instruction_unless_the_text_begins_with_space(style, text):
     own = tokenizer(style)
     whole = embedding_text(own, "Find it", text, 1000)
     assert whole.tokens.tolist() == [own.bos_id, *own.encode(PREFIX + text)]
@@ -72,21 +72,21 @@ def test_a_token_of_marker_and_text_belongs_to_the_text():
     style=strategies.sampled_from(STYLES),
     turns=strategies.lists(TEXTS.filter(lambda text: text.strip()), min_size=2, max_size=4),
 )
-def test_an_answer_is_learned_behind_the_ids_that_its_prompt_has_alone(style, turns):
+def test_an_answer_is_trained_on_after_the_ids_of_its_prompt(style, turns):
     own = tokenizer(style)
     chat = chat_text(own, turns, 100_000)
-    place, tokens = 1, chat.tokens.tolist()
+    position, tokens = 1, chat.tokens.tolist()
     for first in range(0, len(turns) - 1, 2):
         prompt = own.encode(chat_prompt(turns[first], is_first=first == 0))
-        assert tokens[place : place + len(prompt)] == prompt
-        end = tokens.index(own.eos_id, place)
-        learned = chat.mask[place : end + 1].tolist()
-        assert learned == [False] * len(prompt) + [True] * (end + 1 - place - len(prompt))
+        assert tokens[position : position + len(prompt)] == prompt
+        end = tokens.index(own.eos_id, position)
+        mask = chat.mask[position : end + 1].tolist()
+        assert mask == [False] * len(prompt) + [True] * (end + 1 - position - len(prompt))
         if style in SPLITS:
-            answer = own.decode(tokens[place + len(prompt) : end])
+            answer = own.decode(tokens[position + len(prompt) : end])
             assert answer == turns[first + 1].strip()
-        place = end + 1
-    assert place == len(tokens) and tokens[0] == own.bos_id
+        position = end + 1
+    assert position == len(tokens) and tokens[0] == own.bos_id
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -97,22 +97,22 @@ def test_special_tokens_in_a_text_are_text(style):
     assert own.decode([own.bos_id, *own.encode(text), own.eos_id]) == text
 
 
-def test_what_begins_and_ends_a_text_is_said_beside_the_file(tmp_path):
+def test_begin_and_end_token_are_found_in_the_files_next_to_the_tokenizer(tmp_path):
     path = write_tokenizer(tmp_path, "gpt2")
     first = Tokenizer(str(path))
     assert [first.bos_id, first.eos_id] == [0, 1]
-    beside = {
+    files = {
         "tokenizer_config.json": {"bos_token": None, "eos_token": "not there"},
         "special_tokens_map.json": {"bos_token": {"content": END}},
         "config.json": {"bos_token_id": 7, "eos_token_id": [2, 0]},
     }
-    for name, content in beside.items():
+    for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     second = Tokenizer(str(path))
     assert [second.bos_id, second.eos_id] == [1, 2]
     assert second.fingerprint != first.fingerprint
     (tmp_path / "config.json").unlink()
-    with pytest.raises(TokenizerError, match=r"ends a text: put 'eos_token' into .*_config\.json"):
+    with pytest.raises(TokenizerError, match=r"unknown: set 'eos_token' in .*_config\.json"):
         Tokenizer(str(path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config\.json is not JSON"):
@@ -132,12 +132,12 @@ def test_an_export_leaves_the_tokenizer_as_it_is(tmp_path, style):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
     (tmp_path / name).write_text('{"version": "1.0"')
-    with pytest.raises(TokenizerError, match=rf"{name}: it is no "):
+    with pytest.raises(TokenizerError, match=rf"{name}: not a "):
         Tokenizer(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(("name", "verb"), [("bos", "begins"), ("eos", "ends")])
-def test_a_sentencepiece_model_without_begin_or_end_is_named(tmp_path, name, verb):
+@pytest.mark.parametrize(("name", "token"), [("bos", "begin"), ("eos", "end")])
+def test_a_sentencepiece_model_without_begin_or_end_is_named(tmp_path, name, token):
     path = write_sentencepiece(tmp_path, 300, byte_fallback=True, **{f"{name}_id": -1})
-    with pytest.raises(TokenizerError, match=rf"other\.model: it has no token that {verb} a text"):
+    with pytest.raises(TokenizerError, match=rf"other\.model: it has no {token} token"):
         Tokenizer(str(path))

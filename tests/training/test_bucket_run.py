@@ -206,7 +206,7 @@ try:
 except ConversionError as error:
     print(error)
 try:
-    open_model("gs://bucket/whole").fingerprint()
+    open_model("gs://bucket/whole").weights_fingerprint()
 except ConversionError as error:
     print(error)
 assert "tensorflow" not in sys.modules

@@ -21,16 +21,12 @@ import pytest
 import tensorstore
 
 from grit_jax.bucket import is_transient_storage_error
+from grit_jax.consistency import describe_differences
 from grit_jax.conversion import OrbaxModel
 from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoint_recovery import DamagedCheckpointWarning, is_damage
-from grit_jax.training.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    RetentionPolicy,
-    describe_differences,
-)
+from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 

@@ -1,4 +1,4 @@
-"""Useful operations, against products counted one by one."""
+"""Useful operations against products counted one by one."""
 
 import dataclasses
 import types
@@ -64,7 +64,7 @@ def test_it_counts_the_products_of_real_tokens(config, is_causal):
     targets = sum(n - 2 for n in chats)
     expected += 3 * product(targets, D, V)
     np.testing.assert_allclose(useful_flops(config, batch, causal), expected)
-    # One of two hosts sees half of the rows, and counts for both.
+    # One of two hosts has half of the rows, and counts for both.
     halves = {
         name: jax.tree.map(lambda rows: rows[:4], dataclasses.replace(texts, num_rows=8))
         for name, texts in (("queries", packed([5, 5] * 12)), ("passages", packed([9] * 8)))
@@ -76,7 +76,7 @@ def test_it_counts_the_products_of_real_tokens(config, is_causal):
         useful_flops(config, half, causal),
         useful_flops(config, whole, causal),
     )
-    # More padding is no more work.
+    # Padding adds no operations.
     padded = Batch(batch.parts | {"generative": ChatBatch(packed(chats, num_rows=20))})
     np.testing.assert_allclose(useful_flops(config, padded, causal), expected)
 

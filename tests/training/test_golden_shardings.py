@@ -1,6 +1,6 @@
-"""How the state of 7B and 8x7B lies on a mesh, and that a step takes its memory over.
+"""The sharding of the 7B and 8x7B states on a mesh, and the donation of their memory to a step.
 
-After a wanted change, write the files anew: python tests/training/test_golden_shardings.py
+After an intended change, rewrite the files: python tests/training/test_golden_shardings.py
 """
 
 import json
@@ -33,7 +33,7 @@ def make(name):
 
 
 def describe(state):
-    """Returns shape, type, partition and bytes a device of every array, by its path."""
+    """Returns shape, type, partition and bytes per device of every array, by path."""
     described = {}
     for path, leaf in jax.tree.leaves_with_path(state):
         key = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
@@ -44,13 +44,13 @@ def describe(state):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_the_state_lies_on_the_mesh_as_it_did(name):
+def test_the_state_is_sharded_as_recorded(name):
     expected = json.loads((FOLDER / f"{name}.json").read_text())
     assert describe(make(name).abstract_state()) == expected
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_a_step_takes_over_the_memory_of_the_state_and_of_nothing_else(name):
+def test_a_step_takes_over_the_memory_of_the_state_only(name):
     trainer = make(name)
     rows = jax.ShapeDtypeStruct((8, 256), np.int32)
     texts = PackedTexts(rows, rows, rows, jax.ShapeDtypeStruct((8, 256), np.bool_), num_texts=16)

@@ -1,4 +1,4 @@
-"""Training of low-rank updates: what moves, what stays, what is saved and continued."""
+"""LoRA training: which parameters change, and how checkpoints are saved and resumed."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def is_update(path):
 
 
 def load(shapes):
-    """Returns the parameters of a base model, as what reads stored weights does."""
+    """Returns the parameters of a base model, as a loader of stored weights does."""
     random = np.random.default_rng(0)
     stored = {}
     for path, shape in flatten_dict(shapes).items():
@@ -50,12 +50,12 @@ def load(shapes):
 
 
 def start_of(trainer):
-    with jax.default_prng_impl("rbg"):  # Compiled in a fifth of the time.
+    with jax.default_prng_impl("rbg"):  # Compiles in a fifth of the time.
         return trainer.state_from(load, seed=0)
 
 
 def leaves(state):
-    """Returns arrays by their paths, as they are on the host."""
+    """Returns arrays by path, on the host."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): np.array(x)
         for path, x in jax.tree.leaves_with_path(state)
@@ -70,7 +70,7 @@ def trainer():
 
 @pytest.fixture(scope="module")
 def continued(trainer, tmp_path_factory):
-    """The state after each of three steps, and a folder with the checkpoint of the second."""
+    """The states of three steps, and a folder with a checkpoint of the second."""
     folder = epath.Path(tmp_path_factory.mktemp("run"))
     state = start_of(trainer)
     states = [leaves(state)]
@@ -89,7 +89,7 @@ def one_step(trainer, state, step):
 
 
 def embedding_batch(seed, shards=1):
-    """Returns a batch without chats, whose step is compiled in half of the time."""
+    """Returns a batch without chats, whose step compiles in half of the time."""
     return only(make_batch(seed, shards)[0], "embedding")
 
 
@@ -97,7 +97,7 @@ def open_checkpoints(folder, trainer):
     return Checkpoints(folder, trainer.model_config, {}, 1, RetentionPolicy(keep=1), "/base")
 
 
-def test_a_step_moves_the_updates_and_leaves_the_model_as_it_is(trainer, continued):
+def test_a_step_changes_the_updates_and_not_the_base_model(trainer, continued):
     (first, *_, last), _ = continued
     abstract = trainer.abstract_state()
     frozen = flatten_dict(nnx.to_pure_dict(abstract.frozen))
@@ -117,12 +117,12 @@ def test_a_step_moves_the_updates_and_leaves_the_model_as_it_is(trainer, continu
     moved = ["/".join(("parameters", *path)) for path in trained]
     for name in [*moved, "loss_parameters/log_temperature"]:
         assert not np.array_equal(first[name], last[name]), name
-    # Two moments for each number that is trained.
+    # Two moments per trained parameter.
     moments = sum(leaf.size for leaf in jax.tree.leaves(abstract.optimizer_state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in trained.values())
 
 
-def test_a_checkpoint_of_the_updates_alone_continues_to_the_bit(trainer, continued):
+def test_a_checkpoint_of_the_updates_resumes_bit_for_bit(trainer, continued):
     states, folder = continued
     with open_checkpoints(folder, trainer) as checkpoints:
         restored = checkpoints.restore(trainer.abstract_state())
@@ -135,8 +135,8 @@ def test_a_checkpoint_of_the_updates_alone_continues_to_the_bit(trainer, continu
             np.testing.assert_array_equal(state[name], value, err_msg=name)
 
 
-def test_no_gradient_of_a_weight_is_computed():
-    sizes = SIZES | {"hidden_size": 40, "intermediate_size": 56}  # That nothing else has.
+def test_no_gradient_of_a_frozen_weight_is_computed():
+    sizes = SIZES | {"hidden_size": 40, "intermediate_size": 56}  # Sizes of no other array.
     batch = make_batch(seed=0)[0]
     products = {}
     for lora in (None, LORA):
@@ -144,7 +144,7 @@ def test_no_gradient_of_a_weight_is_computed():
         trainer = Trainer(config, LOSS, optax.sgd(1.0), make_mesh(devices=jax.devices()[:1]))
         with jax.set_mesh(trainer.mesh):
             lowered = trainer.step.lower(trainer.abstract_state(), batch)
-        # Shapes of the layers' weights, of an expert's, and of the head, transposed or not.
+        # Shapes of the weights of layers, experts and head, transposed or not.
         shapes = "40x4x8|4x8x40|40x56|56x40|40x64|64x40"
         products[lora] = re.findall(rf"dot_general.*-> tensor<({shapes})x", lowered.as_text())
     assert len(products[None]) > 10
@@ -152,7 +152,7 @@ def test_no_gradient_of_a_weight_is_computed():
 
 
 def gradient_of(config, mesh, num_chunks):
-    """Returns the gradient of a step, from updates that are not 0: what descent by 1 takes."""
+    """Returns the gradient of a step from nonzero updates, by SGD with learning rate 1."""
     trainer = Trainer(config, LOSS, optax.sgd(1.0), mesh, num_chunks)
     state = start_of(trainer)
     random = np.random.default_rng(0)
@@ -197,7 +197,7 @@ def test_eight_devices_in_chunks_have_the_gradient_of_one_device():
 
 
 @pytest.mark.slow
-def test_a_run_of_updates_is_continued_on_its_own_base_alone(prepared_sample, tmp_path):
+def test_a_run_resumes_only_with_the_base_model_it_started_from(prepared_sample, tmp_path):
     base, other = save_bases(tmp_path / "bases")
     run_on(base, prepared_sample, tmp_path / "whole")
     expected = read_metrics(tmp_path / "whole" / "metrics.jsonl")
@@ -206,7 +206,7 @@ def test_a_run_of_updates_is_continued_on_its_own_base_alone(prepared_sample, tm
 
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "2")
-    base.rename(tmp_path / "moved")  # It is what is in it that counts.
+    base.rename(tmp_path / "moved")  # The base is identified by its content.
     run_on(tmp_path / "moved", prepared_sample, tmp_path / "stopped")
     losses = [
         [line["loss"] for line in lines if "loss" in line]
@@ -229,7 +229,7 @@ def test_a_run_of_updates_is_continued_on_its_own_base_alone(prepared_sample, tm
 def small_config(prepared_sample):
     config, _ = parse_flags([f"--config={ROOT / 'configs' / 'gritlm_tiny.py'}"])
     config.model.sizes.update(hidden_size=32, intermediate_size=32, head_dim=8)
-    config.mode = "generative"  # One stream is compiled in half of the time.
+    config.mode = "generative"  # One kind of text compiles in half of the time.
     config.data.folder = str(prepared_sample)
     config.optimizer.warmup_ratio = 0.0
     config.steps, config.log_every_steps, config.checkpoint.every_steps = 2, 1, 1
@@ -237,7 +237,7 @@ def small_config(prepared_sample):
 
 
 def save_bases(folder):
-    """Saves a model and another as checkpoints; returns their folders."""
+    """Saves two models as checkpoints; returns their folders."""
     trainer = make_trainer(small_config(""))
     with jax.default_prng_impl("rbg"):
         state = trainer.initial_state(0)

@@ -215,7 +215,7 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         (["--config.data.query_row_length=16"], "config.data.query_row_length=16"),
         (["--config.data.embedding_batch_size=5000"], "fewer than a batch of 5000"),
         (["--config.model.sizes.vocab_size=1000"], "vocab_size=1000"),
-        (["--config.model.attention_implementation=cudnn"], "does not serve the type float32"),
+        (["--config.model.attention_implementation=cudnn"], "does not support the type float32"),
     ],
 )
 def test_a_mistake_gets_one_line_before_anything_is_compiled(

@@ -1,6 +1,6 @@
-"""Runs of several processes that are killed again and again, and lose nothing.
+"""Runs of several processes survive repeated kills without losing a step.
 
-`make torture` kills twenty times, and pytest by itself a few times.
+`make torture` kills them twenty times, pytest alone a few times.
 """
 
 import json
@@ -35,7 +35,7 @@ FIELDS = [
 
 
 class Processes:
-    """The processes of one start of a run, with so many devices each."""
+    """The processes of one start of a run, with a number of devices each."""
 
     def __init__(self, count, devices, arguments, compiled):
         with socket.socket() as free:
@@ -66,7 +66,7 @@ class Processes:
         return all(process.poll() is None for process in self._processes)
 
     def kill(self):
-        """SIGKILL for all of them, as when a slice is taken away."""
+        """Sends SIGKILL to all processes, as if the slice were preempted."""
         for process in self._processes:
             process.kill()
         return self.wait()
@@ -75,22 +75,22 @@ class Processes:
         self._processes[number].terminate()
 
     def stop(self, number):
-        """The process is still there, but does nothing any more."""
+        """Suspends a process."""
         self._processes[number].send_signal(signal.SIGSTOP)
 
     def end_of(self, number):
-        """Returns the exit code of one that ends by itself, and its output."""
+        """Waits for the end of a process; returns its exit code and output."""
         output = self._processes[number].communicate(timeout=300)[0]
         return self._processes[number].returncode, output
 
     def wait(self):
-        """Returns exit codes and outputs."""
+        """Waits for the end of all processes; returns their exit codes and outputs."""
         outputs = [process.communicate(timeout=900)[0] for process in self._processes]
         return [process.returncode for process in self._processes], outputs
 
 
 def read_losses(workdir):
-    """The loss of each step; a line may be half written."""
+    """Returns the loss of each step; the last line may be incomplete."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     lines = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -108,12 +108,12 @@ def wait_until(processes, condition):
     while not condition():
         if not processes.is_running():
             codes, outputs = processes.wait()
-            raise AssertionError(f"ended with {codes} before its time:\n{outputs[0][-3000:]}")
+            raise AssertionError(f"ended early with {codes}:\n{outputs[0][-3000:]}")
         time.sleep(0.002)
 
 
 def die_at_some_moment(processes, workdir, moment, dice):
-    """Kills the processes at a random moment of a kind; returns whether one was being saved."""
+    """Kills the processes at a random moment; returns whether a checkpoint was being saved."""
     before = max(read_losses(workdir), default=0)
     saved = before - before % CHECKPOINT_EVERY
     if moment == "starting":
@@ -122,7 +122,7 @@ def die_at_some_moment(processes, workdir, moment, dice):
         wait_until(processes, lambda: max(read_losses(workdir), default=0) > saved + 1)
         time.sleep(dice.uniform(0, 1))
     else:
-        # Those of the life before are gone by the first step of this one.
+        # Unfinished checkpoints of the previous start are removed before the first step.
         wait_until(processes, lambda: (workdir / f"checkpoints/{saved}").exists() or not saved)
         wait_until(processes, lambda: max(read_losses(workdir), default=0) > saved)
         wait_until(processes, lambda: unfinished_checkpoints(workdir))
@@ -147,12 +147,12 @@ def start(prepared_sample, compiled):
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
-    """The losses of a run of two processes with two devices each."""
+    """The losses of an uninterrupted run of two processes with two devices each."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     codes, outputs = start(workdir).wait()
     assert codes == [0, 0], outputs
     assert f"step {STEPS}/{STEPS}" in outputs[0]
-    assert "step" not in outputs[1]  # One process speaks for all.
+    assert "step" not in outputs[1]  # Only the primary process prints.
     losses = read_losses(workdir)
     assert sorted(losses) == list(range(1, STEPS + 1))
     return losses
@@ -162,7 +162,7 @@ def undisturbed(start, tmp_path_factory):
 def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     undisturbed, start, tmp_path
 ):
-    # SIGTERM to one of them: all save together, and say that they are to be started again.
+    # SIGTERM to one process: all save together, and exit with the code for a restart.
     processes = start(tmp_path)
     wait_until(processes, lambda: read_losses(tmp_path))
     processes.terminate(1)
@@ -177,26 +177,26 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     were_saving = 0
     for kill in range(KILLS):
         were_saving += die_at_some_moment(start(tmp_path), tmp_path, moments[kill % 3], dice)
-    while not were_saving:  # A checkpoint may be whole before the signal comes: once more.
+    while not were_saving:  # The checkpoint may be complete before the signal arrives.
         were_saving += die_at_some_moment(start(tmp_path), tmp_path, "saving", dice)
 
-    # The newest checkpoint is damaged: all of them take the one before.
+    # The newest checkpoint is damaged: all processes restore the previous one.
     saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
     shutil.rmtree(tmp_path / "checkpoints" / str(saved[-1]) / "optimizer_state" / "d")
     codes, outputs = start(tmp_path).wait()
-    if codes != [0, 0]:  # Who found it out left the others in the middle of reading: once more.
+    if codes != [0, 0]:  # One process exited while the others were reading: restart.
         assert any("is damaged" in output for output in outputs), outputs
         assert EXIT_CODE in codes, outputs
         codes, outputs = start(tmp_path).wait()
     assert codes == [0, 0], outputs
     assert f"continuing from step {saved[-2]} " in outputs[0]
     assert (tmp_path / "checkpoints" / DAMAGED / str(saved[-1])).is_dir()
-    assert read_losses(tmp_path) == undisturbed  # To the bit.
+    assert read_losses(tmp_path) == undisturbed  # Bit for bit.
     assert not unfinished_checkpoints(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("undisturbed")  # Else compiling would take of the seconds.
+@pytest.mark.usefixtures("undisturbed")  # Otherwise compiling would use up the timeout.
 def test_a_process_that_is_stuck_does_not_keep_the_others_waiting(start, tmp_path):
     processes = start(tmp_path, 2, 2, "--config.watchdog_timeout_seconds=20")
     wait_until(processes, lambda: read_losses(tmp_path))

@@ -1,4 +1,4 @@
-"""The joint step against the same step written by hand, and against itself on eight devices."""
+"""The joint step against a step written by hand, and against itself on eight devices."""
 
 import dataclasses
 import functools
@@ -40,14 +40,14 @@ LOSS = LossConfig(
 MIXTRAL = make_config("mixtral", **SIZES, num_local_experts=4)
 
 
-@functools.cache  # Many tests make steps of the same program.
+@functools.cache  # Many tests run the same program.
 def make_trainer(config, mesh, loss=LOSS):
     """Returns a trainer with the optimizer of `hand_adamw`."""
     optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
     return Trainer(config, make_joint_loss(loss), optimizer, mesh)
 
 
-# The step by hand: one text at a time, no packing, no scan, no library of layers or optimizers.
+# The step by hand: one text at a time, without packing, scans, or layer and optimizer libraries.
 
 
 def norm(x, scale):
@@ -93,7 +93,7 @@ def causal(text):
     return np.tri(len(text)) > 0
 
 
-# What the tokens of a text to be embedded see.
+# Attention masks of the tokens of a text to embed.
 HAND_PATTERNS = {
     "bbcc": lambda text: np.full((len(text), len(text)), True),
     "cbcc": lambda text: causal(text) | text.mask[:, None],
@@ -196,7 +196,7 @@ def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 
-def test_logits_of_low_precision_change_the_generative_loss_alone():
+def test_logits_of_low_precision_change_only_the_generative_loss():
     batch, _ = make_batch(seed=0)
     mesh = make_mesh(devices=jax.devices()[:1])
     metrics = {}
@@ -222,7 +222,7 @@ def test_logits_of_low_precision_change_the_generative_loss_alone():
     ],
     ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts"],
 )
-def test_eight_devices_make_the_step_that_one_device_makes(config, axes):
+def test_eight_devices_take_the_step_of_one_device(config, axes):
     results = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(**axes)):
         trainer = make_trainer(config, mesh)
@@ -243,7 +243,7 @@ def test_eight_devices_make_the_step_that_one_device_makes(config, axes):
         np.testing.assert_allclose(other, value, atol=2e-5, err_msg=name)
 
 
-def test_eight_devices_compute_in_bfloat16_what_one_does():
+def test_eight_devices_compute_the_bfloat16_loss_of_one_device():
     config = ModelConfig(**SIZES, dtype="bfloat16")
     losses = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(slice=2, fsdp=2, tensor=2)):
@@ -255,7 +255,7 @@ def test_eight_devices_compute_in_bfloat16_what_one_does():
 
 
 def gradient_of(config, loss_config, mesh, batch, num_chunks):
-    """Returns the metrics and the gradient of a step: what plain descent at a rate of 1 takes."""
+    """Returns the metrics and the gradient of a step, by SGD with learning rate 1."""
     trainer = Trainer(config, make_joint_loss(loss_config), optax.sgd(1.0), mesh, num_chunks)
     state = trainer.initial_state(0)
     before = jax.tree.map(jnp.copy, state.trained)
@@ -296,7 +296,7 @@ def test_a_batch_in_chunks_has_the_gradient_of_the_whole(config, axes):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 
-def test_a_single_stream_in_chunks():
+def test_a_single_kind_of_text_in_chunks():
     batch, _ = make_batch(seed=0, shards=2)
     batch = only(batch, "embedding")
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -358,7 +358,7 @@ def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
 
 
 @pytest.mark.parametrize("mode", ["embedding", "generative"])
-def test_a_single_stream_trains_with_the_same_step(mode):
+def test_a_single_kind_of_text_trains_with_the_same_step(mode):
     mesh = make_mesh(devices=jax.devices()[:1])
     trainer = make_trainer(ModelConfig(**SIZES), mesh)
     batch, _ = make_batch(seed=0)

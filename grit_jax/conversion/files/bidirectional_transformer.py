@@ -1,7 +1,7 @@
-"""Reads texts bidirectionally for sentence-transformers: part of an exported grit-jax model.
+"""Bidirectional attention for sentence-transformers: part of an exported grit-jax model.
 
-The model's weights serve generation as well, so its config.json describes a causal model. This
-module makes every token see every other one when texts are embedded.
+The same weights also generate text, so config.json describes a causal model. When texts are
+embedded, this module lets every token attend to every other token.
 """
 
 import torch
@@ -13,7 +13,7 @@ except ImportError:  # Before sentence-transformers 6.
 
 
 class BidirectionalTransformer(Transformer):
-    """The transformer module with bidirectional attention, checked when it is loaded."""
+    """A Transformer module with bidirectional attention, which is checked when it is loaded."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -26,7 +26,7 @@ class BidirectionalTransformer(Transformer):
 
 @torch.no_grad()
 def check_is_bidirectional(language_model):
-    """Raises a RuntimeError unless the first token sees the last, with padding and without."""
+    """Raises a RuntimeError unless the first token attends to later tokens, padded or not."""
     device = language_model.get_input_embeddings().weight.device
     tokens = torch.tensor([[1, 2, 3, 4]], device=device).repeat(2, 1)
     tokens[1, 2] = 5
@@ -37,6 +37,6 @@ def check_is_bidirectional(language_model):
         first, second = language_model(tokens, attention_mask=mask).last_hidden_state[:, 0]
         if torch.equal(first, second):
             raise RuntimeError(
-                "this version of transformers reads the texts causally, which would give wrong "
-                "embeddings; use transformers 5 or newer"
+                "this version of transformers uses causal attention, which gives wrong embeddings: "
+                "use transformers 5 or newer"
             )

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 from matplotlib.figure import Figure
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.training.hooks.bucket_mirror import Mirror
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -126,7 +127,7 @@ def draw_curves(lines: list[dict[str, Any]], path: epath.Path) -> None:
     if not panels:
         return
     columns = 2
-    rows = -(-len(panels) // columns)
+    rows = ceil_div(len(panels), columns)
     figure = Figure(figsize=(4.5 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, panels, strict=False):

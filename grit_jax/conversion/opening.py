@@ -1,0 +1,99 @@
+"""Opens a stored model of any format."""
+
+import os
+from pathlib import Path
+
+from grit_jax.bucket import in_bucket, open_bucket
+from grit_jax.conversion.gguf_model import SUFFIX, GgufModel
+from grit_jax.conversion.hugging_face import HuggingFaceModel
+from grit_jax.conversion.lora_checkpoint import BASE_MODEL, LoraCheckpoint
+from grit_jax.conversion.orbax_model import (
+    COMMIT_FILE,
+    MODEL_CONFIG,
+    PARAMETERS,
+    OrbaxModel,
+    read_item,
+)
+from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel
+
+
+def open_model(
+    path: str | os.PathLike,
+    head: str | Path | None = None,
+    base: str | os.PathLike | None = None,
+) -> StoredModel:
+    """Opens a Hugging Face folder, a GGUF file, a checkpoint, or the newest checkpoint of a run.
+
+    A LoRA checkpoint is opened together with its base model.
+
+    Args:
+      path: the folder or file. A run's folder is the `--workdir` of training. Checkpoints and runs
+        may be in a bucket.
+      head: see `HuggingFaceModel`.
+      base: where the base model of a LoRA checkpoint is now, if it has moved.
+
+    Raises:
+      ConversionError: there is no model at `path`, or the base model is missing or another one.
+      BucketError: the bucket cannot be read.
+    """
+    path = open_bucket(path) if in_bucket(path) else Path(path)
+    if isinstance(path, Path) and path.suffix == SUFFIX and path.is_file():
+        _check_no_base(path, base)
+        return GgufModel(path)
+    if not path.is_dir():
+        raise ConversionError(
+            f"{path} does not exist, or is neither a folder nor a {SUFFIX} file (hf download NAME "
+            "--local-dir FOLDER downloads a model from the Hugging Face Hub)"
+        )
+    checkpoints = path / "checkpoints"
+    steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and _is_complete(step)]
+    if steps:
+        path = max(steps, key=lambda step: int(step.name))
+    if (path / PARAMETERS).is_dir():
+        return _open_checkpoint(path, base)
+    if isinstance(path, Path) and (path / "config.json").exists():
+        return HuggingFaceModel(path, head)
+    if (path / "config.json").exists():
+        raise ConversionError(f"{path} is not on a disk: copy it to one (gcloud storage cp -r)")
+    raise ConversionError(
+        f"{path} is neither a Hugging Face folder (config.json and safetensors) nor a checkpoint"
+    )
+
+
+def _open_checkpoint(folder: Folder, base: str | os.PathLike | None) -> StoredModel:
+    if not _is_complete(folder):
+        raise ConversionError(
+            f"{folder} has no {COMMIT_FILE}: it was only partly saved, or copied from a disk. If "
+            "it is complete, put that file into it and into each folder in it"
+        )
+    if not (folder / MODEL_CONFIG).is_dir():
+        raise ConversionError(f"{folder} has no {MODEL_CONFIG}: its model cannot be determined")
+    if (folder / BASE_MODEL).is_dir():
+        return LoraCheckpoint(folder, _open_base(folder, base))
+    _check_no_base(folder, base)
+    return OrbaxModel(folder)
+
+
+def _check_no_base(path: Folder, base: str | os.PathLike | None) -> None:
+    if base is not None:
+        raise ConversionError(f"{path} is a full model and has no base model: leave out --base")
+
+
+def _is_complete(checkpoint: Folder) -> bool:
+    """Returns whether a checkpoint was saved to its end.
+
+    A folder in a bucket cannot be renamed at once, so Orbax marks it with a file instead.
+    """
+    return not in_bucket(checkpoint) or (checkpoint / COMMIT_FILE).exists()
+
+
+def _open_base(checkpoint: Folder, moved_to: str | os.PathLike | None) -> StoredModel:
+    """Opens the base model of a LoRA checkpoint."""
+    folder = moved_to or read_item(checkpoint, BASE_MODEL)["folder"]
+    try:
+        return open_model(folder)
+    except ConversionError as error:
+        raise ConversionError(
+            f"{checkpoint} is a LoRA checkpoint of {folder}: {error}. If the base model has moved, "
+            "use --base FOLDER"
+        ) from None
