@@ -1,4 +1,4 @@
-"""The blocks of the documents, and somebody who types them, page by page, in a clone."""
+"""The code blocks of the documentation, and a reader who runs them, page by page, in a clone."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ PAGES = [FIRST_PAGE, *sorted({*(ROOT / "docs").rglob("*.md")} - {FIRST_PAGE}), R
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (.*?) -->\n\Z")
 
-# Runs what it is given on its input, piece by piece, and says after each how it ended.
+# Executes each line of standard input, a JSON list of name and code, and prints how it ended.
 PYTHON = """
 import json, sys, traceback
 names = {"__name__": "__main__"}
@@ -30,15 +30,15 @@ for line in sys.stdin:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block.
+    """A fenced code block.
 
     Attributes:
       page: the file.
       line: number of its first line.
-      language: what stands behind the fence.
-      text: what stands in it.
-      mark: the comment on the line above the fence, "" if there is none. It says what becomes of
-        the block (see test_blocks.py).
+      language: language after the opening fence.
+      text: its content.
+      mark: the comment on the line above the fence, or "". It says how the block is tested (see
+        test_blocks.py).
     """
 
     page: Path
@@ -53,7 +53,7 @@ class Block:
 
     @property
     def is_typed(self):
-        """Whether it is something to be run."""
+        """Whether the block is executed."""
         return self.language in ("sh", "python") and not self.mark.startswith(("not run", "file"))
 
 
@@ -66,11 +66,11 @@ def blocks_of(page):
 
 
 class Reader:
-    """Types blocks of sh into one shell, and those of python into one interpreter, in a folder.
+    """Runs sh blocks in one shell environment, and python blocks in one interpreter.
 
     Args:
-      folder: what is to look like a clone; it is made so.
-      environment: variables of both.
+      folder: working folder, which is set up to look like a clone.
+      environment: environment variables of both.
     """
 
     def __init__(self, folder, environment):
@@ -83,14 +83,14 @@ class Reader:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         grit_jax = f"{sys.executable} -m grit_jax"
-        # The interpreter is that of the tests, into which nothing is to be installed.
+        # The interpreter is that of the tests, so nothing may be installed into it.
         refusal = 'case "$*" in *"-m pip"*) echo "pip is not run here" >&2; exit 1;; esac'
         for name, command in {"python": sys.executable, "grit-jax": grit_jax}.items():
             (programs / name).write_text(f'#!/bin/sh\n{refusal}\nexec {command} "$@"\n')
             (programs / name).chmod(0o755)
 
     def type(self, command):
-        """Types into the shell; returns the process, with what it printed."""
+        """Runs a shell command, and returns the finished process with its output."""
         state = self._variables
         script = f"set -euo pipefail\nset -a\n[ ! -e {state} ] || . {state}\n"
         return subprocess.run(
@@ -104,7 +104,7 @@ class Reader:
         )
 
     def run_python(self, name, code):
-        """Returns whether it ran, and what it printed."""
+        """Runs Python code, and returns whether it succeeded, and its output."""
         if self._python is None:
             self._python = subprocess.Popen(
                 [sys.executable, "-c", PYTHON],

@@ -1,4 +1,4 @@
-"""Which texts are read together: every text once, in few shapes, with few empty places."""
+"""Packing texts into calls: every text once, in few shapes, with little padding."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +20,10 @@ def test_every_text_is_in_one_row_that_holds_it(lengths, num_shards):
         assert len(call.rows) <= call.num_rows
         assert call.num_rows % num_shards == 0
         assert call.num_rows // num_shards * call.row_length <= 8192
-        assert sum(len(row) for row in call.rows) <= call.num_texts
+        assert sum(len(row) for row in call.rows) <= call.max_texts
 
 
-def test_any_corpus_has_a_handful_of_shapes_and_few_empty_places():
+def test_any_corpus_has_a_handful_of_shapes_and_little_padding():
     shapes = set()
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -31,9 +31,9 @@ def test_any_corpus_has_a_handful_of_shapes_and_few_empty_places():
         lengths = np.clip(random.lognormal(4, 0.8, count), 1, 512).astype(int)
         calls = plan_calls(lengths.tolist(), 1, 8192)
         shapes |= {(call.num_rows, call.row_length) for call in calls}
-        places = sum(call.num_rows * call.row_length for call in calls)
+        num_tokens = sum(call.num_rows * call.row_length for call in calls)
         if lengths.sum() > 16_384:
-            assert lengths.sum() / places > 0.85
+            assert lengths.sum() / num_tokens > 0.85
     assert len(shapes) <= 9
 
 

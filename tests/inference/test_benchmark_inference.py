@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks/inference.py` return the same."""
+"""Both sides of `benchmarks/inference.py` return the same results."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: the same as all at once, whole characters, and stop strings."""
+"""Incremental decoding equals decoding all at once, in whole characters, up to stop strings."""
 
 import functools
 import json
@@ -63,7 +63,7 @@ def test_tokens_of_bytes_give_what_they_give_at_once(style, text, ids):
     own = tokenizer_of_bytes(style)
     whole, shown = run(own.encode(text), tokenizer=own)
     assert whole == text
-    # A character is shown when its bytes are whole, whatever tokens they lie in.
+    # A character is shown when its bytes are complete, in whatever tokens they are.
     assert text.count("\ufffd") == sum(piece.count("\ufffd") for piece in shown)
     assert run(ids, tokenizer=own)[0] == own.decode(ids)
     cut = own.encode("🙂")
@@ -94,9 +94,9 @@ def test_tokens_that_only_the_model_has_leave_no_trace():
 @given(text=TEXTS, stops=st.lists(st.text(alphabet="ab .\né", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(text, stops):
     ids = TOKENIZER.encode("x\n" + text)[len(TOKENIZER.encode("x\n")) :]
-    places = [text.find(stop) for stop in stops if stop in text]
+    starts = [text.find(stop) for stop in stops if stop in text]
     whole, shown = run(ids, stops)
-    assert whole == text[: min(places, default=len(text))] or whole == first_to_come(
+    assert whole == text[: min(starts, default=len(text))] or whole == first_to_come(
         text, stops, ids
     )
     assert not any(stop in whole for stop in stops)
@@ -107,9 +107,9 @@ def first_to_come(text, stops, ids):
     """Returns the text before the stop string that is complete first, token by token."""
     for count in range(1, len(ids) + 1):
         so_far = run(ids[:count])[0]
-        places = [so_far.find(stop) for stop in stops if stop in so_far]
-        if places:
-            return so_far[: min(places)]
+        starts = [so_far.find(stop) for stop in stops if stop in so_far]
+        if starts:
+            return so_far[: min(starts)]
     return text
 
 

@@ -1,4 +1,4 @@
-"""Embeddings: the original's numbers, whatever is read beside a text, and errors."""
+"""Embeddings equal the original's, do not depend on the batch, and errors name the text."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ TEXTS = ["A short one", "ünïcödé 🙂", "one\nmore line  and spaces", "word 
 
 
 def texts_of(values):
-    """Returns for each of the original's texts what is behind its instruction, and that."""
+    """Returns the text and the instruction of each of the original's texts."""
     length = int(values["embed_instruction_len"])
     rows = zip(values["embed_input_ids"], values["embed_attention_mask"], strict=True)
     texts = [ids[mask.astype(bool)] for ids, mask in rows]
@@ -35,7 +35,7 @@ def texts_of(values):
 
 
 def encode_each(model, texts, **options):
-    """Returns the embeddings of texts that have an instruction each."""
+    """Returns the embeddings of texts, each with an instruction of its own."""
     return np.stack([model.encode(text, instruction=before, **options) for text, before in texts])
 
 
@@ -81,7 +81,7 @@ def hidden_states(module, tokens, segment_ids, is_causal):
 
 
 def num_shared(tokenizer, instruction, text):
-    """Returns how many tokens are the instruction's alone: its last space is the next word's."""
+    """Returns the number of tokens of the instruction: its last space belongs to the next word."""
     own, whole = tokenizer.encode(instruction), tokenizer.encode(instruction + text)
     while own != whole[: len(own)]:
         own.pop()
@@ -89,13 +89,13 @@ def num_shared(tokenizer, instruction, text):
 
 
 def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
-    """Returns the normalised mean of a text's hidden states, read in a row of its own."""
+    """Returns the normalized mean of a text's hidden states, in a row of its own."""
     tokenizer = model.tokenizer
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
     skipped = 1 + num_shared(tokenizer, instruction, text) if instruction else 0
-    places = np.arange(600)[None]
-    padded = np.where(places < len(tokens), np.resize(tokens, places.shape), 0)
-    is_token = (places < len(tokens)).astype(np.int32)
+    positions = np.arange(600)[None]
+    padded = np.where(positions < len(tokens), np.resize(tokens, positions.shape), 0)
+    is_token = (positions < len(tokens)).astype(np.int32)
     hidden = hidden_states(model.model, padded, is_token, is_causal)[0, : len(tokens)]
     mean = np.asarray(hidden)[0 if pools_instruction else skipped :].mean(axis=0)
     return mean / np.linalg.norm(mean)
@@ -133,11 +133,11 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
     model = reference_model(attention="cbcc")
     texts, instruction = [[7, 8, 9, 10], [11, 12], [13] * 9], [1, 2, 3, 4, 5]
     embeddings = model.encode(texts, instruction=instruction)
-    # Read in two calls: the instruction causally, the text bidirectionally on top.
+    # With a cache: two calls, the instruction causally, then the text bidirectionally.
     cached, caches = model.encode(texts, instruction=instruction, get_cache=True)
     np.testing.assert_allclose(embeddings, cached, atol=1e-5)
     assert [int(cache.length) for cache in caches] == [9, 7, 14]
-    # Pooling the instruction does not change how it is read.
+    # Pooling the instruction does not change its attention.
     pooled = model.encode(texts, instruction=instruction, embed_instruction=True)
     cached, _ = model.encode(texts, instruction=instruction, embed_instruction=True, get_cache=True)
     np.testing.assert_allclose(pooled, cached, atol=1e-5)
@@ -148,7 +148,11 @@ def test_the_instruction_of_a_partly_causal_pattern(reference_model):
 def test_a_token_of_instruction_and_text_is_the_texts_in_a_partly_causal_pattern(tmp_path, model):
     tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "llama3")))
     partly_causal = GritLM(model.model, model.mesh, tokenizer, attention="cbcc")
-    texts = ["word", "\nword", "more"]  # The last line break of the instruction is the second's.
+    texts = [
+        "word",
+        "\nword",
+        "more",
+    ]  # The last line break of the instruction belongs to the second.
     expected = partly_causal.encode(texts, instruction=INSTRUCTION)
     found, caches = partly_causal.encode(texts, instruction=INSTRUCTION, get_cache=True)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -175,12 +179,13 @@ def test_eight_devices_embed_as_one_does(reference_model):
     assert [int(cache.length) for cache in caches] == [len(text) for text in texts[:3]]
 
 
-def test_few_shapes_are_compiled(model):
+def test_few_shapes_are_compiled(model, count_compilations):
     fresh = type(model)(model.model, model.mesh, model.tokenizer)
     random = np.random.default_rng(0)
-    for count in random.integers(1, 200, 6):
-        fresh.encode([random.integers(3, 32000, n) for n in random.integers(1, 250, count)])
-    assert fresh._encoder.program._cache_size() <= 5
+    with count_compilations() as compilations:
+        for count in random.integers(1, 200, 6):
+            fresh.encode([random.integers(3, 32000, n) for n in random.integers(1, 250, count)])
+    assert 1 <= len(compilations) <= 5
 
 
 def test_documents_are_their_title_and_text(model):
@@ -197,9 +202,9 @@ def test_documents_are_their_title_and_text(model):
         corpus[1]["title"] = title
         found = model.encode_corpus(corpus, instruction=INSTRUCTION)
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(InputError, match="document 1 has no string at 'text'"):
+    with pytest.raises(InputError, match="document 1 has no string 'text'"):
         model.encode_corpus([{"text": "a"}, {"title": "b"}])
-    with pytest.raises(InputError, match="document 0: 'title' is no string"):
+    with pytest.raises(InputError, match="document 0: 'title' is not a string"):
         model.encode_corpus([{"text": "a", "title": 7}])
 
 
@@ -215,7 +220,7 @@ def test_arrays_of_jax_and_of_the_models_type(model):
     assert np.abs(rounded - half.encode(texts)).max() > 0
 
 
-def test_token_ids_are_read_as_they_are(model):
+def test_token_ids_are_used_as_they_are(model):
     tokenizer = model.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0])]
     expected = model.encode(TEXTS[0])
@@ -228,13 +233,13 @@ def test_token_ids_are_read_as_they_are(model):
     assert np.abs(plain - expected).max() > 1e-3
 
 
-def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named(tmp_path):
+def test_a_text_that_the_tokenizer_drops_is_named(tmp_path):
     tokenizer = Tokenizer(str(write_sentencepiece(tmp_path, 60)))
-    ids = PromptEncoder(tokenizer, tokenizer.vocab_size)
+    encoder = PromptEncoder(tokenizer, tokenizer.vocab_size)
     for instruction in ("find", ""):
-        assert ids.after(instruction, "fox", begin=True, name="text 3").mask.any()
-        with pytest.raises(InputError, match="text 3 has nothing that the tokenizer keeps"):
-            ids.after(instruction, "\u200b", begin=True, name="text 3")
+        assert encoder.encode("fox", instruction, add_bos=True, name="text 3").mask.any()
+        with pytest.raises(InputError, match="text 3 has only characters that the tokenizer drops"):
+            encoder.encode("\u200b", instruction, add_bos=True, name="text 3")
 
 
 def test_progress_is_shown_from_256_texts_on(model, capfd):
@@ -254,28 +259,28 @@ def test_progress_is_shown_from_256_texts_on(model, capfd):
         (["a", 1.5], {}, "text 1 is of type float"),
         (["a", [[1]]], {}, "text 1 is of type list"),
         (7, {}, "texts are of type int: give a string"),
-        (["a", "b\ud83d"], {}, "text 1 has half of a surrogate pair at character 1: mend"),
+        (["a", "b\ud83d"], {}, "text 1 has half of a surrogate pair at character 1: correct"),
         (["a"], {"instruction": "\ud83d"}, "the instruction has half of a surrogate pair"),
         (np.array([1.5]), {}, "text 0 is of type float64"),
-        ([[5, 32000]], {}, "text 0 has the token id 32000, but this model's are 0 to 31999"),
+        ([[5, 32000]], {}, "has the token id 32000, but the ids of this model are 0 to 31999"),
         (["a"], {"instruction": None}, "the instruction is None"),
-        (["a"], {"instruction": [5]}, "the instruction is token ids, so text 0 must be too"),
+        (["a"], {"instruction": [5]}, "instruction is token ids, so text 0 must be token ids too"),
         (["a", "b " * 600], {}, "1 of 2 texts are longer than 512 tokens, instruction included; "
-         "the longest, number 1, has 60[0-9]: raise max_length, up to 700, or say truncate=True"),
-        (["b " * 800], {"max_length": 900}, "longer than 700 .* this model reads 700 at most"),
+         "the longest, number 1, has 60[0-9]: raise max_length, up to 700, or pass truncate=True"),
+        (["b " * 800], {"max_length": 900}, "longer than 700 .* this model supports 700"),
         (["b " * 9], {"max_length": 4, "instruction": INSTRUCTION, "truncate": True},
-         "text 0: nothing of it fits behind its instruction in 4 tokens"),
+         "text 0: its instruction alone takes all 4 tokens"),
         (["a"], {"max_length": 0}, "max_length=0 must be positive"),
         (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_an_error(model, texts, options, message):
+def test_invalid_texts_are_errors(model, texts, options, message):
     with pytest.raises(ValueError, match=message):
         model.encode(texts, **options)
 
 
-def test_texts_are_cut_where_that_is_asked_for(model):
-    with pytest.warns(UserWarning, match="1 of 2 texts were cut to 20 tokens"):
+def test_texts_are_truncated_on_request(model):
+    with pytest.warns(UserWarning, match="1 of 2 texts were truncated to 20 tokens"):
         embeddings = model.encode(["word " * 100, "short"], max_length=20, truncate=True)
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode("word " * 100)]
     np.testing.assert_allclose(embeddings[0], model.encode(ids[:20]), atol=1e-5)
@@ -290,10 +295,10 @@ def test_devices_that_do_not_divide_a_model_are_refused():
         GritLM.from_pretrained(folder, mesh=three)
 
 
-def test_unknown_choices_and_a_missing_tokenizer(reference_model):
+def test_unknown_choices_and_a_missing_tokenizer_are_errors(reference_model):
     with pytest.raises(ValueError, match="pooling='max' must be one of mean, weightedmean"):
         reference_model(pooling="max")
     with pytest.raises(ValueError, match="attention='bb' must be one of bbcc, cbcc, cccc"):
         reference_model(attention="bb")
-    with pytest.raises(InputError, match=r"no tokenizer .* say tokenizer=PATH"):
+    with pytest.raises(InputError, match=r"no tokenizer .* pass tokenizer=PATH"):
         reference_model().encode("a string")

@@ -1,4 +1,4 @@
-"""Generated text: that of the original and of transformers, whatever is generated beside it."""
+"""Generated text equals the original's and transformers', and does not depend on the batch."""
 
 import functools
 import os
@@ -25,13 +25,13 @@ PROMPTS = [
     chat_prompt("Say something about the sea, " * 12, is_first=True),
     "Mid size of a prompt, with ünïcödé",
 ]
-# More than one call of the program that makes tokens.
+# More tokens than one call of the decoding program generates.
 NEW = 36
 
 
 @functools.partial(nnx.jit, static_argnames="count")
 def continued(module, tokens, length, count):
-    """Returns the likeliest tokens after a padded prompt, which is read anew for each of them."""
+    """Returns the greedy tokens after a padded prompt, without a cache."""
 
     def add(i, tokens):
         is_token = jnp.arange(tokens.shape[1])[None] < length + i
@@ -109,7 +109,7 @@ def test_text_is_that_of_transformers(exported, name):
         assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
 
 
-def test_a_prompt_is_continued_as_alone(model):
+def test_a_prompt_is_continued_as_if_alone(model):
     long_prompt = list(np.random.default_rng(0).integers(3, 32000, 530))
     prompts = [prompt_ids(model, PROMPTS[0]), long_prompt, [5]]
     expected = [expected_ids(model, prompt, NEW) for prompt in prompts]
@@ -132,11 +132,11 @@ def test_each_row_ends_with_its_own_end_of_text(model):
     end = int(whole[1][10])
     ending = GritLM(model.model, model.mesh, end_tokens=[end, 2])
     for found, row in zip(ending.generate([[5, 6], [7], [8] * 9], NEW), whole, strict=True):
-        places = np.flatnonzero(row == end)
-        np.testing.assert_array_equal(found, row[: places[0]] if len(places) else row)
+        ends = np.flatnonzero(row == end)
+        np.testing.assert_array_equal(found, row[: ends[0]] if len(ends) else row)
 
 
-def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(reference_model):
+def test_sampled_tokens_depend_on_the_seed_and_the_index_of_the_prompt(reference_model):
     model = reference_model()
     prompts = [[5, 6, 7], list(range(3, 30)), [9], [5, 6, 7]]
 
@@ -148,7 +148,7 @@ def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(referenc
     assert draw(prompts, seed=1) == found
     assert draw(prompts, seed=1, batch_size=2) == found
     assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
-    assert draw(prompts[2:], seed=1, first_number=2) == found[2:]
+    assert draw(prompts[2:], seed=1, first_index=2) == found[2:]
     assert draw(prompts, seed=2) != found
     assert found[0] != found[3]
 
@@ -179,7 +179,7 @@ def likeliest(module, tokens, cache):
     return jnp.argmax(module.logits(hidden[:, -1:]), axis=-1), cache
 
 
-def test_prompts_on_top_of_documents(reference_model):
+def test_prompts_after_cached_documents(reference_model):
     values = reference_values.load_values("mistral")
     model = reference_model()
     document, suffix = values["cache_document_ids"][0], values["cache_suffix_ids"][0]
@@ -208,19 +208,19 @@ def test_prompts_on_top_of_documents(reference_model):
         (["a", "\ud83d"], {}, "prompt 1 has half of a surrogate pair"),
         ([3.5], {}, "prompt 0 is of type float"),
         (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
-         "max_new_tokens=20 is over the model's context of 700: shorten it"),
+         "max_new_tokens=20 exceeds the model's context of 700: shorten it"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
         (["a"], {"top_k": 3}, "top_k=3 has no effect"),
         (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
-        (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one each"),
+        (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one for each"),
         (["a"], {"stop": ["b", ""]}, "a stop string is empty"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_continued_is_an_error(model, prompts, options, message):
+def test_invalid_prompts_are_errors(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompts, **options)
 
 
 def test_a_stream_is_of_one_prompt(model):
-    with pytest.raises(InputError, match="one prompt is streamed at a time, not 2"):
+    with pytest.raises(InputError, match="stream takes one prompt, not 2"):
         model.stream(["a", "b"])

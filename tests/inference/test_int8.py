@@ -1,4 +1,4 @@
-"""Linear layers in int8: rounded by output, alike on any mesh, and close to what they were."""
+"""Linear layers in int8: quantized per output, the same on any mesh, close to the original."""
 
 import jax
 import jax.numpy as jnp
