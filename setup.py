@@ -58,6 +58,7 @@ TEST = [
     *HARNESSES,
     "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
     *GGUF,
+    "beartype>=0.23",  # checks shape annotations, with jaxtyping.
     "build>=1.4",
     "hypothesis>=6.170",
     "ipykernel>=7.4",  # runs the notebooks, with nbclient.
