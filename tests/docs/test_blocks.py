@@ -37,7 +37,7 @@ TRUE = {
 assert scores.shape == (2, 2)
 streamed = "".join(model.stream(prompt, max_new_tokens=32, stop=["\\n\\n"]))
 assert streamed == answer.split("\\n\\n")[0]
-assert len(set(drawn)) == 2
+assert len(set(samples)) == 2
 assert hidden.shape == (1, 3, 32)
 """,
     "conversion.md": "assert scores.shape == (2, 2) and len(answer[0]) > len(inputs.input_ids[0])",
