@@ -1,4 +1,4 @@
-"""The blocks of the documents, and somebody who types them, page by page, in a clone."""
+"""The code blocks of the documentation, and a reader who runs them in a clone."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ PAGES = [FIRST_PAGE, *sorted({*(ROOT / "docs").rglob("*.md")} - {FIRST_PAGE}), R
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (.*?) -->\n\Z")
 
-# Runs what it is given on its input, piece by piece, and says after each how it ended.
+# Runs the code blocks from standard input and reports how each ended.
 PYTHON = """
 import json, sys, traceback
 names = {"__name__": "__main__"}
@@ -33,12 +33,11 @@ class Block:
     """A fenced block.
 
     Attributes:
-      page: the file.
-      line: number of its first line.
-      language: what stands behind the fence.
-      text: what stands in it.
-      mark: the comment on the line above the fence, "" if there is none. It says what becomes of
-        the block (see test_blocks.py).
+      page: its file.
+      line: line number of its opening fence.
+      language: language after the opening fence.
+      text: content.
+      mark: comment on the line above the fence, or ""; see test_blocks.py.
     """
 
     page: Path
@@ -52,8 +51,8 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     @property
-    def is_typed(self):
-        """Whether it is something to be run."""
+    def is_run(self):
+        """Whether the block is run."""
         return self.language in ("sh", "python") and not self.mark.startswith(("not run", "file"))
 
 
@@ -66,10 +65,10 @@ def blocks_of(page):
 
 
 class Reader:
-    """Types blocks of sh into one shell, and those of python into one interpreter, in a folder.
+    """Runs sh blocks in one shell and python blocks in one interpreter, in a folder.
 
     Args:
-      folder: what is to look like a clone; it is made so.
+      folder: is turned into a clone.
       environment: variables of both.
     """
 
@@ -83,14 +82,14 @@ class Reader:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         grit_jax = f"{sys.executable} -m grit_jax"
-        # The interpreter is that of the tests, into which nothing is to be installed.
-        refusal = 'case "$*" in *"-m pip"*) echo "pip is not run here" >&2; exit 1;; esac'
+        # The tests' own interpreter, in which nothing may be installed.
+        refusal = 'case "$*" in *"-m pip"*) echo "pip is disabled here" >&2; exit 1;; esac'
         for name, command in {"python": sys.executable, "grit-jax": grit_jax}.items():
             (programs / name).write_text(f'#!/bin/sh\n{refusal}\nexec {command} "$@"\n')
             (programs / name).chmod(0o755)
 
-    def type(self, command):
-        """Types into the shell; returns the process, with what it printed."""
+    def run_shell(self, command):
+        """Runs a command in the shell and returns the finished process with its output."""
         state = self._variables
         script = f"set -euo pipefail\nset -a\n[ ! -e {state} ] || . {state}\n"
         return subprocess.run(
@@ -104,7 +103,7 @@ class Reader:
         )
 
     def run_python(self, name, code):
-        """Returns whether it ran, and what it printed."""
+        """Runs code; returns whether it succeeded, and its output."""
         if self._python is None:
             self._python = subprocess.Popen(
                 [sys.executable, "-c", PYTHON],
@@ -124,8 +123,8 @@ class Reader:
         printed, _, ending = printed.partition("\0")
         return ending == "\n", printed
 
-    def leave(self):
-        """Ends the interpreter."""
+    def stop(self):
+        """Stops the interpreter."""
         if self._python is not None:
             self._python.stdin.close()
             self._python.stdout.close()
