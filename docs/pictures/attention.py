@@ -62,9 +62,9 @@ def as_chats(row: PackedTexts) -> Stream:
 def mask_of(stream: Stream) -> np.ndarray:
     """Returns the attention mask of the row, bool [S, S]."""
     mask = AttentionMask(
-        stream.segment_ids, stream.positions, stream.is_causal, stream.causal_tokens
+        stream.segment_ids, stream.positions, stream.is_causal, stream.causal_query_mask
     )
-    return np.asarray(mask.mask())[0]
+    return np.asarray(mask.as_array())[0]
 
 
 def draw(axes, title: str, row: PackedTexts, mask: np.ndarray, tokenizer: Tokenizer) -> None:
