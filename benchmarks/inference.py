@@ -1,16 +1,16 @@
-"""How fast texts are embedded and prompts continued: python benchmarks/inference.py
+"""Compares the speed of embedding and generating with torch: python benchmarks/inference.py
 
-The same random weights, texts and prompts go through grit-jax (`GritLM`), and through torch with
-`transformers` (sdpa) as the original has it: texts in batches of 256, in their order, padded to the
-longest of the batch. The sides take turns, each turn in a new process; the first time of each case
-is not counted. What they return must agree in float32, or there is no table.
+Both sides have the same random weights, texts and prompts: grit-jax (`GritLM`), and torch with
+`transformers` (sdpa) as in the original, with texts in batches of 256 in their order, padded to the
+longest text of the batch. The sides run alternately, each time in a new process; the first
+call of each case is not counted. In float32 the results must agree, or no table is printed.
 
     encode full       texts that fill their rows
-    encode sample     as long as passages of the embedded sample (sample_lengths.npz)
-    decode 1, 8       greedy, 64 tokens after prompts of 32
+    encode sample     texts as long as passages of the embedded sample (sample_lengths.npz)
+    decode 1, 8       greedy decoding of 64 tokens after 1 or 8 prompts of 32 tokens
 
-    --dtype bfloat16  of parameters and computation, on both sides
-    --preset tiny     a model that shows only that the sides agree
+    --dtype bfloat16  dtype of parameters and computation, on both sides
+    --preset tiny     a model so small that only the agreement is of interest
 """
 
 import argparse
@@ -30,30 +30,30 @@ from step_work import LENGTHS_FILE, SETTINGS
 
 CASES = ("encode full", "encode sample", "decode 1", "decode 8")
 BATCH_SIZE, PROMPT, NEW = 256, 32, 64
-# Between the sides, in float32.
+# Maximum difference between embeddings of the two sides in float32.
 TOLERANCE = 1e-4
 
 
 def main() -> None:
-    """Does what the options ask for."""
+    """Runs both sides, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=("124m", "tiny"), default="124m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, default=3, help="times of a case in a turn (3)")
-    parser.add_argument("--repeats", type=int, default=2, help="turns of each side (2)")
+    parser.add_argument("--rounds", type=int, default=3, help="calls of each case in a process (3)")
+    parser.add_argument("--repeats", type=int, default=2, help="processes of each side (2)")
     options = parser.parse_args()
     seconds: dict[tuple[str, str], list[float]] = {}
     returned: dict[tuple[str, str], Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         _in_process(save_model, options.preset, folder)
         for side in options.sides * options.repeats:
-            turn = _in_process(
-                take_turn, side, options.preset, options.dtype, options.cases,
+            measured = _in_process(
+                measure, side, options.preset, options.dtype, options.cases,
                 options.rounds, folder,
             )  # fmt: skip
-            for case, (times, result) in turn.items():
+            for case, (times, result) in measured.items():
                 seconds.setdefault((case, side), []).extend(times)
                 returned[case, side] = result
     if options.dtype == "float32" and len(options.sides) > 1:
@@ -68,14 +68,14 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def speed_table(options: argparse.Namespace, seconds: dict[tuple[str, str], list[float]]) -> Table:
-    """Returns for each case and side the tokens a second, and the ratio to torch's."""
+    """Returns a table of the tokens per second of each case and side, and the ratio to torch."""
     table = Table(title=f"{options.preset}, {options.dtype}")
-    for column in ("case", "side", "s, median", "from", "to", "tokens/s", "times as fast"):
+    for column in ("case", "side", "s, median", "min", "max", "tokens/s", "speedup"):
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     for case in options.cases:
         for side in options.sides:
             own = seconds[case, side]
-            slow = seconds.get((case, "torch"), own)
+            torch_seconds = seconds.get((case, "torch"), own)
             table.add_row(
                 case,
                 side,
@@ -83,13 +83,13 @@ def speed_table(options: argparse.Namespace, seconds: dict[tuple[str, str], list
                 f"{min(own):.2f}",
                 f"{max(own):.2f}",
                 f"{num_tokens(case, options.preset) / statistics.median(own):,.0f}",
-                f"{statistics.median(slow) / statistics.median(own):.2f}",
+                f"{statistics.median(torch_seconds) / statistics.median(own):.2f}",
             )
     return table
 
 
 def compare(returned: dict[tuple[str, str], Any], cases: list[str]) -> None:
-    """Checks that both sides return the same.
+    """Checks that both sides return the same results.
 
     Raises:
       SystemExit: embeddings differ by more than rounding, or tokens differ.
@@ -132,24 +132,24 @@ def save_model(preset: str, folder: str) -> None:
     MistralForCausalLM(MistralConfig(**sizes, sliding_window=None)).save_pretrained(folder)
 
 
-def take_turn(
+def measure(
     side: str, preset: str, dtype: str, cases: list[str], rounds: int, folder: str
 ) -> dict[str, tuple[list[float], Any]]:
-    """Returns the seconds that a side needs each time, and what it returns, by case."""
+    """Returns for each case the seconds of each call of a side, and the result."""
     encode, decode = SIDES[side](Path(folder), dtype)
-    turn = {}
+    measured = {}
     for case in cases:
         texts, seconds, result = work(case, preset), [], None
         for _ in range(rounds + 1):
             start = time.perf_counter()
             result = encode(texts) if case.startswith("encode") else decode(texts)
             seconds.append(time.perf_counter() - start)
-        turn[case] = seconds[1:], result
-    return turn
+        measured[case] = seconds[1:], result
+    return measured
 
 
 def jax_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
-    """Returns the project's functions that embed and generate."""
+    """Returns the functions of grit-jax that embed and generate."""
     from grit_jax import GritLM
 
     model = GritLM.from_pretrained(folder, dtype=dtype)
@@ -174,19 +174,19 @@ def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
 
     @torch.inference_mode()
     def encode(texts: list[np.ndarray]) -> Any:
-        # The mask goes by the configuration, attention without a mask by the keyword.
+        # With a mask, transformers follows the configuration; without one, the keyword.
         model.config.is_causal = False
-        found = []
+        embeddings = []
         for start in range(0, len(texts), BATCH_SIZE):
             rows = [torch.from_numpy(text) for text in texts[start : start + BATCH_SIZE]]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             lengths = torch.tensor([len(row) for row in rows])
             is_token = torch.arange(tokens.shape[1])[None] < lengths[:, None]
-            read: Any = model.model(tokens, attention_mask=is_token.long(), is_causal=False)
+            output: Any = model.model(tokens, attention_mask=is_token.long(), is_causal=False)
             weights = is_token.float()[..., None]
-            mean = (read.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
-            found.append(functional.normalize(mean, dim=-1))
-        return torch.cat(found).numpy()
+            mean = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+            embeddings.append(functional.normalize(mean, dim=-1))
+        return torch.cat(embeddings).numpy()
 
     @torch.inference_mode()
     def decode(prompts: list[np.ndarray]) -> Any:
@@ -194,13 +194,13 @@ def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
         tokens = torch.from_numpy(np.stack(prompts))
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         mask = torch.ones_like(tokens)
-        made = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, **options)
-        return made[:, tokens.shape[1] :].numpy()
+        generated = model.generate(tokens, attention_mask=mask, max_new_tokens=NEW, **options)
+        return generated[:, tokens.shape[1] :].numpy()
 
     return encode, decode
 
 
-# A process imports what its own side needs.
+# Each process imports only the packages of its own side.
 SIDES = {"torch": torch_side, "grit-jax": jax_side}
 
 if __name__ == "__main__":

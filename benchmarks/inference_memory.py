@@ -1,11 +1,12 @@
-"""What a chip's memory holds when a 7B model embeds and generates.
+"""Computes the memory that a 7B model needs on one TPU chip to embed and to generate.
 
-python benchmarks/inference_memory.py --linear-dtype int8
-Compiles the programs of `GritLM` for one chip with the TPU's own compiler, which needs no TPU, and
-prints what the compiler says. Takes some minutes and the package libtpu.
+    python benchmarks/inference_memory.py --linear-dtype int8
 
-    --linear-dtype int8     as `GritLM.from_pretrained` takes it
-    --rows, --slots         prompts at once, and tokens of prompt and answer
+Compiles the programs of `GritLM` for one chip and prints the compiler's memory analysis. Needs no
+TPU, but some minutes and the package libtpu.
+
+    --linear-dtype int8     see `GritLM.from_pretrained`
+    --rows, --slots         prompts in a batch, and tokens of prompt and answer
 """
 
 import argparse
@@ -19,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.inference.batch_packing import PLACES_OF_A_TEXT, TOKENS_PER_DEVICE
+from grit_jax.inference.batch_packing import MIN_TOKENS_PER_TEXT, TOKENS_PER_DEVICE
 from grit_jax.inference.encode import Encoder
-from grit_jax.inference.generate import PART_LENGTHS, Generator, State
+from grit_jax.inference.generate import PREFILL_LENGTHS, GenerationState, Generator
 from grit_jax.inference.loading import abstract_module
 from grit_jax.inference.sampling import Sampling
 from grit_jax.models import ModelConfig
@@ -33,9 +34,9 @@ ROW_LENGTH = 512
 
 
 def main() -> None:
-    """Compiles, and prints a table."""
+    """Compiles the programs, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", default="v5e:2x2", help="of which one chip is taken")
+    parser.add_argument("--topology", default="v5e:2x2", help="topology of which one chip is used")
     parser.add_argument("--linear-dtype", choices=("int8",), default=None)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--slots", type=int, default=1024)
@@ -63,32 +64,33 @@ def main() -> None:
 
 
 def compile_programs(model: Any, mesh: Any, rows: int, slots: int) -> Any:
-    """Yields the name of each program, and the program compiled."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    """Yields the name of each program, and the compiled program."""
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
-    def texts(*shape: int) -> Any:
-        return of(shape, jnp.int32)
+    def integers(*shape: int) -> Any:
+        return abstract(shape, jnp.int32)
 
     encoder, packed = Encoder(model, mesh), (TOKENS_PER_DEVICE // ROW_LENGTH, ROW_LENGTH)
-    count = TOKENS_PER_DEVICE // PLACES_OF_A_TEXT
-    batch = PackedTexts(*(texts(*packed) for _ in range(3)), of(packed, bool), count)
+    count = TOKENS_PER_DEVICE // MIN_TOKENS_PER_TEXT
+    batch = PackedTexts(*(integers(*packed) for _ in range(3)), abstract(packed, bool), count)
     lowered = encoder.program.lower(encoder.parameters, batch, EmbeddingSpec())
     yield f"embed {TOKENS_PER_DEVICE:,} tokens", lowered.compile()
 
-    generator, end_tokens = Generator(model, mesh), texts(1)
+    generator, end_tokens = Generator(model, mesh), integers(1)
     cache = jax.eval_shape(lambda: model.make_cache(rows, slots))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    state = State(cache, texts(rows), texts(), of((rows,), bool), keys, None)
-    state = jax.tree.map(lambda leaf: of(leaf.shape, leaf.dtype), state)
-    part = texts(rows, PART_LENGTHS[-1])
+    is_done = abstract((rows,), bool)
+    state = GenerationState(cache, integers(rows), integers(), is_done, keys, None)
+    state = jax.tree.map(lambda leaf: abstract(leaf.shape, leaf.dtype), state)
+    chunk = integers(rows, PREFILL_LENGTHS[-1])
     arguments = (generator.parameters, state)
-    lowered = generator.prefill.lower(*arguments, part, part, end_tokens, Sampling(), True)
-    yield f"read {rows} x {PART_LENGTHS[-1]} tokens of prompts", lowered.compile()
-    lowered = generator.decode.lower(*arguments, texts(), end_tokens, Sampling())
-    yield f"generate, {rows} x {slots:,} slots", lowered.compile()
+    lowered = generator.prefill.lower(*arguments, chunk, chunk, end_tokens, Sampling(), True)
+    yield f"prefill {rows} x {PREFILL_LENGTHS[-1]} tokens", lowered.compile()
+    lowered = generator.decode.lower(*arguments, integers(), end_tokens, Sampling())
+    yield f"decode, {rows} x {slots:,} slots", lowered.compile()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How long an answer from an index takes, by its six ways: python benchmarks/rag.py [--small]
+"""Measures RAG answers in all six cache modes: python benchmarks/rag.py [--small]
 
-A Mistral of 124.7 M random parameters in float32 on this machine's CPU answers with 16 tokens. One
-of question and document has the number of tokens in the first column, the other 16. From the
-question's text to the answer's, the search included; what an index stores beforehand is not. Then,
-what stored caches take, and which answers they change.
+A Mistral with 124.7 M random parameters in float32 answers with 16 tokens, on the CPU. Either the
+document or the question has the number of tokens in the first column, the other has 16. The time is
+from the text of the question to the text of the answer, search included, index building excluded.
+A second table has the size of stored caches on disk, and how many answers their format changes.
 """
 
 import argparse
@@ -39,9 +39,9 @@ CONFIG = ModelConfig(
 
 
 def main() -> None:
-    """Measures and prints the tables."""
+    """Measures, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="texts up to 500 tokens only")
+    parser.add_argument("--small", action="store_true", help="only texts of up to 500 tokens")
     sizes = SIZES[:2] if parser.parse_args().small else SIZES
     model = GritLM(make_model(CONFIG, 0), make_mesh(), Tokenizer(), end_tokens=[])
     words = Words(model.tokenizer)
@@ -57,14 +57,14 @@ def main() -> None:
                 plain, cached = ("query-prompt", "query-cache")
             saved = 1 - seconds[cached] / seconds[plain]
             table.add_row(
-                f"{size:,}", *(f"{seconds[way]:.2f}" for way in CACHE_MODES), f"{saved:.0%}"
+                f"{size:,}", *(f"{seconds[mode]:.2f}" for mode in CACHE_MODES), f"{saved:.0%}"
             )
         Console(width=140).print(table)
-    Console().print(stored_forms(model, words, sizes[0]))
+    Console().print(stored_formats(model, words, sizes[0]))
 
 
 class Words:
-    """Makes texts of so many tokens, each another one."""
+    """Makes random texts of a given number of tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -72,64 +72,63 @@ class Words:
         self._words = [word for word in WORDS if len(tokenizer.encode(word)) == 1]
 
     def text(self, num_tokens: int) -> str:
-        """Returns words of a token each."""
+        """Returns words of one token each."""
         return " ".join(self._random.choice(self._words, num_tokens))
 
 
 def measure(
     model: GritLM, words: Words, document_tokens: int, question_tokens: int
 ) -> dict[str, float]:
-    """Returns the median seconds of each way, which take turns."""
+    """Returns the median seconds of each cache mode, measured in turn."""
     with tempfile.TemporaryDirectory() as folder:
         documents = [{"text": words.text(document_tokens)} for _ in range(NUM_DOCUMENTS)]
         build_index(model, documents, f"{folder}/index", caches="float32")
         index = DocumentIndex(f"{folder}/index", model)
-        answerers = {way: RagPipeline(model, index, way) for way in CACHE_MODES}
-        seconds: dict[str, list[float]] = {way: [] for way in CACHE_MODES}
-        for turn, (way, answerer) in itertools.product(range(TIMES + 1), answerers.items()):
-            taken = timed(answerer, words.text(question_tokens))
-            if turn:  # The first compiles.
-                seconds[way].append(taken)
-    return {way: statistics.median(taken) for way, taken in seconds.items()}
+        pipelines = {mode: RagPipeline(model, index, mode) for mode in CACHE_MODES}
+        seconds: dict[str, list[float]] = {mode: [] for mode in CACHE_MODES}
+        for repeat, (mode, pipeline) in itertools.product(range(TIMES + 1), pipelines.items()):
+            taken = timed(pipeline, words.text(question_tokens))
+            if repeat:  # The first call compiles.
+                seconds[mode].append(taken)
+    return {mode: statistics.median(taken) for mode, taken in seconds.items()}
 
 
-def timed(answerer: RagPipeline, question: str) -> float:
+def timed(pipeline: RagPipeline, question: str) -> float:
     """Returns the seconds that an answer takes."""
     started = time.perf_counter()
-    answerer.ask(question, NEW_TOKENS)
+    pipeline.ask(question, NEW_TOKENS)
     return time.perf_counter() - started
 
 
-def stored_forms(model: GritLM, words: Words, document_tokens: int) -> Table:
-    """Returns a table of what caches take on disk, and of which answers they change."""
+def stored_formats(model: GritLM, words: Words, document_tokens: int) -> Table:
+    """Returns a table of the size of stored caches, and of the answers they leave unchanged."""
     documents = [{"text": words.text(document_tokens)} for _ in range(NUM_DOCUMENTS)]
     questions = [words.text(SHORT) for _ in range(8)]
     table = Table(title="stored caches")
-    for column in ("form", "bytes a token", "of a 7B", "answers as in float32"):
-        table.add_column(column, justify="left" if column == "form" else "right")
+    for column in ("format", "bytes a token", "of a 7B", "answers as in float32"):
+        table.add_column(column, justify="left" if column == "format" else "right")
     expected: list[str] = []
-    for form in FORMATS:
+    for cache_format in FORMATS:
         with tempfile.TemporaryDirectory() as folder:
-            build_index(model, documents, f"{folder}/index", caches=form)
+            build_index(model, documents, f"{folder}/index", caches=cache_format)
             index = DocumentIndex(f"{folder}/index", model)
             answers = RagPipeline(model, index, "document-cache").ask(questions, NEW_TOKENS)
-        pieces = [each.answer for each in answers]
-        expected = expected or pieces
-        same = np.mean([one == other for one, other in zip(pieces, expected, strict=True)])
-        table.add_row(
-            form, f"{token_bytes(CONFIG, form):,}", f"{token_bytes(SEVEN_B, form):,}", f"{same:.0%}"
-        )
+        texts = [each.answer for each in answers]
+        expected = expected or texts
+        same = np.mean([one == other for one, other in zip(texts, expected, strict=True)])
+        sizes = (token_bytes(config, cache_format) for config in (CONFIG, SEVEN_B))
+        table.add_row(cache_format, *(f"{size:,}" for size in sizes), f"{same:.0%}")
     return table
 
 
 SEVEN_B = ModelConfig()
 
 
-def token_bytes(config: ModelConfig, form: str) -> int:
-    """Returns the bytes that a token's keys and values take on disk, steps of int8 included."""
-    of_head = {"float32": 4 * config.head_dim, "bfloat16": 2 * config.head_dim}
-    of_head["int8"] = config.head_dim + 2
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * of_head[form]
+def token_bytes(config: ModelConfig, cache_format: str) -> int:
+    """Returns the bytes on disk of a token's keys and values, with the scales of int8."""
+    head_bytes = {"float32": 4 * config.head_dim, "bfloat16": 2 * config.head_dim}
+    head_bytes["int8"] = config.head_dim + 2
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_bytes[cache_format]
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def measure(
     answered = answerer.ask([question for question, _ in questions], NEW_TOKENS)
     pairs = list(zip((answer for _, answer in questions), answered, strict=True))
     match = statistics.mean(expected in one.answer for expected, one in pairs)
-    found = statistics.mean(documents[one.numbers[0]] == expected for expected, one in pairs)
+    found = statistics.mean(documents[one.document_ids[0]] == expected for expected, one in pairs)
     return match, found
 
 

@@ -7,6 +7,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def reference_model():
         return GritLM.from_pretrained(folder, dtype="float32", mesh=mesh, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def count_compilations():
+    """A context manager that yields a list, to which each compiled program adds an entry."""
+    import jax
+
+    lists = []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            for entries in lists:
+                entries.append(event)
+
+    @contextlib.contextmanager
+    def counted():
+        entries = []
+        lists.append(entries)
+        yield entries
+        lists.remove(entries)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return counted
 
 
 @pytest.fixture(scope="session")

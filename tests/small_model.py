@@ -1,4 +1,4 @@
-"""A small model to embed and generate with, for tests of what stands on it."""
+"""A small random model that embeds and generates."""
 
 import jax
 
@@ -13,7 +13,7 @@ def one_device():
 
 
 def small_model():
-    """Returns a random model that reads strings, as Mistral's tokenizer does."""
+    """Returns a random model with Mistral's tokenizer on one device."""
     config = ModelConfig(
         hidden_size=32,
         intermediate_size=48,

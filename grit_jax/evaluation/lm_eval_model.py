@@ -1,7 +1,7 @@
-"""`GritLM` as a model of lm-eval, EleutherAI's harness (the package lm_eval).
+"""`GritLM` as a model of lm-eval, EleutherAI's evaluation harness (the package lm_eval).
 
-Texts become tokens as the harness' own model for `transformers` makes them of an exported model:
-what begins a text goes before each, and what ends one (`</s>`), written within, is that token.
+Texts are tokenized as lm-eval's own model for `transformers` tokenizes them for an exported model:
+each text begins with `<s>`, and the string `</s>` in a text becomes the end token.
 """
 
 from collections import defaultdict
@@ -17,20 +17,21 @@ import numpy as np
 
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.prompt_encoder import InputError
-from grit_jax.text.templates import ASSISTANT, chat_prompt
+from grit_jax.inference.sampling import Sampling
+from grit_jax.text.templates import chat_segments
 
-# What a task may ask of generation, beside where it ends; the first of them, of what is drawn.
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
-SAMPLING = (*DRAWING, "repetition_penalty")
+# Options that a task can set for generation. The filters apply only with `do_sample`.
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING_OPTIONS = (*FILTERS, "repetition_penalty")
 
 
 class LmEvalModel(TemplateLM):
-    """What `lm_eval.simple_evaluate` takes.
+    """A model for `lm_eval.simple_evaluate`.
 
     Args:
       model: scores and continues texts.
-      batch_size: prompts that are continued together.
-      max_new_tokens: of answers to tasks that do not say it.
+      batch_size: maximum number of prompts in a batch.
+      max_new_tokens: maximum tokens of an answer, if a task does not set it.
     """
 
     def __init__(self, model: GritLM, *, batch_size: int = 32, max_new_tokens: int = 256):
@@ -42,23 +43,23 @@ class LmEvalModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text, `</s>`."""
         return self._model.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text."""
+        """The token that begins a text, `<s>`."""
         return self._model.tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells requests made with this tokenizer from others."""
+        """A name that differs between tokenizers; lm-eval caches requests by it."""
         return self._model.tokenizer.fingerprint
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Returns the token ids of a text, with `<s>` before them unless that is not wanted."""
+        """Returns the token ids of a text, beginning with `<s>` unless that is switched off."""
         ids = [] if add_special_tokens is False else [self.prefix_token_id]
         for number, part in enumerate(string.split(self._end_of_text)):
             if number:
@@ -69,40 +70,33 @@ class LmEvalModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns a chat in GRIT's format, with the marker after which the assistant speaks.
+        """Returns a chat as text, without `<s>`.
 
         Args:
-          chat_history: turns of "user" and "assistant", of which the last may be either. A system's
-            text goes before the user's that follows it.
-          add_generation_prompt: False if the last turn, the assistant's, is to be continued.
+          chat_history: messages of "system", "user" and "assistant"; the last may be the
+            assistant's.
+          add_generation_prompt: whether to end with the assistant's marker. If not, the text ends
+            without `</s>`, to be continued.
         """
-        text, system = "", ""
-        for turn in chat_history:
-            content = turn["content"]
-            if turn["role"] == "system":
-                system += f"{content}\n\n"
-            elif turn["role"] == "user":
-                prompt = chat_prompt(system + content, is_first=not text)
-                text, system = text + prompt.removesuffix(ASSISTANT), ""
-            else:
-                text += f"{ASSISTANT}{content.strip()}{self._end_of_text}"
-        return text + ASSISTANT if add_generation_prompt else text.removesuffix(self._end_of_text)
+        segments = chat_segments(chat_history, add_generation_prompt=add_generation_prompt)
+        text = self._end_of_text.join(segments)
+        return text if add_generation_prompt else text.removesuffix(self._end_of_text)
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-        """Returns log-likelihoods, and whether they are greedy, of contexts and continuations."""
-        prompts, continuations, num_cut = [], [], 0
+        """Returns the log-likelihood of each continuation, and whether it is greedy."""
+        prompts, continuations, num_truncated = [], [], 0
         for _, context, continuation in requests:
-            # The last token is not read.
-            room = self.max_length + 1 - len(continuation)
-            if room < 1:
+            # The last token is not an input of the model.
+            max_context = self.max_length + 1 - len(continuation)
+            if max_context < 1:
                 raise InputError(
                     f"a continuation of {len(continuation)} tokens does not fit the model's "
-                    f"context of {self.max_length}"
+                    f"context of {self.max_length}: leave the task out"
                 )
-            num_cut += len(context) > room
-            prompts.append(np.array(context[-room:]))
+            num_truncated += len(context) > max_context
+            prompts.append(np.array(context[-max_context:]))
             continuations.append(np.array(continuation))
-        _warn_of_cuts(num_cut, len(requests))
+        _warn_of_truncation(num_truncated, len(requests))
         if not requests:
             return []
         values, are_greedy = self._model.score(prompts, continuations)
@@ -113,7 +107,7 @@ class LmEvalModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, of which each token is predicted once."""
+        """Returns the log-likelihood of each text; each token is predicted once."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             for context, continuation in map(
@@ -134,64 +128,72 @@ class LmEvalModel(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each prompt, which ends before the strings that its task names."""
-        alike = defaultdict(list)
+        """Returns the answer to each prompt, up to the stop strings of its task."""
+        by_options = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+            by_options[json.dumps(request.args[1], sort_keys=True)].append(number)
         answers = [""] * len(requests)
-        for numbers in alike.values():
+        for numbers in by_options.values():
             options = requests[numbers[0]].args[1]
-            found = self._generate([requests[number].args[0] for number in numbers], options)
-            for number, answer in zip(numbers, found, strict=True):
+            generated = self._generate([requests[number].args[0] for number in numbers], options)
+            for number, answer in zip(numbers, generated, strict=True):
                 answers[number] = answer
                 self.cache_hook.add_partial("generate_until", requests[number].args, answer)
         return answers
 
     def _generate(self, prompts: Sequence[str], options: dict[str, Any]) -> list[str]:
-        asked: dict[str, Any] = {**normalize_gen_kwargs(options, self._max_new_tokens)}
-        stop = [string for string in asked.pop("until", []) if string]
-        max_new_tokens = int(asked.pop("max_gen_toks"))
-        is_drawn = asked.pop("do_sample")
-        sampling = {name: asked.pop(name) for name in SAMPLING if name in asked}
-        if not is_drawn:  # The harness' own model passes over them, too.
-            sampling = {name: sampling[name] for name in sampling if name not in DRAWING}
-        if sampling.get("top_k", 1) < 1:  # The harness' way to say: of all.
-            del sampling["top_k"]
-        if asked.get("num_beams") == 1:  # The harness' way to say: no search.
-            del asked["num_beams"]
-        if asked:
+        remaining: dict[str, Any] = {**normalize_gen_kwargs(options, self._max_new_tokens)}
+        stop = [string for string in remaining.pop("until", []) if string]
+        max_new_tokens = int(remaining.pop("max_gen_toks"))
+        sampling = _sampling(remaining)
+        if remaining:
             raise InputError(
-                f"a task asks for {', '.join(asked)} in its generation_kwargs; there are "
-                f"{', '.join((*SAMPLING, 'do_sample', 'until', 'max_gen_toks'))}"
+                f"a task sets {', '.join(remaining)} in its generation_kwargs; supported are "
+                f"{', '.join((*SAMPLING_OPTIONS, 'do_sample', 'until', 'max_gen_toks'))}"
             )
-        sampling["temperature"] = (sampling.get("temperature") or 1.0) if is_drawn else 0.0
-        room = self.max_length - max_new_tokens
-        if room < 1:
+        max_prompt = self.max_length - max_new_tokens
+        if max_prompt < 1:
             raise InputError(
-                f"a task asks for {max_new_tokens} new tokens, but the model's context is "
-                f"{self.max_length}: say max_gen_toks in its generation_kwargs"
+                f"a task generates {max_new_tokens} new tokens, but the model's context is "
+                f"{self.max_length}: set a smaller max_gen_toks in its generation_kwargs"
             )
         ids = [self.tok_encode(prompt) for prompt in prompts]
-        _warn_of_cuts(sum(len(prompt) > room for prompt in ids), len(ids))
-        made = self._model.generate(
-            [np.array(prompt[-room:]) for prompt in ids],
+        _warn_of_truncation(sum(len(prompt) > max_prompt for prompt in ids), len(ids))
+        generated = self._model.generate(
+            [np.array(prompt[-max_prompt:]) for prompt in ids],
             max_new_tokens,
+            sampling=sampling,
             stop=stop,
             batch_size=self._batch_size,
-            **sampling,
         )
-        return [_before(stop, self._model.tokenizer.decode(tokens.tolist())) for tokens in made]
+        decode = self._model.tokenizer.decode
+        return [_before(stop, decode(tokens.tolist())) for tokens in generated]
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    """Removes the sampling options of lm-eval from `options`, and returns them."""
+    do_sample = options.pop("do_sample")
+    given = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
+    if not do_sample:  # lm-eval's own model ignores the filters, too.
+        given = {name: given[name] for name in given if name not in FILTERS}
+    if given.get("top_k", 1) < 1:  # lm-eval's value for no filter.
+        del given["top_k"]
+    if options.get("num_beams") == 1:  # lm-eval's value for no beam search.
+        del options["num_beams"]
+    if do_sample:
+        given["temperature"] = given.get("temperature") or 1.0
+    return Sampling(**given)
 
 
 def _before(stop: Sequence[str], text: str) -> str:
-    """Returns what of a text is before the first of some strings."""
+    """Returns the text before the first stop string."""
     return text[: min([text.find(string) for string in stop if string in text], default=len(text))]
 
 
-def _warn_of_cuts(number: int, of: int) -> None:
+def _warn_of_truncation(number: int, total: int) -> None:
     if number:
         logging.warning(
-            "%d of %d texts are longer than the model's context: their beginnings are cut off",
+            "%d of %d texts are longer than the model's context: their beginnings are truncated",
             number,
-            of,
+            total,
         )

@@ -1,8 +1,8 @@
 """`GritLM` as an encoder of MTEB (the package mteb, 2.x; arXiv 2210.07316).
 
-Instructions are given as the original gives them: a task's own goes before queries alone where
-queries look for documents, and before both sides where they are of one kind. Embeddings keep their
-lengths, which matter to the classifiers that are trained on them; all else compares by cosine.
+Instructions follow the original: in retrieval tasks only queries get the task's instruction, in all
+other tasks both sides get it. Embeddings are not normalized, because their lengths matter to the
+classifiers that are trained on them; all other tasks compare by cosine similarity.
 """
 
 from collections.abc import Mapping
@@ -21,27 +21,26 @@ import numpy as np
 from grit_jax.evaluation.paper import INSTRUCTIONS
 from grit_jax.evaluation.results import settings_of
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.text.templates import embedding_prefix
 
-# The kinds of tasks whose documents have no instruction.
-ASKED_BY_QUERIES = ("Retrieval", "InstructionRetrieval", "InstructionReranking")
-# Stands for a text without anything in it, which no tokenizer makes a token of.
-NOTHING = "."
+# Types of tasks whose documents get no instruction.
+RETRIEVAL_TYPES = ("Retrieval", "InstructionRetrieval", "InstructionReranking")
+# Replaces an empty text, which has no tokens.
+EMPTY_TEXT = "."
 
 
 class MtebModel(AbsEncoder):
-    """What `mteb.evaluate` takes.
+    """A model for `mteb.evaluate`.
 
     Args:
       model: embeds the texts.
-      name: of the model, in MTEB's folders of results.
-      revision: what tells its weights from others of this name; results of another are no results
-        of this one.
-      max_length: tokens of a text; longer ones are cut.
-      instructions: by the name of a task or a kind of tasks, in the place of MTEB's own.
+      name: name of the model in MTEB's folders of results.
+      revision: identifies the weights; MTEB does not mix the results of different revisions.
+      max_length: maximum tokens of a text; longer texts are truncated.
+      instructions: instructions by name or type of task, which override those of the paper.
 
     Attributes:
-      settings: what scores depend on beside the weights; MTEB keeps those of others apart.
+      settings: everything except the weights that scores depend on; MTEB does not mix the results
+        of different settings.
     """
 
     def __init__(
@@ -58,8 +57,8 @@ class MtebModel(AbsEncoder):
         self.prompts_dict = INSTRUCTIONS | own
         self._max_length = max_length
         self.settings: dict[str, Any] = settings_of(model) | {
-            "attention": model.attention,
-            "pooling": model.pooling,
+            "attention": model.embedding_spec.attention,
+            "pooling": model.embedding_spec.pooling,
             "max_length": max_length,
             "instructions": _digest(own) if own else "",
         }
@@ -75,35 +74,38 @@ class MtebModel(AbsEncoder):
         prompt_type: PromptType | None = None,
         **options: Any,
     ) -> Float32[np.ndarray, "texts size"]:
-        """Returns the embeddings of the texts of `inputs`, batches with the key "text".
+        """Returns the embeddings of texts.
 
         Args:
-          inputs: batches of texts.
-          task_metadata: of the task, for its instruction.
+          inputs: batches with the key "text".
+          task_metadata: metadata of the task, for its instruction.
           hf_split: not used.
           hf_subset: not used.
-          prompt_type: which side of the task the texts are; None where it has one.
+          prompt_type: whether the texts are queries or documents; None if the task has one side.
           **options: `batch_size`, see `GritLM.encode`; others are not used.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         empty = [number for number, text in enumerate(texts) if not text.strip()]
         if empty:
             logging.warning(
-                "%s: %d texts are empty and read as %r", task_metadata.name, len(empty), NOTHING
+                "%s: %d texts are empty and embedded as %r",
+                task_metadata.name,
+                len(empty),
+                EMPTY_TEXT,
             )
         for number in empty:
-            texts[number] = NOTHING
-        return self.model.encode(
+            texts[number] = EMPTY_TEXT
+        return self.model.encode_query(
             texts,
+            self.instruction(task_metadata, prompt_type),
             batch_size=options.get("batch_size", 256),
             max_length=self._max_length,
-            instruction=embedding_prefix(self.instruction(task_metadata, prompt_type)),
             truncate=True,
         )
 
     def instruction(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
-        """Returns what the texts of one side of a task are embedded for; "" for plain documents."""
-        if prompt_type == PromptType.document and task_metadata.type in ASKED_BY_QUERIES:
+        """Returns the instruction for one side of a task, "" for documents of retrieval tasks."""
+        if prompt_type == PromptType.document and task_metadata.type in RETRIEVAL_TYPES:
             return ""
         return self.get_instruction(task_metadata, PromptType.query)
 

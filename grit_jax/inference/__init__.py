@@ -1,1 +1,1 @@
-"""A model to be used: from any stored form to a Flax module on the devices."""
+"""Inference: `GritLM`, which embeds texts, generates text and scores continuations."""

@@ -1,4 +1,4 @@
-"""Which texts go to the devices together: rows of a handful of lengths, in calls of few shapes."""
+"""Packs texts into few rows, and rows into calls of few shapes, so that few programs compile."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -7,22 +7,23 @@ import numpy as np
 
 from grit_jax.data.packing import plan_rows
 
-# Rows are this long times a power of two. Short rows are for few texts alone: many are packed.
+# Row lengths are these times a power of two; short rows are only for a few texts.
 SHORTEST_ROW, SHORTEST_PACKED_ROW = 64, 256
-# A text is given no fewer places, so that a call has a bounded number of texts.
-PLACES_OF_A_TEXT = 8
-# Places of a call on one device: enough to keep it busy, and little memory.
+# A text counts as at least this many tokens, which bounds the number of texts in a call.
+MIN_TOKENS_PER_TEXT = 8
+# Maximum tokens of a call on one device, padding included: it keeps a device busy with little
+# memory.
 TOKENS_PER_DEVICE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedCall:
-    """Rows that are read at once.
+    """Texts that are packed into the rows of one call.
 
     Attributes:
-      rows: for each row the numbers of its texts; there may be fewer than `num_rows`.
-      num_rows: rows of the call's arrays.
-      row_length: places of a row.
+      rows: the indices of the texts in each row; there may be fewer rows than `num_rows`.
+      num_rows: number of rows of the call's arrays.
+      row_length: number of tokens in a row.
     """
 
     rows: list[list[int]]
@@ -30,51 +31,55 @@ class PackedCall:
     row_length: int
 
     @property
-    def num_texts(self) -> int:
-        """The most texts that a call of this shape has."""
-        return self.num_rows * self.row_length // PLACES_OF_A_TEXT
+    def max_texts(self) -> int:
+        """Maximum number of texts in a call of this shape."""
+        return self.num_rows * self.row_length // MIN_TOKENS_PER_TEXT
 
 
 def row_length_for(length: int) -> int:
-    """Returns the length of the shortest row that holds so many tokens."""
+    """Returns the length of the shortest row that holds `length` tokens."""
     row_length = SHORTEST_ROW
     while row_length < length:
         row_length *= 2
     return row_length
 
 
-def plan_calls(lengths: Sequence[int], num_shards: int, places: int) -> list[PackedCall]:
-    """Returns which texts share a row, and which rows a call.
+def plan_calls(lengths: Sequence[int], num_shards: int, tokens_per_device: int) -> list[PackedCall]:
+    """Assigns texts to rows, and rows to calls.
 
-    A row is no longer than its longest text needs (or `SHORTEST_PACKED_ROW`), and filled with
-    shorter texts. Calls of rows of one length have one of few numbers of rows.
+    A row is no longer than its longest text needs (or `SHORTEST_PACKED_ROW`), and is filled with
+    shorter texts. For each row length, a call has one of a few numbers of rows.
 
     Args:
-      lengths: tokens of each text, at least 1.
-      num_shards: ways in which the rows of a call are split over devices.
-      places: of a call on one device; one row may have more.
+      lengths: number of tokens of each text, at least 1.
+      num_shards: number of parts into which the devices split the rows of a call.
+      tokens_per_device: maximum tokens of a call on one device; a single row may have more.
     """
-    left = np.maximum(np.asarray(lengths, np.int64), PLACES_OF_A_TEXT)
-    row_length = max(SHORTEST_PACKED_ROW, row_length_for(left.max()))
+    remaining = np.maximum(np.asarray(lengths, np.int64), MIN_TOKENS_PER_TEXT)
+    row_length = max(SHORTEST_PACKED_ROW, row_length_for(remaining.max()))
     calls = []
-    while left.any():
-        rows = plan_rows(left, row_length)
-        if row_length > SHORTEST_PACKED_ROW:  # Each row begins with its longest text.
-            rows = [row for row in rows if left[row[0]] > row_length // 2]
-        calls += _calls(rows, left, row_length, num_shards, places)
-        left[[text for row in rows for text in row]] = 0
+    while remaining.any():
+        rows = plan_rows(remaining, row_length)
+        if row_length > SHORTEST_PACKED_ROW:  # The first text of a row is its longest.
+            rows = [row for row in rows if remaining[row[0]] > row_length // 2]
+        calls += _calls(rows, remaining, row_length, num_shards, tokens_per_device)
+        remaining[[text for row in rows for text in row]] = 0
         row_length //= 2
     return calls
 
 
 def _calls(
-    rows: list[list[int]], lengths: np.ndarray, row_length: int, num_shards: int, places: int
+    rows: list[list[int]],
+    lengths: np.ndarray,
+    row_length: int,
+    num_shards: int,
+    tokens_per_device: int,
 ) -> Iterator[PackedCall]:
-    counts = _numbers_of_rows(row_length, num_shards, places)
+    counts = _row_counts(row_length, num_shards, tokens_per_device)
     start = 0
-    while (left := len(rows) - start) > 0:
-        # The largest number of rows of which at most a quarter stays empty.
-        count = next((count for count in counts if left >= count * 0.75), counts[-1])
+    while (remaining := len(rows) - start) > 0:
+        # The largest number of rows of which at most a quarter is empty.
+        count = next((count for count in counts if remaining >= count * 0.75), counts[-1])
         taken = rows[start : start + count]
         start += count
         longest = max(int(lengths[row].sum()) for row in taken)
@@ -82,9 +87,9 @@ def _calls(
         yield PackedCall(taken, count, length)
 
 
-def _numbers_of_rows(row_length: int, num_shards: int, places: int) -> list[int]:
-    """Returns the numbers of rows that a call may have, the largest first."""
-    counts = [max(1, places // row_length) * num_shards]
+def _row_counts(row_length: int, num_shards: int, tokens_per_device: int) -> list[int]:
+    """Returns the numbers of rows that a call may have, in descending order."""
+    counts = [max(1, tokens_per_device // row_length) * num_shards]
     while counts[-1] > num_shards:
         counts.append(max(1, counts[-1] // (4 * num_shards)) * num_shards)
     return counts

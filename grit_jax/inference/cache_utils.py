@@ -1,27 +1,30 @@
-"""Caches and parameters as generation holds them.
+"""Joins, splits and moves KV caches in host memory.
 
 Legend of dimensions: L layers, B rows, T slots, K key/value heads, H head dimension.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from flax import nnx
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 import numpy as np
 
-from grit_jax.models import Decoder, KVCache
+from grit_jax.models import KVCache
 from grit_jax.sharding import partition_spec
 
 
-def join_caches(caches: Sequence[KVCache], num_rows: int, num_slots: int, taken: int) -> KVCache:
-    """Returns one cache, in the host's memory, with a row for each of several.
+def stack_caches(
+    caches: Sequence[KVCache], num_rows: int, num_slots: int, num_used: int
+) -> KVCache:
+    """Returns one cache with a row for each of several caches.
 
     Args:
-      caches: of one row each.
-      num_rows: rows of the result; those beyond `caches` are empty.
-      num_slots: slots of the result.
-      taken: slots that count as taken, at least as many as any of the caches has.
+      caches: caches of one row each.
+      num_rows: number of rows of the result; rows beyond `caches` are empty.
+      num_slots: number of slots of the result.
+      num_used: number of slots that count as used: at least as many as any of the caches has.
     """
     L, _, _, K, H = caches[0].keys.shape
     keys = np.zeros((L, num_rows, num_slots, K, H), caches[0].keys.dtype)
@@ -31,38 +34,78 @@ def join_caches(caches: Sequence[KVCache], num_rows: int, num_slots: int, taken:
         slots = slice(cache.num_slots)
         keys[:, row, slots], values[:, row, slots] = cache.keys[:, 0], cache.values[:, 0]
         positions[row, slots], segment_ids[row, slots] = cache.positions[0], cache.segment_ids[0]
-    return KVCache(keys, values, positions, segment_ids, np.int32(taken))  # type: ignore
+    return _host_cache(keys, values, positions, segment_ids, num_used)
 
 
-def cache_shardings(mesh: Mesh) -> KVCache:
-    """Returns how a cache lies on a mesh, in the place of each of its arrays."""
+def concat_caches(
+    caches: Sequence[KVCache], rope_theta: float, *, continue_positions: bool
+) -> KVCache:
+    """Returns the cache of several texts, one after the other, in one row.
 
-    def sharding(*logical_axes: str | None) -> NamedSharding:
-        return NamedSharding(mesh, partition_spec(*logical_axes))
-
-    slots, rows = sharding("layers", "batch", None, "kv_heads"), sharding("batch")
-    whole = NamedSharding(mesh, PartitionSpec())
-    return KVCache(slots, slots, rows, rows, whole)  # type: ignore
-
-
-def unstack_layers(model: Decoder, mesh: Mesh) -> Decoder:
-    """Returns the model with a module for each layer, on a single CPU device; elsewhere as it is.
-
-    XLA for CPUs copies a layer's weights out of the stack before it multiplies, which is three
-    times the memory traffic where a step is nothing but reading weights. Each layer's parameters
-    are a view of the stack's memory.
+    Args:
+      caches: caches of one row without padding, each computed from position 0 on.
+      rope_theta: base of the model's rotary embeddings.
+      continue_positions: whether to rotate the keys of each cache to the positions that follow the
+        cache before. If not, the keys keep their positions from 0 on, as in the original; tokens
+        after the caches have the same positions in both cases.
     """
-    device = mesh.devices.flat[0]
-    if mesh.devices.size > 1 or device.platform != "cpu":
-        return model
-    graph, layers = nnx.split(model.layers)
+    starts = np.cumsum([0, *(cache.num_slots for cache in caches)])
+    keys = [
+        rotate_keys(np.asarray(cache.keys), int(start) if continue_positions else 0, rope_theta)
+        for cache, start in zip(caches, starts, strict=False)
+    ]
+    values = np.concatenate([np.asarray(cache.values) for cache in caches], axis=2)
+    slots = np.arange(starts[-1], dtype=np.int32)[None]
+    return _host_cache(np.concatenate(keys, axis=2), values, slots, np.ones_like(slots), starts[-1])
 
-    def layer(number: int) -> nnx.Module:
-        views = jax.tree.map(
-            lambda stack: jax.device_put(np.asarray(stack)[number], device), layers
-        )
-        return nnx.merge(graph, views)
 
-    apart = nnx.merge(*nnx.split(model))
-    apart.layers = nnx.List(layer(number) for number in range(model.config.num_hidden_layers))
-    return apart
+def rotate_keys(
+    keys: Float[np.ndarray, "L B T K H"], shift: int, rope_theta: float
+) -> Float[np.ndarray, "L B T K H"]:
+    """Returns rotary keys moved to positions that are `shift` larger: rotations add up."""
+    if shift == 0:
+        return keys
+    half = keys.shape[-1] // 2
+    angles = shift * rope_theta ** -(np.arange(half) / half)
+    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, second = np.split(keys.astype(np.float32), 2, axis=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return np.concatenate(rotated, axis=-1).astype(keys.dtype)
+
+
+def copy_row(cache: KVCache, row: int, length: int) -> KVCache:
+    """Returns a copy of the first `length` slots of one row of a cache in host memory."""
+    return _host_cache(
+        np.copy(cache.keys[:, row : row + 1, :length]),
+        np.copy(cache.values[:, row : row + 1, :length]),
+        np.copy(cache.positions[row : row + 1, :length]),
+        np.copy(cache.segment_ids[row : row + 1, :length]),
+        length,
+    )
+
+
+def cache_from_arrays(
+    keys: Float[Array | np.ndarray, "L 1 T K H"], values: Float[Array | np.ndarray, "L 1 T K H"]
+) -> KVCache:
+    """Returns the cache of one text of T tokens, all of them in one segment."""
+    slots = np.arange(keys.shape[2], dtype=np.int32)[None]
+    return _host_cache(keys, values, slots, np.ones_like(slots), keys.shape[2])
+
+
+def place_cache(cache: KVCache, mesh: Mesh) -> KVCache:
+    """Returns a cache on the devices of a mesh, its rows and heads sharded."""
+
+    def place(array: Any, *logical_axes: str | None) -> Array:
+        return jax.device_put(array, NamedSharding(mesh, partition_spec(*logical_axes)))
+
+    return KVCache(
+        keys=place(cache.keys, "layers", "batch", None, "kv_heads"),
+        values=place(cache.values, "layers", "batch", None, "kv_heads"),
+        positions=place(cache.positions, "batch"),
+        segment_ids=place(cache.segment_ids, "batch"),
+        length=place(cache.length),
+    )
+
+
+def _host_cache(keys: Any, values: Any, positions: Any, segment_ids: Any, length: Any) -> KVCache:
+    return KVCache(keys, values, positions, segment_ids, np.int32(length))  # type: ignore

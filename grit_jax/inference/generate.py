@@ -1,6 +1,6 @@
-"""Prompts to answers: one program reads a prompt into a cache, one makes tokens from there.
+"""Generation: one program prefills the KV cache with prompts, one decodes tokens.
 
-Legend of dimensions: B rows, S positions, D hidden, V vocabulary, E tokens that end a text.
+Legend of dimensions: B rows, S positions, D hidden, V vocabulary, E end tokens.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
-from grit_jax.inference.cache_utils import cache_shardings, join_caches, unstack_layers
+from grit_jax.inference.cache_utils import place_cache, stack_caches
+from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
 from grit_jax.models import Decoder, KVCache
 from grit_jax.sharding import batch_shards, partition_spec
 
-# Prompts are read in parts of one of these lengths, padded in front.
-PART_LENGTHS = (32, 128, 512)
-# A cache has a multiple of so many slots, so that few programs are compiled.
-SLOTS = 128
-# Tokens that are made before the host looks at them.
-TOKENS_AT_ONCE = 32
+# Prompts are left-padded to one of these lengths, or to a multiple of the last, which is the
+# length of a chunk of prefill.
+PREFILL_LENGTHS = (32, 128, 512)
+# A cache has a multiple of this many slots, so that few programs are compiled.
+SLOT_MULTIPLE = 128
+# Tokens that are decoded before the host checks which rows have ended.
+DECODE_STEPS = 32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """Where the answers are.
+class GenerationState:
+    """The state of generation after each token.
 
     Attributes:
-      cache: all tokens but the last of each row.
+      cache: keys and values of all tokens except the last of each row.
       tokens: the last token of each row.
-      count: tokens that have been made.
-      is_done: rows that have ended.
-      keys: what each row's tokens are drawn with.
-      seen: the tokens that each row has had; None where nobody asks.
+      count: number of tokens generated so far.
+      is_done: whether each row has ended.
+      keys: the random key of each row.
+      seen: the tokens that occurred in each row; None without a repetition penalty.
     """
 
     cache: KVCache
@@ -53,21 +55,21 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Prompts that are continued together.
+    """Prompts to continue, and how.
 
     Attributes:
-      prompts: the token ids of each.
-      numbers: of the prompts; each draws its tokens with the seed and its own.
-      max_new_tokens: of each answer.
-      end_tokens: tokens that end an answer.
+      prompts: the token ids of each prompt.
+      indices: index of each prompt, from which its random key is derived.
+      max_new_tokens: maximum tokens of each result.
+      end_tokens: tokens that end a result.
       sampling: how tokens are chosen.
-      seed: of what is drawn.
-      caches: what stands before each prompt; None for nothing.
-      num_rows: rows to make room for, of which prompts may leave some empty.
+      seed: seed of the random keys.
+      caches: a cache of one row to continue for each prompt, or None.
+      num_rows: number of rows in the batch, at least the number of prompts.
     """
 
     prompts: Sequence[np.ndarray]
-    numbers: Sequence[int]
+    indices: Sequence[int]
     max_new_tokens: int
     end_tokens: Sequence[int]
     sampling: Sampling
@@ -75,13 +77,13 @@ class Request:
     caches: Sequence[KVCache] | None
     num_rows: int
 
-    def part(self, places: Sequence[int], num_rows: int) -> Request:
-        """Returns the request of some of its prompts, for so many rows."""
+    def select(self, members: Sequence[int], num_rows: int) -> Request:
+        """Returns the request with only some of its prompts, in a batch of `num_rows`."""
         return dataclasses.replace(
             self,
-            prompts=[self.prompts[place] for place in places],
-            numbers=[self.numbers[place] for place in places],
-            caches=None if self.caches is None else [self.caches[place] for place in places],
+            prompts=[self.prompts[member] for member in members],
+            indices=[self.indices[member] for member in members],
+            caches=None if self.caches is None else [self.caches[member] for member in members],
             num_rows=num_rows,
         )
 
@@ -90,156 +92,159 @@ class Generator:
     """Continues prompts with a model on a mesh.
 
     Args:
-      model: its parameters lie on the mesh.
-      mesh: rows are split over it.
+      model: model with its parameters on the mesh.
+      mesh: the devices over which rows are split.
 
     Attributes:
-      parameters: what both programs are given first.
-      prefill: the program that reads a part of the prompts.
-      decode: the program that makes tokens.
+      parameters: the first argument of both programs.
+      prefill: compiled program that adds a chunk of the prompts to the cache.
+      decode: compiled program that generates tokens.
     """
 
     def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self.parameters = nnx.split(unstack_layers(model, mesh))
         self._mesh = mesh
-        self.prefill = jax.jit(self._read_part, donate_argnums=1, static_argnums=6)
-        self.decode = jax.jit(self._make_tokens, donate_argnums=1)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnums=6)
+        self.decode = jax.jit(self._decode, donate_argnums=1)
         self._empty_cache = jax.jit(model.make_cache, static_argnums=(0, 1))
 
     def tokens(
-        self, request: Request, ended: Bool[np.ndarray, " B"], at_once: int = TOKENS_AT_ONCE
+        self, request: Request, ended: Bool[np.ndarray, " B"], max_steps: int = DECODE_STEPS
     ) -> Iterator[Int[np.ndarray, "B S"]]:
-        """Yields the next tokens of all prompts; what follows the end of an answer means nothing.
+        """Yields the next tokens of all prompts; tokens after the end of a row are undefined.
 
         Args:
           request: the prompts and how to continue them.
-          ended: is told which answers have ended, and may end others; at first none.
-          at_once: tokens that are made before they are yielded.
+          ended: whether each row has ended, all False at first. It is updated in place; the caller
+            may set entries to end further rows.
+          max_steps: maximum tokens to decode before yielding.
         """
         num_prompts, end_tokens = len(ended), np.array(request.end_tokens, np.int32)
         with jax.set_mesh(self._mesh):
             state = self._start(request, end_tokens)
-        made, tokens = 1, state.tokens[:, None]
+        count, tokens = 1, state.tokens[:, None]
         while True:
-            known = np.asarray(state.is_done)
-            ended |= known[:num_prompts]
+            is_done = np.asarray(state.is_done)
+            ended |= is_done[:num_prompts]
             yield np.asarray(tokens)[:num_prompts]
-            if made == request.max_new_tokens or ended.all():
+            if count == request.max_new_tokens or ended.all():
                 return
-            is_done = np.append(ended, known[num_prompts:])
-            if (is_done != known).any():
-                state = dataclasses.replace(state, is_done=self._rows(is_done))
-            steps = min(at_once, TOKENS_AT_ONCE, request.max_new_tokens - made)
+            updated = np.append(ended, is_done[num_prompts:])
+            if (updated != is_done).any():
+                state = dataclasses.replace(state, is_done=self._place_rows(updated))
+            steps = min(max_steps, DECODE_STEPS, request.max_new_tokens - count)
             with jax.set_mesh(self._mesh):
                 tokens, state = self.decode(
                     self.parameters, state, np.int32(steps), end_tokens, request.sampling
                 )
-            tokens, made = np.asarray(tokens)[:, :steps], made + steps
+            tokens, count = np.asarray(tokens)[:, :steps], count + steps
 
-    def _start(self, request: Request, end_tokens: Int[np.ndarray, " E"]) -> State:
-        """Reads the prompts, and returns the state after the first token of each answer."""
+    def _start(self, request: Request, end_tokens: Int[np.ndarray, " E"]) -> GenerationState:
+        """Prefills the prompts and returns the state after the first token of each result."""
         num_rows = round_up(request.num_rows, batch_shards(self._mesh))
-        tokens, is_token = pad_in_front(request.prompts, num_rows)
+        tokens, is_token = pad_left(request.prompts, num_rows)
         width = tokens.shape[1]
-        state = State(
-            cache=self._cache_for(request, num_rows, width),
-            tokens=self._rows(np.zeros(num_rows, np.int32)),
+        state = GenerationState(
+            cache=self._initial_cache(request, num_rows, width),
+            tokens=self._place_rows(np.zeros(num_rows, np.int32)),
             count=jnp.int32(0),
-            is_done=self._rows(~is_token.any(axis=1)),
-            keys=self._rows(row_keys(request.seed, request.numbers, num_rows)),
-            seen=self._seen(tokens, is_token, request.sampling),
+            is_done=self._place_rows(~is_token.any(axis=1)),
+            keys=self._place_rows(row_keys(request.seed, request.indices, num_rows)),
+            seen=self._seen_tokens(tokens, is_token, request.sampling),
         )
-        for start in range(0, width, PART_LENGTHS[-1]):
-            part = slice(start, start + PART_LENGTHS[-1])
+        for start in range(0, width, PREFILL_LENGTHS[-1]):
+            chunk = slice(start, start + PREFILL_LENGTHS[-1])
             state = self.prefill(
                 self.parameters,
                 state,
-                self._rows(tokens[:, part]),
-                self._rows(is_token[:, part].astype(np.int32)),
+                self._place_rows(tokens[:, chunk]),
+                self._place_rows(is_token[:, chunk].astype(np.int32)),
                 end_tokens,
                 request.sampling,
-                part.stop >= width,
+                chunk.stop >= width,
             )
         return state
 
-    def _cache_for(self, request: Request, num_rows: int, width: int) -> KVCache:
-        """Returns a cache with room for prompts and answers, behind what caches hold already."""
-        cached = 0
+    def _initial_cache(self, request: Request, num_rows: int, width: int) -> KVCache:
+        """Returns a cache with the request's caches and slots for prompts and results."""
+        num_used = 0
         if request.caches is not None:
-            cached = round_up(max(cache.num_slots for cache in request.caches), SLOTS)
-        num_slots = round_up(cached + width + request.max_new_tokens, SLOTS)
+            num_used = max(cache.num_slots for cache in request.caches)
+            num_used = round_up(num_used, SLOT_MULTIPLE)
+        num_slots = round_up(num_used + width + request.max_new_tokens, SLOT_MULTIPLE)
         if request.caches is None:
             return self._empty_cache(num_rows, num_slots)
-        joined = join_caches(request.caches, num_rows, num_slots, cached)
-        return jax.device_put(joined, cache_shardings(self._mesh))
+        return place_cache(stack_caches(request.caches, num_rows, num_slots, num_used), self._mesh)
 
-    def _seen(
-        self, tokens: np.ndarray, is_token: np.ndarray, sampling: Sampling
-    ) -> jax.Array | None:
+    def _seen_tokens(
+        self, tokens: Int[np.ndarray, "B S"], is_token: Bool[np.ndarray, "B S"], sampling: Sampling
+    ) -> Bool[Array, "B V"] | None:
         if sampling.repetition_penalty is None:
             return None
         vocab_size = nnx.merge(self._graph, self.parameters).config.vocab_size
         seen = np.zeros((len(tokens), vocab_size), bool)
         seen[np.nonzero(is_token)[0], tokens[is_token]] = True
-        return self._rows(seen)
+        return self._place_rows(seen)
 
-    def _rows(self, array: Any) -> jax.Array:
+    def _place_rows(self, array: Any) -> jax.Array:
         return jax.device_put(array, NamedSharding(self._mesh, partition_spec("batch")))
 
-    def _read_part(
+    def _prefill(
         self,
         parameters: Any,
-        state: State,
+        state: GenerationState,
         tokens: Int[Array, "B S"],
         segment_ids: Int[Array, "B S"],
         end_tokens: Int[Array, " E"],
         sampling: Sampling,
         is_last: bool,
-    ) -> State:
-        """Reads a part of the prompts, and after the last part chooses the first new tokens."""
+    ) -> GenerationState:
+        """Adds a chunk of the prompts to the cache; the last chunk yields the first tokens."""
         model = nnx.merge(self._graph, parameters)
         if not is_last:
             _, cache = model(tokens, segment_ids=segment_ids, cache=state.cache)
             return dataclasses.replace(state, cache=cache)
         return next_state(model, state, tokens, segment_ids, end_tokens, sampling)
 
-    def _make_tokens(
+    def _decode(
         self,
         parameters: Any,
-        state: State,
+        state: GenerationState,
         steps: Int[Array, ""],
         end_tokens: Int[Array, " E"],
         sampling: Sampling,
-    ) -> tuple[Int[Array, "B S"], State]:
-        """Makes so many tokens for each row, fewer if all rows end."""
+    ) -> tuple[Int[Array, "B steps"], GenerationState]:
+        """Generates `steps` tokens for each row, or fewer if all rows end."""
         model = nnx.merge(self._graph, parameters)
-        made = jnp.zeros((len(state.tokens), TOKENS_AT_ONCE), jnp.int32)
+        generated = jnp.zeros((len(state.tokens), DECODE_STEPS), jnp.int32)
 
-        def make_token(carried: tuple[Any, Any, State]) -> tuple[Any, Any, State]:
-            step, made, state = carried
-            is_read = (~state.is_done).astype(jnp.int32)
+        def generate_token(carry: tuple[Any, Any, GenerationState]) -> tuple[Any, Any, Any]:
+            step, generated, state = carry
+            is_active = (~state.is_done).astype(jnp.int32)
             state = next_state(
-                model, state, state.tokens[:, None], is_read[:, None], end_tokens, sampling
+                model, state, state.tokens[:, None], is_active[:, None], end_tokens, sampling
             )
-            return step + 1, made.at[:, step].set(state.tokens), state
+            return step + 1, generated.at[:, step].set(state.tokens), state
 
-        def goes_on(carried: tuple[Any, Any, State]) -> Bool[Array, ""]:
-            step, _, state = carried
+        def is_unfinished(carry: tuple[Any, Any, GenerationState]) -> Bool[Array, ""]:
+            step, _, state = carry
             return (step < steps) & ~jnp.all(state.is_done)
 
-        _, made, state = jax.lax.while_loop(goes_on, make_token, (0, made, state))
-        return made, state
+        _, generated, state = jax.lax.while_loop(
+            is_unfinished, generate_token, (0, generated, state)
+        )
+        return generated, state
 
 
 def next_state(
     model: Decoder,
-    state: State,
+    state: GenerationState,
     tokens: Int[Array, "B S"],
     segment_ids: Int[Array, "B S"],
     end_tokens: Int[Array, " E"],
     sampling: Sampling,
-) -> State:
-    """Reads tokens, and chooses the one that follows the last of each row."""
+) -> GenerationState:
+    """Runs the model on tokens and chooses the token after the last position of each row."""
     hidden, cache = model(tokens, segment_ids=segment_ids, cache=state.cache)
     logits = model.logits(hidden[:, -1:])[:, 0]
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
@@ -248,19 +253,19 @@ def next_state(
     if seen is not None:
         seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
     ends = jnp.any(chosen[:, None] == end_tokens, axis=1)
-    return State(cache, chosen, state.count + 1, state.is_done | ends, state.keys, seen)
+    return GenerationState(cache, chosen, state.count + 1, state.is_done | ends, state.keys, seen)
 
 
-def pad_in_front(
+def pad_left(
     prompts: Sequence[np.ndarray], num_rows: int
 ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Returns prompts as rows that all end in the last place, and which places hold a token.
+    """Returns left-padded prompts, and which positions hold a token.
 
-    The length of a row is one of `PART_LENGTHS`, or a multiple of the longest of those.
+    The length of a row is one of `PREFILL_LENGTHS`, or a multiple of the last.
     """
     longest = max(len(prompt) for prompt in prompts)
-    width = next((length for length in PART_LENGTHS if length >= longest), None)
-    width = width or round_up(longest, PART_LENGTHS[-1])
+    width = next((length for length in PREFILL_LENGTHS if length >= longest), None)
+    width = width or round_up(longest, PREFILL_LENGTHS[-1])
     tokens = np.zeros((num_rows, width), np.int32)
     is_token = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
@@ -269,12 +274,12 @@ def pad_in_front(
     return tokens, is_token
 
 
-def row_keys(seed: int, numbers: Sequence[int], num_rows: int) -> Key[Array, " B"]:
-    """Returns the key of each row, by the number of its prompt: not by what is beside it."""
-    padded = jnp.array([*numbers, *[0] * (num_rows - len(numbers))], jnp.uint32)
+def row_keys(seed: int, indices: Sequence[int], num_rows: int) -> Key[Array, " B"]:
+    """Returns the random key of each row, which depends on the index of its prompt alone."""
+    padded = jnp.array([*indices, *[0] * (num_rows - len(indices))], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), padded)
 
 
 def round_up(number: int, multiple: int) -> int:
-    """Returns the smallest multiple that is not below a number."""
+    """Returns the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple

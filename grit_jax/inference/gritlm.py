@@ -1,4 +1,6 @@
-"""`GritLM`: one model that embeds and generates, as a user holds it."""
+"""`GritLM`: one model that embeds and generates."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -10,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -25,44 +27,69 @@ from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
     TextLike,
+    as_chat_list,
     as_stop_strings,
-    as_texts,
-    fit,
+    as_text_list,
+    check_instruction,
+    document_texts,
+    fit_to_length,
 )
-from grit_jax.inference.results import GenerationResult, check_room, complete, in_batches, pieces
-from grit_jax.inference.sampling import Sampling
+from grit_jax.inference.results import (
+    GenerationResult,
+    batches_by_length,
+    check_fits_context,
+    complete,
+    stream_text,
+)
+from grit_jax.inference.sampling import Sampling, as_sampling
 from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import is_primary
-from grit_jax.rag.documents import join_documents
 from grit_jax.sharding import batch_shards, make_mesh
+from grit_jax.text.templates import embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer
 
-# Texts from which on their progress is shown.
-SHOWN_FROM = 256
-# Tokens that are made before their text is shown.
-TOKENS_STREAMED = 4
+# A progress bar is shown from this many texts on.
+PROGRESS_MIN_TEXTS = 256
+# Tokens that are decoded before their text is streamed.
+STREAM_STEPS = 4
+# Texts of `score` count as this long when `batch_size` bounds the memory.
+SCORE_LENGTH = 512
+
+# One document or text, or several.
+Corpus = TextLike | Mapping[str, Any] | Sequence[TextLike] | Sequence[Mapping[str, Any]]
+# Messages of one chat: {"role": "system" | "user" | "assistant", "content": ...}.
+Chat = Sequence[Mapping[str, str]]
 
 
 class GritLM:
-    """A model on the devices, that embeds texts and continues prompts.
+    """One model that embeds texts and generates text.
+
+    `from_pretrained` loads a model. `encode_query`, `encode_document` and `chat` format their
+    inputs as in training. `encode` and `generate` take prompts that are formatted already, as in
+    the package `gritlm`.
+
+    Threads: on one device, all methods may be called from several threads; the device runs the
+    calls one after the other and does not batch them together. On several devices, call from one
+    thread at a time: devices that start programs with collectives in different orders deadlock.
 
     Args:
       model: the Flax module.
-      mesh: the devices that its parameters lie on.
-      tokenizer: what strings are read with; None for a model that reads token ids alone.
-      end_tokens: tokens that end an answer; by default the tokenizer's `</s>`.
-      attention: the pattern it was trained in: "bbcc", "cbcc" or "cccc".
+      mesh: the devices that hold its parameters.
+      tokenizer: tokenizer for strings, or None if the model takes only token ids.
+      end_tokens: tokens that end generated text; by default the tokenizer's `</s>`.
+      attention: the attention pattern it was trained with: "bbcc", "cbcc" or "cccc".
       pooling: "mean", "weightedmean", "lasttoken" or "cls".
       normalized: whether embeddings are scaled to length 1.
 
     Attributes:
       model: the Flax module: token ids to hidden states, hidden states to logits.
-      mesh: the devices that its parameters lie on.
+      mesh: the devices that hold its parameters.
+      embedding_spec: attention, pooling and normalization.
 
     Raises:
-      ValueError: the pattern or the pooling is unknown.
+      ValueError: the attention pattern or the pooling is unknown.
     """
 
     def __init__(
@@ -78,11 +105,13 @@ class GritLM:
     ):
         self.model = model
         self.mesh = mesh
-        self._token_ids = PromptEncoder(tokenizer, model.config.vocab_size)
+        self.embedding_spec = EmbeddingSpec(
+            attention=attention, pooling=pooling, normalize=normalized
+        )
+        self._prompt_encoder = PromptEncoder(tokenizer, model.config.vocab_size)
         if end_tokens is None:
             end_tokens = [] if tokenizer is None else [tokenizer.eos_id]
         self._end_tokens = tuple(end_tokens)
-        self._embedding = EmbeddingSpec(attention=attention, pooling=pooling, normalize=normalized)
 
     @classmethod
     def from_pretrained(
@@ -97,67 +126,91 @@ class GritLM:
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
         base: str | os.PathLike | None = None,
-    ) -> "GritLM":
-        """Returns the model at `path`, its parameters read straight to where they belong.
+    ) -> GritLM:
+        """Loads a model; each device reads only its own shards of the parameters.
 
         Args:
-          path: a Hugging Face folder, a GGUF file, a checkpoint, or a run's folder (of which the
-            newest checkpoint is taken); the latter two may be in a bucket, gs://BUCKET/FOLDER.
-            Low-rank updates are added to the weights that they are of.
+          path: a Hugging Face folder, a GGUF file, a checkpoint, or the folder of a run, whose
+            newest checkpoint is loaded. Checkpoints and runs may be in a bucket,
+            gs://BUCKET/FOLDER. LoRA checkpoints are merged into their base model.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
-          linear_dtype: "int8" rounds the weights of linear layers as they are read, to take half
-            the memory of bfloat16; None leaves them in `dtype`.
-          attention: the pattern it was trained in. Checkpoints of runs, and what was made of them,
-            say so themselves; others have "bbcc".
-          pooling: of its embeddings, alike; others have "mean".
+          linear_dtype: "int8" quantizes the weights of linear layers while loading, which halves
+            the memory of bfloat16; None keeps them in `dtype`.
+          attention: the attention pattern it was trained with. By default the one that a checkpoint
+            of grit-jax stores, or "bbcc".
+          pooling: how embeddings are pooled. By default the stored pooling, or "mean".
           normalized: whether embeddings are scaled to length 1.
-          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral"; by default the
-            one that lies with the model, else Mistral's for a model of as many pieces.
-          mesh: the devices, by default all of them.
-          base: where the model of low-rank updates lies now, if it has moved.
+          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral". By default the
+            tokenizer beside the model, or Mistral's if the vocabulary has the same size.
+          mesh: the devices, by default all of them (see `grit_jax.sharding.make_mesh`).
+          base: path of a LoRA checkpoint's base model, if it has moved.
 
         Raises:
           ConversionError: there is no model at `path`, or it is damaged.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
-          TokenizerError: its files are no tokenizer, or do not say what begins and ends a text.
-          MeshError: the mesh does not divide the model.
-          ValueError: the type, the pattern or the pooling is unknown.
+          TokenizerError: its files are not a tokenizer, or do not name its special tokens.
+          MeshError: the mesh does not divide the model's sizes.
+          ValueError: the dtype, the attention pattern or the pooling is unknown.
         """
-        EmbeddingSpec.from_fields({}, attention, pooling)  # Checked before anything is read.
+        EmbeddingSpec.from_fields({}, attention, pooling)  # Fails before anything is loaded.
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
-        found = find_tokenizer(stored, tokenizer)
-        module = load_module(stored, dtype, mesh, linear_dtype)
-        spec = EmbeddingSpec.from_fields(stored.fields, attention, pooling)
-        return cls(
-            module,
+        model = cls(
+            load_module(stored, dtype, mesh, linear_dtype),
             mesh,
-            found,
+            find_tokenizer(stored, tokenizer),
             end_tokens=find_end_tokens(stored),
-            normalized=normalized,
-            attention=spec.attention,
-            pooling=spec.pooling,
         )
-
-    @property
-    def attention(self) -> str:
-        """The pattern that it embeds and generates in."""
-        return self._embedding.attention
-
-    @property
-    def pooling(self) -> str:
-        """How hidden states become an embedding."""
-        return self._embedding.pooling
+        model.embedding_spec = EmbeddingSpec.from_fields(
+            stored.fields, attention, pooling, normalize=normalized
+        )
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What strings are read with.
+        """The tokenizer.
 
         Raises:
-          InputError: the model has none.
+          InputError: the model has no tokenizer.
         """
-        return self._token_ids.tokenizer
+        return self._prompt_encoder.tokenizer
+
+    def encode_query(
+        self, texts: TextLike | Sequence[TextLike], instruction: str = "", **options: Any
+    ) -> Any:
+        """Returns the embedding of each query, formatted as in training.
+
+        Args:
+          texts: one query or several.
+          instruction: the task in plain words, such as "Given a question, find its answer".
+          **options: the other arguments of `encode`.
+
+        Returns:
+          See `encode`.
+
+        Raises:
+          InputError: the instruction has the model's markers, or see `encode`.
+        """
+        prefix = embedding_prefix(check_instruction(instruction))
+        return self.encode(texts, instruction=prefix, **options)
+
+    def encode_document(self, texts: Corpus, instruction: str = "", **options: Any) -> Any:
+        """Returns the embedding of each document, formatted as in training.
+
+        Args:
+          texts: one document or several: texts, or dictionaries with "text" and optionally "title",
+            which precedes the text.
+          instruction: the task in plain words; most models are trained without one for documents.
+          **options: the other arguments of `encode`.
+
+        Returns:
+          See `encode`.
+
+        Raises:
+          InputError: the instruction has the model's markers, or see `encode`.
+        """
+        return self.encode_query(document_texts(texts), instruction, **options)
 
     def encode(
         self,
@@ -173,51 +226,61 @@ class GritLM:
         *,
         truncate: bool = False,
     ) -> Any:
-        """Returns the embedding of each text: float32 [texts, size], or [size] of one alone.
+        """Returns the embedding of each text, with a ready-made instruction.
 
-        Texts are sorted by length and packed into rows. An embedding is the same whatever is read
-        beside it.
+        Texts are sorted by length and packed into rows. An embedding does not depend on the other
+        texts of the call.
 
         Args:
-          texts: strings, or token ids, which are read as they are, without `<s>`.
-          batch_size: bounds memory: a call of the devices has no more tokens, padding included,
-            than so many texts of `max_length`, and no more than keep a device busy
-            (`rows.TOKENS_PER_DEVICE`). It may have more texts, where they are short.
-          max_length: tokens that a text may have, `<s>` and instruction included.
-          instruction: what stands before each text, ready-made as in
+          texts: strings, or token ids, which are used as they are, without `<s>`.
+          batch_size: bounds memory: a call of the model has at most as many tokens, padding
+            included, as `batch_size` texts of `max_length`. It may have more texts if they are
+            short, and fewer if a device is busy with fewer.
+          max_length: maximum tokens of a text, including `<s>` and the instruction.
+          instruction: precedes each text, with the model's markers, as in
             "<|user|>\\nGiven a question, find its answer\\n<|embed|>\\n" (see
-            `text.templates.embedding_prefix`). Its tokens and `<s>` are read, and not pooled by
-            "mean" and "weightedmean". Without an instruction all tokens are pooled.
-          embed_instruction: whether instructions are pooled all the same.
-          get_cache: whether to return also, for each text, a `KVCache` of one row with its keys and
-            values, to generate on top of. They take memory for each token of all texts.
-          convert_to_tensor: return JAX arrays on the devices in the place of NumPy's.
-          recast: round embeddings to the type of the model; JAX arrays are also of this type.
-          add_special_tokens: whether `<s>` goes before strings.
-          truncate: cut what is longer than `max_length`, and warn how many texts were.
+            `grit_jax.text.templates.embedding_prefix`). Its tokens and `<s>` are attended to but
+            not pooled by "mean" and "weightedmean". Without an instruction all tokens are pooled.
+          embed_instruction: whether to pool the instruction as well.
+          get_cache: whether to also return the `KVCache` of each text, to generate after it. Caches
+            take memory for each token of all texts.
+          convert_to_tensor: whether to return JAX arrays on the devices instead of NumPy arrays.
+          recast: whether to round embeddings to the model's dtype; JAX arrays also have this dtype.
+          add_special_tokens: whether to begin strings with `<s>`.
+          truncate: whether to truncate longer texts, with a warning.
+
+        Returns:
+          float32 [texts, size], or [size] for a single text; with `get_cache`, also a list of
+          caches of one row.
 
         Raises:
-          InputError: a text is empty, no string nor token ids, or too long; the message names it.
+          InputError: a text is empty, has the wrong type or is too long; the message names it.
         """
-        listed, is_one = as_texts(texts)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} must be positive")
-        read = [
-            self._token_ids.after(instruction, text, begin=add_special_tokens, name=f"text {i}")
+        listed, is_one = as_text_list(texts)
+        _check_batch_size(batch_size)
+        encoded = [
+            self._prompt_encoder.encode(
+                text, instruction, add_bos=add_special_tokens, name=f"text {i}"
+            )
             for i, text in enumerate(listed)
         ]
-        read = fit(read, max_length, self.model.config.max_position_embeddings, truncate=truncate)
-        spec = dataclasses.replace(self._embedding, pool_instruction=embed_instruction)
-        places = self._places(batch_size, max_length)
-        embed = self._encoder.embed_with_caches if get_cache else self._encoder.embed
-        with _progress("Embedding", len(read)) as done:
-            found = embed(read, spec, places, done)
-        embeddings, caches = found if isinstance(found, tuple) else (found, None)
+        context_length = self.model.config.max_position_embeddings
+        encoded = fit_to_length(encoded, max_length, context_length, truncate=truncate)
+        spec = dataclasses.replace(self.embedding_spec, pool_instruction=embed_instruction)
+        tokens_per_device = self._tokens_per_device(batch_size, max_length)
+        caches = None
+        with _progress("Embedding", len(encoded)) as advance:
+            if get_cache:
+                embeddings, caches = self._encoder.embed_with_caches(
+                    encoded, spec, tokens_per_device, advance
+                )
+            else:
+                embeddings = self._encoder.embed(encoded, spec, tokens_per_device, advance)
         if recast:
             embeddings = embeddings.astype(self.model.config.dtype)
         if convert_to_tensor:
-            whole = NamedSharding(self.mesh, PartitionSpec())
-            embeddings, caches = jax.device_put((embeddings, caches), whole)
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            embeddings, caches = jax.device_put((embeddings, caches), replicated)
         elif recast:
             embeddings = embeddings.astype("float32")
         if is_one:
@@ -225,113 +288,172 @@ class GritLM:
         return (embeddings, caches) if get_cache else embeddings
 
     def encode_queries(self, queries: TextLike | Sequence[TextLike], **options: Any) -> Any:
-        """Returns the embeddings of queries; the arguments are those of `encode`."""
+        """Returns `encode(queries, **options)`, under its name in the package `gritlm`."""
         return self.encode(queries, **options)
 
-    def encode_corpus(
-        self,
-        corpus: TextLike | Mapping[str, str] | Sequence[TextLike] | Sequence[Mapping[str, str]],
-        **options: Any,
-    ) -> Any:
-        """Returns the embeddings of documents; the other arguments are those of `encode`.
+    def encode_corpus(self, corpus: Corpus, **options: Any) -> Any:
+        """Returns the embeddings of documents with a ready-made instruction, as in `gritlm`.
 
         Args:
-          corpus: texts, or dictionaries with "text" and maybe "title", which goes before it.
-          **options: see `encode`.
+          corpus: texts, or dictionaries with "text" and optionally "title", which precedes it.
+          **options: the other arguments of `encode`.
         """
-        return self.encode(join_documents(corpus), **options)
+        return self.encode(document_texts(corpus), **options)
+
+    def chat(
+        self, messages: Chat | Sequence[Chat], max_new_tokens: int = 256, **options: Any
+    ) -> Any:
+        """Returns the assistant's answer to a chat, or to each of several chats.
+
+        Args:
+          messages: `[{"role": "user", "content": "Who are you?"}]`, or a list of such lists. Roles
+            are "system", "user" and "assistant"; user and assistant alternate, and the user's
+            message is the last. A system message precedes the user message that follows it.
+          max_new_tokens: maximum tokens of an answer.
+          **options: the other arguments of `generate`, except `add_special_tokens`. With `cache`,
+            the chat continues the cached text: it begins with a line break instead of `<s>`.
+
+        Returns:
+          A string for one chat, or a list of strings.
+
+        Raises:
+          InputError: the messages are not a chat, or see `generate`.
+        """
+        chats, is_one = as_chat_list(messages)
+        first_index = options.get("first_index", 0)
+        prompts = [
+            self._encode_chat(chat, f"chat {index}", options)
+            for index, chat in enumerate(chats, first_index)
+        ]
+        results = self._generate(prompts, [True] * len(prompts), max_new_tokens, **options)
+        texts = [result.text for result in results]
+        return texts[0] if is_one else texts
+
+    def stream_chat(
+        self, messages: Chat, max_new_tokens: int = 256, **options: Any
+    ) -> Iterator[str]:
+        """Returns an iterator over the text that `chat` returns for one chat.
+
+        Args:
+          messages: see `chat`.
+          max_new_tokens: maximum tokens of the answer.
+          **options: see `stream`.
+
+        Raises:
+          InputError: see `chat`; raised by the call itself, before the first text.
+        """
+        chats, _ = as_chat_list(messages)
+        if len(chats) != 1:
+            raise InputError(f"stream_chat takes one chat, not {len(chats)}: call it for each")
+        prompt = self._encode_chat(chats[0], "chat 0", options)
+        return self._stream(prompt, max_new_tokens, **options)
 
     def generate(
         self,
         prompts: TextLike | Sequence[TextLike],
         max_new_tokens: int = 256,
         *,
-        temperature: float = 0.0,
+        sampling: Sampling | None = None,
+        temperature: float | int | None = None,
         top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
+        top_p: float | int | None = None,
+        min_p: float | int | None = None,
+        repetition_penalty: float | int | None = None,
         stop: str | Sequence[str] | None = (),
         seed: int = 0,
         cache: KVCache | Sequence[KVCache] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = 32,
-        first_number: int = 0,
+        first_index: int = 0,
     ) -> Any:
-        """Returns the continuation of each prompt: a string of a string, token ids of token ids.
-
-        The prompt itself, the token that ends a text and what comes after it are left out. Of one
-        prompt alone there is one answer, else a list.
+        """Returns the continuation of each prompt, without the prompt.
 
         Args:
-          prompts: strings, ready-made as in "<|user|>\\nWho are you?\\n<|assistant|>\\n" (see
-            `text.templates.chat_prompt`), or token ids, which are read as they are.
-          max_new_tokens: of an answer. Prompt and answer must fit the model's context together.
-          temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-          top_k: draw from so many of the likeliest tokens.
-          top_p: draw from the likeliest tokens that have this probability together.
-          min_p: draw from tokens that are at least this times as likely as the likeliest.
-          repetition_penalty: above 1 makes tokens of prompt and answer less likely.
-          stop: strings before which an answer ends. Token ids end behind the token that completes
-            one.
-          seed: of what is drawn. The same seed, number of the prompt and options give the same
-            answer, whatever the other prompts are.
-          cache: what is read before each prompt, one for each, as `encode(..., get_cache=True)`
-            returns them. No `<s>` goes before the prompts then.
-          add_special_tokens: whether `<s>` goes before strings.
-          batch_size: prompts that are continued together.
-          first_number: of the first prompt, where a list is continued in several calls.
+          prompts: strings with the model's markers, as
+            "<|user|>\\nWho are you?\\n<|assistant|>\\n" (see
+            `grit_jax.text.templates.chat_prompt`), or token ids, which are used as they are.
+          max_new_tokens: maximum new tokens. Prompt and new tokens must fit the model's context.
+          sampling: all sampling options in one object. By default they are the next five keywords;
+            without any, decoding is greedy.
+          temperature: see `Sampling`, as for the next four.
+          top_k: see `Sampling`.
+          top_p: see `Sampling`.
+          min_p: see `Sampling`.
+          repetition_penalty: see `Sampling`.
+          stop: strings at which text ends; they are not returned. Token ids end after the token
+            that completes one.
+          seed: seed for sampling. A result depends on the seed, the options, and the prompt and its
+            index, not on the other prompts.
+          cache: the KV cache of the text that precedes each prompt, as returned by
+            `encode(..., get_cache=True)`. Prompts then begin without `<s>`.
+          add_special_tokens: whether to begin strings with `<s>`.
+          batch_size: maximum number of prompts in a batch.
+          first_index: index of the first prompt, if a list is continued in several calls.
+
+        Returns:
+          A string for a string, token ids for token ids, a list for a list. The end token is not
+          returned.
 
         Raises:
-          InputError: a prompt is empty, no string nor token ids, or too long; the message names it.
-          ValueError: an option is impossible.
+          InputError: a prompt is empty, has the wrong type or is too long; the message names it.
+          ValueError: a sampling option is out of range, or is given twice.
         """
-        listed, is_one = as_texts(prompts)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} must be positive")
-        stop = as_stop_strings(stop)
-        sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
-        begin = add_special_tokens and cache is None
-        request = self._request(
-            listed, max_new_tokens, sampling, seed, cache, begin=begin, first_number=first_number
-        )
-        answers = [self._answer(isinstance(text, str), stop) for text in listed]
-        for numbers in in_batches(request.prompts, batch_size):
-            part = request.part(numbers, min(batch_size, len(listed)))
-            complete(self._generator, part, [answers[number] for number in numbers])
-        found = [
-            answer.text if isinstance(text, str) else answer.ids
-            for text, answer in zip(listed, answers, strict=True)
+        listed, is_one = as_text_list(prompts)
+        add_bos = add_special_tokens and cache is None
+        encoded = [
+            self._prompt_encoder.encode(prompt, add_bos=add_bos, name=f"prompt {index}").tokens
+            for index, prompt in enumerate(listed, first_index)
         ]
-        return found[0] if is_one else found
+        are_strings = [isinstance(prompt, str) for prompt in listed]
+        results = self._generate(
+            encoded,
+            are_strings,
+            max_new_tokens,
+            sampling=sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            cache=cache,
+            batch_size=batch_size,
+            first_index=first_index,
+        )
+        continuations = [
+            result.text if is_string else result.ids
+            for result, is_string in zip(results, are_strings, strict=True)
+        ]
+        return continuations[0] if is_one else continuations
 
     def stream(
         self,
         prompt: TextLike,
         max_new_tokens: int = 256,
         *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: str | Sequence[str] | None = (),
-        seed: int = 0,
-        cache: KVCache | Sequence[KVCache] | None = None,
         add_special_tokens: bool = True,
+        **options: Any,
     ) -> Iterator[str]:
-        """Returns an iterator over the text that `generate` would return, piece after piece.
+        """Returns an iterator over the text that `generate` returns for one prompt.
 
-        A piece ends with a whole character, and before what may become a stop string. The
-        arguments and the errors, which are raised at once, are those of `generate`.
+        Pieces end with a complete character, and before what may become a stop string.
+
+        Args:
+          prompt: see `generate`.
+          max_new_tokens: maximum new tokens.
+          add_special_tokens: whether to begin a string with `<s>`.
+          **options: `sampling` or its keywords, `stop`, `seed` and `cache`, as in `generate`.
+
+        Raises:
+          InputError: see `generate`; raised by the call itself, before the first text.
         """
-        (listed, _), stop = as_texts(prompt), as_stop_strings(stop)
+        listed, _ = as_text_list(prompt)
         if len(listed) != 1:
-            raise InputError(f"one prompt is streamed at a time, not {len(listed)}")
-        sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
-        begin = add_special_tokens and cache is None
-        request = self._request(listed, max_new_tokens, sampling, seed, cache, begin=begin)
-        return pieces(self._generator, request, self._answer(True, stop), TOKENS_STREAMED)
+            raise InputError(f"stream takes one prompt, not {len(listed)}: call it for each")
+        add_bos = add_special_tokens and options.get("cache") is None
+        encoded = self._prompt_encoder.encode(listed[0], add_bos=add_bos, name="prompt 0").tokens
+        return self._stream(encoded, max_new_tokens, **options)
 
     def score(
         self,
@@ -341,73 +463,118 @@ class GritLM:
         add_special_tokens: bool = True,
         batch_size: int = 256,
     ) -> tuple[Float64[np.ndarray, " pairs"], Bool[np.ndarray, " pairs"]]:
-        """Returns of each pair how likely the continuation is behind the prompt, read causally.
+        """Returns how likely each continuation is after its prompt, with causal attention.
 
-        The first array has log-likelihoods in nats, summed over the continuation's tokens. The
-        second says whether `generate` would begin with the continuation: each of its tokens is the
-        likeliest in its place. Pairs are packed into rows, and those of one prompt that differ in
-        their last token alone are read together.
+        Pairs are packed into rows. Pairs with the same prompt whose continuations differ only in
+        their last token share one input.
 
         Args:
-          prompts: strings or token ids; a prompt may be there several times.
-          continuations: one for each prompt, of the same kind. Strings are tokenised together with
-            their prompt. The continuation has all tokens from the first on that is not the prompt's
-            alone, so that each of its characters is scored, once. Where a token has characters of
-            both, as of "The ab" and "stract", or of "is " and "Paris", those of the prompt are
-            scored with it.
-          add_special_tokens: whether `<s>` goes before prompts that are strings.
-          batch_size: bounds memory, as so many texts of 512 tokens do in `encode`.
+          prompts: strings or token ids; the same prompt may occur several times.
+          continuations: one for each prompt, of the same type. Strings are tokenized together with
+            their prompt, and a token with characters of both is scored: in "The ab" and "stract",
+            or "is " and "Paris", the characters of the prompt in that token are scored with it.
+          add_special_tokens: whether to begin prompts that are strings with `<s>`.
+          batch_size: bounds memory, as `batch_size` texts of 512 tokens do in `encode`.
+
+        Returns:
+          The log-likelihoods in nats, summed over the continuation's tokens; and whether greedy
+          `generate` would begin with the continuation.
 
         Raises:
-          InputError: there are none; a text is empty, no string nor token ids, or a pair is too
-            long; the message names it.
+          InputError: there are no texts, or a text is empty, has the wrong type or is too long; the
+            message names it.
         """
-        context = self.model.config.max_position_embeddings
         pairs = as_continuations(
-            self._token_ids, prompts, continuations, context, begin=add_special_tokens
+            self._prompt_encoder,
+            prompts,
+            continuations,
+            self.model.config.max_position_embeddings,
+            add_bos=add_special_tokens,
         )
-        with _progress("Scoring", len(pairs)) as done:
-            return self._scorer.score(pairs, self._places(batch_size, 512), done)
+        _check_batch_size(batch_size)
+        tokens_per_device = self._tokens_per_device(batch_size, SCORE_LENGTH)
+        with _progress("Scoring", len(pairs)) as advance:
+            return self._scorer.score(pairs, tokens_per_device, advance)
 
-    def unnormalized(self) -> "GritLM":
-        """Returns this model with embeddings as they are pooled, whatever their length.
+    def unnormalized(self) -> GritLM:
+        """Returns this model with embeddings that are not scaled to length 1.
 
-        Parameters are shared, and what has been compiled by now.
+        Parameters and compiled programs are shared.
         """
         other = copy.copy(self)
-        other._embedding = dataclasses.replace(self._embedding, normalized=False)
+        other.embedding_spec = dataclasses.replace(self.embedding_spec, normalize=False)
         return other
 
-    def _places(self, batch_size: int, length: int) -> int:
-        """Returns the most places of a call on one device, for so many texts of a length."""
-        return min(TOKENS_PER_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
+    def _encode_chat(
+        self, messages: Any, name: str, options: Mapping[str, Any]
+    ) -> Int[np.ndarray, " tokens"]:
+        is_continuation = options.get("cache") is not None
+        return self._prompt_encoder.encode_chat(
+            messages, is_continuation=is_continuation, name=name
+        )
+
+    def _generate(
+        self,
+        prompts: Sequence[Int[np.ndarray, " _"]],
+        are_strings: Sequence[bool],
+        max_new_tokens: int,
+        *,
+        stop: str | Sequence[str] | None = (),
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[GenerationResult]:
+        _check_batch_size(batch_size)
+        stop = as_stop_strings(stop)
+        request = self._request(prompts, max_new_tokens, **options)
+        results = [self._result(is_string, stop) for is_string in are_strings]
+        for members in batches_by_length(prompts, batch_size):
+            batch = request.select(members, min(batch_size, len(prompts)))
+            complete(self._generator, batch, [results[member] for member in members])
+        return results
+
+    def _stream(
+        self,
+        prompt: Int[np.ndarray, " tokens"],
+        max_new_tokens: int,
+        *,
+        stop: str | Sequence[str] | None = (),
+        **options: Any,
+    ) -> Iterator[str]:
+        result = self._result(True, as_stop_strings(stop))
+        request = self._request([prompt], max_new_tokens, **options)
+        return stream_text(self._generator, request, result, STREAM_STEPS)
 
     def _request(
         self,
-        prompts: Sequence[TextLike],
+        prompts: Sequence[Int[np.ndarray, " _"]],
         max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        cache: KVCache | Sequence[KVCache] | None,
         *,
-        begin: bool,
-        first_number: int = 0,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        cache: KVCache | Sequence[KVCache] | None = None,
+        first_index: int = 0,
+        **sampling_options: Any,
     ) -> Request:
-        numbers = range(first_number, first_number + len(prompts))
-        ids = [
-            self._token_ids.after("", prompt, begin=begin, name=f"prompt {number}").tokens
-            for number, prompt in zip(numbers, prompts, strict=True)
-        ]
-        caches = [cache] if isinstance(cache, KVCache) else cache
         request = Request(
-            ids, numbers, max_new_tokens, self._end_tokens, sampling, seed, caches, len(ids)
+            prompts=prompts,
+            indices=range(first_index, first_index + len(prompts)),
+            max_new_tokens=max_new_tokens,
+            end_tokens=self._end_tokens,
+            sampling=as_sampling(sampling, **sampling_options),
+            seed=seed,
+            caches=[cache] if isinstance(cache, KVCache) else cache,
+            num_rows=len(prompts),
         )
-        check_room(request, self.model.config.max_position_embeddings)
+        check_fits_context(request, self.model.config.max_position_embeddings)
         return request
 
-    def _answer(self, is_text: bool, stop: Sequence[str]) -> GenerationResult:
-        needs_text = is_text or stop
+    def _result(self, is_string: bool, stop: Sequence[str]) -> GenerationResult:
+        needs_text = is_string or stop
         return GenerationResult(self._end_tokens, self.tokenizer if needs_text else None, stop)
+
+    def _tokens_per_device(self, batch_size: int, length: int) -> int:
+        """Returns the maximum tokens of a call on one device, for a batch size and text length."""
+        return min(TOKENS_PER_DEVICE, -(-batch_size * length // batch_shards(self.mesh)))
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -422,10 +589,15 @@ class GritLM:
         return Scorer(self.model, self.mesh)
 
 
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be positive")
+
+
 @contextlib.contextmanager
 def _progress(title: str, num_texts: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that is told how many texts are done, and shows it where they are many."""
-    is_hidden = num_texts < SHOWN_FROM or not is_primary()
+    """Yields a function that advances a progress bar, which is shown if there are many texts."""
+    is_hidden = num_texts < PROGRESS_MIN_TEXTS or not is_primary()
     with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
         task = progress.add_task(title, total=num_texts)
         yield functools.partial(progress.advance, task)

@@ -1,4 +1,4 @@
-"""The options by which a command is told which model to use, and how."""
+"""Command-line options that choose a model and how to load it."""
 
 import argparse
 from pathlib import Path
@@ -9,19 +9,24 @@ from grit_jax.objectives.pooling import POOLINGS
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the model and how it was trained to what a command takes."""
+    """Adds the model and the options of `GritLM.from_pretrained` to a command."""
     parser.add_argument("model", help="a Hugging Face folder, a GGUF file, a checkpoint or a run")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--linear-dtype", choices=("int8",), help="of linear layers' weights")
-    pattern = "the pattern of its training (the model's own)"
-    parser.add_argument("--attention", choices=PATTERNS, help=pattern)
-    parser.add_argument("--pooling", choices=POOLINGS, help="of its embeddings (the model's own)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="(bfloat16)"
+    )
+    parser.add_argument(
+        "--linear-dtype", choices=("int8",), help="quantize the weights of linear layers"
+    )
+    parser.add_argument(
+        "--attention", choices=PATTERNS, help="attention pattern of the training (as stored)"
+    )
+    parser.add_argument("--pooling", choices=POOLINGS, help="pooling of embeddings (as stored)")
     parser.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
-    parser.add_argument("--base", type=Path, help="where LoRA's base model lies, if it moved")
+    parser.add_argument("--base", type=Path, help="path of a LoRA checkpoint's base model")
 
 
 def load_model(arguments: argparse.Namespace) -> GritLM:
-    """Returns the model that `add_model_options` was told of.
+    """Returns the model that the options of `add_model_options` choose.
 
     Raises:
       ConversionError, FileNotFoundError, ValueError: see `GritLM.from_pretrained`.

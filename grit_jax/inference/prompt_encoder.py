@@ -1,12 +1,14 @@
-"""What a user gives, strings or token ids, as token ids; what cannot be read is an error."""
+"""Turns the strings, token ids, documents and chats that a user passes into checked token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 import warnings
 
+from jaxtyping import Int
 import numpy as np
 
 from grit_jax.text.examples import Text
+from grit_jax.text.templates import EMBED, ChatError, chat_segments
 from grit_jax.text.tokenizer import Tokenizer
 
 # A text or a prompt: a string, or token ids.
@@ -16,15 +18,15 @@ NO_IDS = np.zeros(0, np.int32)
 
 
 class InputError(ValueError):
-    """A text or a prompt that cannot be read; the message says which, and what to do."""
+    """A text, prompt, document or chat is invalid; the message names it and says what to do."""
 
 
 class PromptEncoder:
-    """Makes token ids of strings, and checks those that are given.
+    """Tokenizes strings and checks token ids.
 
     Args:
-      tokenizer: of the model, None if it has none.
-      vocab_size: number of ids that the model knows.
+      tokenizer: the model's tokenizer, or None if the model has none.
+      vocab_size: size of the model's vocabulary.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
@@ -35,83 +37,131 @@ class PromptEncoder:
         """The tokenizer.
 
         Raises:
-          InputError: the model has none.
+          InputError: the model has no tokenizer.
         """
         if self._tokenizer is None:
             raise InputError(
-                "no tokenizer (tokenizer.model or tokenizer.json) lies with this model: say "
+                "this model has no tokenizer (tokenizer.model or tokenizer.json): pass "
                 "tokenizer=PATH to from_pretrained, or give token ids"
             )
         return self._tokenizer
 
-    def after(self, instruction: TextLike, text: TextLike, *, begin: bool, name: str) -> Text:
-        """Returns an instruction and a text behind it; the mask leaves out the instruction.
+    def encode(
+        self, text: TextLike, instruction: TextLike = "", *, add_bos: bool, name: str
+    ) -> Text:
+        """Returns the token ids of an instruction followed by a text.
 
-        A string is tokenised together with the string before it. `<s>`, if it is asked for, goes
-        before a string and counts as instruction where there is one; token ids stand for
-        themselves.
+        The mask is False for the tokens of the instruction. Strings are tokenized together with
+        their instruction; token ids are used as they are.
 
         Args:
-          instruction: may be empty.
-          text: must not be empty.
-          begin: whether `<s>` goes before it.
-          name: of the text, for messages.
+          text: a string or token ids, not empty.
+          instruction: precedes the text; may be empty.
+          add_bos: whether to begin strings with `<s>`. `<s>` belongs to the instruction if there is
+            one.
+          name: name of the text in error messages.
 
         Raises:
-          InputError: the text is empty, without a token, not Unicode, or of another type; an id is
-            not the model's.
+          InputError: the text is empty, has no token, is not valid Unicode or has the wrong type;
+            or a token id is outside of the vocabulary.
         """
         if isinstance(text, str):
-            if not text.strip():
-                raise InputError(f"{name} is empty: leave it out")
-            if not isinstance(instruction, str):
-                self._of_ids(instruction, "the instruction")
-                raise InputError(
-                    f"the instruction is token ids, so {name} must be too, not a string"
-                )
-            both = self.of_both(instruction, text, begin=begin, name=name)
-            if both.mask.sum() == (begin and not instruction):  # It may drop some characters.
-                raise InputError(f"{name} has nothing that the tokenizer keeps: leave it out")
-            return both
-        ids = self._of_ids(text, name)
+            return self._encode_string(text, instruction, add_bos, name)
+        ids = self._check_ids(text, name)
         if not len(ids):
             raise InputError(f"{name} is empty: leave it out")
-        before = NO_IDS
-        if isinstance(instruction, str) and instruction:
-            before = self._of_string(instruction, begin, "the instruction")
-        elif not isinstance(instruction, str):
-            before = self._of_ids(instruction, "the instruction")
-        tokens = np.concatenate([before, ids])
-        return Text(tokens, np.arange(len(tokens)) >= len(before))
+        if not isinstance(instruction, str):
+            prefix = self._check_ids(instruction, "the instruction")
+        elif instruction:
+            prefix = self._tokenize(instruction, "the instruction")
+            prefix = self._prepend_bos(prefix) if add_bos else prefix
+        else:
+            prefix = NO_IDS
+        tokens = np.concatenate([prefix, ids])
+        return Text(tokens, np.arange(len(tokens)) >= len(prefix))
 
-    def of_both(self, before: str, text: str, *, begin: bool, name: str) -> Text:
-        """Returns two strings tokenised in one; the mask has what is not the first's alone.
+    def encode_pair(self, prefix: str, text: str, *, add_bos: bool, name: str) -> Text:
+        """Returns the token ids of `prefix + text`; the mask is False for those of the prefix.
 
-        A token with characters of both belongs to the second, so that it has all of its own.
+        A token with characters of both strings belongs to `text`.
 
         Args:
-          before: may be empty.
-          text: follows it.
-          begin: whether `<s>` goes before them; it counts as the first's where there is one.
-          name: of `text`, for messages.
+          prefix: may be empty.
+          text: follows the prefix.
+          add_bos: whether to begin with `<s>`, which belongs to the prefix if there is one.
+          name: name of `text` in error messages.
 
         Raises:
-          InputError: the text is not Unicode.
+          InputError: a string is not valid Unicode.
         """
-        own = self._of_string(before, begin=False, name="the instruction") if before else NO_IDS
+        prefix_ids = self._tokenize(prefix, "the instruction") if prefix else NO_IDS
         check_unicode(text, name)
-        ids, num_before = self.tokenizer.ids_after(before, own, text)
-        if begin:
-            ids = np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
-            num_before += 1 if before else 0
-        return Text(ids, np.arange(len(ids)) >= num_before)
+        ids, prefix_length = self.tokenizer.ids_after(prefix, prefix_ids, text)
+        if add_bos:
+            ids = self._prepend_bos(ids)
+            prefix_length += 1 if prefix else 0
+        return Text(ids, np.arange(len(ids)) >= prefix_length)
 
-    def _of_string(self, text: str, begin: bool, name: str) -> np.ndarray:
+    def encode_chat(
+        self, messages: Any, *, is_continuation: bool, name: str
+    ) -> Int[np.ndarray, " tokens"]:
+        """Returns the prompt after which the assistant answers a chat's last message.
+
+        Args:
+          messages: see `text.templates.turns_of_messages`; the last message is the user's.
+          is_continuation: whether the prompt follows other tokens: it begins with a line break
+            instead of `<s>`.
+          name: name of the chat in error messages.
+
+        Raises:
+          InputError: `messages` is not a chat, ends with another role, or a turn is empty.
+        """
+        try:
+            segments = chat_segments(messages)
+        except ChatError as error:
+            raise InputError(
+                f"{name}: {error}: give a list of {{'role': 'system', 'user' or 'assistant', "
+                "'content': a string}, in which user and assistant alternate, user first"
+            ) from None
+        if not len(messages):
+            raise InputError(f"{name} has no messages: give at least one message of the user")
+        if (role := messages[-1]["role"]) != "user":
+            raise InputError(
+                f"{name} ends with a message of the {role}: the last message must be the user's, "
+                "so remove it or add a message of the user"
+            )
+        for number, message in enumerate(messages):
+            if message["role"] != "system" and not message["content"].strip():
+                raise InputError(f"{name}: message {number} is empty: leave it out")
+        if is_continuation:
+            segments[0] = f"\n{segments[0]}"
+        eos = np.array([self.tokenizer.eos_id], np.int32)
+        ids = [self._tokenize(segments[0], name)]
+        for segment in segments[1:]:
+            ids += [eos, self._tokenize(segment, name)]
+        tokens = np.concatenate(ids)
+        return tokens if is_continuation else self._prepend_bos(tokens)
+
+    def _encode_string(self, text: str, instruction: TextLike, add_bos: bool, name: str) -> Text:
+        if not text.strip():
+            raise InputError(f"{name} is empty: leave it out")
+        if not isinstance(instruction, str):
+            self._check_ids(instruction, "the instruction")
+            raise InputError(f"the instruction is token ids, so {name} must be token ids too")
+        encoded = self.encode_pair(instruction, text, add_bos=add_bos, name=name)
+        only_bos = 1 if add_bos and not instruction else 0
+        if encoded.mask.sum() == only_bos:  # A tokenizer may drop characters.
+            raise InputError(f"{name} has only characters that the tokenizer drops: leave it out")
+        return encoded
+
+    def _tokenize(self, text: str, name: str) -> Int[np.ndarray, " tokens"]:
         check_unicode(text, name)
-        ids = self.tokenizer.ids(text)
-        return np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32) if begin else ids
+        return self.tokenizer.ids(text)
 
-    def _of_ids(self, ids: Any, name: str) -> np.ndarray:
+    def _prepend_bos(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens_with_bos"]:
+        return np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
+
+    def _check_ids(self, ids: Any, name: str) -> Int[np.ndarray, " tokens"]:
         try:
             array = np.asarray(ids)
         except ValueError:  # Lists of unequal lengths.
@@ -120,103 +170,183 @@ class PromptEncoder:
             return NO_IDS
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise InputError(
-                f"{name} is {_kind(ids)}: it must be a string, or one list of token ids"
+                f"{name} is {_describe(ids)}: it must be a string, or one list of token ids"
             )
         if array.min() < 0 or array.max() >= self._vocab_size:
             wrong = array.min() if array.min() < 0 else array.max()
             raise InputError(
-                f"{name} has the token id {wrong}, but this model's are 0 to {self._vocab_size - 1}"
+                f"{name} has the token id {wrong}, but the ids of this model are 0 to "
+                f"{self._vocab_size - 1}"
             )
         return array.astype(np.int32)
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Checks that a text can be tokenised; `name` is for the message.
+    """Checks that a string can be encoded as UTF-8, as tokenizers require.
+
+    Args:
+      text: the string.
+      name: its name in the error message.
 
     Raises:
-      InputError: it has half of a surrogate pair, as JSON's "\\ud83d" is.
+      InputError: the string has half of a surrogate pair, such as JSON's "\\ud83d".
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{name} has half of a surrogate pair at character {error.start}: mend the text"
+            f"{name} has half of a surrogate pair at character {error.start}: correct the text"
         ) from None
 
 
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"of type {type(value).__name__}"
-
-
-def as_texts(texts: Any) -> tuple[list[TextLike], bool]:
-    """Returns a list of texts, and whether it was one alone: a string, or a list of token ids.
+def as_text_list(texts: Any) -> tuple[list[TextLike], bool]:
+    """Returns a list of texts, and whether a single one was passed: a string or token ids.
 
     Raises:
-      InputError: there are none.
+      InputError: there are no texts.
     """
     if isinstance(texts, str):
         return [texts], True
     if not isinstance(texts, Sequence | np.ndarray):
-        raise InputError(f"texts are {_kind(texts)}: give a string, or a list of strings")
+        raise InputError(f"texts are {_describe(texts)}: give a string, or a list of strings")
     if not len(texts):
-        raise InputError("no texts were given: there is nothing to read")
+        raise InputError("no texts were given: give at least one")
     if isinstance(texts[0], int | np.integer):
         return [texts], True
     return list(texts), False
 
 
-def as_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
-    """Returns a list of the strings before which an answer ends.
+def as_chat_list(messages: Any) -> tuple[list[Any], bool]:
+    """Returns a list of chats, and whether a single one was passed.
 
     Raises:
-      InputError: one is empty or no string.
+      InputError: there are no messages.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError(
+            "messages must be a list of {'role': ..., 'content': ...}, or a list of such lists"
+        )
+    if isinstance(messages[0], Mapping):
+        return [messages], True
+    return list(messages), False
+
+
+def as_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    """Returns the strings at which generated text ends, as a list.
+
+    Raises:
+      InputError: a string is empty or has another type.
     """
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise InputError(f"a stop string is {'empty' if string == '' else _kind(string)}")
+            problem = "empty" if string == "" else _describe(string)
+            raise InputError(f"a stop string is {problem}: give strings that are not empty")
     return strings
 
 
-def fit(texts: list[Text], max_length: int, context: int, *, truncate: bool) -> list[Text]:
-    """Returns the texts, none of them longer than allowed; cut, with a warning, if asked for.
-
-    Args:
-      texts: with their instruction.
-      max_length: tokens that are allowed.
-      context: tokens that the model is made for.
-      truncate: whether to cut what is longer.
+def check_instruction(instruction: Any) -> str:
+    """Returns an instruction in plain words, to which the markers are still to be added.
 
     Raises:
-      InputError: a text is longer and not to be cut, or nothing but the instruction is left of it.
+      InputError: it is not a string, or has the markers already.
+    """
+    if not isinstance(instruction, str):
+        raise InputError(f"instruction is {_describe(instruction)}: give a string")
+    if EMBED.strip() in instruction:
+        raise InputError(
+            f"instruction={instruction!r} has the marker <|embed|>, which is added for you: give "
+            "the instruction in plain words, or call `encode`"
+        )
+    return instruction
+
+
+def document_texts(corpus: Any) -> Any:
+    """Returns the text to embed of each document; texts are returned unchanged.
+
+    Args:
+      corpus: a document `{"title": ..., "text": ...}`, a list of documents, or texts.
+
+    Raises:
+      InputError: a document has no text.
+    """
+    if isinstance(corpus, Mapping):
+        return document_text(corpus, "document 0")
+    if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
+        return [document_text(document, f"document {i}") for i, document in enumerate(corpus)]
+    return corpus
+
+
+def document_text(document: Any, name: str) -> str:
+    """Returns the text to embed of a document: its title, if it has one, a space and its text.
+
+    Raises:
+      InputError: the document has no text; the message begins with `name`.
+    """
+    return " ".join(part for part in title_and_text(document, name) if part)
+
+
+def title_and_text(document: Any, name: str) -> tuple[str, str]:
+    """Returns the title and the text of a document; a missing title is "".
+
+    Raises:
+      InputError: the document has no text; the message begins with `name`.
+    """
+    if not isinstance(document, Mapping) or not isinstance(document.get("text"), str):
+        raise InputError(f"{name} has no string 'text': give an object with 'text'")
+    title = document.get("title") or ""
+    if not isinstance(title, str):
+        raise InputError(f"{name}: 'title' is not a string: correct it, or leave it out")
+    return title, document["text"]
+
+
+def fit_to_length(
+    texts: Sequence[Text], max_length: int, context_length: int, *, truncate: bool
+) -> list[Text]:
+    """Returns texts of at most `max_length` tokens; longer ones are truncated if asked for.
+
+    Args:
+      texts: texts with their instructions.
+      max_length: maximum tokens of a text.
+      context_length: maximum tokens that the model supports.
+      truncate: whether to truncate longer texts, with a warning.
+
+    Raises:
+      InputError: a text is longer and `truncate` is False, or only the instruction would be left.
     """
     if max_length < 1:
         raise InputError(f"max_length={max_length} must be positive")
-    limit = min(max_length, context)
+    limit = min(max_length, context_length)
     longer = [number for number, text in enumerate(texts) if len(text) > limit]
     if not longer:
-        return texts
+        return list(texts)
     longest = max(longer, key=lambda number: len(texts[number]))
     if not truncate:
         remedy = (
-            f"raise max_length, up to {context}, or say truncate=True to cut them"
-            if len(texts[longest]) <= context
-            else f"this model reads {context} at most; split them, or say truncate=True to cut them"
+            f"raise max_length, up to {context_length}, or pass truncate=True"
+            if len(texts[longest]) <= context_length
+            else f"this model supports {context_length}; split the texts, or pass truncate=True"
         )
         raise InputError(
             f"{len(longer)} of {len(texts)} texts are longer than {limit} tokens, instruction "
             f"included; the longest, number {longest}, has {len(texts[longest])}: {remedy}"
         )
-    cut = list(texts)
+    truncated = list(texts)
     for number in longer:
         text = texts[number]
-        cut[number] = Text(text.tokens[:limit], text.mask[:limit])
-        if not cut[number].mask.any():
+        truncated[number] = Text(text.tokens[:limit], text.mask[:limit])
+        if not truncated[number].mask.any():
             raise InputError(
-                f"text {number}: nothing of it fits behind its instruction in {limit} tokens: "
-                "raise max_length, or shorten the instruction"
+                f"text {number}: its instruction alone takes all {limit} tokens: raise max_length, "
+                "or shorten the instruction"
             )
     warnings.warn(
-        f"{len(longer)} of {len(texts)} texts were cut to {limit} tokens", UserWarning, stacklevel=3
+        f"{len(longer)} of {len(texts)} texts were truncated to {limit} tokens",
+        UserWarning,
+        stacklevel=3,
     )
-    return cut
+    return truncated
+
+
+def _describe(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"

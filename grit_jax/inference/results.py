@@ -1,4 +1,4 @@
-"""Answers as their tokens come: where each ends, and its text."""
+"""Collects generated tokens into results: where each ends, and its text."""
 
 from __future__ import annotations
 
@@ -14,99 +14,102 @@ from grit_jax.text.tokenizer import Tokenizer
 
 
 class GenerationResult:
-    """What follows one prompt, up to a token or a string that ends it.
+    """The continuation of one prompt, up to an end token or a stop string.
 
     Args:
-      end_tokens: tokens that end an answer, and are no part of it.
-      tokenizer: to make text of it; None to have token ids alone.
-      stop: strings before which its text ends.
+      end_tokens: tokens that end the result; they are not part of it.
+      tokenizer: tokenizer that decodes the text, or None for token ids only.
+      stop: strings at which the text ends; they are not part of it.
+
+    Attributes:
+      is_ended: whether an end token or a stop string has been generated.
     """
 
     def __init__(
         self, end_tokens: Sequence[int], tokenizer: Tokenizer | None, stop: Sequence[str] = ()
     ):
         self._end_tokens = end_tokens
-        self._pieces = None if tokenizer is None else IncrementalDetokenizer(tokenizer, stop)
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, stop)
         self._ids: list[int] = []
         self.is_ended = False
 
     def push(self, tokens: Int[np.ndarray, " new"]) -> str:
-        """Adds the next tokens, and returns the text that is certain with them."""
+        """Adds the next tokens, and returns the text that they complete."""
         text = ""
         for token in tokens.tolist():
             self.is_ended |= token in self._end_tokens
             if self.is_ended:
                 break
             self._ids.append(token)
-            if self._pieces is not None:
-                text += self._pieces.push(token)
-                self.is_ended = self._pieces.is_stopped
+            if self._detokenizer is not None:
+                text += self._detokenizer.push(token)
+                self.is_ended = self._detokenizer.is_stopped
         return text
 
     def finish(self) -> str:
-        """Returns the rest of the text; no token comes after."""
-        return "" if self._pieces is None else self._pieces.finish()
+        """Returns the rest of the text after the last token."""
+        return "" if self._detokenizer is None else self._detokenizer.finish()
 
     @property
     def text(self) -> str:
-        """The text so far, which is certain."""
-        return "" if self._pieces is None else self._pieces.text
+        """The text that `push` and `finish` have returned so far."""
+        return "" if self._detokenizer is None else self._detokenizer.text
 
     @property
     def ids(self) -> Int[np.ndarray, " tokens"]:
-        """The tokens so far, with those that complete a stop string."""
+        """The token ids so far, including those that complete a stop string."""
         return np.array(self._ids, np.int32)
 
 
-def complete(generator: Generator, request: Request, answers: Sequence[GenerationResult]) -> None:
-    """Continues the prompts of a request until all their answers have ended."""
-    ended = np.zeros(len(answers), bool)
+def complete(generator: Generator, request: Request, results: Sequence[GenerationResult]) -> None:
+    """Generates until all results of a request have ended."""
+    ended = np.zeros(len(results), bool)
     for tokens in generator.tokens(request, ended):
-        for row, answer in enumerate(answers):
-            answer.push(tokens[row])
-            ended[row] |= answer.is_ended
-    for answer in answers:
-        answer.finish()
+        for row, result in enumerate(results):
+            result.push(tokens[row])
+            ended[row] |= result.is_ended
+    for result in results:
+        result.finish()
 
 
-def pieces(
-    generator: Generator, request: Request, answer: GenerationResult, tokens_at_once: int
+def stream_text(
+    generator: Generator, request: Request, result: GenerationResult, max_steps: int
 ) -> Iterator[str]:
-    """Yields the text of the answer to a request's one prompt, as it is made."""
+    """Yields the text of a request with one prompt, at most `max_steps` tokens at a time."""
     ended = np.zeros(1, bool)
-    for tokens in generator.tokens(request, ended, tokens_at_once):
-        if piece := answer.push(tokens[0]):
-            yield piece
-        ended |= answer.is_ended
-    if piece := answer.finish():
-        yield piece
+    for tokens in generator.tokens(request, ended, max_steps):
+        if text := result.push(tokens[0]):
+            yield text
+        ended |= result.is_ended
+    if text := result.finish():
+        yield text
 
 
-def check_room(request: Request, context: int) -> None:
-    """Checks that prompts and answers fit the model's context, and that caches are theirs.
+def check_fits_context(request: Request, context_length: int) -> None:
+    """Checks that each prompt and its result fit the model's context.
 
     Raises:
-      InputError: one does not; the message names it.
+      InputError: one does not fit, or the number of caches is not that of the prompts.
     """
     prompts, caches, max_new_tokens = request.prompts, request.caches, request.max_new_tokens
     if caches is not None and len(caches) != len(prompts):
         raise InputError(
-            f"there are {len(caches)} caches for {len(prompts)} prompts: give one each"
+            f"there are {len(caches)} caches for {len(prompts)} prompts: give one for each prompt"
         )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be positive")
-    for place, prompt in enumerate(prompts):
-        cached = 0 if caches is None else int(caches[place].next_positions()[0])
-        if cached + len(prompt) + max_new_tokens > context:
-            before = f" behind {cached} in its cache" if cached else ""
+    for member, prompt in enumerate(prompts):
+        num_cached = 0 if caches is None else int(caches[member].next_positions()[0])
+        if num_cached + len(prompt) + max_new_tokens > context_length:
+            after = f" after {num_cached} in its cache" if num_cached else ""
             raise InputError(
-                f"prompt {request.numbers[place]} has {len(prompt)} tokens{before}, which with "
-                f"max_new_tokens={max_new_tokens} is over the model's context of {context}: "
-                "shorten it, or lower max_new_tokens"
+                f"prompt {request.indices[member]} has {len(prompt)} tokens{after}, which with "
+                f"max_new_tokens={max_new_tokens} exceeds the model's context of "
+                f"{context_length}: shorten it, or lower max_new_tokens"
             )
 
 
-def in_batches(prompts: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
-    """Returns the numbers of the prompts in batches, those of about the same length together."""
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+def batches_by_length(prompts: Sequence[np.ndarray], batch_size: int) -> list[list[int]]:
+    """Returns the indices of the prompts in batches of prompts of similar length."""
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -1,6 +1,6 @@
-"""From logits to the next token: greedy, or drawn from a filtered distribution.
+"""Chooses the next token from the logits: greedily, or by sampling from a filtered distribution.
 
-The filters are those of `transformers`, in its order: repetition penalty, temperature, top-k,
+The filters and their order are those of `transformers`: repetition penalty, temperature, top-k,
 top-p, min-p.
 
 Legend of dimensions: B rows, V vocabulary.
@@ -9,6 +9,7 @@ Legend of dimensions: B rows, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,74 +18,96 @@ from jaxtyping import Array, Bool, Float, Int, Key
 FILTERED = -jnp.inf
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; what is None is left out.
+    """How `GritLM.generate` chooses tokens. The default is greedy decoding.
+
+    A pytree: under `jax.jit`, only a new `top_k`, or a filter more or less, compiles again.
 
     Attributes:
-      temperature: divides the logits; None takes the likeliest token.
-      top_k: so many of the likeliest tokens are kept.
-      top_p: of the likeliest tokens those are kept that have this probability together.
-      min_p: tokens are kept that are at least this times as likely as the likeliest.
-      repetition_penalty: makes tokens that were seen less likely where it is above 1.
+      temperature: divides the logits before sampling; 0 or None is greedy decoding.
+      top_k: sample from this many of the most likely tokens.
+      top_p: sample from the smallest set of most likely tokens whose probabilities sum to this.
+      min_p: sample from tokens that are at least this fraction as likely as the most likely one.
+      repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely.
+
+    Raises:
+      ValueError: a value is out of range, or a filter is given without a temperature.
     """
 
-    temperature: float | None = None
-    top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    temperature: float | int | None = None
+    top_k: int | None = None
+    top_p: float | int | None = None
+    min_p: float | int | None = None
+    repetition_penalty: float | int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-    ) -> Sampling:
-        """Returns what these values ask for; a temperature of 0 takes the likeliest token.
-
-        Raises:
-          ValueError: a value is impossible, or a filter has nothing to choose from.
-        """
-        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-        allowed = {
-            "temperature": (temperature, temperature >= 0, "0 or above"),
-            "top_k": (top_k, top_k is None or top_k >= 1, "at least 1"),
-            "top_p": (top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
-            "min_p": (min_p, min_p is None or 0 <= min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (
-                repetition_penalty,
-                repetition_penalty is None or repetition_penalty > 0,
-                "above 0",
-            ),
+    def __post_init__(self):
+        ranges = {
+            "temperature": (lambda value: value >= 0, "0 or above"),
+            "top_k": (lambda value: value >= 1, "at least 1"),
+            "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+            "repetition_penalty": (lambda value: value > 0, "above 0"),
         }
-        for name, (value, is_allowed, range_of_values) in allowed.items():
-            if not is_allowed:
-                raise ValueError(f"{name}={value} must be {range_of_values}")
-        if temperature == 0:
-            for name, value in filters.items():
-                if value is not None:
-                    raise ValueError(
-                        f"{name}={value} has no effect without a temperature above 0: leave it out"
-                    )
-        return cls(
-            temperature=temperature or None, repetition_penalty=repetition_penalty, **filters
+        for name, (is_valid, valid_range) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{name}={value} must be {valid_range}")
+        # The structure of the pytree decides between greedy decoding and sampling.
+        if self.temperature == 0:
+            object.__setattr__(self, "temperature", None)
+        for name in ("top_k", "top_p", "min_p"):
+            if self.temperature is None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect without a temperature above 0: leave it out, or "
+                    "set temperature"
+                )
+
+
+def _flatten(sampling: Sampling) -> tuple[tuple[Any, ...], int | None]:
+    return tuple(getattr(sampling, name) for name in _TRACED), sampling.top_k
+
+
+def _unflatten(top_k: int | None, traced: tuple[Any, ...]) -> Sampling:
+    sampling = object.__new__(Sampling)  # The leaves may be tracers, which cannot be checked.
+    for name, value in zip((*_TRACED, "top_k"), (*traced, top_k), strict=True):
+        object.__setattr__(sampling, name, value)
+    return sampling
+
+
+_TRACED = ("temperature", "top_p", "min_p", "repetition_penalty")
+jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
+
+
+def as_sampling(sampling: Sampling | None, **options: Any) -> Sampling:
+    """Returns the sampling options that were passed as one object or as keywords.
+
+    Args:
+      sampling: all options in one object.
+      **options: the fields of `Sampling`; None is not set.
+
+    Raises:
+      ValueError: both were given, or see `Sampling`.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if sampling is None:
+        return Sampling(**given)
+    if given:
+        raise ValueError(
+            f"sampling= and {'=, '.join(given)}= were both given: put all options into sampling"
         )
+    return sampling
 
 
 def filter_logits(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None
 ) -> Float[Array, "B V"]:
-    """Returns the logits after all filters; `FILTERED` where a token is left out.
+    """Returns the logits after all filters, `FILTERED` for tokens that must not be sampled.
 
     Args:
-      logits: scores of the next token.
+      logits: logits of the next token.
       sampling: the filters.
-      seen: the tokens that a row has had; for `repetition_penalty` alone.
+      seen: tokens that occurred in each row; needed only by `repetition_penalty`.
     """
     if sampling.repetition_penalty is not None:
         assert seen is not None
@@ -94,23 +117,25 @@ def filter_logits(
     if sampling.temperature is not None:
         logits = logits / sampling.temperature
     if sampling.top_k is not None:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
-        logits = jnp.where(logits < least, FILTERED, logits)
+        threshold = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
+        logits = jnp.where(logits < threshold, FILTERED, logits)
     if sampling.top_p is not None:
         logits = _filter_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
         probabilities = jax.nn.softmax(logits)
-        least = sampling.min_p * jnp.max(probabilities, axis=1, keepdims=True)
-        logits = jnp.where(probabilities < least, FILTERED, logits)
+        threshold = sampling.min_p * jnp.max(probabilities, axis=1, keepdims=True)
+        logits = jnp.where(probabilities < threshold, FILTERED, logits)
     return logits
 
 
-def _filter_top_p(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+def _filter_top_p(
+    logits: Float[Array, "B V"], top_p: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
     ascending = jnp.sort(logits, axis=1)
-    below = jnp.cumsum(jax.nn.softmax(ascending), axis=1) <= 1 - top_p
-    below = below.at[:, -1].set(False)
-    least = jnp.min(jnp.where(below, jnp.inf, ascending), axis=1, keepdims=True)
-    return jnp.where(logits < least, FILTERED, logits)
+    is_removed = jnp.cumsum(jax.nn.softmax(ascending), axis=1) <= 1 - top_p
+    is_removed = is_removed.at[:, -1].set(False)  # The most likely token is always kept.
+    threshold = jnp.min(jnp.where(is_removed, jnp.inf, ascending), axis=1, keepdims=True)
+    return jnp.where(logits < threshold, FILTERED, logits)
 
 
 def choose_tokens(
@@ -119,7 +144,14 @@ def choose_tokens(
     seen: Bool[Array, "B V"] | None,
     keys: Key[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Returns a next token for each row, the likeliest or one drawn with the row's own key."""
+    """Returns the next token of each row: the most likely one, or one sampled with the row's key.
+
+    Args:
+      logits: logits of the next token.
+      sampling: greedy decoding, or the filters.
+      seen: see `filter_logits`.
+      keys: one key for each row.
+    """
     logits = filter_logits(logits.astype(jnp.float32), sampling, seen)
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=1).astype(jnp.int32)

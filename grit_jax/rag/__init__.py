@@ -1,1 +1,1 @@
-"""Retrieval-augmented generation with one model: documents, indexes, caches and answers."""
+"""Retrieval-augmented generation with one model: documents, indexes, KV caches and answers."""

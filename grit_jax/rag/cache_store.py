@@ -1,4 +1,4 @@
-"""Keys and values of documents on disk, as they are or in eight bits.
+"""Stores the KV caches of documents on disk, in floating point or in int8.
 
 Legend of dimensions: N tokens of all documents, L layers, K key/value heads, H head dimension.
 """
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int8
 import ml_dtypes
 import numpy as np
 
+from grit_jax.inference.cache_utils import cache_from_arrays
 from grit_jax.models import KVCache
 
 FORMATS = ("float32", "bfloat16", "int8")
@@ -18,58 +19,57 @@ FORMATS = ("float32", "bfloat16", "int8")
 def quantize(
     array: Float[np.ndarray, "N L K H"],
 ) -> tuple[Int8[np.ndarray, "N L K H"], Float[np.ndarray, "N L K 1"]]:
-    """Returns the nearest of 255 even steps to each number, and for each head's vector the step.
+    """Rounds each vector of a head to int8, and returns the integers and their scales.
 
-    A vector of numbers below 4e-6 has the step 0, and becomes zeros.
+    The scale of a vector whose values are all below 4e-6 is 0: the vector becomes zeros.
     """
-    wide = array.astype(np.float32)
-    steps = (np.abs(wide).max(axis=-1, keepdims=True) / 127).astype(np.float16)
-    rounded = np.rint(wide / np.where(steps, steps.astype(np.float32), 1))
-    return np.clip(rounded, -127, 127).astype(np.int8), steps
+    values = array.astype(np.float32)
+    scales = (np.abs(values).max(axis=-1, keepdims=True) / 127).astype(np.float16)
+    rounded = np.rint(values / np.where(scales, scales.astype(np.float32), 1))
+    return np.clip(rounded, -127, 127).astype(np.int8), scales
 
 
-def write_caches(folder: Path, caches: Sequence[KVCache], form: str) -> None:
-    """Writes the caches of some documents, of one row each, into a folder.
+def write_caches(folder: Path, caches: Sequence[KVCache], cache_format: str) -> None:
+    """Writes the caches of documents into a folder.
 
     Args:
-      folder: is there.
-      caches: each without padding.
-      form: one of `FORMATS`.
+      folder: an existing folder.
+      caches: caches of one row, without padding.
+      cache_format: one of `FORMATS`.
     """
     starts = np.cumsum([0, *(cache.num_slots for cache in caches)])
     np.save(folder / "starts.npy", starts)
     for name in ("keys", "values"):
-        # [L, 1, slots, K, H] -> [slots, L, K, H]: what a document has lies together.
-        parts = [np.moveaxis(np.asarray(getattr(cache, name))[:, 0], 0, 1) for cache in caches]
-        whole = np.concatenate(parts)
-        if form == "int8":
-            whole, steps = quantize(whole)
-            np.save(folder / f"{name}_steps.npy", steps)
-        elif form == "bfloat16":  # NumPy's files do not know it.
-            whole = whole.astype(ml_dtypes.bfloat16).view(np.uint16)
+        # [L, 1, slots, K, H] -> [slots, L, K, H]: one document is one contiguous range.
+        arrays = [np.moveaxis(np.asarray(getattr(cache, name))[:, 0], 0, 1) for cache in caches]
+        array = np.concatenate(arrays)
+        if cache_format == "int8":
+            array, scales = quantize(array)
+            np.save(folder / f"{name}_steps.npy", scales)
+        elif cache_format == "bfloat16":  # The .npy format has no bfloat16.
+            array = array.astype(ml_dtypes.bfloat16).view(np.uint16)
         else:
-            whole = whole.astype(np.float32)
-        np.save(folder / f"{name}.npy", whole)
+            array = array.astype(np.float32)
+        np.save(folder / f"{name}.npy", array)
 
 
 def read_cache(folder: Path, number: int, dtype: str) -> KVCache:
-    """Returns the cache of a document, of which no other is read.
+    """Returns the cache of one document, without reading the others.
 
     Args:
-      folder: what `write_caches` wrote.
-      number: of the document in it.
-      dtype: of the result.
+      folder: a folder written by `write_caches`.
+      number: position of the document in the folder.
+      dtype: dtype of the keys and values to return.
     """
     start, end = np.load(folder / "starts.npy")[number : number + 2]
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str) -> Float[np.ndarray, "L 1 slots K H"]:
         stored = np.array(np.load(folder / f"{name}.npy", mmap_mode="r")[start:end])
         if stored.dtype == np.uint16:
             stored = stored.view(ml_dtypes.bfloat16)
         elif stored.dtype == np.int8:
-            steps = np.load(folder / f"{name}_steps.npy", mmap_mode="r")[start:end]
-            stored = stored * steps.astype(np.float32)
-        return np.moveaxis(stored.astype(dtype), 1, 0)[:, None]  # [L, 1, slots, K, H]
+            scales = np.load(folder / f"{name}_steps.npy", mmap_mode="r")[start:end]
+            stored = stored * scales.astype(np.float32)
+        return np.moveaxis(stored.astype(dtype), 1, 0)[:, None]
 
-    slots = np.arange(end - start, dtype=np.int32)[None]
-    return KVCache(read("keys"), read("values"), slots, np.ones_like(slots), np.int32(end - start))  # type: ignore
+    return cache_from_arrays(read("keys"), read("values"))

@@ -1,4 +1,4 @@
-"""Documents with their embeddings, and caches if asked for: on disk, searched on the devices.
+"""An index of documents on disk: their embeddings and optional KV caches, searched on the devices.
 
 Legend of dimensions: N documents, Q queries, P embedding.
 """
@@ -13,48 +13,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, document_text
 from grit_jax.models import KVCache
 from grit_jax.rag.cache_store import FORMATS, read_cache
-from grit_jax.rag.documents import Document, identity, text_of
+from grit_jax.rag.documents import Document, document_hash
 from grit_jax.rag.index_folder import (
     Part,
     check_model,
-    damage_named,
     load_documents,
-    open_embeddings,
-    open_to_add,
+    load_embeddings,
+    named_damage,
+    open_for_adding,
     read_settings,
     write_part,
 )
 from grit_jax.sharding import batch_shards, partition_spec
 from grit_jax.text.templates import EMBED
 
-# A part has no more documents, nor bytes of caches before they are stored.
+# Maximum documents of a part, and maximum bytes of its caches before they are quantized.
 PART_DOCUMENTS, PART_BYTES = 1024, 2**30
-# Documents that are embedded together, and those whose caches are made.
-EMBEDDED_AT_ONCE, CACHED_AT_ONCE = 128, 8
-# Queries that are compared at once, filled up to a power of two: their scores are few, and so are
-# the programs that are compiled.
-NUMBERS_OF_QUERIES = (1, 2, 4, 8, 16, 32)
-QUERIES_AT_ONCE = NUMBERS_OF_QUERIES[-1]
+# Documents that are embedded together, without and with caches.
+BATCH_SIZE, BATCH_SIZE_WITH_CACHES = 128, 8
+# Queries are searched in batches padded to one of these sizes, so that few programs are compiled.
+QUERY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class DocumentIndex:
-    """An index that is there.
+    """An index that `build_index` has built.
 
     Args:
-      folder: where it lies.
-      model: embeds queries, and is what the index was made with.
+      folder: folder of the index.
+      model: the model that the index was built with.
+
+    Attributes:
+      documents: all documents; their positions in this list are their ids.
 
     Raises:
-      DocumentIndexError: there is none, or it was made with another model.
+      DocumentIndexError: there is no index, or it was built with another model.
     """
 
     def __init__(self, folder: str | os.PathLike, model: GritLM):
@@ -72,61 +73,68 @@ class DocumentIndex:
 
     @property
     def has_caches(self) -> bool:
-        """Whether the keys and values of its documents are stored."""
+        """Whether the KV caches of the documents are stored."""
         return self.settings["caches"] is not None
 
     def search(
         self, queries: Float[np.ndarray, "Q P"], count: int = 1
-    ) -> tuple[Float32[np.ndarray, "Q count"], Int[np.ndarray, "Q count"]]:
-        """Returns each query's largest inner products, and those documents' numbers, best first.
+    ) -> tuple[Float32[np.ndarray, "Q {count}"], Int[np.ndarray, "Q {count}"]]:
+        """Returns the largest inner products of each query, and the ids of those documents.
 
-        All documents are compared, in float32.
+        The search is exact, over all documents, in float32. The nearest document comes first.
+
+        Args:
+          queries: embeddings of the queries.
+          count: number of documents for each query.
 
         Raises:
-          InputError: there are fewer documents than asked for.
+          InputError: the index has fewer documents.
         """
         if not 1 <= count <= len(self):
-            raise InputError(f"{count} documents were asked for, of {len(self)} in {self.folder}")
-        starts = range(0, max(1, len(queries)), QUERIES_AT_ONCE)
-        parts = [self._search(queries[i : i + QUERIES_AT_ONCE], count) for i in starts]
-        scores, numbers = zip(*parts, strict=True)
-        return np.concatenate(scores), np.concatenate(numbers)
+            raise InputError(
+                f"{count} documents were requested, but {self.folder} has {len(self)}: request 1 "
+                f"to {len(self)}"
+            )
+        batch_size = QUERY_BATCH_SIZES[-1]
+        starts = range(0, max(1, len(queries)), batch_size)
+        batches = [self._search_batch(queries[i : i + batch_size], count) for i in starts]
+        scores, document_ids = zip(*batches, strict=True)
+        return np.concatenate(scores), np.concatenate(document_ids)
 
-    def _search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        num_rows = next(rows for rows in NUMBERS_OF_QUERIES if rows >= len(queries))
+    def _search_batch(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        num_rows = next(size for size in QUERY_BATCH_SIZES if size >= len(queries))
         padded = np.pad(np.asarray(queries, np.float32), ((0, num_rows - len(queries)), (0, 0)))
         with jax.set_mesh(self._model.mesh):
-            found = _nearest(jnp.asarray(padded), *self._placed, count)
-        scores, numbers = (np.asarray(array)[: len(queries)] for array in found)
-        return scores, numbers
+            nearest = _nearest(jnp.asarray(padded), *self._embeddings, count)
+        scores, document_ids = (np.asarray(array)[: len(queries)] for array in nearest)
+        return scores, document_ids
 
-    def cache_of(self, number: int) -> KVCache:
-        """Returns the cache of a document, in the type of the model: the stored one, or a new one.
+    def cache_of(self, document_id: int) -> KVCache:
+        """Returns the KV cache of a document, stored or computed, in the model's dtype.
 
-        A new one is of the tokens that were embedded.
+        A computed cache is of the same tokens that were embedded.
         """
         if not self.has_caches:
-            _, (cache,) = self._model.encode_corpus(
-                [self.documents[number]],
-                instruction=EMBED,
+            _, (cache,) = self._model.encode_document(
+                [self.documents[document_id]],
                 max_length=self.settings["max_length"],
                 truncate=self.settings["truncate"],
                 get_cache=True,
             )
             return cache
-        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        part = int(np.searchsorted(self._starts, document_id, side="right")) - 1
         dtype = self._model.model.config.dtype
-        with damage_named(self._parts[part]):
-            return read_cache(self._parts[part], number - int(self._starts[part]), dtype)
+        with named_damage(self._parts[part]):
+            return read_cache(self._parts[part], document_id - int(self._starts[part]), dtype)
 
     @functools.cached_property
-    def _placed(self) -> tuple[jax.Array, jax.Array]:
-        """The embeddings, split over the devices by rows, and which rows are documents."""
+    def _embeddings(self) -> tuple[Float32[Array, "N P"], Bool[Array, " N"]]:
+        """The embeddings, sharded over the devices by rows, and which rows are not padding."""
         shards = batch_shards(self._model.mesh)
         size = len(self.settings["probe"])
         rows = np.zeros((len(self) + -len(self) % shards, size), np.float32)
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
-            rows[start:end] = open_embeddings(part)
+            rows[start:end] = load_embeddings(part)
         is_document = np.arange(len(rows)) < len(self)
         return jax.device_put(
             (rows, is_document), NamedSharding(self._model.mesh, partition_spec("batch"))
@@ -135,11 +143,11 @@ class DocumentIndex:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _nearest(
-    queries: Float[jax.Array, "Q P"],
-    embeddings: Float[jax.Array, "N P"],
-    is_document: jax.Array,
+    queries: Float[Array, "Q P"],
+    embeddings: Float[Array, "N P"],
+    is_document: Bool[Array, " N"],
     count: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "Q {count}"], Int[Array, "Q {count}"]]:
     scores = jnp.einsum("QP,NP->QN", queries, embeddings, precision="highest")
     return jax.lax.top_k(jnp.where(is_document, scores, -jnp.inf), count)
 
@@ -153,81 +161,81 @@ def build_index(
     max_length: int | None = None,
     truncate: bool = False,
 ) -> int:
-    """Adds documents to an index, which is made if it is not there, and returns how many were new.
+    """Adds documents to a new or existing index, and returns how many were added.
 
-    Those that it has already are passed over: after an interruption the same call goes on.
+    Documents that the index already has are skipped: after an interruption, the same call continues
+    where it stopped.
 
     Args:
-      model: embeds them.
-      documents: see `documents`.
-      folder: of the index.
-      caches: to store keys and values as "float32", "bfloat16" or "int8"; None to store none.
-      max_length: tokens that a document may have; by default the model's context.
-      truncate: cut those that are longer, with a warning.
+      model: embeds the documents.
+      documents: dictionaries with "text" and optionally "title" (see `read_documents`).
+      folder: folder of the index.
+      caches: "float32", "bfloat16" or "int8" to store the KV caches in this format, or None.
+      max_length: maximum tokens of a document, by default the model's context.
+      truncate: whether to truncate longer documents, with a warning.
 
     Raises:
-      DocumentIndexError: the index was made in another way, or another process adds to it.
-      InputError: a document cannot be read, or is too long; the message has its place, from 0 on.
+      DocumentIndexError: the index was built with other options, or another process is adding to
+        it.
+      InputError: a document has no text or is too long; the message has its number, from 0 on.
     """
     folder = Path(folder)
     if caches is not None and caches not in FORMATS:
         raise InputError(f"caches={caches!r} must be None or one of {', '.join(FORMATS)}")
-    context = model.model.config.max_position_embeddings
-    limit = context if max_length is None else min(max_length, context)
+    context_length = model.model.config.max_position_embeddings
+    limit = context_length if max_length is None else min(max_length, context_length)
     if limit < 1:
         raise InputError(f"max_length={max_length} must be positive")
-    options = {"max_length": limit, "truncate": truncate}
-    shown = TextColumn("{task.completed:,.0f} documents added")
+    limits = {"max_length": limit, "truncate": truncate}
+    column = TextColumn("{task.completed:,.0f} documents added")
     with (
-        open_to_add(folder, model, {"caches": caches, **options}),
-        Progress(SpinnerColumn(), shown, console=Console(stderr=True)) as progress,
+        open_for_adding(folder, model, {"caches": caches, **limits}),
+        Progress(SpinnerColumn(), column, console=Console(stderr=True)) as progress,
     ):
-        known = {identity(d) for part in folder.glob("part-*") for d in load_documents(part)}
-        new = _unknown(model, documents, known, **options)
+        known = {document_hash(d) for part in folder.glob("part-*") for d in load_documents(part)}
+        new = _new_documents(model, documents, known, **limits)
         count, task = 0, progress.add_task("", total=None)
-        for part in _parts(model, new, caches, options):
+        for part in _embedded_parts(model, new, caches, limits):
             write_part(folder, part, caches)
             count += len(part[0])
             progress.advance(task, len(part[0]))
     return count
 
 
-def _unknown(
+def _new_documents(
     model: GritLM, documents: Iterable[Document], known: set[str], max_length: int, truncate: bool
 ) -> Iterator[Document]:
-    """Yields the documents that are not known, each once it is certain that it can be read."""
-    token_ids = PromptEncoder(model.tokenizer, model.model.config.vocab_size)
+    """Yields the documents that are not in the index, after checking that they can be embedded."""
+    encoder = PromptEncoder(model.tokenizer, model.model.config.vocab_size)
     for number, document in enumerate(documents):
         name = f"document {number}"
-        if (key := identity(document, name)) in known:
+        if (key := document_hash(document, name)) in known:
             continue
         known.add(key)
-        text = text_of(document, name)
-        num_tokens = len(token_ids.after(EMBED, text, begin=True, name=name))
+        text = document_text(document, name)
+        num_tokens = len(encoder.encode(text, EMBED, add_bos=True, name=name))
         if num_tokens > max_length and not truncate:
             raise InputError(
-                f"{name}, {text[:50]!r}, has {num_tokens} tokens, instruction included, and "
-                f"{max_length} are allowed: split it, raise max_length up to the model's context "
-                f"of {model.model.config.max_position_embeddings}, or say truncate=True to cut it"
+                f"{name}, {text[:50]!r}, has {num_tokens} tokens, instruction included, but the "
+                f"limit is {max_length}: split it, raise max_length up to the model's context of "
+                f"{model.model.config.max_position_embeddings}, or pass truncate=True"
             )
         yield document
 
 
-def _parts(
-    model: GritLM, documents: Iterator[Document], caches: str | None, options: dict[str, Any]
+def _embedded_parts(
+    model: GritLM, documents: Iterator[Document], caches: str | None, limits: dict[str, Any]
 ) -> Iterator[Part]:
-    at_once = EMBEDDED_AT_ONCE if caches is None else CACHED_AT_ONCE
+    batch_size = BATCH_SIZE if caches is None else BATCH_SIZE_WITH_CACHES
     part: Part = ([], [], [])
     num_bytes = 0
-    while group := list(itertools.islice(documents, at_once)):
-        found = model.encode_corpus(
-            group, instruction=EMBED, get_cache=caches is not None, **options
-        )
-        embeddings, of_group = (found, []) if caches is None else found
-        part[0].extend(group)
+    while batch := list(itertools.islice(documents, batch_size)):
+        encoded = model.encode_document(batch, get_cache=caches is not None, **limits)
+        embeddings, batch_caches = (encoded, []) if caches is None else encoded
+        part[0].extend(batch)
         part[1].append(embeddings)
-        part[2].extend(of_group)
-        num_bytes += sum(2 * cache.keys.nbytes for cache in of_group)
+        part[2].extend(batch_caches)
+        num_bytes += sum(2 * cache.keys.nbytes for cache in batch_caches)
         if len(part[0]) >= PART_DOCUMENTS or num_bytes >= PART_BYTES:
             yield part
             part, num_bytes = ([], [], []), 0

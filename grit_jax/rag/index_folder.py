@@ -1,7 +1,8 @@
-"""The folder of an index: what it was made with, and parts that are whole or not there.
+"""The files of an index: `index.json`, which has its settings, and parts.
 
-`part-00000/` has `documents.jsonl`, `embeddings.npy` and maybe caches (`stored_caches`). Nothing in
-it is changed once it is there, so that building may end at any moment and go on later.
+Each part, `part-00000/` and so on, has `documents.jsonl`, `embeddings.npy` and optional KV caches
+(see `cache_store`). A part appears complete and never changes, so building can be interrupted at
+any time and continued later.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import shutil
 import tempfile
 from typing import Any
 
+from jaxtyping import Float32
 import numpy as np
 
 from grit_jax.files import locked, write_json
@@ -22,54 +24,61 @@ from grit_jax.rag.cache_store import write_caches
 from grit_jax.rag.documents import Document
 
 VERSION = 2
-REMEDY = "remove it, and build again"
-# What tells models apart: how they embed these tokens. In bfloat16 the cosine is above .999.
-PROBE = list(range(3, 35))
-LEAST_COSINE, LEAST_RATIO_OF_LENGTHS = 0.99, 0.9
+REMEDY = "remove it, and build the index again"
+# An index stores the model's embedding of these tokens, to recognize the model. Between float32 and
+# bfloat16 its cosine similarity is above 0.999.
+PROBE_TOKENS = list(range(3, 35))
+MIN_COSINE, MIN_NORM_RATIO = 0.99, 0.9
 
 
 class DocumentIndexError(InputError):
-    """An index is missing, damaged, or another model's; the message says which and what to do."""
+    """An index is missing, damaged or of another model; the message says what to do."""
 
 
-# The documents of a part, their embeddings and caches.
+# Documents, their embeddings and their caches.
 Part = tuple[list[Document], list[np.ndarray], list[KVCache]]
 
 
-def write_part(folder: Path, part: Part, caches: str | None) -> None:
-    """Adds a part to an index, with its caches in this form if there is one."""
-    documents, embeddings, of_documents = part
+def write_part(folder: Path, part: Part, cache_format: str | None) -> None:
+    """Adds a part to an index.
+
+    Args:
+      folder: folder of the index.
+      part: documents, embeddings and caches.
+      cache_format: format of the caches, one of `cache_store.FORMATS`, or None to store none.
+    """
+    documents, embeddings, caches = part
     numbers = [int(other.name.removeprefix("part-")) for other in folder.glob("part-*")]
     number = max(numbers, default=-1) + 1
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as aside:
-        unfinished = Path(aside) / "part"
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
+        unfinished = Path(temporary) / "part"
         unfinished.mkdir()
         lines = "".join(json.dumps(document) + "\n" for document in documents)
         (unfinished / "documents.jsonl").write_text(lines)
         np.save(unfinished / "embeddings.npy", np.concatenate(embeddings).astype(np.float32))
-        if caches is not None:
-            write_caches(unfinished, of_documents, caches)
+        if cache_format is not None:
+            write_caches(unfinished, caches, cache_format)
         unfinished.rename(folder / f"part-{number:05d}")
 
 
 def load_documents(part: Path) -> list[Document]:
-    """Returns the documents of a part, with as many embeddings beside them.
+    """Returns the documents of a part, after checking that it has as many embeddings.
 
     Raises:
       DocumentIndexError: a file is missing or damaged.
     """
-    with damage_named(part):
+    with named_damage(part):
         lines = (part / "documents.jsonl").read_text().splitlines()
         documents = [json.loads(line) for line in lines]
-        num_embeddings = len(open_embeddings(part))
+        num_embeddings = len(load_embeddings(part))
     if num_embeddings != len(documents):
         raise DocumentIndexError(f"{part} is damaged: {REMEDY}")
     return documents
 
 
 @contextlib.contextmanager
-def damage_named(part: Path) -> Iterator[None]:
-    """Says which part it is where one of its files cannot be read.
+def named_damage(part: Path) -> Iterator[None]:
+    """Names the part in errors of reading its files.
 
     Raises:
       DocumentIndexError: a file is missing or damaged.
@@ -80,96 +89,96 @@ def damage_named(part: Path) -> Iterator[None]:
         raise DocumentIndexError(f"{part} is damaged ({error}): {REMEDY}") from None
 
 
-def open_embeddings(part: Path) -> np.ndarray:
-    """Returns the embeddings of a part on the disk.
+def load_embeddings(part: Path) -> Float32[np.ndarray, "N P"]:
+    """Returns the memory-mapped embeddings of a part.
 
-    The file is open as long as there is the array, and an index may have more parts than a process
-    may open files: copy them, and let go.
+    Copy the array and drop it: the file is open as long as the array exists, and an index can have
+    more parts than a process may have open files.
     """
     return np.load(part / "embeddings.npy", mmap_mode="r")
 
 
 @contextlib.contextmanager
-def open_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder of an index, or checks that one is there that was made in this way.
+def open_for_adding(folder: Path, model: GritLM, options: dict[str, Any]) -> Iterator[None]:
+    """Creates the folder of an index, or checks that an existing index has the same options.
 
-    Until the end of the `with` no other process can add to it.
+    Other processes cannot add to the index until the end of the `with` block.
 
     Raises:
-      DocumentIndexError: it was made in another way or with another model, is no index, or another
-        process adds to it.
+      DocumentIndexError: the folder has an index with other options or of another model, or files
+        that are not an index; or another process is adding to it.
     """
     path = folder / "index.json"
     if not path.exists():
         if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
             raise DocumentIndexError(
-                f"{folder} has files in it, but no index: choose another folder"
+                f"{folder} has files that are not an index: choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is adding to {folder}: wait until it has ended"
+    busy = f"another process is adding to {folder}: wait until it has finished"
     with locked(folder, DocumentIndexError(busy)):
         if path.exists():
-            settings = _settings_to_add(folder, model, made_with)
+            settings = _updated_settings(folder, model, options)
         else:
-            settings = {"version": VERSION, **made_with, "probe": _probe(model).tolist()}
+            settings = {"version": VERSION, **options, "probe": _probe(model).tolist()}
         write_json(path, settings)
         for unfinished in folder.glob(".part-*"):
             shutil.rmtree(unfinished)
         yield
 
 
-def _settings_to_add(folder: Path, model: GritLM, made_with: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of an index, with longer limits where those change nothing in it."""
+def _updated_settings(folder: Path, model: GritLM, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of an index, with a larger `max_length` if it truncated nothing."""
     settings = read_settings(folder)
     check_model(settings, model, folder)
-    # None of its documents was cut: with more room each is what it was.
-    if not settings["truncate"] and made_with["max_length"] >= settings["max_length"]:
-        settings |= {name: made_with[name] for name in ("max_length", "truncate")}
-    for name, value in made_with.items():
+    if not settings["truncate"] and options["max_length"] >= settings["max_length"]:
+        settings |= {name: options[name] for name in ("max_length", "truncate")}
+    for name, value in options.items():
         if settings[name] != value:
             raise DocumentIndexError(
-                f"{folder} was made with {name}={settings[name]!r}, not {value!r}: add to it "
-                "in the same way, or choose another folder"
+                f"{folder} was built with {name}={settings[name]!r}, not {value!r}: use the same "
+                "value, or choose another folder"
             )
     return settings
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Returns what an index was made with.
+    """Returns the options that an index was built with.
 
     Raises:
-      DocumentIndexError: there is none, or it is of another version.
+      DocumentIndexError: there is no index, or it has another version.
     """
     try:
         settings = json.loads((folder / "index.json").read_text())
     except FileNotFoundError:
-        raise DocumentIndexError(f"{folder} is no index: run grit-jax rag build") from None
+        raise DocumentIndexError(f"{folder} is not an index: run grit-jax rag build") from None
     except ValueError as error:
-        raise DocumentIndexError(f"{folder}/index.json is damaged ({error})") from None
+        raise DocumentIndexError(f"{folder}/index.json is damaged ({error}): {REMEDY}") from None
     if settings.get("version") != VERSION:
-        raise DocumentIndexError(f"{folder} has version {settings.get('version')}: build it again")
+        raise DocumentIndexError(
+            f"{folder} has version {settings.get('version')}, not {VERSION}: build it again"
+        )
     return settings
 
 
-def _probe(model: GritLM) -> np.ndarray:
-    """Returns how the model embeds some tokens."""
-    return model.encode([number % model.model.config.vocab_size for number in PROBE])
+def _probe(model: GritLM) -> Float32[np.ndarray, " P"]:
+    """Returns the model's embedding of `PROBE_TOKENS`."""
+    return model.encode([token % model.model.config.vocab_size for token in PROBE_TOKENS])
 
 
 def check_model(settings: dict[str, Any], model: GritLM, folder: Path) -> None:
-    """Checks that a model is the one that an index was made with.
+    """Checks that an index was built with a model.
 
     Raises:
-      DocumentIndexError: it is another one.
+      DocumentIndexError: it was built with another model.
     """
-    theirs, ours = np.array(settings["probe"], np.float32), _probe(model)
-    if theirs.shape == ours.shape:
-        lengths = np.linalg.norm(theirs), np.linalg.norm(ours)
-        cosine = theirs @ ours / np.prod(lengths)
-        ratio = min(lengths) / max(lengths)
-        if cosine >= LEAST_COSINE and ratio >= LEAST_RATIO_OF_LENGTHS:
+    stored, probe = np.array(settings["probe"], np.float32), _probe(model)
+    if stored.shape == probe.shape:
+        norms = np.linalg.norm(stored), np.linalg.norm(probe)
+        cosine = stored @ probe / np.prod(norms)
+        if cosine >= MIN_COSINE and min(norms) / max(norms) >= MIN_NORM_RATIO:
             return
     raise DocumentIndexError(
-        f"{folder} was made with another model, or with another pooling, attention or scaling of "
-        "its embeddings: give the same, or build it again"
+        f"{folder} was built with another model, or with another attention, pooling or "
+        "normalization: use the same, or build the index again"
     )

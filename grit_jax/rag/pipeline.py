@@ -1,33 +1,34 @@
-"""Retrieval and generation by one model (GRIT, arXiv 2402.09906, section 5): six ways to answer.
+"""Retrieval and generation with one model (GRIT, arXiv 2402.09906, section 5).
 
-A question is embedded, the nearest documents are found, and the model answers with them in its
-prompt. What was embedded has been read already: its keys and values, read bidirectionally, may
-stand in the place of its text.
+A question is embedded, the nearest documents are retrieved, and the model answers with them in its
+prompt. The keys and values that embedding has computed can replace the text in the prompt. There
+are six cache modes:
 
-    query-prompt            question, documents, as text
-    document-prompt         documents, question, as text
+    query-prompt            question and documents as text
+    document-prompt         documents and question as text
     query-cache             the question's cache, documents as text
-    document-cache          the documents' caches, the question as text
-    query-document-cache    both caches, the question's first
-    document-query-cache    both caches, the documents' first
+    document-cache          the documents' caches, question as text
+    query-document-cache    the question's cache, then the documents' caches
+    document-query-cache    the documents' caches, then the question's cache
 
-In the last two neither has seen the other.
+In the last two, question and documents do not attend to each other.
 """
 
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
+from jaxtyping import Int
 import numpy as np
 
+from grit_jax.inference.cache_utils import concat_caches
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, document_texts
 from grit_jax.models import KVCache
-from grit_jax.rag.documents import join_documents
 from grit_jax.rag.index import DocumentIndex
 from grit_jax.text.templates import ASSISTANT, EMBED, USER
 
-# The prompts are the paper's (its appendix on RAG): what stands before the answer.
+# The prompts of the paper, from its appendix on RAG.
 AFTER_QUERY = "Optionally using the prior context answer the query prior to it\n"
 AFTER_DOCUMENT = "Answer the prior query while optionally using the context prior to it\n"
 PROMPTS = {
@@ -40,36 +41,36 @@ PROMPTS = {
 }
 CACHE_MODES = tuple(PROMPTS)
 ANSWER_PREFIX = "The answer is"
-# Questions whose caches exist at once: they take memory for each token of question and documents.
-QUESTIONS_AT_ONCE = 32
+# Questions whose caches are in memory together: they take memory for each token of the question and
+# its documents.
+BATCH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class RagAnswer:
-    """An answer and where it is from.
+    """An answer, and the documents that it was generated from.
 
     Attributes:
-      answer: the text behind the prefix of answers.
-      numbers: of the documents in the index, the nearest first.
-      scores: their inner products with the question.
+      answer: the text after the answer prefix.
+      document_ids: positions in `DocumentIndex.documents`, the nearest document first.
+      scores: inner product of each document with the question.
     """
 
     answer: str
-    numbers: list[int]
+    document_ids: list[int]
     scores: list[float]
 
 
 class RagPipeline:
-    """Answers questions from an index.
+    """Answers questions from an index of documents.
 
     Args:
       model: embeds and generates.
-      index: made with that model.
-      way: one of `CACHE_MODES`.
+      index: an index built with that model.
+      cache_mode: one of `CACHE_MODES`.
       num_documents: documents for each question.
-      positions: "continued", where caches are joined, gives the second the positions that follow
-        the first; "restarted" leaves its keys at the positions from 0 on that it was read with, as
-        the original does.
+      positions: "continued" moves each cache to the positions after the one before; "restarted"
+        keeps the positions of all caches from 0 on, as the original does.
       answer_prefix: the words that every answer begins with.
 
     Raises:
@@ -80,21 +81,22 @@ class RagPipeline:
         self,
         model: GritLM,
         index: DocumentIndex,
-        way: str = "document-cache",
+        cache_mode: str = "document-cache",
         *,
         num_documents: int = 1,
         positions: str = "continued",
         answer_prefix: str = ANSWER_PREFIX,
     ):
-        if way not in CACHE_MODES:
-            raise InputError(f"way={way!r} must be one of {', '.join(CACHE_MODES)}")
+        if cache_mode not in CACHE_MODES:
+            raise InputError(f"cache_mode={cache_mode!r} must be one of {', '.join(CACHE_MODES)}")
         if positions not in ("continued", "restarted"):
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
-        self._model, self._index, self._way = model, index, way
+        self._model, self._index, self._cache_mode = model, index, cache_mode
         self._num_documents, self._positions = num_documents, positions
         self._answer_prefix = answer_prefix
-        # What is read from caches, in this order.
-        self._cached = way.removesuffix("-cache").split("-") if way.endswith("-cache") else []
+        # What is cached, in the order of the prompt: "query", "document", both or none.
+        is_cached = cache_mode.endswith("-cache")
+        self._cached = cache_mode.removesuffix("-cache").split("-") if is_cached else []
 
     def ask(
         self, questions: str | Sequence[str], max_new_tokens: int = 16, **options: Any
@@ -102,110 +104,82 @@ class RagPipeline:
         """Returns the answer to each question.
 
         Args:
-          questions: one or several.
-          max_new_tokens: of an answer.
-          **options: see `GritLM.generate`.
+          questions: one question or several.
+          max_new_tokens: maximum tokens of an answer.
+          **options: the other arguments of `GritLM.generate`.
 
         Raises:
-          InputError: a question is empty, or with its documents too long for the model.
+          InputError: a question is empty, or too long for the model with its documents.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
         self._check(questions)
-        at_once = min(len(questions), QUESTIONS_AT_ONCE if self._cached else len(questions))
-        answered: list[RagAnswer] = []
-        for start in range(0, len(questions), at_once):
-            some = questions[start : start + at_once]
-            # The last are filled up with copies, so that no program is compiled for their number.
-            filled = some + some[-1:] * (at_once - len(some))
-            found = self._ask(filled, max_new_tokens, first_number=start, **options)
-            answered += found[: len(some)]
-        return answered
+        batch_size = min(len(questions), BATCH_SIZE if self._cached else len(questions))
+        answers: list[RagAnswer] = []
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            # The last batch is padded with copies, so that its size compiles no program.
+            padded = batch + batch[-1:] * (batch_size - len(batch))
+            answered = self._answer_batch(padded, max_new_tokens, first_index=start, **options)
+            answers += answered[: len(batch)]
+        return answers
 
     def _check(self, questions: Sequence[str]) -> None:
-        """Raises what is wrong with a question before the first is answered."""
+        """Raises errors in any question before the first is answered."""
         if not questions:
-            raise InputError("no questions were given: there is nothing to answer")
+            raise InputError("no questions were given: give at least one")
         config = self._model.model.config
-        token_ids = PromptEncoder(self._model.tokenizer, config.vocab_size)
+        encoder = PromptEncoder(self._model.tokenizer, config.vocab_size)
         for number, question in enumerate(questions):
             name = f"question {number}"
-            num_tokens = len(token_ids.after(EMBED, question, begin=True, name=name))
+            num_tokens = len(encoder.encode(question, EMBED, add_bos=True, name=name))
             if num_tokens > config.max_position_embeddings:
                 raise InputError(
-                    f"{name} has {num_tokens} tokens, instruction included, but this model reads "
-                    f"{config.max_position_embeddings} at most: shorten it"
+                    f"{name} has {num_tokens} tokens, instruction included, but this model "
+                    f"supports {config.max_position_embeddings}: shorten it"
                 )
 
-    def _ask(self, questions: list[str], max_new_tokens: int, **options: Any) -> list[RagAnswer]:
-        context = self._model.model.config.max_position_embeddings
-        found = self._model.encode_queries(
-            questions, instruction=EMBED, max_length=context, get_cache="query" in self._cached
+    def _answer_batch(
+        self, questions: Sequence[str], max_new_tokens: int, **options: Any
+    ) -> list[RagAnswer]:
+        context_length = self._model.model.config.max_position_embeddings
+        is_cached = "query" in self._cached
+        encoded = self._model.encode_query(
+            questions, max_length=context_length, get_cache=is_cached
         )
-        has_caches = isinstance(found, tuple)
-        embeddings, query_caches = found if has_caches else (found, [None] * len(questions))
-        scores, numbers = self._index.search(embeddings, self._num_documents)
-        prompts = [self._prompt_of(*each) for each in zip(questions, numbers, strict=True)]
-        caches = self._caches_before(query_caches, numbers.tolist()) if self._cached else None
+        embeddings, query_caches = encoded if is_cached else (encoded, [None] * len(questions))
+        scores, document_ids = self._index.search(embeddings, self._num_documents)
+        prompts = [self._prompt(*each) for each in zip(questions, document_ids, strict=True)]
+        caches = None
+        if self._cached:
+            caches = self._prompt_caches(query_caches, document_ids.tolist())
         answers = self._model.generate(prompts, max_new_tokens, cache=caches, **options)
         return [
-            RagAnswer(answer, of_one.tolist(), of_scores.tolist())
-            for answer, of_one, of_scores in zip(answers, numbers, scores, strict=True)
+            RagAnswer(answer, own_ids.tolist(), own_scores.tolist())
+            for answer, own_ids, own_scores in zip(answers, document_ids, scores, strict=True)
         ]
 
-    def _prompt_of(self, question: str, numbers: np.ndarray) -> str:
-        documents = join_documents([self._index.documents[number] for number in numbers])
-        prompt = PROMPTS[self._way].format(query=question, documents="\n\n".join(documents))
+    def _prompt(self, question: str, document_ids: Int[np.ndarray, " documents"]) -> str:
+        texts = document_texts([self._index.documents[number] for number in document_ids])
+        prompt = PROMPTS[self._cache_mode].format(query=question, documents="\n\n".join(texts))
         return prompt + self._answer_prefix
 
-    def _caches_before(
-        self, queries: Sequence[KVCache | None], numbers: Sequence[Sequence[int]]
+    def _prompt_caches(
+        self, query_caches: Sequence[KVCache | None], document_ids: Sequence[Sequence[int]]
     ) -> list[KVCache]:
-        """Returns the cache before each prompt, given the question's own and its documents."""
+        """Returns the cache that precedes each prompt."""
         documents: dict[int, KVCache] = {}
-        if "document" in self._cached:  # Each is read once, for however many questions.
-            near = {number for of_one in numbers for number in of_one}
-            documents = {number: self._index.cache_of(number) for number in near}
-        theta = self._model.model.config.rope_theta
+        if "document" in self._cached:  # Each cache is read once, for all questions.
+            distinct = {number for own_ids in document_ids for number in own_ids}
+            documents = {number: self._index.cache_of(number) for number in distinct}
+        rope_theta = self._model.model.config.rope_theta
         caches = []
-        for query, of_one in zip(queries, numbers, strict=True):
-            blocks: list[KVCache] = []
-            for what in self._cached:
-                if what == "document":
-                    blocks += [documents[number] for number in of_one]
-                elif query is not None:
-                    blocks.append(query)
-            joined = concat_caches(blocks, theta, are_continued=self._positions == "continued")
-            caches.append(joined)
+        for query_cache, own_ids in zip(query_caches, document_ids, strict=True):
+            parts: list[KVCache] = []
+            for part in self._cached:
+                if part == "document":
+                    parts += [documents[number] for number in own_ids]
+                elif query_cache is not None:
+                    parts.append(query_cache)
+            continue_positions = self._positions == "continued"
+            caches.append(concat_caches(parts, rope_theta, continue_positions=continue_positions))
         return caches
-
-
-def concat_caches(blocks: Sequence[KVCache], rope_theta: float, *, are_continued: bool) -> KVCache:
-    """Returns one cache of several texts that were read apart, as if one followed the other.
-
-    Args:
-      blocks: caches of one row, without padding, each read from position 0 on.
-      rope_theta: of the model.
-      are_continued: whether keys are turned to the positions that follow the block before. If not,
-        what comes after the blocks has those positions all the same.
-    """
-    starts = np.cumsum([0, *(block.num_slots for block in blocks)])
-    keys = [
-        rotate_keys(np.asarray(block.keys), int(start) if are_continued else 0, rope_theta)
-        for block, start in zip(blocks, starts, strict=False)
-    ]
-    slots = np.arange(starts[-1], dtype=np.int32)[None]
-    values = np.concatenate([np.asarray(block.values) for block in blocks], axis=2)
-    whole = np.concatenate(keys, axis=2)
-    return KVCache(whole, values, slots, np.ones_like(slots), np.int32(starts[-1]))  # type: ignore
-
-
-def rotate_keys(keys: np.ndarray, by: int, rope_theta: float) -> np.ndarray:
-    """Returns rotated keys as they are `by` positions later: rotations add up."""
-    if by == 0:
-        return keys
-    half = keys.shape[-1] // 2
-    angles = by * rope_theta ** -(np.arange(half) / half)
-    cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    first, second = np.split(keys.astype(np.float32), 2, axis=-1)
-    parts = (first * cosine - second * sine, second * cosine + first * sine)
-    return np.concatenate(parts, axis=-1).astype(keys.dtype)

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
+from grit_jax.text.templates import ChatError, turns_of_messages
 
 # A user's function on the object of each line: returns another object, or None to skip the line.
 Preprocess = Callable[[dict[str, Any]], dict[str, Any] | None]
@@ -60,7 +61,7 @@ def canonical_chat(raw: dict[str, Any]) -> dict[str, Any]:
       RejectedExample: a field has the wrong type, or the roles do not alternate.
     """
     if "text" not in raw:
-        return {"text": _chat(turns_of_messages(raw["messages"]))}
+        return {"text": _chat(_turns_of_messages(raw["messages"]))}
     text = raw["text"]
     if isinstance(text, str):
         return {"text": [NO_PROMPT, _valid_text(text)]}
@@ -87,36 +88,12 @@ def _valid_text(text: str) -> str:
     return text
 
 
-def turns_of_messages(messages: Any) -> list[str]:
-    """Returns alternating user and assistant turns.
-
-    A system message is prepended to the user message that follows it.
-
-    Raises:
-      RejectedExample: `messages` is not a list of messages, or user and assistant do not alternate.
-    """
-    turns, system = [], []
-    if not isinstance(messages, list):
-        raise RejectedExample("'messages' is not a list")
-    for message in messages:
-        role, content = _role_and_content(message)
-        if role == "system":
-            system.append(content)
-        elif role != ("user", "assistant")[len(turns) % 2]:
-            raise RejectedExample("user and assistant do not alternate")
-        else:
-            turns.append("\n\n".join([*system, content]))
-            system = []
-    return turns
-
-
-def _role_and_content(message: Any) -> tuple[str, str]:
-    role, content = (
-        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    )
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise RejectedExample("a message whose role or content is not a string")
-    return role, _valid_text(content)
+def _turns_of_messages(messages: Any) -> list[str]:
+    try:
+        turns = turns_of_messages(messages)
+    except ChatError as error:
+        raise RejectedExample(str(error)) from None
+    return [_valid_text(turn) for turn in turns]
 
 
 def tulu2(raw: dict[str, Any]) -> dict[str, Any] | None:

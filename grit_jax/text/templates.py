@@ -1,21 +1,108 @@
 """The text formats of GRIT (arXiv 2402.09906, figure 3).
 
-The markers are ordinary text to the tokenizer; only `<s>` and `</s>` are tokens of their own, and
-the functions of `examples` put them in as ids: those with which the tokenizer begins and ends a
-text, whatever it calls them.
+To embed a text:
+
+    <s><|user|>
+    {instruction}
+    <|embed|>
+    {text}
+
+To generate, with `</s>` after each turn of the assistant:
+
+    <s><|user|>
+    {user}
+    <|assistant|>
+    {assistant}</s>
+    <|user|>
+    ...
+
+The markers in angle brackets and bars are ordinary text to the tokenizer. Only `<s>` and `</s>` are
+special tokens; they are added as token ids, not as text.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 USER = "<|user|>\n"
 EMBED = "<|embed|>\n"
 ASSISTANT = "<|assistant|>\n"
 
 
+class ChatError(ValueError):
+    """Messages are not a chat; the message says why."""
+
+
 def embedding_prefix(instruction: str) -> str:
-    """Returns what stands before a text to be embedded, `<s>` left out."""
+    """Returns the prompt that precedes a text to embed, without `<s>`.
+
+    Tabs, line breaks, spaces and colons are stripped from the instruction, as in training.
+    """
     instruction = instruction.strip("\t\n :")
     return f"{USER}{instruction}\n{EMBED}" if instruction else EMBED
 
 
 def chat_prompt(user: str, *, is_first: bool) -> str:
-    """Returns a user's turn and the marker after which the assistant speaks, `<s>` left out."""
+    """Returns a user's turn and the assistant's marker, without `<s>`."""
     return f"{'' if is_first else chr(10)}{USER}{user}\n{ASSISTANT}"
+
+
+def turns_of_messages(messages: Any) -> list[str]:
+    """Returns the alternating turns of a chat: user, assistant, user, ...
+
+    System messages are prepended to the user message that follows them, separated by an empty line.
+
+    Args:
+      messages: a list of `{"role": "system" | "user" | "assistant", "content": ...}`.
+
+    Raises:
+      ChatError: `messages` is not a list of messages, or user and assistant do not alternate.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ChatError("'messages' is not a list")
+    turns: list[str] = []
+    system: list[str] = []
+    for message in messages:
+        role, content = _role_and_content(message)
+        if role == "system":
+            system.append(content)
+            continue
+        if role != ("user", "assistant")[len(turns) % 2]:
+            raise ChatError("user and assistant do not alternate")
+        if role == "user":
+            content, system = "\n\n".join([*system, content]), []
+        turns.append(content)
+    return turns
+
+
+def chat_segments(messages: Any, *, add_generation_prompt: bool = True) -> list[str]:
+    """Returns the text of a chat, split where the tokenizer's `</s>` belongs.
+
+    `"</s>".join(segments)` is the prompt without `<s>`. `conversion/files/chat_template.jinja` is
+    the same format for exported models.
+
+    Args:
+      messages: see `turns_of_messages`.
+      add_generation_prompt: whether the prompt ends with the assistant's marker.
+
+    Raises:
+      ChatError: see `turns_of_messages`.
+    """
+    segments = [""]
+    for index, turn in enumerate(turns_of_messages(messages)):
+        if index % 2 == 0:
+            prompt = chat_prompt(turn, is_first=index == 0)
+            segments[-1] += prompt.removesuffix(ASSISTANT)
+        else:
+            segments[-1] += ASSISTANT + turn.strip()
+            segments.append("")
+    if add_generation_prompt:
+        segments[-1] += ASSISTANT
+    return segments
+
+
+def _role_and_content(message: Any) -> tuple[str, str]:
+    if isinstance(message, Mapping):
+        role, content = message.get("role"), message.get("content")
+        if isinstance(role, str) and isinstance(content, str):
+            return role, content
+    raise ChatError("a message whose role or content is not a string")

@@ -22,8 +22,7 @@ from grit_jax.conversion.stored_tokenizer import find_end_tokens
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
 from grit_jax.text.examples import chat_text
-from grit_jax.text.formats import turns_of_messages
-from grit_jax.text.templates import chat_prompt, embedding_prefix
+from grit_jax.text.templates import chat_prompt, embedding_prefix, turns_of_messages
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss

@@ -1,9 +1,9 @@
-"""A small model as a user would have it: exported from transformers, with a tokenizer."""
+"""A small model as a user has it: exported from transformers, with a tokenizer."""
 
 import os
 import tempfile
 
-# Nothing may be looked up on a hub, or left in the home folder.
+# Tests do not access a hub, and leave nothing in the home folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
 os.environ.setdefault("MTEB_CACHE", tempfile.mkdtemp(prefix="mteb"))
@@ -41,5 +41,5 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(exported):
-    """What that folder holds, in float32."""
+    """The exported model in float32."""
     return GritLM.from_pretrained(exported, dtype="float32")

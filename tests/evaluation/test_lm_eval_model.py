@@ -155,16 +155,23 @@ def test_a_turn_of_the_chat_is_the_export_s_template(sides):
 
 
 def test_what_a_task_asks_of_generation_reaches_the_model(sides):
+    from lm_eval.api.instance import Instance
+
     ours, _ = sides
+
+    def generate(options):
+        request = Instance("generate_until", doc={}, arguments=("A text", options), idx=0)
+        return ours.generate_until([request])
+
     draw = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.5, "top_k": 0}
-    greedy = ours._generate(["A text"], draw | {"do_sample": False})
-    assert ours._generate(["A text"], draw) != greedy
-    assert ours._generate(["A text"], draw | {"top_k": 1}) == greedy
-    assert ours._generate(["A text"], {"max_gen_toks": 8, "top_p": 0.9, "num_beams": 1}) == greedy
-    with pytest.raises(InputError, match=r"num_beams.*there are temperature"):
-        ours._generate(["A text"], draw | {"num_beams": 4})
+    greedy = generate(draw | {"do_sample": False})
+    assert generate(draw) != greedy
+    assert generate(draw | {"top_k": 1}) == greedy
+    assert generate({"max_gen_toks": 8, "top_p": 0.9, "num_beams": 1}) == greedy
+    with pytest.raises(InputError, match=r"num_beams.*supported are temperature"):
+        generate(draw | {"num_beams": 4})
     with pytest.raises(InputError, match=r"512 new tokens.*max_gen_toks"):
-        ours._generate(["A text"], {"max_gen_toks": 512})
+        generate({"max_gen_toks": 512})
 
 
 def test_the_papers_tasks_are_the_harness_own():

@@ -91,7 +91,7 @@ def test_embeddings_keep_their_lengths_and_titles_stand_before_texts(model, mteb
 
 def test_texts_without_anything_in_them_and_long_ones_are_embedded(mteb_model, caplog):
     given = {"task_metadata": SenseSTS.metadata, "hf_split": "test", "hf_subset": "default"}
-    with pytest.warns(UserWarning, match="1 of 3 texts were cut to 512 tokens"):
+    with pytest.warns(UserWarning, match="1 of 3 texts were truncated to 512 tokens"):
         embeddings = mteb_model.encode(batches("", "word " * 700, " \n"), **given)
     assert np.isfinite(embeddings).all() and embeddings.any(axis=1).all()
     assert "2 texts are empty" in caplog.text

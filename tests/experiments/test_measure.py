@@ -162,7 +162,7 @@ def test_a_chat_that_is_scored_is_whole_or_refused(model):
     whole = chat_text(Tokenizer(), chat, 10_000)
     _, tokens = Measured(model).likelihoods([chat])
     assert tokens == [whole.mask.sum()] and len(whole) > 600
-    with pytest.raises(InputError, match="this model reads"):
+    with pytest.raises(InputError, match="this model supports"):
         Measured(model).likelihoods([("What?", "Nothing " * 1000)])
 
 

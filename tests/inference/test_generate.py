@@ -148,7 +148,7 @@ def test_drawn_tokens_follow_from_the_seed_and_the_number_of_the_prompt(referenc
     assert draw(prompts, seed=1) == found
     assert draw(prompts, seed=1, batch_size=2) == found
     assert draw(prompts[:2], seed=1, batch_size=2) == found[:2]
-    assert draw(prompts[2:], seed=1, first_number=2) == found[2:]
+    assert draw(prompts[2:], seed=1, first_index=2) == found[2:]
     assert draw(prompts, seed=2) != found
     assert found[0] != found[3]
 
@@ -208,11 +208,11 @@ def test_prompts_on_top_of_documents(reference_model):
         (["a", "\ud83d"], {}, "prompt 1 has half of a surrogate pair"),
         ([3.5], {}, "prompt 0 is of type float"),
         (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
-         "max_new_tokens=20 is over the model's context of 700: shorten it"),
+         "max_new_tokens=20 exceeds the model's context of 700: shorten it"),
         (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
         (["a"], {"top_k": 3}, "top_k=3 has no effect"),
         (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
-        (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one each"),
+        (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one for each"),
         (["a"], {"stop": ["b", ""]}, "a stop string is empty"),
     ],
 )  # fmt: skip
@@ -222,5 +222,5 @@ def test_what_cannot_be_continued_is_an_error(model, prompts, options, message):
 
 
 def test_a_stream_is_of_one_prompt(model):
-    with pytest.raises(InputError, match="one prompt is streamed at a time, not 2"):
+    with pytest.raises(InputError, match="stream takes one prompt, not 2"):
         model.stream(["a", "b"])

@@ -48,7 +48,7 @@ def test_filters_are_those_of_transformers(options):
     expected = theirs(torch.tensor(history), torch.tensor(logits.copy())).numpy()
     seen = np.zeros((ROWS, VOCABULARY), bool)
     np.put_along_axis(seen, history, True, axis=1)
-    ours = jax.jit(filter_logits)(logits, Sampling.of(**options), seen)
+    ours = jax.jit(filter_logits)(logits, Sampling(**options), seen)
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(expected))
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
 
@@ -57,7 +57,7 @@ def test_tokens_come_as_often_as_they_are_likely():
     logits, count = np.array([2.0, 1.0, 0.0, -1.0, -3.0], np.float32), 20_000
     keys = jax.random.split(jax.random.key(0), count)
     rows = jnp.broadcast_to(logits, (count, 5))
-    drawn = choose_tokens(rows, Sampling.of(temperature=2.0, top_k=4), None, keys)
+    drawn = choose_tokens(rows, Sampling(temperature=2.0, top_k=4), None, keys)
     frequencies = np.bincount(drawn, minlength=5) / count
     expected = scipy.special.softmax(logits[:4] / 2)
     np.testing.assert_allclose(frequencies[:4], expected, atol=0.015)
@@ -67,7 +67,7 @@ def test_tokens_come_as_often_as_they_are_likely():
 def test_without_a_temperature_the_likeliest_is_taken():
     logits = np.random.default_rng(0).normal(size=(ROWS, VOCABULARY)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), ROWS)
-    tokens = choose_tokens(jnp.asarray(logits), Sampling.of(), None, keys)
+    tokens = choose_tokens(jnp.asarray(logits), Sampling(), None, keys)
     np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
 
 
@@ -84,4 +84,4 @@ def test_without_a_temperature_the_likeliest_is_taken():
 )
 def test_impossible_values_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        Sampling.of(**options)
+        Sampling(**options)

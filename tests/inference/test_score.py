@@ -14,7 +14,7 @@ import pytest
 from tokenizer_files import write_tokenizer
 
 from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
-from grit_jax.inference.score import as_continuations
+from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.text.tokenizer import Tokenizer
 
 PROMPT = "The capital of France is"
@@ -63,16 +63,17 @@ def test_what_is_generated_is_greedy(reference_model, architecture):
 
 
 def test_no_hidden_state_is_copied_for_each_of_many_continuations(reference_model):
-    scorer = reference_model()._scorer
-    rows, places = np.zeros((2, 64), np.int32), np.zeros((2, 4096), np.int32)
-    program = jax.make_jaxpr(scorer._score_rows)(scorer._parameters, *[rows] * 3, places, places)
-    largest = max(
-        variable.aval.size
-        for equation in program.eqns
-        for variable in equation.outvars
-        if variable.aval.ndim == 3
-    )
-    assert largest < 4096 * 32  # A hidden state has 32 numbers.
+    model = reference_model()
+    scorer = Scorer(model.model, model.mesh)
+
+    def temporary_bytes(num_targets):
+        rows, targets = np.zeros((2, 64), np.int32), np.zeros((2, num_targets), np.int32)
+        program = scorer.program.lower(scorer.parameters, *[rows] * 3, targets, targets).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    # A hidden state has 32 numbers of 4 bytes.
+    more = temporary_bytes(8192) - temporary_bytes(4096)
+    assert more < 2 * 4096 * 32 * 4
 
 
 def test_a_strings_tokens_are_those_of_the_whole(model):
@@ -97,8 +98,8 @@ STRINGS = st.text("abst 12\n.é", min_size=1, max_size=12)
 @given(STRINGS.filter(str.strip), STRINGS, st.booleans())
 def test_every_character_of_a_continuation_is_scored_once(prompt, continuation, is_bytes):
     tokenizer = bytes_tokenizer() if is_bytes else Tokenizer()
-    token_ids = PromptEncoder(tokenizer, tokenizer.vocab_size)
-    (pair,) = as_continuations(token_ids, [prompt], [continuation], 700, begin=True)
+    encoder = PromptEncoder(tokenizer, tokenizer.vocab_size)
+    (pair,) = as_continuations(encoder, [prompt], [continuation], 700, add_bos=True)
     whole = [*pair.prompt, *pair.tokens]
     assert whole == [tokenizer.bos_id, *tokenizer.encode(prompt + continuation)]
     read = tokenizer.decode(pair.prompt[1:].tolist())
@@ -137,12 +138,12 @@ def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
 @pytest.mark.parametrize(
     ("prompts", "continuations", "message"),
     [
-        ("A prompt", ["a"], "are lists"),
+        ("A prompt", ["a"], "must be lists"),
         ([PROMPT], ["a", "b"], "2 continuations for 1 prompts"),
         ([PROMPT], [[5, 6]], "continuation 0 must both be strings"),
-        ([PROMPT], [""], "continuation 0 has no token of its own"),
+        ([PROMPT], [""], "continuation 0 adds no token to its prompt"),
         ([""], ["a"], "prompt 0 is empty"),
-        ([[5, 6]], [[5] * 700], "continuation 0 have 702 tokens, but this model reads 700"),
+        ([[5, 6]], [[5] * 700], "continuation 0 have 702 tokens, but this model supports 700"),
         ([], [], "no prompts were given"),
         (["a", "b"], ["c", "\ud83d"], "continuation 1 has half of a surrogate pair"),
     ],
@@ -153,5 +154,5 @@ def test_what_cannot_be_scored_is_named(model, prompts, continuations, message):
 
 
 def test_a_token_before_which_nothing_stands_cannot_be_scored(model):
-    with pytest.raises(InputError, match="prompt and continuation 0 begin with one token"):
+    with pytest.raises(InputError, match="prompt and continuation 0 begin with the same token"):
         model.score(["a"], ["b"], add_special_tokens=False)

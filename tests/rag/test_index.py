@@ -31,7 +31,7 @@ DOCUMENTS = [
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", 2)
+    monkeypatch.setattr(index_module, "BATCH_SIZE", 2)
     monkeypatch.setattr(index_module, "PART_DOCUMENTS", 4)
 
 
@@ -52,19 +52,19 @@ def test_the_nearest_documents_are_found_on_any_devices(tmp_path, model):
         np.testing.assert_allclose(scores, np.take_along_axis(products, best, 1), atol=1e-5)
 
 
-def test_many_queries_are_compared_in_few_shapes(tmp_path, model):
+def test_many_queries_are_compared_in_few_shapes(tmp_path, model, count_compilations):
     build_index(model, DOCUMENTS, tmp_path / "index")
     index = DocumentIndex(tmp_path / "index", model)
-    compiled = index_module._nearest._cache_size()
     queries = np.random.default_rng(0).normal(size=(75, 32)).astype(np.float32)
     products = queries @ embeddings_of(model, DOCUMENTS).T
-    for count in (75, 70, 33, 32, 31, 1, 0):
-        scores, numbers = index.search(queries[:count], 3)
-        best = np.argsort(-products[:count], axis=1)[:, :3]
-        np.testing.assert_array_equal(numbers, best)
-        expected = np.take_along_axis(products[:count], best, 1)
-        np.testing.assert_allclose(scores, expected, atol=1e-5)
-    assert index_module._nearest._cache_size() - compiled == 4  # 32, 16, 8 and 1.
+    with count_compilations() as compilations:
+        for count in (75, 70, 33, 32, 31, 1, 0):
+            scores, numbers = index.search(queries[:count], 3)
+            best = np.argsort(-products[:count], axis=1)[:, :3]
+            np.testing.assert_array_equal(numbers, best)
+            expected = np.take_along_axis(products[:count], best, 1)
+            np.testing.assert_allclose(scores, expected, atol=1e-5)
+    assert len(compilations) == 4  # For 32, 16, 8 and 1 queries.
 
 
 def test_an_index_may_have_more_parts_than_files_may_be_open(tmp_path, model):
@@ -115,17 +115,17 @@ def test_one_process_at_a_time_adds_to_an_index(tmp_path, model):
     assert build_index(model, DOCUMENTS, tmp_path / "index") == len(DOCUMENTS) - 2
 
 
-@pytest.mark.filterwarnings("ignore:1 of 1 texts were cut to 64 tokens")
+@pytest.mark.filterwarnings("ignore:1 of 1 texts were truncated to 64 tokens")
 def test_with_more_room_an_index_goes_on_of_which_nothing_was_cut(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", 1)
+    monkeypatch.setattr(index_module, "BATCH_SIZE", 1)
     monkeypatch.setattr(index_module, "PART_DOCUMENTS", 1)
     documents, folder = [DOCUMENTS[0], {"text": "river " * 100}, DOCUMENTS[1]], tmp_path / "index"
-    with pytest.raises(InputError, match="or say truncate=True to cut it"):
+    with pytest.raises(InputError, match="or pass truncate=True"):
         build_index(model, documents, folder, max_length=64)
     assert build_index(model, documents, folder, max_length=64, truncate=True) == 2
     assert DocumentIndex(folder, model).settings["truncate"]
     for options in ({"max_length": 64}, {"max_length": 128, "truncate": True}):
-        with pytest.raises(DocumentIndexError, match="add to it in the same way, or choose"):
+        with pytest.raises(DocumentIndexError, match="use the same value, or choose"):
             build_index(model, documents, folder, **options)
 
 
@@ -174,22 +174,22 @@ def test_another_model_is_refused(tmp_path, model):
     other = GritLM(make_model(model.model.config, 1), model.mesh, Tokenizer())
     by_first_token = GritLM(model.model, model.mesh, Tokenizer(), pooling="cls")
     for wrong in (other, by_first_token, model.unnormalized()):
-        with pytest.raises(DocumentIndexError, match="was made with another model"):
+        with pytest.raises(DocumentIndexError, match="was built with another model"):
             DocumentIndex(tmp_path / "index", wrong)
-        with pytest.raises(DocumentIndexError, match="was made with another model"):
+        with pytest.raises(DocumentIndexError, match="was built with another model"):
             build_index(wrong, DOCUMENTS, tmp_path / "index")
 
 
 def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
     folder = tmp_path / "index"
-    with pytest.raises(DocumentIndexError, match="is no index: run grit-jax rag build"):
+    with pytest.raises(DocumentIndexError, match="is not an index: run grit-jax rag build"):
         DocumentIndex(folder, model)
     build_index(model, DOCUMENTS[:2], folder)
     with pytest.raises(DocumentIndexError, match="caches=None, not 'int8'"):
         build_index(model, DOCUMENTS, folder, caches="int8")
     with pytest.raises(InputError, match="caches='int4' must be None or one of float32"):
         build_index(model, DOCUMENTS, folder, caches="int4")
-    with pytest.raises(DocumentIndexError, match="was made with max_length=700, not 64"):
+    with pytest.raises(DocumentIndexError, match="was built with max_length=700, not 64"):
         build_index(model, DOCUMENTS, folder, max_length=64)
     path = folder / "part-00000" / "embeddings.npy"
     for content in (path.read_bytes()[:-100], b""):
@@ -203,24 +203,24 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
         DocumentIndex(tmp_path / "caches", model).cache_of(0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear all")
-    with pytest.raises(DocumentIndexError, match="has files in it, but no index"):
+    with pytest.raises(DocumentIndexError, match="has files that are not an index"):
         build_index(model, DOCUMENTS, tmp_path / "full")
 
 
 def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model, monkeypatch):
     documents = [*DOCUMENTS[:2], {"text": "river " * 900}]
-    words = r"document 2, 'river .*', has 90\d tokens, instruction included, and 700 are allowed"
+    words = r"document 2, 'river .*', has 90\d tokens, instruction included, but the limit is 700"
     for at_once in (2, 128):
-        monkeypatch.setattr(index_module, "EMBEDDED_AT_ONCE", at_once)
+        monkeypatch.setattr(index_module, "BATCH_SIZE", at_once)
         with pytest.raises(InputError, match=words):
             build_index(model, documents, tmp_path / "index")
     with pytest.raises(InputError, match="document 1 has half of a surrogate pair"):
         build_index(model, [*DOCUMENTS[:1], {"text": "\ud83d"}], tmp_path / "index")
-    with pytest.raises(InputError, match="document 1 has no string at 'text'"):
+    with pytest.raises(InputError, match="document 1 has no string 'text'"):
         build_index(model, [*DOCUMENTS[:1], {"title": "a"}], tmp_path / "index")
     with pytest.raises(InputError, match="max_length=0 must be positive"):
         build_index(model, documents, tmp_path / "other", max_length=0)
-    with pytest.warns(UserWarning, match="1 of 3 texts were cut to 700 tokens"):
+    with pytest.warns(UserWarning, match="1 of 3 texts were truncated to 700 tokens"):
         assert build_index(model, documents, tmp_path / "cut", truncate=True) == 3
 
 
@@ -248,10 +248,10 @@ def test_documents_are_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": "cut', r"a.jsonl:2 is no document \(broken JSON\): mend the line"),
-        ('{"title": "only"}', "a.jsonl:2 has no string at 'text'"),
+        ('{"text": "cut', r"a.jsonl:2 is not a document \(broken JSON\): correct the line"),
+        ('{"title": "only"}', "a.jsonl:2 has no string 'text'"),
         ('{"text": " "}', "a.jsonl:2 has an empty text"),
-        ('["text"]', r"a.jsonl:2 is no document \(not a JSON object\)"),
+        ('["text"]', r"a.jsonl:2 is not a document \(not a JSON object\)"),
         ('{"text": "\\ud83d"}', "a.jsonl:2 has half of a surrogate pair at character 0"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_file_that_is_not_whole_or_not_compressed_is_named(tmp_path, is_compre
     if is_compressed:
         content = gzip.compress(content)[:-3000]
     (tmp_path / "a.jsonl.gz").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line \d+: .*: mend the file"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz, after line \d+: .*: repair the file"):
         list(read_documents(str(tmp_path)))
 
 
@@ -275,7 +275,7 @@ def test_a_source_that_is_not_there_is_named_at_once(tmp_path):
     with pytest.raises(InputError, match="none does not exist: give a folder"):
         read_documents(str(tmp_path / "none"))
     (tmp_path / "folder.md").mkdir()
-    with pytest.raises(InputError, match=r"has no files \.jsonl"):
+    with pytest.raises(InputError, match=r"has no \.jsonl"):
         read_documents(str(tmp_path))
     (tmp_path / "folder.md" / "a.txt").write_text("one")
     assert list(read_documents(str(tmp_path))) == [{"text": "one"}]
@@ -344,6 +344,6 @@ def test_documents_come_from_a_dataset_of_tfds(tmp_path, monkeypatch):
     ):
         expected = [("", f"{split} 0 ü"), *((title, f"{split} {n} ü") for n in (1, 2))]
         assert line.partition(" ")[2] == str(expected)
-    assert "tfds:shelf/none has no split 'none': there are" in lines[4]
-    assert "tfds:nothing/at/all is no dataset of TFDS" in lines[5]
-    assert lines[6] == "tfds:numbers, example 0 has no string at 'text'"
+    assert "tfds:shelf/none has no split 'none': use one of" in lines[4]
+    assert "tfds:nothing/at/all is not a dataset of TFDS" in lines[5]
+    assert lines[6] == "tfds:numbers, example 0 has no string 'text'"

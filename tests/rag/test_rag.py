@@ -1,4 +1,4 @@
-"""Answers from an index: every way against one pass over all tokens, in transformers."""
+"""Answers from an index: every cache mode, against one forward pass in transformers."""
 
 import json
 import os
@@ -12,11 +12,12 @@ import pytest
 from grit_jax import GritLM
 from grit_jax.conversion import HuggingFaceModel
 from grit_jax.conversion.export import write_hugging_face
+from grit_jax.inference.cache_utils import rotate_keys
 from grit_jax.inference.prompt_encoder import InputError
-from grit_jax.rag import pipeline as rag_module
+from grit_jax.rag import pipeline as pipeline_module
 from grit_jax.rag.command import run
 from grit_jax.rag.index import DocumentIndex, build_index
-from grit_jax.rag.pipeline import CACHE_MODES, PROMPTS, RagPipeline, rotate_keys
+from grit_jax.rag.pipeline import CACHE_MODES, PROMPTS, RagPipeline
 from grit_jax.text.templates import EMBED
 
 DOCUMENTS = [
@@ -65,15 +66,15 @@ def test_keys_are_turned_to_where_they_would_have_been_read(model):
     np.testing.assert_allclose(found, keys(37), atol=2e-5)
 
 
-@pytest.mark.parametrize("way", CACHE_MODES)
-def test_answers_do_not_depend_on_what_is_asked_beside(index, model, way):
-    answerer = RagPipeline(model, index, way)
-    together = answerer.ask(QUESTIONS)
-    alone = [answerer.ask(question)[0] for question in QUESTIONS]
+@pytest.mark.parametrize("cache_mode", CACHE_MODES)
+def test_answers_do_not_depend_on_what_is_asked_beside(index, model, cache_mode):
+    pipeline = RagPipeline(model, index, cache_mode)
+    together = pipeline.ask(QUESTIONS)
+    alone = [pipeline.ask(question)[0] for question in QUESTIONS]
     assert [each.answer for each in together] == [each.answer for each in alone]
     embeddings = model.encode(QUESTIONS, instruction=EMBED)
     scores, numbers = index.search(embeddings)
-    assert [each.numbers for each in together] == numbers.tolist()
+    assert [each.document_ids for each in together] == numbers.tolist()
     np.testing.assert_allclose([each.scores for each in together], scores, atol=1e-5)
 
 
@@ -85,34 +86,34 @@ def test_without_stored_caches_they_are_made_on_the_way(tmp_path, index, model):
 
 
 def test_answers_do_not_change_where_few_are_asked_at_once(index, model, monkeypatch):
-    answerer = RagPipeline(model, index, "query-document-cache")
+    pipeline = RagPipeline(model, index, "query-document-cache")
     questions = [*QUESTIONS, QUESTIONS[0], "What is salt?", "Who?"]
-    expected = [answerer.ask(question)[0] for question in questions]
+    expected = [pipeline.ask(question)[0] for question in questions]
     calls, read = [], []
     generate, cache_of = model.generate, index.cache_of
 
     def counted_generate(prompts, *arguments, **options):
-        calls.append((len(prompts), options["first_number"]))
+        calls.append((len(prompts), options["first_index"]))
         return generate(prompts, *arguments, **options)
 
     def counted_cache_of(number):
         read.append(number)
         return cache_of(number)
 
-    monkeypatch.setattr(rag_module, "QUESTIONS_AT_ONCE", 2)
+    monkeypatch.setattr(pipeline_module, "BATCH_SIZE", 2)
     monkeypatch.setattr(model, "generate", counted_generate)
     monkeypatch.setattr(index, "cache_of", counted_cache_of)
-    found = answerer.ask(questions)
+    found = pipeline.ask(questions)
     assert [one.answer for one in found] == [one.answer for one in expected]
-    assert [one.numbers for one in found] == [one.numbers for one in expected]
+    assert [one.document_ids for one in found] == [one.document_ids for one in expected]
     # The last call is as large as the others, and the numbers go on, with which tokens are drawn.
     assert calls == [(2, 0), (2, 2), (2, 4)]
-    near = [one.numbers[0] for one in found]
+    near = [one.document_ids[0] for one in found]
     each_once = [{*near[:2]}, {*near[2:4]}, {near[4]}]
     assert sorted(read) == sorted(number for some in each_once for number in some)
 
 
-@pytest.mark.filterwarnings("ignore:1 of 1 texts were cut to 64 tokens")
+@pytest.mark.filterwarnings("ignore:1 of 1 texts were truncated to 64 tokens")
 def test_a_document_that_was_cut_is_read_as_it_was_embedded(tmp_path, model):
     documents = [{"text": "word " * 900}]
     answers = []
@@ -126,7 +127,7 @@ def test_a_document_that_was_cut_is_read_as_it_was_embedded(tmp_path, model):
 def test_a_cache_stands_in_the_place_of_its_text(index, model):
     """The document's cache and the question's text, put together by hand."""
     (answered,) = RagPipeline(model, index, "document-cache").ask(QUESTIONS[0])
-    document = DOCUMENTS[answered.numbers[0]]
+    document = DOCUMENTS[answered.document_ids[0]]
     _, (cache,) = model.encode_corpus([document], instruction=EMBED, get_cache=True)
     prompt = PROMPTS["document-cache"].replace("{query}", QUESTIONS[0]) + "The answer is"
     assert answered.answer == model.generate(prompt, 16, cache=cache)
@@ -143,15 +144,15 @@ def test_joined_caches_are_a_text_whose_parts_are_apart(tmp_path, exported, posi
     ours = GritLM.from_pretrained(exported, dtype="float32", attention="cccc")
     build_index(ours, DOCUMENTS, tmp_path / "index", caches="float32")
     index = DocumentIndex(tmp_path / "index", ours)
-    answerer = RagPipeline(
+    pipeline = RagPipeline(
         ours, index, "query-document-cache", num_documents=2, positions=positions
     )
-    (answered,) = answerer.ask(QUESTIONS[0], 8)
+    (answered,) = pipeline.ask(QUESTIONS[0], 8)
 
     def ids(text):
         return [ours.tokenizer.bos_id, *ours.tokenizer.encode(EMBED + text)]
 
-    texts = [index.documents[number] for number in answered.numbers]
+    texts = [index.documents[number] for number in answered.document_ids]
     texts = [f"{d['title']} {d['text']}" if "title" in d else d["text"] for d in texts]
     blocks = [ids(text) for text in [QUESTIONS[0], *texts]]
     prompt = ours.tokenizer.encode(PROMPTS["query-document-cache"] + "The answer is")
@@ -179,29 +180,35 @@ def test_joined_caches_are_a_text_whose_parts_are_apart(tmp_path, exported, posi
 
 def test_braces_in_a_document_are_text(tmp_path, model):
     build_index(model, [{"text": "Write {query} in braces {documents}."}], tmp_path / "index")
-    answerer = RagPipeline(model, DocumentIndex(tmp_path / "index", model), "document-prompt")
-    assert "Write {query} in braces {documents}.\n\nWho?" in answerer._prompt_of(
-        "Who?", np.array([0])
+    pipeline = RagPipeline(model, DocumentIndex(tmp_path / "index", model), "document-prompt")
+    (answer,) = pipeline.ask("Who?", 4)
+    prompt = (
+        "<|user|>\nWrite {query} in braces {documents}.\n\nWho?\n\nAnswer the prior query while "
+        "optionally using the context prior to it\n<|assistant|>\nThe answer is"
     )
+    assert answer.answer == model.generate(prompt, 4)
 
 
 def test_what_cannot_be_asked_is_named(index, model, monkeypatch):
-    with pytest.raises(InputError, match="way='fast' must be one of query-prompt"):
+    with pytest.raises(InputError, match="cache_mode='fast' must be one of query-prompt"):
         RagPipeline(model, index, "fast")
     with pytest.raises(InputError, match="positions='kept' must be"):
         RagPipeline(model, index, positions="kept")
-    with pytest.raises(InputError, match="4 documents were asked for, of 3 in"):
+    with pytest.raises(InputError, match=r"4 documents were requested, but .* has 3"):
         RagPipeline(model, index, num_documents=4).ask(QUESTIONS)
     for questions, words in {
         (): "no questions were given",
         ("",): "question 0 is empty",
         ("a", "\ud83d"): "question 1 has half of a surrogate pair",
-        ("a", "b " * 800): "question 1 has 8.. tokens, instruction included, but this model reads",
+        (
+            "a",
+            "b " * 800,
+        ): "question 1 has 8.. tokens, instruction included, but this model supports",
     }.items():
         with pytest.raises(InputError, match=words):
             RagPipeline(model, index).ask(questions)
-    monkeypatch.setattr(rag_module, "QUESTIONS_AT_ONCE", 2)
-    with pytest.raises(InputError, match=r"prompt 2 has 6\d\d tokens behind"):
+    monkeypatch.setattr(pipeline_module, "BATCH_SIZE", 2)
+    with pytest.raises(InputError, match=r"prompt 2 has 6\d\d tokens after"):
         RagPipeline(model, index).ask([*QUESTIONS, "b " * 650])
 
 
@@ -210,7 +217,7 @@ def test_documents_and_index_are_looked_for_before_the_model(tmp_path):
     with pytest.raises(InputError, match="typo does not exist: give a folder"):
         run(command)
     assert not (tmp_path / "index").exists()
-    with pytest.raises(InputError, match="index is no index: run grit-jax rag build"):
+    with pytest.raises(InputError, match="index is not an index: run grit-jax rag build"):
         run(["ask", "no_model", "Who?", "--index", str(tmp_path / "index")])
 
 
@@ -237,4 +244,4 @@ def test_the_command_builds_an_index_and_answers(tmp_path, exported):
     for question in QUESTIONS:
         assert f"{question}\nThe answer is" in asked.stdout
     wrong = grit_jax("rag", "ask", folder, "--index=other", "Who?", cwd=tmp_path)
-    assert_fails_in_one_line(wrong, "other is no index: run grit-jax rag build")
+    assert_fails_in_one_line(wrong, "other is not an index: run grit-jax rag build")
