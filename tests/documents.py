@@ -1,4 +1,4 @@
-"""The code blocks of the documentation, and a reader who runs them, page by page, in a clone."""
+"""The code blocks of the documentation, and a reader who runs them in a clone."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ PAGES = [FIRST_PAGE, *sorted({*(ROOT / "docs").rglob("*.md")} - {FIRST_PAGE}), R
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"<!-- (.*?) -->\n\Z")
 
-# Executes each line of standard input, a JSON list of name and code, and prints how it ended.
+# Runs the code blocks from standard input and reports how each ended.
 PYTHON = """
 import json, sys, traceback
 names = {"__name__": "__main__"}
@@ -30,15 +30,14 @@ for line in sys.stdin:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced code block.
+    """A fenced block.
 
     Attributes:
-      page: the file.
-      line: number of its first line.
+      page: its file.
+      line: line number of its opening fence.
       language: language after the opening fence.
-      text: its content.
-      mark: the comment on the line above the fence, or "". It says how the block is tested (see
-        test_blocks.py).
+      text: content.
+      mark: comment on the line above the fence, or ""; see test_blocks.py.
     """
 
     page: Path
@@ -52,8 +51,8 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     @property
-    def is_typed(self):
-        """Whether the block is executed."""
+    def is_run(self):
+        """Whether the block is run."""
         return self.language in ("sh", "python") and not self.mark.startswith(("not run", "file"))
 
 
@@ -66,11 +65,11 @@ def blocks_of(page):
 
 
 class Reader:
-    """Runs sh blocks in one shell environment, and python blocks in one interpreter.
+    """Runs sh blocks in one shell and python blocks in one interpreter, in a folder.
 
     Args:
-      folder: working folder, which is set up to look like a clone.
-      environment: environment variables of both.
+      folder: is turned into a clone.
+      environment: variables of both.
     """
 
     def __init__(self, folder, environment):
@@ -83,14 +82,14 @@ class Reader:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         grit_jax = f"{sys.executable} -m grit_jax"
-        # The interpreter is that of the tests, so nothing may be installed into it.
-        refusal = 'case "$*" in *"-m pip"*) echo "pip is not run here" >&2; exit 1;; esac'
+        # The tests' own interpreter, in which nothing may be installed.
+        refusal = 'case "$*" in *"-m pip"*) echo "pip is disabled here" >&2; exit 1;; esac'
         for name, command in {"python": sys.executable, "grit-jax": grit_jax}.items():
             (programs / name).write_text(f'#!/bin/sh\n{refusal}\nexec {command} "$@"\n')
             (programs / name).chmod(0o755)
 
-    def type(self, command):
-        """Runs a shell command, and returns the finished process with its output."""
+    def run_shell(self, command):
+        """Runs a command in the shell and returns the finished process with its output."""
         state = self._variables
         script = f"set -euo pipefail\nset -a\n[ ! -e {state} ] || . {state}\n"
         return subprocess.run(
@@ -104,7 +103,7 @@ class Reader:
         )
 
     def run_python(self, name, code):
-        """Runs Python code, and returns whether it succeeded, and its output."""
+        """Runs code; returns whether it succeeded, and its output."""
         if self._python is None:
             self._python = subprocess.Popen(
                 [sys.executable, "-c", PYTHON],
@@ -124,8 +123,8 @@ class Reader:
         printed, _, ending = printed.partition("\0")
         return ending == "\n", printed
 
-    def leave(self):
-        """Ends the interpreter."""
+    def stop(self):
+        """Stops the interpreter."""
         if self._python is not None:
             self._python.stdin.close()
             self._python.stdout.close()

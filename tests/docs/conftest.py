@@ -1,4 +1,4 @@
-"""A clone as a reader has it after `make demo`, with smaller models; what each page presupposes."""
+"""A clone after `make demo`, with smaller models, and the files that each page expects."""
 
 import gzip
 import itertools
@@ -15,13 +15,13 @@ from grit_jax.sample import SAMPLE_FOLDER
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "HF_HUB_OFFLINE": "1",  # Nothing is fetched.
-    # One device, as a newcomer has.
+    "HF_HUB_OFFLINE": "1",
+    # A single device.
     "XLA_FLAGS": "",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
-# What the clone's configurations set besides: real ones take minutes, or many chips.
+# Fields that make the clone's configurations small enough for a CPU.
 SMALLER_TINY = {
     "steps": 1,
     "log_every_steps": 1,
@@ -29,11 +29,11 @@ SMALLER_TINY = {
     "model.sizes.intermediate_size": 32,
     "model.sizes.head_dim": 8,
     "data.embedding_batch_size": 16,
-    "evaluation.enabled": False,  # tests/training/test_run.py has it.
+    "evaluation.enabled": False,  # tested in tests/training/test_run.py
 }
 SMALLER_7B = {
     "steps": 1,
-    "model.dtype": "float32",  # In bfloat16 a CPU takes longer.
+    "model.dtype": "float32",  # faster than bfloat16 on CPUs
     "data.embedding_batch_size": 16,
     "data.generative_batch_size": 8,
     "data.query_row_length": 512,
@@ -41,8 +41,8 @@ SMALLER_7B = {
     "data.chat_row_length": 512,
     "data.row_length_multiple": 8,
 }
-# Folders that a page makes itself, which the others presuppose.
-MADE = {
+# Folders that other pages expect, by the page that creates them.
+CREATED = {
     "first_steps.md": ["data/mine", "exported"],
     "data.md": ["data/mine"],
     "training.md": ["exported"],
@@ -61,7 +61,7 @@ def get_config():
 """
 
 
-def lines_of_sample(name, count):
+def sample_lines(name, count):
     with gzip.open(SAMPLE_FOLDER / "train" / f"{name}.jsonl.gz", "rt") as file:
         return [json.loads(line) for line in itertools.islice(file, count)]
 
@@ -78,9 +78,9 @@ def write_lines(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_given(folder):
-    """Writes the files that a reader has before a page is begun."""
-    words, chats = lines_of_sample("wordnet_senses", 160), lines_of_sample("wordnet_chat", 80)
+def write_user_files(folder):
+    """Writes the files that the pages take as given."""
+    words, chats = sample_lines("wordnet_senses", 160), sample_lines("wordnet_chat", 80)
     write_lines(folder / "mine" / "words.jsonl", words)
     write_lines(folder / "mine" / "chats.jsonl", map(as_messages, chats))
     write_lines(folder / "toy_data" / "toy_data_embedding.jsonl", words)
@@ -103,25 +103,26 @@ def write_configurations(folder):
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory, prepared_sample):
-    """The folder of a clone in which `make demo` has been run."""
+    """The folder of a clone after `make demo`."""
     folder = tmp_path_factory.mktemp("documents") / "clone"
     folder.mkdir()
     write_configurations(folder / "configs")
-    write_given(folder)
+    write_user_files(folder)
     link_prepared(prepared_sample, folder / "data" / "sample", "sample")
     link_prepared(prepared_sample, folder / "data" / "mine", "mine")
     reader = Reader(folder, environment_of(clone=folder))
-    # Installed and prepared already, as after another `make demo`.
-    for done in (".venv/.installed-demo", "data/sample/.prepared"):
-        (folder / done).touch()
+    # Mark installation and preparation as done.
+    for mark in (".venv/.installed-demo", "data/sample/.prepared"):
+        (folder / mark).touch()
     model = ".venv/bin/grit-jax convert to-hf runs/gritlm_tiny"
-    finished = reader.type(f"make demo && {model} Mistral-7B-v0.1 && {model} exported")
+    finished = reader.run_shell(f"make demo && {model} Mistral-7B-v0.1 && {model} exported")
     assert finished.returncode == 0, finished.stderr
+    (folder / "GritLM-7B").symlink_to("exported")
     return folder
 
 
 def environment_of(clone):
-    """Programs that one page has compiled serve the others; nothing is left in the home folder."""
+    """Caches are shared by all pages and stay out of the home folder."""
     folders = {
         "JAX_COMPILATION_CACHE_DIR": "compiled",
         "HF_HOME": "hugging_face",
@@ -131,7 +132,7 @@ def environment_of(clone):
 
 
 def link_prepared(sample, folder, name):
-    """Makes a folder with the prepared sample's datasets, in mixtures of another name."""
+    """Creates a folder with the prepared sample's datasets, in mixtures with another name."""
     folder.mkdir(parents=True)
     for path in sample.iterdir():
         if path.is_dir():
@@ -142,9 +143,9 @@ def link_prepared(sample, folder, name):
 
 @pytest.fixture
 def reader(clone, tmp_path, page):
-    """Somebody in a copy of the clone, without what the page makes itself."""
+    """A reader in a copy of the clone, without the folders that the page creates."""
     folder, environment, pod = tmp_path / "clone", environment_of(clone), None
-    if page.name == "pods.md":  # There is a stand-in for Google Cloud, and a clone of git's.
+    if page.name == "pods.md":  # needs an emulated Google Cloud and a git clone
         pod = Pod(tmp_path)
         pod.change_cloud(zones={"us-east5-b": ["v6e-64"]}, devices=64)
         path = f"{pod.cloud / 'bin'}:{os.environ['PATH']}"
@@ -153,12 +154,12 @@ def reader(clone, tmp_path, page):
     shutil.copytree(
         clone, folder, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*already)
     )
-    for made in MADE.get(page.name, []):
-        shutil.rmtree(folder / made)
+    for name in CREATED.get(page.name, []):
+        shutil.rmtree(folder / name)
     reader = Reader(folder, environment)
     (folder / ".venv" / ".installed-demo").touch()
     yield reader
-    reader.leave()
+    reader.stop()
     if pod is not None:
         pod("delete")
         pod.assert_nothing_is_left()

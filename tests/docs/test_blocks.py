@@ -1,12 +1,12 @@
-"""Every block of README.md and docs/ is run as a reader would, or says why not.
+"""Runs the code blocks of README.md and docs/ as a reader would.
 
-A page is read from top to bottom in a clone of its own: blocks of sh are typed into one shell,
-those of python into one interpreter, lines of json are read as data. A comment on the line above a
-block may say otherwise:
+Each page runs from top to bottom in its own clone: sh blocks in one shell, python blocks in one
+interpreter. Lines of json blocks are parsed as training data. A comment on the line above a block
+changes this:
 
-    not run: REASON            its syntax is checked all the same
-    file: NAME                 it is written to that file
-    prints                     it is what the block before printed, "..." for what may differ
+    not run: REASON            only check its syntax
+    file: NAME                 write it to this file
+    prints                     the output of the block before, "..." for parts that may differ
     ends with exit code N      instead of 0
 """
 
@@ -20,31 +20,31 @@ import pytest
 
 from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
-# What is typed in the place of what is shown, and why.
-TYPED = {
+# Replacements in commands, with the reason.
+REPLACEMENTS = {
     "--config.steps=1000": ("--config.steps=1", "a thousand steps take minutes"),
-    "evaluate mteb MODEL --module": ("evaluate mteb exported --module", "a model that is there"),
+    "evaluate mteb MODEL --module": ("evaluate mteb exported --module", "an existing model"),
     "cp tpu_scripts/settings.example.sh tpu_scripts/settings.sh": (
         'sed \'s/PROJECT=""/PROJECT=my-project/; s/ZONE=""/ZONE=us-east5-b/;'
         ' s/BUCKET=""/BUCKET=my-bucket/\' tpu_scripts/settings.example.sh'
         " > tpu_scripts/settings.sh",
-        "a person fills it in",
+        "filled in by the reader",
     ),
 }
-# What must be true, besides, after a page's blocks of python.
-TRUE = {
+# Code that runs after a page's python blocks.
+CHECKS = {
     "inference.md": """
 assert scores.shape == (2, 2)
 streamed = "".join(model.stream(prompt, max_new_tokens=32, stop=["\\n\\n"]))
 assert streamed == answer.split("\\n\\n")[0]
-assert len(set(drawn)) == 2
+assert len(set(samples)) == 2
 assert hidden.shape == (1, 3, 32)
 """,
     "conversion.md": "assert scores.shape == (2, 2) and len(answer[0]) > len(inputs.input_ids[0])",
     "rag.md": "assert answered.answer and len(answered.document_ids) == 2 and len(index) == 3",
 }
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-# Of several pages that have the same block, the first runs it; the README is the last.
+# If several pages have the same block, only the first runs it; the README is last.
 FIRST = {(block.language, block.text): block for block in reversed(BLOCKS)}
 
 
@@ -53,9 +53,9 @@ def named(blocks):
 
 
 def test_there_are_blocks():
-    assert len([block for block in BLOCKS if block.is_typed]) > 25
+    assert len([block for block in BLOCKS if block.is_run]) > 25
     fences = sum(page.read_text().count("\n```") for page in PAGES)
-    assert fences == 2 * len(BLOCKS)  # None is left out.
+    assert fences == 2 * len(BLOCKS)  # none is missing
 
 
 @pytest.mark.parametrize("block", named(BLOCKS))
@@ -75,9 +75,9 @@ def test_a_block_is_run_or_says_why_not(block):
         assert block.mark, f"a block of {block.language or 'no language'} needs a mark"
 
 
-def test_what_is_typed_instead_is_shown_somewhere():
+def test_every_replaced_command_is_on_a_page():
     shown = "".join(block.text for block in BLOCKS)
-    for command in TYPED:
+    for command in REPLACEMENTS:
         assert command in shown
 
 
@@ -93,8 +93,7 @@ def test_extras_exist(extra):
         pytest.param(page, id=str(page.relative_to(ROOT)))
         for page in PAGES
         if any(
-            block.is_typed and FIRST[block.language, block.text] == block
-            for block in blocks_of(page)
+            block.is_run and FIRST[block.language, block.text] == block for block in blocks_of(page)
         )
     ],
 )
@@ -107,21 +106,21 @@ def test_a_page_does_what_it_says(page, reader):
             (reader.folder / block.mark.removeprefix("file: ")).write_text(block.text)
         elif block.mark == "prints":
             assert_like(printed, block)
-        elif block.is_typed:
+        elif block.is_run:
             printed = run(block, reader)
-    is_true, printed = reader.run_python(page.name, TRUE.get(page.name, ""))
-    assert is_true, printed
+    succeeded, printed = reader.run_python(page.name, CHECKS.get(page.name, ""))
+    assert succeeded, printed
 
 
 def run(block, reader):
     if block.language == "python":
-        is_run, printed = reader.run_python(block.name, block.text)
-        assert is_run, f"{block.name}\n{printed}"
+        succeeded, printed = reader.run_python(block.name, block.text)
+        assert succeeded, f"{block.name}\n{printed}"
         return printed
     command = block.text
-    for shown, (typed, _) in TYPED.items():
-        command = command.replace(shown, typed)
-    finished = reader.type(command)
+    for shown, (replacement, _) in REPLACEMENTS.items():
+        command = command.replace(shown, replacement)
+    finished = reader.run_shell(command)
     said = finished.stdout + finished.stderr
     code = int(re.sub(r"\D", "", block.mark) or 0)
     assert finished.returncode == code, f"{block.name}\n{said}"

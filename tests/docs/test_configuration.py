@@ -1,4 +1,4 @@
-"""The page of all fields, which is made of the code: python docs/configuration_page.py"""
+"""The page of configuration fields is up to date: python docs/configuration_page.py"""
 
 from pathlib import Path
 import runpy
@@ -15,7 +15,7 @@ def test_the_page_is_up_to_date():
     assert script["with_tables"](PAGE.read_text()) == PAGE.read_text()
 
 
-def test_every_field_says_what_it_is():
+def test_every_field_is_described():
     fields = flatten_dict({"config": default_config().to_dict()}, sep=".", keep_empty_nodes=True)
     described = script["descriptions"]()
     assert {name for name, text in described.items() if len(text) > 10} >= fields.keys()

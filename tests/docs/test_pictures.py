@@ -1,4 +1,4 @@
-"""The pictures of the documentation are what the code draws: python docs/pictures"""
+"""The pictures are up to date: python docs/pictures"""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ from command_line import ROOT, environment
 PICTURES = ROOT / "docs" / "pictures"
 
 
-def test_pictures_are_what_the_code_draws(tmp_path):
+def test_pictures_are_up_to_date(tmp_path):
     finished = subprocess.run(
         [sys.executable, PICTURES, tmp_path],
         env=environment(),
@@ -24,7 +24,7 @@ def test_pictures_are_what_the_code_draws(tmp_path):
         assert picture == (PICTURES / name).read_text(), f"{name}: run python docs/pictures"
 
 
-def test_every_picture_is_shown_and_described():
+def test_every_picture_is_used_and_has_an_alternative_text():
     pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     shown = dict(re.findall(r"!\[([^\]]{20,})\]\(([\w/.]+)\)", pages))
     files = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.svg")]

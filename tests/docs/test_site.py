@@ -1,4 +1,4 @@
-"""The documentation's site, built as `make docs` builds it, and what is linked from where."""
+"""Builds the documentation site like `make docs`, and checks its links."""
 
 from html import unescape
 from html.parser import HTMLParser
@@ -16,7 +16,7 @@ DOCUMENTED = (
     "grit_jax.inference.gritlm.GritLM.encode",
     "grit_jax.rag.index.build_index",
     "grit_jax.rag.index.DocumentIndex.search",
-    "grit_jax.rag.pipeline.Answerer.ask",
+    "grit_jax.rag.pipeline.RagPipeline.ask",
     "grit_jax.text.templates.embedding_prefix",
     "grit_jax.models.decoder.Decoder.__call__",
     "grit_jax.sharding.make_mesh",
@@ -27,7 +27,7 @@ DOCUMENTED = (
 
 
 class Page(HTMLParser):
-    """What a page links to and loads, and where it may be linked to."""
+    """The links, loaded files and anchors of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -65,7 +65,7 @@ def pages(site):
     return {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
 
 
-def is_elsewhere(link):
+def is_external(link):
     return re.match(r"[a-z]+:", link) is not None
 
 
@@ -78,10 +78,10 @@ def test_every_page_is_there(site):
     assert not list(site.rglob("*.py"))
 
 
-def test_links_lead_somewhere(pages):
+def test_links_resolve(pages):
     for path, page in pages.items():
         for link in page.links:
-            if is_elsewhere(link):
+            if is_external(link):
                 continue
             file, anchor = urldefrag(link)
             target = (path.parent / unquote(file)).resolve() if file else path
@@ -90,27 +90,27 @@ def test_links_lead_somewhere(pages):
                 assert unquote(anchor) in pages[target].ids, f"{path.name}: {link}"
 
 
-def test_nothing_is_loaded_from_elsewhere(pages):
+def test_nothing_external_is_loaded(pages):
     for path, page in pages.items():
         for file in page.loaded:
-            assert not is_elsewhere(file), f"{path.name} loads {file}"
+            assert not is_external(file), f"{path.name} loads {file}"
             assert not file or (path.parent / urldefrag(file).url).resolve().is_file()
 
 
-def test_the_reference_shows_what_users_call(site, pages):
+def test_the_reference_documents_the_public_interface(site, pages):
     ids = {
         name for path, page in pages.items() if path.parent.name == "reference" for name in page.ids
     }
     assert set(DOCUMENTED) <= ids
-    # Shapes are part of a signature.
+    # Signatures show shapes.
     text = re.sub(r"<[^>]+>", "", (site / "reference" / "models.html").read_text())
     assert 'Float[Array, "B S D"]' in unescape(text)
 
 
-def test_files_beside_the_site_link_to_what_there_is(site, pages):
+def test_links_of_files_outside_the_site_resolve(site, pages):
     for name in ("README.md", "CONTRIBUTING.md"):
         for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text()):
-            if is_elsewhere(link) or link.startswith("#"):
+            if is_external(link) or link.startswith("#"):
                 continue
             file, anchor = urldefrag(link)
             assert (ROOT / file).exists(), f"{name}: {link}"

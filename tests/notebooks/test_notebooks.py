@@ -1,4 +1,4 @@
-"""The notebooks as they are, each run from a clean kernel, made small by their own settings."""
+"""Runs each notebook in a clean kernel, with small settings."""
 
 import json
 import re
@@ -11,18 +11,18 @@ from small_run import SMALL
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ONE_DEVICE = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-# Nothing answers there.
+# A port without a server.
 NO_NETWORK = dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
 NO_NETWORK["HF_HUB_OFFLINE"] = "1"
 
 
 def run(name, folder, settings, *values):
-    """Runs a notebook in a folder; returns what it printed, and the values of expressions."""
+    """Runs a notebook in a folder; returns its output and the values of expressions."""
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    # TensorFlow and PyTorch are there for the tests: no cell may have loaded them.
-    clean = "assert not {'tensorflow', 'torch'} & sys.modules.keys()"
+    # TensorFlow and PyTorch are installed for the tests, but notebooks must not import them.
+    no_imports = "assert not {'tensorflow', 'torch'} & sys.modules.keys()"
     show = f"print(json.dumps({{name: eval(name) for name in {values}}}))"
-    notebook.cells.append(nbformat.v4.new_code_cell(f"{clean}\n{show}"))
+    notebook.cells.append(nbformat.v4.new_code_cell(f"{no_imports}\n{show}"))
     changed = environment() | ONE_DEVICE | NO_NETWORK | {"GRIT_JAX_NOTEBOOK": json.dumps(settings)}
     client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3")
     client.execute(cwd=str(folder), env=changed)
@@ -33,12 +33,12 @@ def run(name, folder, settings, *values):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_what_running_it_leaves(path):
+def test_a_notebook_has_no_outputs_and_explains_its_code(path):
     notebook = json.loads(path.read_text())
     nbformat.validate(notebook)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
-    # Each piece of code has a paragraph before it that says what happens.
+    # Text precedes each code cell.
     kinds = [cell["cell_type"] for cell in notebook["cells"]]
     assert all(
         kinds[number - 1] == "markdown" for number, kind in enumerate(kinds) if kind == "code"
@@ -46,7 +46,7 @@ def test_a_notebook_is_kept_without_what_running_it_leaves(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_badge_opens_the_notebook_of_the_repository_that_is_installed(path):
+def test_the_badge_opens_the_repository_that_is_installed(path):
     text = path.read_text()
     (repository,) = re.findall(r'REPOSITORY = \\"https://github.com/([^\\"]+)', text)
     (opened,) = re.findall(r"https://colab.research.google.com/github/([^)]+)", text)
@@ -66,7 +66,7 @@ def test_embed_generate_rag(tmp_path):
     assert found["answer"] == "".join(found["pieces"])
     assert found["answer"] in printed
     assert all(len(taken) == 2 and min(taken) > 0 for taken in found["seconds"].values())
-    assert (tmp_path / "rag" / "mine").exists(), "the folder of the settings may hold more"
+    assert (tmp_path / "rag" / "mine").exists(), "other files in the folder must stay"
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_plan_a_pod(tmp_path):
     assert plan["num_chips"] == 4
     assert 0 < plan["hbm_bytes_per_chip"] < plan["hbm_limit_bytes_per_chip"]
     assert found["fitting"] == found["plans"]
-    assert "GiB a chip: fits" in printed
+    assert "GiB per chip: fits" in printed
     assert f"{plan['mfu_bound']:.1%}" in printed
 
 
@@ -97,7 +97,7 @@ def test_train(tmp_path, prepared_sample):
         "steps": 12,
         "seconds": 6,
     }
-    values = ("read_metrics()", "same_tokens", "logits_apart", "least_cosine")
+    values = ("read_metrics()", "same_tokens", "max_logit_difference", "min_cosine")
     printed, found = run("train", tmp_path, settings, *values)
     lines = found["read_metrics()"]
     for name in ("embedding_loss", "generative_loss"):
@@ -106,6 +106,6 @@ def test_train(tmp_path, prepared_sample):
         assert sum(losses[-3:]) < 0.99 * sum(losses[:3])
     assert any("held_out/wordnet_senses/recall_at_1" in line for line in lines)
     assert found["same_tokens"]
-    assert found["logits_apart"] < 1e-3
-    assert found["least_cosine"] > 0.9999
+    assert found["max_logit_difference"] < 1e-3
+    assert found["min_cosine"] > 0.9999
     assert "runs/train -> exported" in printed
