@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments.check import LeakError, check_folder
 from experiments.datasets import DATASETS
 from experiments.facts import Fact
-from experiments.files import SUFFIX, folder_aside, read_lines, write_datasets, write_evaluation
+from experiments.files import SUFFIX, read_lines, replacing_folder, write_datasets, write_evaluation
 from experiments.sources.debian import Debian, FetchError, Mirror
 from experiments.sources.descriptions import read_descriptions
 from experiments.sources.dictionaries import read_foldoc_entries, read_jargon_entries
@@ -62,7 +62,7 @@ def build(debian: Debian, folder: Path, say: Say) -> None:
     facts = read_facts(debian, say)
     say("splitting")
     split = split_facts(facts, DATASETS)
-    with folder_aside(folder) as aside:
+    with replacing_folder(folder) as aside:
         write_datasets(split, aside)
         write_evaluation(split, aside / "evaluation")
         say("checking that training data contains nothing held out")

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.facts import normalised
+from experiments.facts import normalize_words
 from experiments.files import SUFFIX, Line, read_lines
-from experiments.split import Texts, what_is_asked
+from experiments.split import Texts, query_text
 
 # Texts that share this many consecutive words share a sentence.
 RUN_LENGTH = 8
@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> dict[str, float]:
                     raise LeakError(f"{where} contains a held-out text: {found.strip()}")
                 runs.update(_runs(text))
     return {
-        name.removesuffix(SUFFIX): _share_with_runs(lines, runs)
+        name.removesuffix(SUFFIX): _fraction_with_runs(lines, runs)
         for name, lines in held_out.items()
         if "pos" in lines[0]
     }
@@ -57,7 +57,7 @@ def _read(folder: Path) -> dict[str, list[Line]]:
 def _told(line: Line) -> Iterator[str]:
     """Yields the texts of a held-out line; none for tasks, which their key covers."""
     if "query" in line:
-        yield what_is_asked(line["query"][1], line["keys"])
+        yield query_text(line["query"][1], line["keys"])
         yield from (text for _, text in line["pos"] + line["neg"])
     elif not _is_task(line):
         yield from line["text"]
@@ -79,10 +79,10 @@ def _texts(line: Line) -> list[str]:
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
-    words = normalised(text).split()
+    words = normalize_words(text).split()
     return zip(*(words[place:] for place in range(RUN_LENGTH)), strict=False)
 
 
-def _share_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:
+def _fraction_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:
     passages = [line["pos"][0][1] for line in lines]
     return sum(any(run in runs for run in _runs(text)) for text in passages) / len(passages)

@@ -61,7 +61,7 @@ class Dataset:
         return f"{self.name}_chat"
 
 
-def normalised(text: str) -> str:
+def normalize_words(text: str) -> str:
     """Returns the words of the text in lower case, with single spaces around them."""
     words = re.findall(r"[^\W_]+", text.casefold())
     return f" {' '.join(words)} "

@@ -9,7 +9,7 @@ import tempfile
 from typing import Any
 
 from experiments.datasets import DATASETS, FILLING, SMALLEST_CORPUS
-from experiments.facts import Dataset, Fact, normalised
+from experiments.facts import Dataset, Fact, normalize_words
 from experiments.split import Split
 from tools.sample.build import WORDNET_QUESTIONS, compress
 from tools.sample.text import pick, stable_number
@@ -20,7 +20,7 @@ Line = dict[str, Any]
 
 
 @contextlib.contextmanager
-def folder_aside(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields an empty folder that replaces `folder` if the block succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
@@ -112,8 +112,11 @@ def multiple_choice_items(facts: Sequence[Fact]) -> list[Line]:
         others = [other.passage for other in (*facts[number + 1 :], *facts[:number])]
         wrong: dict[str, str] = {}
         for text in (*fact.negatives, *others):
-            if normalised(text) != normalised(fact.passage) and len(wrong) < NUM_CHOICES - 1:
-                wrong.setdefault(normalised(text), text)
+            if (
+                normalize_words(text) != normalize_words(fact.passage)
+                and len(wrong) < NUM_CHOICES - 1
+            ):
+                wrong.setdefault(normalize_words(text), text)
         choices = _in_stable_order([fact.passage, *wrong.values()], fact.query)
         word, _, sentence = fact.query.partition(": ")
         question = pick(WORDNET_QUESTIONS, fact.query).format(word=word, sentence=sentence)

@@ -90,8 +90,8 @@ def measure_choices(likelihoods: Likelihoods, folder: Path) -> Measures:
     nats, _ = likelihoods(chats)
     lengths = np.array([len(answer) for _, answer in chats])
     return {
-        "wordnet_choices/accuracy": _share_right(items, nats),
-        "wordnet_choices/accuracy_per_character": _share_right(items, nats / lengths),
+        "wordnet_choices/accuracy": _accuracy(items, nats),
+        "wordnet_choices/accuracy_per_character": _accuracy(items, nats / lengths),
     }
 
 
@@ -165,7 +165,7 @@ def _above_negatives(
     return float(np.mean(right))
 
 
-def _share_right(items: Sequence[Line], scores: np.ndarray) -> float:
+def _accuracy(items: Sequence[Line], scores: np.ndarray) -> float:
     """Returns the fraction of items whose answer scores above all other choices."""
     right, start = 0, 0
     for item in items:

@@ -48,12 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model, [{"text": text} for text in documents], f"{folder}/{form}", caches=form
             )
             indexes[form] = DocumentIndex(f"{folder}/{form}", model)
-        print("\n".join(ways_table(model, questions, documents, indexes[EXACT])))
-        print("\n".join(["", *forms_table(model, questions, indexes)]))
+        print("\n".join(modes_table(model, questions, documents, indexes[EXACT])))
+        print("\n".join(["", *formats_table(model, questions, indexes)]))
     return 0
 
 
-def ways_table(
+def modes_table(
     model: GritLM,
     questions: Sequence[tuple[str, str]],
     documents: Sequence[str],
@@ -61,17 +61,17 @@ def ways_table(
 ) -> list[str]:
     """Returns the lines of a Markdown table of all cache modes."""
     lines = ["| mode | match | right document | seconds per answer |", "|---|---|---|---|"]
-    match = answered_alone(model, questions)
+    match = match_without_documents(model, questions)
     lines.append(f"| without documents | {match:.3f} | | |")
     for way in CACHE_MODES:
         answerer = RagPipeline(model, index, way, answer_prefix="")
         match, found = measure(answerer, questions, documents)
-        seconds = time_of_an_answer(answerer, [question for question, _ in questions])
+        seconds = median_answer_seconds(answerer, [question for question, _ in questions])
         lines.append(f"| {way} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
     return lines
 
 
-def forms_table(
+def formats_table(
     model: GritLM, questions: Sequence[tuple[str, str]], indexes: Mapping[str, DocumentIndex]
 ) -> list[str]:
     """Returns the lines of a Markdown table of all storage formats, in mode document-cache."""
@@ -102,7 +102,7 @@ def read_questions(data: Path, most: int) -> tuple[list[tuple[str, str]], list[s
     return [(user, answer) for user, answer in chats if answer in known][:most], documents
 
 
-def answered_alone(model: GritLM, questions: Sequence[tuple[str, str]]) -> float:
+def match_without_documents(model: GritLM, questions: Sequence[tuple[str, str]]) -> float:
     """Returns the fraction of matching answers without documents."""
     prompts = [chat_prompt(question, is_first=True) for question, _ in questions]
     answers = model.generate(prompts, NEW_TOKENS)
@@ -121,7 +121,7 @@ def measure(
     return match, found
 
 
-def time_of_an_answer(answerer: RagPipeline, questions: Sequence[str]) -> float:
+def median_answer_seconds(answerer: RagPipeline, questions: Sequence[str]) -> float:
     """Returns the median seconds of questions asked one by one."""
     answerer.ask(questions[0], NEW_TOKENS)
     seconds = []

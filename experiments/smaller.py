@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 import shutil
 
-from experiments.files import SUFFIX, Line, folder_aside, read_lines, write_lines
+from experiments.files import SUFFIX, Line, read_lines, replacing_folder, write_lines
 
 # All documents of a corpus are kept, because their number makes retrieval hard.
 WHOLE = f"documents{SUFFIX}"
@@ -18,7 +18,7 @@ def write_smaller(data: Path, destination: Path, most: int) -> None:
       destination: folder to write, with the same files.
       most: maximum lines per file, evenly spaced.
     """
-    with folder_aside(destination) as aside:
+    with replacing_folder(destination) as aside:
         for part in ("evaluation", "held_out"):
             for path in sorted((data / part).rglob(f"*{SUFFIX}")):
                 copy = aside / path.relative_to(data)

@@ -4,12 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 
-from experiments.facts import Dataset, Fact, normalised
+from experiments.facts import Dataset, Fact, normalize_words
 from tools.sample.text import stable_number
 
 Facts = dict[str, list[Fact]]
 # Shorter texts occur everywhere and carry no information.
-LEAST_WORDS = 3
+MIN_WORDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +48,16 @@ class Texts:
     def __init__(self, texts: Iterable[str]):
         self._by_start: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for text in texts:
-            form = normalised(text)
+            form = normalize_words(text)
             words = tuple(form.split())
-            if len(words) >= LEAST_WORDS:
-                self._by_start[words[:LEAST_WORDS]].add(form)
+            if len(words) >= MIN_WORDS:
+                self._by_start[words[:MIN_WORDS]].add(form)
 
     def found_in(self, text: str) -> str | None:
         """Returns one of the texts that `text` contains, or None."""
-        form = normalised(text)
+        form = normalize_words(text)
         words = form.split()
-        starts = zip(*(words[place:] for place in range(LEAST_WORDS)), strict=False)
+        starts = zip(*(words[place:] for place in range(MIN_WORDS)), strict=False)
         for start in starts:
             for wanted in self._by_start.get(start, ()):
                 if wanted in form:
@@ -73,10 +73,10 @@ def told(fact: Fact) -> Iterator[str]:
     """
     if fact.passage:
         yield from (fact.passage, fact.unmasked, *fact.negatives, fact.user, fact.assistant)
-        yield what_is_asked(fact.query, fact.keys)
+        yield query_text(fact.query, fact.keys)
 
 
-def what_is_asked(query: str, keys: Sequence[str]) -> str:
+def query_text(query: str, keys: Sequence[str]) -> str:
     """Returns the query, or only the sentence if the query is a term in a sentence.
 
     Other texts may mention the term; its key ensures that no training fact asks about it.
@@ -124,7 +124,7 @@ def _choose_held_out(facts: Sequence[Fact], dataset: Dataset) -> list[Fact]:
     chosen: list[Fact] = []
     seen: set[str] = set()
     for fact in _shuffled(facts):
-        texts = {normalised(text) for text in (fact.query, fact.passage, fact.user) if text}
+        texts = {normalize_words(text) for text in (fact.query, fact.passage, fact.user) if text}
         if len(chosen) < most and not seen & texts:
             seen |= texts
             chosen.append(fact)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 import re
 
-from experiments.facts import Fact, normalised
+from experiments.facts import Fact, normalize_words
 from tools.sample.jargon import mask, shorten
 from tools.sample.text import clean, count_words, is_welcome, pick, stable_number
 
@@ -45,7 +45,7 @@ def read_descriptions(translation: Path, packages: Path) -> list[Fact]:
         fact = _fact(name, source, stanza)
         if fact is not None:
             # Ignore differences in version numbers.
-            distinct.setdefault(_without_digits(normalised(fact.passage)), fact)
+            distinct.setdefault(_without_digits(normalize_words(fact.passage)), fact)
     return list(distinct.values())
 
 
@@ -89,7 +89,7 @@ def _fact(name: str, source: str, stanza: str) -> Fact | None:
         keys=(
             # Versions of a package, such as gcc-11 and gcc-12, share a key.
             f"package {_without_digits(source)}",
-            f"short {_without_digits(normalised(short))}",
+            f"short {_without_digits(normalize_words(short))}",
         ),
         user=task.format(name=name, text=long),
         assistant=long if asks_for_name else short,

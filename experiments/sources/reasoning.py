@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-from experiments.facts import Fact, normalised
+from experiments.facts import Fact, normalize_words
 
 # Short questions and answers that a small model can partly learn.
 GENERATORS: Mapping[str, Mapping[str, Any]] = {
@@ -18,14 +18,14 @@ GENERATORS: Mapping[str, Mapping[str, Any]] = {
     "spell_backward": {"max_word_len": 5},
 }
 SEED = 17
-ITEMS_OF_A_GENERATOR = 5000
+ITEMS_PER_GENERATOR = 5000
 
 
 class MissingPackageError(ImportError):
     """reasoning-gym is not installed; the message says how to install it."""
 
 
-def make_reasoning_items(items_of_a_generator: int = ITEMS_OF_A_GENERATOR) -> list[Fact]:
+def make_reasoning_items(items_per_generator: int = ITEMS_PER_GENERATOR) -> list[Fact]:
     """Returns tasks from all generators, without duplicate questions.
 
     Raises:
@@ -40,7 +40,7 @@ def make_reasoning_items(items_of_a_generator: int = ITEMS_OF_A_GENERATOR) -> li
         ) from error
     facts: dict[str, Fact] = {}
     for name, options in GENERATORS.items():
-        made = reasoning_gym.create_dataset(name, seed=SEED, size=items_of_a_generator, **options)
+        made = reasoning_gym.create_dataset(name, seed=SEED, size=items_per_generator, **options)
         for item in made:
             fact = _fact(name, item)
             facts.setdefault(fact.user, fact)
@@ -68,4 +68,4 @@ def _content(name: str, metadata: Mapping[str, Any], question: str) -> str:
     if name == "simple_equations":
         # The variable's name does not matter.
         return re.sub("[a-z]", "x", metadata["equation"])
-    return normalised(question)
+    return normalize_words(question)
