@@ -1,8 +1,8 @@
-"""How full rows are and how fast batches are read: python benchmarks/data.py [--prepared FOLDER]
+"""Measures row utilization and data throughput: python benchmarks/data.py [--prepared FOLDER]
 
-Makes a corpus of random tokens with the original's limits (256, 2048 and 2048 tokens) and
-long-tailed lengths, and measures on it and on the prepared sample (`make demo` prepares it): the
-share of places in the rows that hold a token, and real tokens read and packed a second.
+Creates a corpus of random tokens with the original's limits (256, 2,048 and 2,048 tokens) and
+long-tailed lengths. On this corpus and on the prepared sample (from `make demo`), measures the
+share of row positions that hold a token, and real tokens loaded and packed per second.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from grit_jax.prepare.writing import write_dataset, write_part
 from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
 
 STREAMS = {"query": "queries", "passage": "passages", "chat": "chats"}
-# Median and spread (of the logarithm) of tokens in queries and in passages, and rates.
+# Median and log standard deviation of the tokens of queries and passages, and rates.
 PAIRS = {"pairs_short": (18, 0.5, 90, 0.6, 0.5), "pairs_long": (45, 0.8, 260, 0.9, 0.5)}
 CHATS = {"chats_short": (250, 0.9, 0.6), "chats_long": (900, 0.8, 0.4)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Batches to measure, of a corpus."""
+    """Batches of a corpus to measure."""
 
     title: str
     folder: Path
@@ -57,7 +57,7 @@ class Case:
 
 
 def main() -> None:
-    """Makes the corpus, and prints a table of packing and a table of throughput."""
+    """Creates the corpus, and prints a table of packing and a table of throughput."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prepared", type=Path, default="data/sample", help="the prepared sample")
     parser.add_argument(
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def make_cases(sample: Path, corpus: Path) -> Iterator[Case]:
-    """Yields the sample as gritlm_tiny.py trains on it, and the corpus as gritlm_7b.py would."""
+    """Yields the sample as trained by gritlm_tiny.py, and the corpus as trained by gritlm_7b.py."""
     tiny = {"longest": dict.fromkeys(STREAMS, 512), "length_multiple": 8}
     large = {"longest": {"query": 512, "passage": 2560, "chat": 2560}, "length_multiple": 128}
     pairs = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
@@ -110,17 +110,19 @@ def make_corpus(folder: Path, count: int) -> None:
 
 
 def write(folder: Path, examples: list, kind: str) -> None:
-    """Writes examples as `grit-jax prepare` does."""
+    """Writes examples in the format of `grit-jax prepare`."""
     tokenizer = {"name": "none", "sha256": "", "vocab_size": 32_000}
     write_dataset(folder, kind, [write_part(folder, 0, examples)], options={}, tokenizer=tokenizer)
 
 
 def packing_table(cases: list[Case], steps: int) -> Table:
-    """Returns for each stream how full its rows are, beside one text a row as long as the longest.
+    """Returns the row utilization of each stream, with and without packing.
+
+    Without packing, each text has its own row, padded to the longest text.
 
     Args:
       cases: what to measure.
-      steps: number of steps of the first cases; a tenth of it where batches are large.
+      steps: number of steps of the first cases; cases with large batches use a tenth.
     """
     table = Table(title="places that hold a token")
     for column in ("", "stream", "packed", "padded to the longest", "rows x length (steps)"):
@@ -151,7 +153,7 @@ def padded_places(lengths: np.ndarray) -> int:
 
 
 def shapes_used(plans: list[Plan], name: str) -> str:
-    """Returns the rows that plans have in a stream, each with the number of steps."""
+    """Returns the row shapes of a stream in the plans, with the number of steps of each."""
     used: dict[tuple[int, int], int] = {}
     for plan in plans:
         rows = (plan.shape[name].count, plan.shape[name].length)
@@ -160,7 +162,7 @@ def shapes_used(plans: list[Plan], name: str) -> str:
 
 
 def throughput_table(cases: list[Case]) -> Table:
-    """Returns the time that it takes to plan a batch, and real tokens read a second."""
+    """Returns the time to plan a batch, and real tokens loaded per second."""
     table = Table(title="batches read ahead")
     for column in ("", "threads", "milliseconds to plan", "tokens a second"):
         table.add_column(column, justify="right" if column else "left")

@@ -1,16 +1,16 @@
-"""How fast texts are embedded and prompts continued: python benchmarks/inference.py
+"""Measures the speed of embedding and generation: python benchmarks/inference.py
 
-The same random weights, texts and prompts go through grit-jax (`GritLM`), and through torch with
-`transformers` (sdpa) as the original has it: texts in batches of 256, in their order, padded to the
-longest of the batch. The sides take turns, each turn in a new process; the first time of each case
-is not counted. What they return must agree in float32, or there is no table.
+Runs the same random weights, texts and prompts with grit-jax (`GritLM`), and with torch and
+`transformers` (sdpa) as the original does: batches of 256 texts in order, padded to their longest
+text. The sides alternate, each turn in a new process; the first run of each case is not
+counted. Results must agree in float32, otherwise no table is printed.
 
     encode full       texts that fill their rows
-    encode sample     as long as passages of the embedded sample (sample_lengths.npz)
+    encode sample     lengths of passages in the embedded sample (sample_lengths.npz)
     decode 1, 8       greedy, 64 tokens after prompts of 32
 
-    --dtype bfloat16  of parameters and computation, on both sides
-    --preset tiny     a model that shows only that the sides agree
+    --dtype bfloat16  dtype of parameters and computation, on both sides
+    --preset tiny     a tiny model that only checks that the sides agree
 """
 
 import argparse
@@ -30,12 +30,12 @@ from step_work import LENGTHS_FILE, SETTINGS
 
 CASES = ("encode full", "encode sample", "decode 1", "decode 8")
 BATCH_SIZE, PROMPT, NEW = 256, 32, 64
-# Between the sides, in float32.
+# Tolerance between the sides in float32.
 TOLERANCE = 1e-4
 
 
 def main() -> None:
-    """Does what the options ask for."""
+    """Runs what the options select."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=("124m", "tiny"), default="124m")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -68,9 +68,9 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def speed_table(options: argparse.Namespace, seconds: dict[tuple[str, str], list[float]]) -> Table:
-    """Returns for each case and side the tokens a second, and the ratio to torch's."""
+    """Returns tokens per second for each case and side, and the ratio to torch."""
     table = Table(title=f"{options.preset}, {options.dtype}")
-    for column in ("case", "side", "s, median", "from", "to", "tokens/s", "times as fast"):
+    for column in ("case", "side", "s, median", "min", "max", "tokens/s", "speedup"):
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     for case in options.cases:
         for side in options.sides:
@@ -89,7 +89,7 @@ def speed_table(options: argparse.Namespace, seconds: dict[tuple[str, str], list
 
 
 def compare(returned: dict[tuple[str, str], Any], cases: list[str]) -> None:
-    """Checks that both sides return the same.
+    """Checks that both sides return the same results.
 
     Raises:
       SystemExit: embeddings differ by more than rounding, or tokens differ.
@@ -102,7 +102,7 @@ def compare(returned: dict[tuple[str, str], Any], cases: list[str]) -> None:
 
 
 def work(case: str, preset: str) -> list[np.ndarray]:
-    """Returns the texts or prompts of a case, as token ids."""
+    """Returns the token ids of a case's texts or prompts."""
     random = np.random.default_rng(0)
     kind, size = case.split()
     if kind == "decode":
@@ -117,7 +117,7 @@ def work(case: str, preset: str) -> list[np.ndarray]:
 
 
 def num_tokens(case: str, preset: str) -> int:
-    """Returns the tokens that are embedded or generated, without padding."""
+    """Returns the number of embedded or generated tokens, without padding."""
     texts = work(case, preset)
     return NEW * len(texts) if case.startswith("decode") else sum(map(len, texts))
 
@@ -135,7 +135,7 @@ def save_model(preset: str, folder: str) -> None:
 def take_turn(
     side: str, preset: str, dtype: str, cases: list[str], rounds: int, folder: str
 ) -> dict[str, tuple[list[float], Any]]:
-    """Returns the seconds that a side needs each time, and what it returns, by case."""
+    """Returns the seconds per run and the results of a side, by case."""
     encode, decode = SIDES[side](Path(folder), dtype)
     turn = {}
     for case in cases:
@@ -149,7 +149,7 @@ def take_turn(
 
 
 def jax_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
-    """Returns the project's functions that embed and generate."""
+    """Returns the embedding and generation functions of grit-jax."""
     from grit_jax import GritLM
 
     model = GritLM.from_pretrained(folder, dtype=dtype)
@@ -165,7 +165,7 @@ def jax_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
 
 
 def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
-    """Returns the functions that embed and generate with torch."""
+    """Returns the embedding and generation functions of torch."""
     import torch
     from torch.nn import functional
     from transformers import AutoModelForCausalLM
@@ -174,7 +174,7 @@ def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
 
     @torch.inference_mode()
     def encode(texts: list[np.ndarray]) -> Any:
-        # The mask goes by the configuration, attention without a mask by the keyword.
+        # With a mask, the config decides; without one, the keyword.
         model.config.is_causal = False
         found = []
         for start in range(0, len(texts), BATCH_SIZE):
@@ -200,7 +200,7 @@ def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
     return encode, decode
 
 
-# A process imports what its own side needs.
+# Each process imports only what its side needs.
 SIDES = {"torch": torch_side, "grit-jax": jax_side}
 
 if __name__ == "__main__":

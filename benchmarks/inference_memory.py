@@ -1,11 +1,11 @@
-"""What a chip's memory holds when a 7B model embeds and generates.
+"""Prints the memory of a 7B model that embeds and generates on one chip.
 
 python benchmarks/inference_memory.py --linear-dtype int8
-Compiles the programs of `GritLM` for one chip with the TPU's own compiler, which needs no TPU, and
-prints what the compiler says. Takes some minutes and the package libtpu.
+Compiles the programs of `GritLM` for one chip with the TPU compiler, which needs no TPU, and prints
+its memory analysis. Takes some minutes and needs the package libtpu.
 
-    --linear-dtype int8     as `GritLM.from_pretrained` takes it
-    --rows, --slots         prompts at once, and tokens of prompt and answer
+    --linear-dtype int8     as in `GritLM.from_pretrained`
+    --rows, --slots         prompts per batch, and tokens of prompt and answer
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROW_LENGTH = 512
 
 
 def main() -> None:
-    """Compiles, and prints a table."""
+    """Compiles the programs, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:2x2", help="of which one chip is taken")
     parser.add_argument("--linear-dtype", choices=("int8",), default=None)
@@ -50,7 +50,7 @@ def main() -> None:
     table = Table(
         title=f"7B on one chip of {options.topology}, {options.linear_dtype or 'bfloat16'}"
     )
-    for column in ("program", "weights and caches, GB", "temporary, GB", "in all, GB"):
+    for column in ("program", "weights and caches, GB", "temporary, GB", "total, GB"):
         table.add_column(column, justify="left" if column == "program" else "right")
     with jax.set_mesh(mesh):
         for name, compiled in compile_programs(model, mesh, options.rows, options.slots):
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def compile_programs(model: Any, mesh: Any, rows: int, slots: int) -> Any:
-    """Yields the name of each program, and the program compiled."""
+    """Yields the name of each program and the compiled program."""
     whole = NamedSharding(mesh, PartitionSpec())
 
     def of(shape: tuple[int, ...], dtype: Any) -> Any:

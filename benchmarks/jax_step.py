@@ -1,4 +1,4 @@
-"""The project's side of `train_step.py`: its joint step on packed rows, and what it is made of."""
+"""The grit-jax side of `train_step.py`: its joint step on packed rows, and a breakdown of it."""
 
 from collections.abc import Callable
 import time
@@ -18,14 +18,14 @@ from grit_jax.training.joint_loss import LossConfig, joint_loss
 from grit_jax.training.optimizer import make_optimizer
 from grit_jax.training.train_step import Trainer
 
-# The least memory that holds a 7B model in bfloat16 (parameters, gradient, first moment: 2 bytes a
-# parameter, second moment: 4; 72 GB) and what a step needs besides.
+# Minimum memory for a 7B model in bfloat16 (parameters, gradient and first moment: 2 bytes per
+# parameter, second moment: 4; 72 GB) and the activations of a step.
 ROOM_FOR_FLOAT32_MOMENT = 110e9
 MATMUL_SIZE = 3072
 
 
 class JaxSide:
-    """Makes steps with the project, by cuDNN's attention on a GPU."""
+    """Runs steps with grit-jax, with cuDNN attention on a GPU."""
 
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         device = jax.devices()[0]
@@ -44,7 +44,7 @@ class JaxSide:
         self._packed = {case: pack_steps(steps) for case, steps in cases.items()}
 
     def step(self, case: str, number: int) -> dict[str, float]:
-        """Makes a step on the texts of that number; returns its seconds and losses."""
+        """Runs a step on the given texts; returns its seconds and losses."""
         batch = self._place(case, number)
         with jax.set_mesh(self.trainer.mesh):
             start = time.perf_counter()
@@ -54,20 +54,20 @@ class JaxSide:
         return {"seconds": seconds, **losses}
 
     def peak_memory(self) -> float | None:
-        """Returns the most bytes that the device has held, None where it does not say."""
+        """Returns the device's peak memory in bytes, or None if unknown."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def useful_flops(self, case: str, number: int) -> float:
-        """Returns the operations that a step needs (see `grit_jax.training.flops`)."""
+        """Returns the useful operations of a step (see `grit_jax.training.flops`)."""
         batch = self._packed[case][number]
         return useful_flops(self.trainer.model_config, batch, is_causal=False)
 
     def peak_flops(self) -> float | None:
-        """Returns the operations a second that the maker states, None if that is not known."""
+        """Returns the device's nominal FLOP/s, or None if unknown."""
         return peak_flops(jax.devices()[:1])
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Returns the parameters as Hugging Face's tensors by name."""
+        """Returns the parameters as Hugging Face tensors, by name."""
         from grit_jax.conversion.layout import parameters
 
         ours = nnx.to_pure_dict(self.state.parameters)
@@ -81,7 +81,7 @@ class JaxSide:
         return tensors
 
     def profile(self, case: str) -> dict[str, float]:
-        """Returns what a step needs and takes: operations, bytes, and seconds of its parts."""
+        """Returns operations, bytes and seconds of a step and its parts."""
         batch = self._place(case, 0)
         trainer = self.trainer
 
@@ -119,7 +119,7 @@ class JaxSide:
 
 
 def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransformation:
-    """Returns AdamW as training has it, or all in bfloat16 where its second moment has no room."""
+    """Returns AdamW as in training, or all in bfloat16 if a float32 second moment does not fit."""
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if setting.sizes["hidden_size"] >= 4096 and limit and limit < ROOM_FOR_FLOAT32_MOMENT:
         adamw = optax.adamw(setting.learning_rate, weight_decay=0.0)
@@ -137,7 +137,7 @@ def _optimizer(setting: Setting, device: jax.Device) -> optax.GradientTransforma
 
 
 def matmul_rate() -> float:
-    """Returns the operations a second of a large float32 product, the best of five."""
+    """Returns the FLOP/s of a large float32 product, the best of five."""
     matrix = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
     square = jax.jit(lambda matrix: matrix @ matrix)
     seconds = [_seconds(square, matrix) for _ in range(6)]
@@ -155,9 +155,9 @@ def _seconds(function: Callable, *arguments: Any) -> float:
 
 
 def product_flops(program: Any) -> float:
-    """Returns the operations of all products in a jaxpr, loops counted as often as they run.
+    """Returns the operations of all products in a jaxpr, with loops counted per iteration.
 
-    Of the branches of a condition the largest counts.
+    Conditionals count their largest branch.
     """
     total = 0.0
     for equation in program.eqns:

@@ -1,7 +1,7 @@
-"""How much memory a step takes, undivided and by GradCache: python benchmarks/memory.py [--small]
+"""Prints the memory of a step with and without GradCache: python benchmarks/memory.py [--small]
 
-Compiles the joint step of a 124.7 M Mistral for one CPU device and prints what the compiler says,
-without running it. Texts of 64 tokens, four to a row; chunks of 256 queries.
+Compiles the joint step of a 124.7 M Mistral for one CPU device and prints the compiler's memory
+analysis, without running it. Texts of 64 tokens, four per row; chunks of 256 queries.
 """
 
 import argparse
@@ -27,14 +27,14 @@ ROW_LENGTH, TEXTS_A_ROW, QUERIES_A_CHUNK = 256, 4, 256
 
 
 def main() -> None:
-    """Compiles the steps and prints one table."""
+    """Compiles the steps and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="batches up to 1024 only")
     batch_sizes = [256, 512, 1024, 2048, 4096, 8192]
     if parser.parse_args().small:
         batch_sizes = batch_sizes[:3]
     table = Table(title="temporary memory of a step (GB), beside 1.5 GB of parameters and moments")
-    for column in ("queries", "undivided", "chunks", "by GradCache"):
+    for column in ("queries", "one batch", "chunks", "with GradCache"):
         table.add_column(column, justify="right")
     for batch_size in batch_sizes:
         chunks = batch_size // QUERIES_A_CHUNK
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def temporary_bytes(batch_size: int, chunks: int) -> int:
-    """Returns the bytes that the compiled step takes beside its arguments and results."""
+    """Returns the compiled step's memory in bytes beyond arguments and results."""
     config = default_config()
     config.model.sizes = SIZES
     config.model.dtype = "float32"
@@ -56,7 +56,7 @@ def temporary_bytes(batch_size: int, chunks: int) -> int:
 
 
 def make_batch(batch_size: int) -> Batch:
-    """Returns the shapes of a batch with two passages a query and a chat for eight queries."""
+    """Returns the shapes of a batch with two passages per query and a chat per eight queries."""
 
     def texts(count: int) -> PackedTexts:
         shape = (count // TEXTS_A_ROW, ROW_LENGTH)

@@ -1,15 +1,13 @@
-"""How fast text becomes token ids: python benchmarks/prepare.py [--megabytes N] [--runs N]
+"""Measures tokenization speed: python benchmarks/prepare.py [--megabytes N] [--runs N]
 
 Compares `grit-jax prepare` with `datasets.map` and Hugging Face's fast tokenizer, on the same file
-and the same number of processes, a run of each in turn. Needs two packages more than preparing
-does, in an environment of any kind:
+with as many processes, in alternating runs. Needs two extra packages, in any environment:
 
     pip install datasets transformers        (--datasets-python names its Python)
 
-Both sides read one file of lines, put the templates around the texts, cut them to 256 and 2048
-tokens and write what training reads. Timed is the whole of it, from the start of the command to its
-end, without what stands before in both: the import of TensorFlow, and that of datasets. The file is
-made of the embedded sample: `short` has its own texts, `long` passages of nine texts each.
+Both sides read a JSONL file, apply the templates, truncate to 256 and 2,048 tokens, and write
+training data. The time covers the whole command except the import of TensorFlow or datasets. The
+file repeats the embedded sample: `short` has its texts, `long` passages of nine texts each.
 """
 
 import argparse
@@ -36,7 +34,7 @@ TEXTS = ("wordnet_senses", "jargon_entries")
 
 
 def main() -> None:
-    """Makes the files, runs both sides in turn, and prints one table."""
+    """Creates the files, runs both sides alternately, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=100, help="size of each file (100)")
     parser.add_argument("--runs", type=int, default=5, help="of each side (5)")
@@ -49,7 +47,7 @@ def main() -> None:
         print(json.dumps(SIDES[options.side](options.file, options.processes)))
         return
     table = Table(title=f"{options.megabytes} MB, {options.processes} processes")
-    for column in ("texts", "side", "seconds", "CPU seconds", "MB/s", "times as fast"):
+    for column in ("texts", "side", "seconds", "CPU seconds", "MB/s", "speedup"):
         table.add_column(column, justify="left" if column in ("texts", "side") else "right")
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("short", "long"):
@@ -59,7 +57,7 @@ def main() -> None:
 
 
 def make_file(path: Path, kind: str, size: int) -> Path:
-    """Writes lines of the sample, in any order, until the file has the size."""
+    """Writes random lines of the sample until the file has the given size."""
     order = random.Random(0)
     files = [SAMPLE_FOLDER / "train" / f"{name}.jsonl.gz" for name in TEXTS]
     lines = [
@@ -83,7 +81,7 @@ def make_file(path: Path, kind: str, size: int) -> Path:
 
 
 def add_rows(table: Table, kind: str, file: Path, options: argparse.Namespace) -> None:
-    """Runs each side in turn and adds its row, with the median of its times."""
+    """Runs both sides alternately, and adds rows with their median times."""
     measured = {side: [] for side in SIDES}
     for _ in range(options.runs):
         for side, times in measured.items():
@@ -114,7 +112,7 @@ def add_rows(table: Table, kind: str, file: Path, options: argparse.Namespace) -
 
 def ours(file: Path, processes: int) -> dict[str, float]:
     """Prepares the file in a temporary folder."""
-    import seqio  # noqa: F401  Before the clock starts.
+    import seqio  # noqa: F401  Not timed.
 
     from grit_jax.prepare.prepare import prepare_mixtures
 
@@ -127,7 +125,7 @@ def ours(file: Path, processes: int) -> dict[str, float]:
 
 
 def datasets_map(file: Path, processes: int) -> dict[str, float]:
-    """Tokenises the file with datasets.map, in batches, and its cache in a temporary folder."""
+    """Tokenizes the file with batched datasets.map, with its cache in a temporary folder."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -167,7 +165,7 @@ def datasets_map(file: Path, processes: int) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds, and processor seconds of this process and those that it has started."""
+    """Wall-clock seconds, and CPU seconds of this process and its children."""
 
     def __enter__(self) -> "Clock":
         self._cpu, self._start = cpu_seconds(), time.perf_counter()
@@ -179,7 +177,7 @@ class Clock:
 
 
 def cpu_seconds() -> float:
-    """Returns the processor seconds of this process and of its children that have ended."""
+    """Returns the CPU seconds of this process and its finished children."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,9 +1,9 @@
-"""How long an answer from an index takes, by its six ways: python benchmarks/rag.py [--small]
+"""Measures the time of answers in every cache mode: python benchmarks/rag.py [--small]
 
-A Mistral of 124.7 M random parameters in float32 on this machine's CPU answers with 16 tokens. One
-of question and document has the number of tokens in the first column, the other 16. From the
-question's text to the answer's, the search included; what an index stores beforehand is not. Then,
-what stored caches take, and which answers they change.
+A Mistral with 124.7 M random float32 parameters answers with 16 tokens on this machine's CPU.
+Question or document has the number of tokens in the first column, the other one 16. The time is
+from question to answer, with search; building the index is not included. Then prints the size of
+stored caches, and how many answers they change.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
 
 
 def main() -> None:
-    """Measures and prints the tables."""
+    """Runs the benchmark and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="texts up to 500 tokens only")
     sizes = SIZES[:2] if parser.parse_args().small else SIZES
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 class Words:
-    """Makes texts of so many tokens, each another one."""
+    """Generates different texts with a given number of tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -72,14 +72,14 @@ class Words:
         self._words = [word for word in WORDS if len(tokenizer.encode(word)) == 1]
 
     def text(self, num_tokens: int) -> str:
-        """Returns words of a token each."""
+        """Returns a text of one-token words."""
         return " ".join(self._random.choice(self._words, num_tokens))
 
 
 def measure(
     model: GritLM, words: Words, document_tokens: int, question_tokens: int
 ) -> dict[str, float]:
-    """Returns the median seconds of each way, which take turns."""
+    """Returns the median seconds of each mode; modes alternate."""
     with tempfile.TemporaryDirectory() as folder:
         documents = [{"text": words.text(document_tokens)} for _ in range(NUM_DOCUMENTS)]
         build_index(model, documents, f"{folder}/index", caches="float32")
@@ -88,24 +88,24 @@ def measure(
         seconds: dict[str, list[float]] = {way: [] for way in CACHE_MODES}
         for turn, (way, answerer) in itertools.product(range(TIMES + 1), answerers.items()):
             taken = timed(answerer, words.text(question_tokens))
-            if turn:  # The first compiles.
+            if turn:  # The first turn compiles.
                 seconds[way].append(taken)
     return {way: statistics.median(taken) for way, taken in seconds.items()}
 
 
 def timed(answerer: RagPipeline, question: str) -> float:
-    """Returns the seconds that an answer takes."""
+    """Returns the seconds of an answer."""
     started = time.perf_counter()
     answerer.ask(question, NEW_TOKENS)
     return time.perf_counter() - started
 
 
 def stored_forms(model: GritLM, words: Words, document_tokens: int) -> Table:
-    """Returns a table of what caches take on disk, and of which answers they change."""
+    """Returns a table of the disk size of caches, and of the answers that they change."""
     documents = [{"text": words.text(document_tokens)} for _ in range(NUM_DOCUMENTS)]
     questions = [words.text(SHORT) for _ in range(8)]
     table = Table(title="stored caches")
-    for column in ("form", "bytes a token", "of a 7B", "answers as in float32"):
+    for column in ("stored as", "bytes per token", "7B", "same answers"):
         table.add_column(column, justify="left" if column == "form" else "right")
     expected: list[str] = []
     for form in FORMATS:
@@ -126,7 +126,7 @@ SEVEN_B = ModelConfig()
 
 
 def token_bytes(config: ModelConfig, form: str) -> int:
-    """Returns the bytes that a token's keys and values take on disk, steps of int8 included."""
+    """Returns the bytes of a token's stored keys and values, int8 scales included."""
     of_head = {"float32": 4 * config.head_dim, "bfloat16": 2 * config.head_dim}
     of_head["int8"] = config.head_dim + 2
     return 2 * config.num_hidden_layers * config.num_key_value_heads * of_head[form]

@@ -1,4 +1,4 @@
-"""The two sides of `train_step.py`, each in processes of its own, and what they need for steps."""
+"""Runs the two sides of `train_step.py` in separate processes, and measures their steps."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -11,30 +11,30 @@ import numpy as np
 from step_work import SETTINGS, full_steps, num_tokens, sample_steps
 
 CASES = {"full": full_steps, "sample": sample_steps}
-# 7B needs more of a GPU's memory than JAX takes by itself.
+# 7B needs more GPU memory than JAX preallocates by default.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def jax_side() -> type:
-    """Returns the project's side."""
+    """Returns the grit-jax side."""
     from jax_step import JaxSide
 
     return JaxSide
 
 
 def torch_side() -> type:
-    """Returns torch's side."""
+    """Returns the torch side."""
     from torch_step import TorchSide
 
     return TorchSide
 
 
-# A process imports what its own side needs.
+# Each process imports only what its side needs.
 SIDES = {"torch": torch_side, "grit-jax": jax_side}
 
 
 class Remote:
-    """A side in a process of its own, which ends with `close`."""
+    """A side in its own process, which `close` ends."""
 
     def __init__(self, side: str, preset: str, cases: Sequence[str]):
         self.side = side
@@ -46,12 +46,12 @@ class Remote:
         far_end.close()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Returns what a method of the side returns."""
+        """Returns the result of a method of the side."""
         self._connection.send((method, arguments))
         try:
             return self._connection.recv()
         except EOFError:
-            self._process.join()  # It is still writing the error.
+            self._process.join()  # Wait for the error message.
             raise SystemExit("the other process has ended; its error stands above") from None
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Remote:
 
 
 def serve(connection: Any, side: str, preset: str, cases: Sequence[str]) -> None:
-    """Makes a side, and answers what it is asked until there is no more."""
+    """Creates a side, and answers requests until the connection closes."""
     setting = SETTINGS[preset]
     made = SIDES[side]()(setting, {case: CASES[case](setting) for case in cases})
     while (request := connection.recv()) is not None:
@@ -71,13 +71,13 @@ def serve(connection: Any, side: str, preset: str, cases: Sequence[str]) -> None
 
 @dataclasses.dataclass
 class Measured:
-    """What one side needed for the steps of one case.
+    """Measurements of one side in one case.
 
     Attributes:
-      seconds: of each step.
-      tokens: of real text, of each step.
-      useful_flops: of each step, and of the device in a second where that is known.
-      peak_memory: bytes on the device, where it says.
+      seconds: seconds of each step.
+      tokens: real tokens of each step.
+      useful_flops: useful operations of each step, and the device's FLOP/s if known.
+      peak_memory: peak bytes on the device, if known.
     """
 
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -87,7 +87,7 @@ class Measured:
     peak_memory: float | None = None
 
     def add(self, remote: Remote, case: str, number: int, tokens: int) -> None:
-        """Has a step made, and adds what it needed."""
+        """Runs a step and adds its measurements."""
         step = remote.ask("step", case, number)
         self.seconds.append(step["seconds"])
         self.tokens.append(tokens)
@@ -98,25 +98,25 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Tokens of real text a second: the median over steps."""
+        """Real tokens per second, the median over steps."""
         return statistics.median(np.array(self.tokens) / np.array(self.seconds))
 
     @property
     def useful_rate(self) -> float:
-        """Useful operations a second: the median over steps."""
+        """Useful FLOP/s, the median over steps."""
         return statistics.median(np.array(self.useful_flops) / np.array(self.seconds))
 
 
 def measure(
     preset: str, cases: Sequence[str], sides: Sequence[str], rounds: int, repeats: int
 ) -> dict[tuple[str, str], Measured]:
-    """Returns what was measured by case and side.
+    """Returns the measurements by case and side.
 
     Args:
-      preset: names the model.
-      cases: what to measure.
-      sides: take turns.
-      rounds: steps of a case that a side makes one after the other.
+      preset: name of the model.
+      cases: cases to measure.
+      sides: sides, which alternate.
+      rounds: consecutive steps of a case per turn.
       repeats: turns of each side, each in a new process.
     """
     measured: dict[tuple[str, str], Measured] = {}
@@ -125,20 +125,20 @@ def measure(
         remote = Remote(side, preset, cases)
         for case in cases:
             numbers = [number % len(steps[case]) for number in range(rounds)]
-            for number in sorted(set(numbers)):  # Compiles, and takes the memory.
+            for number in sorted(set(numbers)):  # Compiles and allocates memory.
                 remote.ask("step", case, number)
             own = measured.setdefault((case, side), Measured())
             for number in numbers:
                 own.add(remote, case, number, num_tokens(steps[case][number]))
         remote.close()
-    for (case, _), own in measured.items():  # The work is the same on both sides.
+    for (case, _), own in measured.items():  # Both sides do the same work.
         ours = measured.get((case, "grit-jax"), own)
         own.useful_flops, own.peak_flops = ours.useful_flops, ours.peak_flops
     return dict(sorted(measured.items(), key=lambda item: list(cases).index(item[0][0])))
 
 
 def has_gpu() -> bool:
-    """Returns whether JAX finds a GPU, looking in a process of its own: this one takes none."""
+    """Returns whether JAX finds a GPU; uses a subprocess, so that this process takes none."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_platform) == "gpu"
 

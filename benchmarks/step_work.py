@@ -1,7 +1,7 @@
-"""The work that `train_step.py` gives to both sides: sizes of a model, and the texts of its steps.
+"""The work of `train_step.py` on both sides: model sizes, and the texts of the steps.
 
-Tokens are random; the lengths of the case "sample" are those of batches of the embedded sample, in
-`sample_lengths.npz`, so that this needs neither the data nor what reads it.
+Tokens are random. The case "sample" uses lengths of batches of the embedded sample from
+`sample_lengths.npz`, so it needs neither the data nor the data pipeline.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ LENGTHS_FILE = Path(__file__).with_name("sample_lengths.npz")
 STREAMS = ("query", "passage", "chat")
 GROUP_SIZE = 2
 TEMPERATURE = 0.02
-# Batches of the sample: queries and chats a step, and steps whose lengths are stored.
+# Batches of the sample: queries and chats per step, and the number of stored steps.
 SAMPLE_QUERIES, SAMPLE_CHATS, SAMPLE_STEPS = 64, 16, 24
-# Rows as config.py has them, for texts of at most 256, 2,048 and 2,048 tokens.
+# Row lengths of config.py, for texts of at most 256, 2,048 and 2,048 tokens.
 LIMITS = RowLimits(
     longest={"query": 512, "passage": 2560, "chat": 2560}, length_multiple=128, count_multiple=1
 )
@@ -29,14 +29,14 @@ LIMITS = RowLimits(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A model and how it is trained, on both sides.
+    """A model and its training settings, for both sides.
 
     Attributes:
-      sizes: of the model, by the names of Hugging Face's config.json.
+      sizes: model sizes, named as in Hugging Face's config.json.
       full_rows: number and length of the queries, passages and chats of the case "full".
-      dtype: of the parameters and of the computation.
-      remat: of the project's side; "none" or "full", which is gradient checkpointing on torch's.
-      learning_rate: of AdamW.
+      dtype: dtype of parameters and computation.
+      remat: remat of grit-jax; "none", or "full", which is gradient checkpointing in torch.
+      learning_rate: learning rate of AdamW.
     """
 
     sizes: dict[str, int]
@@ -88,14 +88,14 @@ SETTINGS = {"124m": SMALL, "7b": LARGE, "tiny": TINY}
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Texts by number; a number may be left unused, where a query has no negative."""
+    """Texts by index; an index may be unused, if a query has no negative."""
 
     by_number: dict[int, Text]
     num_texts: int
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text, 0 where there is none."""
+        """Tokens of each text, 0 for unused indices."""
         return [len(self.by_number.get(number, ())) for number in range(self.num_texts)]
 
 
@@ -109,9 +109,9 @@ def num_tokens(texts: StepTexts) -> int:
 
 
 def full_steps(setting: Setting) -> list[StepTexts]:
-    """Returns the one step of the case "full": all texts of a stream have the same length.
+    """Returns the single step of the case "full": all texts of a stream have equal length.
 
-    A sixteenth of a query and a passage is instruction; a chat is learned from its second token on.
+    A sixteenth of a query and a passage is instruction; chats are trained on from the second token.
     """
     random = np.random.default_rng(0)
     step = {}
@@ -123,7 +123,7 @@ def full_steps(setting: Setting) -> list[StepTexts]:
 
 
 def sample_steps(setting: Setting) -> list[StepTexts]:
-    """Returns steps whose texts are as long as those of the embedded sample."""
+    """Returns steps with the text lengths of the embedded sample."""
     random = np.random.default_rng(0)
     with np.load(LENGTHS_FILE) as stored:
         lengths = {name: (stored[name], stored[f"{name}_uncounted"]) for name in STREAMS}
@@ -153,8 +153,8 @@ def _random_texts(
 
 
 def measure_lengths(prepared: Path) -> None:
-    """Stores the lengths of batches of the prepared sample, as training would draw them."""
-    # What reads prepared data is not needed otherwise.
+    """Stores the lengths of batches of the prepared sample, drawn as in training."""
+    # Only this function needs the data pipeline.
     from grit_jax.data.batches import Batches
     from grit_jax.data.manifest import load_mixture
     from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
@@ -186,7 +186,7 @@ def _tokens_by_text(texts: PackedTexts, segment_ids: np.ndarray) -> np.ndarray:
 
 
 def pack_steps(steps: Sequence[StepTexts]) -> list[Batch]:
-    """Returns the batches of steps, in the shapes that training would choose for them."""
+    """Returns the batches of steps, with shapes chosen as in training."""
     shapes = _shapes(steps)
     batches = []
     for texts in steps:
@@ -201,7 +201,7 @@ def pack_steps(steps: Sequence[StepTexts]) -> list[Batch]:
 
 
 def _shapes(steps: Sequence[StepTexts]) -> list[Shape]:
-    """Returns the shapes for steps, each of which is a kind of its own."""
+    """Returns the shapes for steps, each with its own profile."""
     lengths = [{name: texts.lengths for name, texts in step.items()} for step in steps]
     kinds = [
         StepProfile(1 / len(steps), {name: [tokens] for name, tokens in step.items()})
@@ -213,7 +213,7 @@ def _shapes(steps: Sequence[StepTexts]) -> list[Shape]:
 
 
 def _pack(texts: StepTexts, shapes: Sequence[Shape]) -> dict[str, PackedTexts]:
-    """Returns the rows of a step in the first shape that its texts fit."""
+    """Returns the rows of a step in the first shape that fits its texts."""
     for shape in shapes:
         rows = {
             name: fit_rows(texts[name].lengths, shape[name].count, shape[name].length)

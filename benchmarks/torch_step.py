@@ -1,7 +1,7 @@
-"""The joint step of GRIT written with transformers and torch, as the original has it.
+"""The joint GRIT step in transformers and torch, as in the original.
 
-Queries, passages and chats are padded to the longest of each and read one after the other; the loss
-is InfoNCE over all passages plus the cross-entropy of the chats. GradCache is left out.
+Queries, passages and chats are padded to the longest text of each and computed one after the other;
+the loss is InfoNCE over all passages plus the cross-entropy of the chats. Without GradCache.
 """
 
 import time
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class TorchSide:
-    """Makes steps with torch, on a GPU where there is one."""
+    """Runs steps with torch, on a GPU if available."""
 
     def __init__(self, setting: Setting, cases: dict[str, list[StepTexts]]):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,10 +40,10 @@ class TorchSide:
         )
 
     def step(self, case: str, number: int) -> dict[str, float]:
-        """Makes a step on the texts of that number; returns its seconds and losses."""
+        """Runs a step on the given texts; returns its seconds and losses."""
         texts = self._cases[case][number]
         streams = {name: self._pad(stream) for name, stream in texts.items()}
-        # Where its positive is among the passages that there are.
+        # Index of each positive among the used passages.
         places = {passage: place for place, passage in enumerate(texts["passage"].by_number)}
         own = [places[query * GROUP_SIZE] for query in texts["query"].by_number]
         positives = torch.tensor(own, device=self.device)
@@ -54,7 +54,7 @@ class TorchSide:
         return {"seconds": time.perf_counter() - start, **losses}
 
     def peak_memory(self) -> float | None:
-        """Returns the most bytes that the GPU has held, None without one."""
+        """Returns the GPU's peak memory in bytes, or None without a GPU."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
     def _step(
@@ -76,8 +76,8 @@ class TorchSide:
     def _embed(
         self, tokens: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the normalised mean of the tokens that count, read bidirectionally."""
-        # The mask goes by the configuration, attention without a mask by the keyword.
+        """Returns the normalized mean over unmasked tokens, with bidirectional attention."""
+        # With a mask, the config decides; without one, the keyword.
         self.model.config.is_causal = False
         read: Any = self.model.model(tokens, attention_mask=is_token, is_causal=False)
         weights = counts.float()[..., None]
@@ -87,13 +87,13 @@ class TorchSide:
     def _generative_loss(
         self, tokens: torch.Tensor, is_token: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the mean cross-entropy of the tokens that count, read causally."""
+        """Returns the mean cross-entropy of the target tokens, with causal attention."""
         self.model.config.is_causal = True
         labels = tokens.masked_fill(~counts, IGNORED)
         return self.model(tokens, attention_mask=is_token, labels=labels).loss
 
     def _pad(self, texts: Texts) -> tuple[torch.Tensor, ...]:
-        """Returns tokens, which of them are any, and which count; one text a row."""
+        """Returns padded tokens, padding mask and pooling or target mask, one text per row."""
         shape = (len(texts.by_number), max(texts.lengths))
         tokens, is_token = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         counts = np.zeros(shape, bool)

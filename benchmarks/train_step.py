@@ -1,16 +1,15 @@
-"""How fast a joint step is: python benchmarks/train_step.py [--preset 124m|7b|tiny] [--profile]
+"""Measures the joint step: python benchmarks/train_step.py [--preset 124m|7b|tiny] [--profile]
 
-Makes the same steps with grit-jax and with `transformers` and torch. The sides take turns, each
-turn in a new process that has the machine for itself and makes some steps in a row, as training
-does; the first step of each shape is not counted. Case "full": all texts of a stream are of one
-length, and fill their rows. Case "sample": lengths of the embedded sample, packed here, padded to
-the longest of each stream there.
+Runs the same steps with grit-jax, and with `transformers` and torch. The sides alternate, each turn
+in a new process that makes several consecutive steps; the first step of each shape is not counted.
+Case "full": all texts of a stream have equal length and fill their rows. Case "sample": lengths of
+the embedded sample, packed by grit-jax, padded to the longest text of each stream by torch.
 
-    --check             both sides make the same steps of a tiny model: losses and parameters agree
-    --profile           what the project's step needs, what it takes, and how fast products are
-    --measure-lengths   renews sample_lengths.npz from what `make demo` has prepared in data/sample
+    --check             both sides run the same steps of a tiny model and compare losses, parameters
+    --profile           operations, memory and time of grit-jax's step, and the speed of products
+    --measure-lengths   rewrites sample_lengths.npz from the output of `make demo` in data/sample
 
-Only the last needs what reads data. `--preset 124m` needs 11 GB of memory, `--preset 7b` a GPU.
+Only the last needs the data pipeline. `--preset 124m` needs 11 GB of memory, `--preset 7b` a GPU.
 """
 
 import argparse
@@ -26,12 +25,12 @@ from rich.table import Table
 from step_sides import CASES, SIDES, Measured, Remote, has_gpu, jax_side, measure, torch_side
 from step_work import SETTINGS, TINY, measure_lengths
 
-# Between the sides after some steps: of losses, and of how far the parameters have moved.
+# Tolerances between the sides after some steps: losses, and parameter updates.
 LOSS_TOLERANCE, MOVE_TOLERANCE = 1e-5, 1e-3
 
 
 def main() -> None:
-    """Does what the options ask for."""
+    """Runs what the options select."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SETTINGS, default="124m")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -58,9 +57,9 @@ def main() -> None:
 
 
 def speed_table(preset: str, measured: dict[tuple[str, str], Measured]) -> Table:
-    """Returns for each case and side the time of a step, and the ratio of the medians."""
+    """Returns the step time for each case and side, and the ratio of the medians."""
     table = Table(title=f"joint step, {preset}, {SETTINGS[preset].dtype}")
-    for column in ("case", "side", "s a step", "from", "to", "tokens/s", "times as fast"):
+    for column in ("case", "side", "s per step", "min", "max", "tokens/s", "speedup"):
         table.add_column(column, justify="left" if column in ("case", "side") else "right")
     table.add_column("useful GFLOP/s", justify="right")
     table.add_column("MFU", justify="right")
@@ -83,7 +82,7 @@ def speed_table(preset: str, measured: dict[tuple[str, str], Measured]) -> Table
 
 
 def profile_table(preset: str, cases: Sequence[str]) -> Table:
-    """Returns what the project's step needs and takes in each case."""
+    """Returns operations, memory and time of grit-jax's step in each case."""
     remote = Remote("grit-jax", preset, cases)
     profiles = {case: remote.ask("profile", case) for case in cases}
     remote.close()
@@ -98,7 +97,7 @@ def profile_table(preset: str, cases: Sequence[str]) -> Table:
 
 
 def check() -> None:
-    """Makes the same steps on both sides from equal parameters, and compares them.
+    """Runs the same steps on both sides from equal parameters, and compares them.
 
     Raises:
       SystemExit: losses or parameters differ by more than rounding.
@@ -123,10 +122,10 @@ def check() -> None:
 
 
 def compare(name: str, difference: Any, value: Any, tolerance: float) -> None:
-    """Prints how large a difference is beside a value.
+    """Prints a difference next to a value.
 
     Raises:
-      SystemExit: it is more than `tolerance` times the value.
+      SystemExit: the difference is more than `tolerance` times the value.
     """
     relative = np.linalg.norm(difference) / np.linalg.norm(value)
     print(f"{name}: the sides differ by {relative:.1e}")
