@@ -140,7 +140,7 @@ def test_errors_name_unexpected_packages(downloads, reasoning_gym, tmp_path, cap
     (broken / "lists/Packages").write_text("<html>Not found</html>")
     arguments = [str(tmp_path / "data"), "--downloads", str(broken)]
     assert build_data.main(arguments) == 1
-    assert f"not a list of packages: {broken / 'lists/Packages'}" in capsys.readouterr().err
+    assert f"not a package list: {broken / 'lists/Packages'}" in capsys.readouterr().err
     index = broken / "packages/dict-jargon/usr/share/dictd/jargon.index"
     index.unlink()
     assert build_data.main(arguments) == 1

@@ -153,7 +153,7 @@ def test_the_experiment_runs_from_data_to_tables_and_resumes(
         data=Path("nowhere"),
     )
     console = Console(record=True, width=20)
-    with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: make it"):
+    with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: build it"):
         claim.run_experiment(options, console)
     assert not options.folder.exists()
     monkeypatch.chdir(whole_data.parent)
@@ -174,7 +174,7 @@ def test_the_experiment_runs_from_data_to_tables_and_resumes(
     assert config["mode"] == "embedding" and config["seed"] == 1 and config["steps"] == 2
 
     options.preset = "cpu"
-    with pytest.raises(claim.ExperimentError, match="has the preset tiny: name another folder"):
+    with pytest.raises(claim.ExperimentError, match="has the preset tiny: use another folder"):
         claim.run_experiment(options, console)
 
     # Existing results are kept; missing ones are made.
@@ -191,7 +191,7 @@ def test_an_interrupted_experiment_says_how_to_resume(monkeypatch, capsys, tmp_p
 
     monkeypatch.setattr(claim, "run_experiment", interrupted)
     assert claim.main([str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert capsys.readouterr().err == "interrupted; run the same command to resume\n"
 
 
 def test_a_missing_folder_and_a_damaged_model_are_one_line_errors(
