@@ -5,7 +5,6 @@ in the comment above it and the one behind it.
 """
 
 from collections.abc import Iterator, Mapping
-import dataclasses
 import inspect
 from pathlib import Path
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from grit_jax.config import NOT_TRAINED_WITH, default_config
+from grit_jax.config import default_config
 from grit_jax.models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
@@ -87,15 +86,7 @@ def _type_and_value(value: Any) -> str:
 
 def _sizes() -> Iterator[str]:
     """Yields the table of sizes, which are those of the architectures."""
-    config = default_config()
-    defaults = {
-        name: {
-            field.name: field.default
-            for field in dataclasses.fields(config_class)
-            if field.name not in (*config, *config.model, *NOT_TRAINED_WITH)
-        }
-        for name, (config_class, _) in ARCHITECTURES.items()
-    }
+    defaults = {name: architecture.sizes for name, architecture in ARCHITECTURES.items()}
     yield from ("", "## config.model.sizes", "")
     yield from ("The defaults are those of Mistral 7B and Mixtral 8x7B.", "")
     yield from (f"| Field | {' | '.join(defaults)} |", f"|---|{'---|' * len(defaults)}")

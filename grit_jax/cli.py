@@ -101,7 +101,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Makes token ids of datasets, once, so that training reads them at random."""
+    """Tokenizes datasets once, into files that training reads in random order."""
     from grit_jax.data.manifest import PreparedDataError
     from grit_jax.prepare.prepare import prepare_mixtures
     from grit_jax.text.examples import TextOptions
@@ -132,7 +132,9 @@ def prepare(argv: Sequence[str]) -> None:
     except known as error:
         fail(f"{type(error).__name__}: {error}")
     except ModuleNotFoundError as error:
-        fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[data]'")
+        needs_seqio = error.name in ("seqio", "tensorflow", "tensorflow_datasets")
+        extra = "data" if needs_seqio else "prepare"
+        fail(f"grit-jax prepare needs the package {error.name}: pip install 'grit-jax[{extra}]'")
     except KeyboardInterrupt:
         fail("interrupted; finished datasets stay: run the command again to go on")
     else:
@@ -141,62 +143,64 @@ def prepare(argv: Sequence[str]) -> None:
 
 def _prepare_parser() -> argparse.ArgumentParser:
     from grit_jax.text.examples import CHAT_LABELS, TextOptions
+    from grit_jax.text.kinds import STREAMS
     from grit_jax.text.tokenizer import MISTRAL
 
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
         description=prepare.__doc__,
         epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]}, {'messages': [...]}, "
-        "{'text': [user, assistant, ...]} or {'text': ...}, and a file one dataset. What is there "
-        "already, made from the same files in the same way, is not made again.",
+        "{'text': [user, assistant, ...]} or {'text': ...}; each file is a dataset. Datasets that "
+        "are up to date are left alone.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
         help="a folder or file of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
-        "and tulu2=PATH: as they are published); or the name of a seqio Mixture "
+        "and tulu2=PATH for these collections as published); or the name of a mixture "
         "(sample_embedding, sample_chat, squad_embedding, or one of yours)",
     )
-    parser.add_argument("--output", required=True, help="folder to prepare it in")
+    parser.add_argument("--output", required=True, help="folder for the prepared datasets")
     parser.add_argument(
         "--tokenizer",
         default=MISTRAL,
         help="'mistral' or the path of a tokenizer.model (SentencePiece) or tokenizer.json",
     )
     parser.add_argument(
-        "--module", action="append", default=[], help="Python module that declares your Mixtures"
+        "--module", action="append", default=[], help="Python module that declares mixtures"
     )
     parser.add_argument(
         "--held-out",
         type=_fraction,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of each dataset of a PATH to keep for evaluation (0); not for a folder with "
-        "subfolders 'train' and 'held_out'",
+        help="fraction of each dataset of a PATH to hold out for evaluation (0); not for a folder "
+        "with the subfolders 'train' and 'held_out'",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of held-out lines (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing held-out lines (0)")
     defaults = TextOptions()
-    for stream in ("query", "passage", "chat"):
+    for stream in STREAMS:
         length = getattr(defaults, f"{stream}_length")
-        help_text = f"longest {stream} in tokens ({length})"
+        help_text = f"maximum tokens per {stream} ({length})"
         parser.add_argument(f"--{stream}-length", type=_positive, default=length, help=help_text)
     parser.add_argument(
         "--chat-labels",
         choices=CHAT_LABELS,
         default=defaults.chat_labels,
-        help="'original': as the original trains chats of several turns, two tokens off a turn",
+        help="'original': the loss masks of the original code, off by two tokens per turn from the "
+        "second turn on",
     )
     parser.add_argument(
         "--max-rejected",
         type=_fraction,
         default=0.1,
         metavar="FRACTION",
-        help="fraction of a dataset's lines that may be unfit, before it fails (0.1)",
+        help="fraction of a dataset's lines that may be rejected before it fails (0.1)",
     )
-    parser.add_argument("--processes", type=_positive, help="that tokenise (one a core)")
+    parser.add_argument("--processes", type=_positive, help="worker processes (one per core)")
     parser.add_argument(
-        "--redo", action="store_true", help="make again what is there and has not changed"
+        "--redo", action="store_true", help="also prepare datasets that are up to date"
     )
     return parser
 

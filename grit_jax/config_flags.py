@@ -1,7 +1,6 @@
 """The command line of training: --config FILE, --workdir DIR, --config.FIELD=VALUE."""
 
 from collections.abc import Sequence
-import dataclasses
 from pathlib import Path
 import runpy
 
@@ -9,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError, check_fields
+from grit_jax.config import Config, ConfigError, check_fields
 from grit_jax.models import ARCHITECTURES
 
 
@@ -83,14 +82,11 @@ def _complete_sizes(config: Config, architecture: str) -> None:
     """Fills in the architecture's own sizes, so that each can be set on the command line."""
     if architecture not in ARCHITECTURES:
         return  # What makes the model says so.
-    config_class, _ = ARCHITECTURES[architecture]
     with config.unlocked():
-        for field in dataclasses.fields(config_class):
-            known = (config, config.model, config.model.sizes, NOT_TRAINED_WITH)
-            if any(field.name in names for names in known):
-                continue
-            unset = field.default is None  # Only the sliding window may be.
-            config.model.sizes[field.name] = placeholder(int) if unset else field.default
+        for name, default in ARCHITECTURES[architecture].sizes.items():
+            if name not in config.model.sizes:
+                unset = default is None  # Only the sliding window may be.
+                config.model.sizes[name] = placeholder(int) if unset else default
 
 
 def _in_one_line(error: Exception) -> str:

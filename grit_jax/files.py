@@ -1,8 +1,9 @@
-"""Files and folders on disk: atomic JSON files, and a lock on a folder."""
+"""Files and folders on disk: atomic JSON files, a hash of JSON, and a lock on a folder."""
 
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,11 @@ def write_json(path: Path | epath.Path, content: Any) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     unfinished.replace(path)
+
+
+def json_sha256(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -25,10 +25,10 @@ from grit_jax.data.saved_tokenizer import load_saved_tokenizer, saved_tokenizer_
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import (
-    ARCHITECTURES,
     AttentionError,
     LoraConfig,
     ModelConfig,
+    lora_layers,
     make_config,
 )
 from grit_jax.objectives.embedding import EmbeddingSpec
@@ -118,8 +118,7 @@ def open_pretrained(config: Config) -> Model | None:
         pretrained = open_model(config.model.weights)
     except (ConversionError, OSError) as error:
         raise ConfigError(f"config.model.weights: {error}") from None
-    kind = type(pretrained.config)
-    architecture = next(name for name, (own, _) in ARCHITECTURES.items() if own is kind)
+    architecture = pretrained.config.architecture
     if config.model.architecture != architecture:
         raise ConfigError(
             f"config.model.architecture={config.model.architecture!r}, but of "
@@ -182,7 +181,9 @@ def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig
                 f"config.model.embedding_projection_size={projection}, but {pretrained.folder} "
                 f"has a projection to {stored}; leave it at 0 to keep that"
             )
-        return dataclasses.replace(pretrained.config, **settings)
+        adapted = dataclasses.replace(pretrained.config, **settings)
+        lora_layers(adapted)  # Raises if a pattern of targets matches no layer.
+        return adapted
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

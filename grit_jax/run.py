@@ -29,7 +29,7 @@ from grit_jax.from_config import (
     make_trainer,
     open_pretrained,
 )
-from grit_jax.models import ModelConfig
+from grit_jax.models import ModelConfig, lora_layers
 from grit_jax.processes import broadcast_from_primary, is_primary
 from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RestartRequired
 from grit_jax.training.flops import peak_flops
@@ -189,7 +189,7 @@ def _say_what_is_trained(trainer: Trainer) -> str:
         sum(leaf.size for leaf in jax.tree.leaves(parameters))
         for parameters in (state.parameters, state.frozen)
     )
-    layers = ", ".join(model.lora.targeted(model.linear_layers))
+    layers = ", ".join(lora_layers(model))
     return f"training {trained:,} parameters beside {frozen:,} that stay: updates of {layers}"
 
 
