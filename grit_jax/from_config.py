@@ -18,10 +18,15 @@ from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
-from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
+from grit_jax.data.manifest import (
+    PreparedDataError,
+    PreparedDataset,
+    load_mixture,
+    load_saved_tokenizer,
+    saved_tokenizer_files,
+)
 from grit_jax.data.mixing import stable_seed
-from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler, Stream
-from grit_jax.data.saved_tokenizer import load_saved_tokenizer, saved_tokenizer_files
+from grit_jax.data.sampling import MixedSampler, Sampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import (
@@ -34,9 +39,10 @@ from grit_jax.models import (
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
+from grit_jax.text.kinds import STREAMS, TEXT_KINDS
 from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -147,7 +153,7 @@ def make_trainer(
         settings.pop(of_the_run)
     return Trainer(
         model_config(config, pretrained),
-        loss_config(config),
+        make_joint_loss(loss_config(config)),
         make_optimizer(make_schedule(config), **settings),
         make_mesh(**config.mesh.to_dict(), devices=devices),
         config.grad_cache_chunks,
@@ -255,7 +261,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     """
     data = config.data
 
-    def stream(kind: str, group_size: int) -> Stream:
+    def sampler(kind: str, group_size: int) -> Sampler:
         datasets = load_mixture(data.folder, data[kind], "train", kind, kind)
         _check_vocabulary(datasets, trainer.model_config)
         make = SingleDatasetSampler if data[f"{kind}_batches"] == "homogeneous" else MixedSampler
@@ -267,7 +273,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     chunks = config.grad_cache_chunks
     held = [shard * chunks + c for shard in local_shards(trainer.mesh) for c in range(chunks)]
     batches = Batches(
-        {k: stream(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
+        {k: sampler(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         row_limits(config, trainer.mesh),
         held,
         data.duplicate_positives_are_negatives,
@@ -293,10 +299,10 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
 
     held_out = HeldOut(
         trainer,
-        datasets("embedding", config.data.embedding),
-        datasets("generative", config.data.generative),
+        {kind: datasets(kind, config.data[kind]) for kind in TEXT_KINDS},
         row_lengths(config),
         config.evaluation.batch_size,
+        embedding_spec(config),
     )
     best = config.checkpoint.best_metric
     if best and best not in held_out.names:
@@ -323,8 +329,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 
 def row_lengths(config: Config) -> dict[str, int]:
     """Returns the longest that rows of "query", "passage" and "chat" may be, in tokens."""
-    streams = ("query", "passage", "chat")
-    return {stream: config.data[f"{stream}_row_length"] for stream in streams}
+    return {stream: config.data[f"{stream}_row_length"] for stream in STREAMS}
 
 
 def row_limits(config: Config, mesh: Mesh) -> RowLimits:
