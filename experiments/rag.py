@@ -63,11 +63,11 @@ def modes_table(
     lines = ["| mode | match | right document | seconds per answer |", "|---|---|---|---|"]
     match = match_without_documents(model, questions)
     lines.append(f"| without documents | {match:.3f} | | |")
-    for way in CACHE_MODES:
-        answerer = RagPipeline(model, index, way, answer_prefix="")
-        match, found = measure(answerer, questions, documents)
-        seconds = median_answer_seconds(answerer, [question for question, _ in questions])
-        lines.append(f"| {way} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
+    for mode in CACHE_MODES:
+        pipeline = RagPipeline(model, index, mode, answer_prefix="")
+        match, found = measure(pipeline, questions, documents)
+        seconds = median_answer_seconds(pipeline, [question for question, _ in questions])
+        lines.append(f"| {mode} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
     return lines
 
 
@@ -77,8 +77,8 @@ def formats_table(
     """Returns the lines of a Markdown table of all storage formats, in mode document-cache."""
     answers = {}
     for form, index in indexes.items():
-        answerer = RagPipeline(model, index, "document-cache", answer_prefix="")
-        asked = answerer.ask([question for question, _ in questions], NEW_TOKENS)
+        pipeline = RagPipeline(model, index, "document-cache", answer_prefix="")
+        asked = pipeline.ask([question for question, _ in questions], NEW_TOKENS)
         answers[form] = [one.answer for one in asked]
     lines = ["| stored as | changed answers | match |", "|---|---|---|"]
     for form, own in answers.items():
@@ -111,23 +111,23 @@ def match_without_documents(model: GritLM, questions: Sequence[tuple[str, str]])
 
 
 def measure(
-    answerer: RagPipeline, questions: Sequence[tuple[str, str]], documents: Sequence[str]
+    pipeline: RagPipeline, questions: Sequence[tuple[str, str]], documents: Sequence[str]
 ) -> tuple[float, float]:
     """Returns the fractions of matching answers and of right documents."""
-    answered = answerer.ask([question for question, _ in questions], NEW_TOKENS)
+    answered = pipeline.ask([question for question, _ in questions], NEW_TOKENS)
     pairs = list(zip((answer for _, answer in questions), answered, strict=True))
     match = statistics.mean(expected in one.answer for expected, one in pairs)
     found = statistics.mean(documents[one.numbers[0]] == expected for expected, one in pairs)
     return match, found
 
 
-def median_answer_seconds(answerer: RagPipeline, questions: Sequence[str]) -> float:
+def median_answer_seconds(pipeline: RagPipeline, questions: Sequence[str]) -> float:
     """Returns the median seconds of questions asked one by one."""
-    answerer.ask(questions[0], NEW_TOKENS)
+    pipeline.ask(questions[0], NEW_TOKENS)
     seconds = []
     for question in questions[:TIMED]:
         start = time.perf_counter()
-        answerer.ask(question, NEW_TOKENS)
+        pipeline.ask(question, NEW_TOKENS)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
