@@ -80,7 +80,7 @@ def _texts(line: Line) -> list[str]:
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
     words = normalize_words(text).split()
-    return zip(*(words[place:] for place in range(RUN_LENGTH)), strict=False)
+    return zip(*(words[offset:] for offset in range(RUN_LENGTH)), strict=False)
 
 
 def _fraction_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:

@@ -156,10 +156,10 @@ def _above_negatives(
     """Returns the fraction of queries whose passage scores above all of their negatives."""
     answers = [documents[int(query["relevant"][0])] for query in queries]
     passages = {*answers, *(text for query in queries for text in query["negatives"])}
-    places = {text: place for place, text in enumerate(sorted(passages))}
-    scores = score(instruction, [query["text"] for query in queries], list(places))
+    columns = {text: column for column, text in enumerate(sorted(passages))}
+    scores = score(instruction, [query["text"] for query in queries], list(columns))
     right = [
-        all(row[places[answer]] > row[places[text]] for text in query["negatives"])
+        all(row[columns[answer]] > row[columns[text]] for text in query["negatives"])
         for row, query, answer in zip(scores, queries, answers, strict=True)
     ]
     return float(np.mean(right))

@@ -139,14 +139,14 @@ def draw(columns: Columns, path: Path) -> None:
 def _draw_corpora(axes: Axes, columns: Columns, colors: Mapping[str, Any]) -> None:
     """Plots the mean over seeds for each corpus, with error bars from minimum to maximum."""
     width = 0.8 / len(colors)
-    places = np.arange(len(RANKED))
+    positions = np.arange(len(RANKED))
     for number, (name, color) in enumerate(colors.items()):
         values = [columns[name][measure] for measure in RANKED]
         means, lowest, highest = (np.array(list(map(f, values))) for f in (np.mean, min, max))
         ends = [means - lowest, highest - means]
-        axes.bar(places + number * width, means, width, yerr=ends, color=color, label=name)
+        axes.bar(positions + number * width, means, width, yerr=ends, color=color, label=name)
     titles = [measure.split("/")[0].replace("_", "\n") for measure in RANKED]
-    axes.set_xticks(places + 0.4 - width / 2, titles)
+    axes.set_xticks(positions + 0.4 - width / 2, titles)
     axes.set_ylabel("nDCG@10")
     axes.legend()
 

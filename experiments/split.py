@@ -57,7 +57,7 @@ class Texts:
         """Returns one of the texts that `text` contains, or None."""
         form = normalize_words(text)
         words = form.split()
-        starts = zip(*(words[place:] for place in range(MIN_WORDS)), strict=False)
+        starts = zip(*(words[offset:] for offset in range(MIN_WORDS)), strict=False)
         for start in starts:
             for wanted in self._by_start.get(start, ()):
                 if wanted in form:

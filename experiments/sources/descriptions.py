@@ -38,7 +38,7 @@ def read_descriptions(translation: Path, packages: Path) -> list[Fact]:
     chosen: dict[str, tuple[str, str]] = {}
     for name, stanza in _stanzas(translation):
         source = sources.get(name, name)
-        if source not in chosen or _place(name, source) < _place(chosen[source][0], source):
+        if source not in chosen or _sort_key(name, source) < _sort_key(chosen[source][0], source):
             chosen[source] = name, stanza
     distinct: dict[str, Fact] = {}
     for source, (name, stanza) in sorted(chosen.items()):
@@ -67,7 +67,7 @@ def _source(stanza: str) -> str:
     return field[1] if field else ""
 
 
-def _place(name: str, source: str) -> tuple[bool, bool, int, str]:
+def _sort_key(name: str, source: str) -> tuple[bool, bool, int, str]:
     """Returns the sort key that puts the package most typical of its source first."""
     return name != source, _PART.search(name) is not None, len(name), name
 

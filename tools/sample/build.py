@@ -182,10 +182,10 @@ def _word_by_word(by_query: dict[str, SensePair]) -> list[str]:
     Grouping makes the senses of a word included or excluded together.
     """
 
-    def place(query: str) -> int:
+    def word_hash(query: str) -> int:
         return stable_number(term_key(by_query[query].word))
 
-    return sorted(in_stable_order(by_query), key=place)
+    return sorted(in_stable_order(by_query), key=word_hash)
 
 
 def _choose_train_pairs(

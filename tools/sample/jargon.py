@@ -43,12 +43,12 @@ def read_dictd(path: Path) -> list[str]:
             raise FileNotFoundError(f"this dictionary file does not exist: {needed}")
     data = _read_bytes(path)
     # The index lists an entry under each of its headwords.
-    places = {}
+    spans = {}
     for line in index.read_text(encoding="utf-8").splitlines():
         headword, offset, size = _parse_index(line, index)
         if not headword.startswith("00-database"):
-            places[offset, size] = None
-    return [data[offset : offset + size].decode("utf-8") for offset, size in places]
+            spans[offset, size] = None
+    return [data[offset : offset + size].decode("utf-8") for offset, size in spans]
 
 
 def parse_entry(raw: str, num_words: range = ENTRY_WORDS) -> Entry | None:

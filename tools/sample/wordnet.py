@@ -142,7 +142,7 @@ def _lemma_in(sentence: str, synset: Synset, part_of_speech: str, wordnet: WordN
     for lemma in sorted(synset.lemmas, key=lambda lemma: -count_words(lemma)):
         words = lemma.lower().split()
         for start in range(len(bases) - len(words) + 1):
-            if all(word in bases[start + place] for place, word in enumerate(words)):
+            if all(word in bases[start + offset] for offset, word in enumerate(words)):
                 return lemma
     return None
 
