@@ -1,8 +1,8 @@
-"""How fast weights are converted, and in how much memory: python benchmarks/convert.py [--layers N]
+"""Measures speed and memory of weight conversion: python benchmarks/convert.py [--layers N]
 
-Makes a random bfloat16 checkpoint of the shape of Mistral 7B (14.5 GB; fewer layers take less) as
-Hugging Face stores it, converts it to an Orbax checkpoint and back, and copies it for comparison.
-Needs five times its size on disk, less what `--folder` already has.
+Creates a random bfloat16 checkpoint with the shapes of Mistral 7B (14.5 GB; fewer layers take less)
+in Hugging Face's format, converts it to an Orbax checkpoint and back, and copies it for comparison.
+Needs five times its size on disk, minus the files that already exist in `--folder`.
 """
 
 import argparse
@@ -31,15 +31,15 @@ COMMAND = [sys.executable, "-m", "grit_jax", "convert"]
 
 
 def main() -> None:
-    """Makes the checkpoint, converts it both ways, and prints one table."""
+    """Creates the checkpoint, converts it both ways, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32, help="of 32")
-    parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
+    parser.add_argument("--layers", type=int, default=32, help="number of layers (32)")
+    parser.add_argument("--folder", type=Path, help="working folder (default: temporary)")
     options = parser.parse_args()
     config = dataclasses.replace(ModelConfig(), num_hidden_layers=options.layers)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         root = Path(folder)
-        # In a process of its own: a command counts the memory of the process that starts it.
+        # In a subprocess: a command's peak memory includes that of its parent.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             size = pool.apply(make_checkpoint, (config, root / "hf"))
         steps = {
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def make_checkpoint(config: ModelConfig, folder: Path) -> int:
-    """Writes a random checkpoint in files of 4 GB; returns its bytes."""
+    """Writes a random checkpoint in files of 4 GB and returns its size in bytes."""
     folder.mkdir()
     random = np.random.default_rng(0)
     content, weight_map, total, filled = {}, {}, 0, 0
@@ -75,7 +75,7 @@ def make_checkpoint(config: ModelConfig, folder: Path) -> int:
     for parameter in parameters(config):
         for _, name in parameter.tensors():
             bits = random.integers(0, 2**16, parameter.tensor_shape, np.uint16)
-            # Exponents of numbers between 2^-15 and 2: bits at random would be infinities too.
+            # Exponents of numbers between 2^-15 and 2; random bits would include infinities.
             tensor = ((bits & 0x87FF) | 0x3800).view(ml_dtypes.bfloat16)
             content[name] = tensor
             total, filled = total + tensor.nbytes, filled + tensor.nbytes
@@ -89,7 +89,7 @@ def make_checkpoint(config: ModelConfig, folder: Path) -> int:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Returns a command's seconds and its peak resident memory in bytes."""
+    """Returns the seconds and the peak resident memory (bytes) of a command."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

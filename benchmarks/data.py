@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def make_cases(sample: Path, corpus: Path) -> Iterator[Case]:
-    """Yields the sample as gritlm_tiny.py trains on it, and the corpus as gritlm_7b.py would."""
+    """Yields the sample as trained by gritlm_tiny.py, and the corpus as trained by gritlm_7b.py."""
     tiny = {"longest": dict.fromkeys(STREAMS, 512), "length_multiple": 8}
     large = {"longest": {"query": 512, "passage": 2560, "chat": 2560}, "length_multiple": 128}
     pairs = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
@@ -111,7 +111,7 @@ def make_corpus(folder: Path, count: int) -> None:
 
 
 def write(folder: Path, examples: list, kind: str) -> None:
-    """Writes examples as `grit-jax prepare` does."""
+    """Writes examples in the format of `grit-jax prepare`."""
     tokenizer = {"name": "none", "sha256": "", "vocab_size": 32_000}
     write_dataset(folder, kind, [write_shard(folder, 0, examples)], options={}, tokenizer=tokenizer)
 

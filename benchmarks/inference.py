@@ -102,7 +102,7 @@ def compare(returned: dict[tuple[str, str], Any], cases: list[str]) -> None:
 
 
 def work(case: str, preset: str) -> list[np.ndarray]:
-    """Returns the texts or prompts of a case, as token ids."""
+    """Returns the token ids of a case's texts or prompts."""
     random = np.random.default_rng(0)
     kind, size = case.split()
     if kind == "decode":
@@ -117,7 +117,7 @@ def work(case: str, preset: str) -> list[np.ndarray]:
 
 
 def num_tokens(case: str, preset: str) -> int:
-    """Returns the tokens that are embedded or generated, without padding."""
+    """Returns the number of embedded or generated tokens, without padding."""
     texts = work(case, preset)
     return NEW * len(texts) if case.startswith("decode") else sum(map(len, texts))
 
@@ -165,7 +165,7 @@ def jax_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
 
 
 def torch_side(folder: Path, dtype: str) -> tuple[Callable, Callable]:
-    """Returns the functions that embed and generate with torch."""
+    """Returns the embedding and generation functions of torch."""
     import torch
     from torch.nn import functional
     from transformers import AutoModelForCausalLM

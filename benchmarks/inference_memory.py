@@ -51,7 +51,7 @@ def main() -> None:
     table = Table(
         title=f"7B on one chip of {options.topology}, {options.linear_dtype or 'bfloat16'}"
     )
-    for column in ("program", "weights and caches, GB", "temporary, GB", "in all, GB"):
+    for column in ("program", "weights and caches, GB", "temporary, GB", "total, GB"):
         table.add_column(column, justify="left" if column == "program" else "right")
     with jax.set_mesh(mesh):
         for name, compiled in compile_programs(model, mesh, options.rows, options.slots):

@@ -27,7 +27,7 @@ ROW_LENGTH, TEXTS_A_ROW, QUERIES_A_CHUNK = 256, 4, 256
 
 
 def main() -> None:
-    """Compiles the steps and prints one table."""
+    """Compiles the steps and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="batches up to 1024 only")
     batch_sizes = [256, 512, 1024, 2048, 4096, 8192]

@@ -1,9 +1,9 @@
-"""What GritLM's steps take on TPU slices: python benchmarks/pods.py [--check SLICE]
+"""Plans GritLM's steps on TPU slices: python benchmarks/pods.py [--check SLICE]
 
-Compiles every row of the table by `grit-jax plan`, for minutes each, and prints the table. A row
-that is in the file of plans, `pods.jsonl`, is not compiled again: delete the file after a change of
-the step. With --check, the row of 7B on that slice is compiled again, and it is an error if it
-takes more memory than the file says, or is bound to be slower.
+Compiles every row of the table with `grit-jax plan` (minutes per row), and prints the table. Rows
+in the file of plans, `pods.jsonl`, are not compiled again: delete the file after changing the step.
+With --check, compiles the row of 7B on that slice again, and fails if it takes more memory than
+recorded, or has a higher lower bound on time.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 PLANS = Path(__file__).with_name("pods.jsonl")
-# Of memory and of time, where the compiler is of the same version.
+# Allowed increase of memory and time, with the same compiler version.
 LARGEST_RISE = 1.05
 
 SAVE_MATMULS = "--config.model.remat=save_matmuls"
@@ -24,15 +24,15 @@ EXPERTS = "--config.mesh.expert=8"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A model on a slice, with what is set on top of its configuration.
+    """A model on a slice, with overrides of its configuration.
 
     Attributes:
-      model: a file in `configs/`.
-      accelerator: the slice's name at Google Cloud; a v5p counts two cores a chip.
-      topology: chips and sizes of a slice.
+      model: name of a file in `configs/`.
+      accelerator: Google Cloud's name of the slice; v5p counts two cores per chip.
+      topology: chip generation and shape of a slice.
       slices: number of slices.
       chunks: `config.grad_cache_chunks`.
-      fields: other fields.
+      fields: other overrides.
     """
 
     model: str
@@ -44,12 +44,12 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What the row is called in the file of plans."""
+        """Name of the row in the file of plans."""
         return " ".join(self.command)
 
     @property
     def command(self) -> list[str]:
-        """The arguments of `grit-jax plan`."""
+        """Arguments of `grit-jax plan`."""
         return [
             f"--config=configs/{self.model}.py",
             f"--topology={self.topology}",
@@ -77,10 +77,10 @@ ROWS = [
 
 
 def main() -> None:
-    """Compiles what is not in the file, and prints the table."""
+    """Compiles rows that are not in the file, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     slices = [row.accelerator for row in ROWS if row.model == "gritlm_7b"]
-    parser.add_argument("--check", choices=slices, help="compile one row again, and compare")
+    parser.add_argument("--check", choices=slices, help="compile one row again and compare")
     checked = parser.parse_args().check
     plans = read_plans()
     if checked:
@@ -96,18 +96,18 @@ def main() -> None:
 
 
 def check(before: dict, now: dict) -> None:
-    """Compares a plan with the recorded one, and ends the process if it is worse."""
+    """Compares a plan with the recorded one, and exits with an error if it is worse."""
     names = ("hbm_bytes_per_chip", "step_seconds_bound")
     for name in names:
         print(f"{name:20} {before[name]:>20,.3f} recorded {now[name]:>20,.3f} now")
     if now["libtpu"] != before["libtpu"]:
         print(f"recorded with libtpu {before['libtpu']}, this is {now['libtpu']}: not compared")
     elif any(now[name] > LARGEST_RISE * before[name] for name in names):
-        sys.exit(f"a step takes more than {PLANS} says: see what changed, or delete the file")
+        sys.exit(f"a step needs more than {PLANS} says: fix the regression, or delete the file")
 
 
 def read_plans() -> dict[str, dict]:
-    """Returns the plans of earlier runs by their command."""
+    """Returns the recorded plans, by command."""
     if not PLANS.exists():
         return {}
     lines = [json.loads(line) for line in PLANS.read_text().splitlines()]
@@ -124,7 +124,7 @@ def compile_row(row: Row) -> dict:
 
 
 def print_table(plans: dict[Row, dict]) -> None:
-    """Prints the plans as a table of Markdown."""
+    """Prints the plans as a Markdown table."""
     columns = ("model", "slice", "chips", "set", "GiB of a chip", "s: products", "memory", "links")
     columns += ("network", "tokens/s at best", "MFU at best")
     print(*(f"| {column} " for column in columns), "|", sep="")
@@ -134,7 +134,7 @@ def print_table(plans: dict[Row, dict]) -> None:
 
 
 def cells(row: Row, plan: dict) -> list[str]:
-    """Returns a line of the table."""
+    """Returns the cells of a row."""
     gib = 2**30
     axes = [f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1]
     chunks = [f"{row.chunks} chunks"] if row.chunks > 1 else []

@@ -48,7 +48,7 @@ def main() -> None:
         print(json.dumps(SIDES[options.side](options.file, options.processes)))
         return
     table = Table(title=f"{options.megabytes} MB, {options.processes} processes")
-    for column in ("texts", "side", "seconds", "CPU seconds", "MB/s", "times as fast"):
+    for column in ("texts", "side", "seconds", "CPU seconds", "MB/s", "speedup"):
         table.add_column(column, justify="left" if column in ("texts", "side") else "right")
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("short", "long"):

@@ -29,7 +29,7 @@ LIMITS = RowLimits(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A model and how it is trained, on both sides.
+    """A model and its training settings, for both sides.
 
     Attributes:
       sizes: sizes of the model, by the names of Hugging Face's config.json.
@@ -109,7 +109,7 @@ def num_tokens(texts: StepTexts) -> int:
 
 
 def full_steps(setting: Setting) -> list[StepTexts]:
-    """Returns the one step of the case "full": all texts of a stream have the same length.
+    """Returns the single step of the case "full": all texts of a stream have equal length.
 
     A sixteenth of each query and passage is instruction; all but the first token of a chat are
     predicted.

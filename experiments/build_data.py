@@ -1,8 +1,8 @@
-"""Makes the data of the experiment: python -m experiments.build_data FOLDER
+"""Builds the data of the experiment: python -m experiments.build_data FOLDER
 
-Fetches Debian packages with apt (no root rights are needed) and makes from them training data,
-held-out data and what is measured on; FOLDER is replaced when all of it is whole and checked.
-The same packages give the same bytes.
+Downloads Debian packages with apt (without root) and builds training, held-out and evaluation data
+from them. FOLDER is replaced once everything is complete and checked. The same packages give the
+same bytes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments.check import LeakError, check_folder
 from experiments.datasets import DATASETS
 from experiments.facts import Fact
-from experiments.files import SUFFIX, folder_aside, read_lines, write_datasets, write_evaluation
+from experiments.files import SUFFIX, read_lines, replacing_folder, write_datasets, write_evaluation
 from experiments.sources.debian import Debian, FetchError, Mirror
 from experiments.sources.descriptions import read_descriptions
 from experiments.sources.dictionaries import read_foldoc_entries, read_jargon_entries
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes the folder; returns 1, with one line that says why, if it cannot be made."""
+    """Builds the folder; on errors, prints one line and returns 1."""
     options = _parse_arguments(arguments)
     console = Console(highlight=False)
     mirror = Mirror(options.mirror, options.release) if options.mirror else None
@@ -51,34 +51,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build(debian: Debian, folder: Path, say: Say) -> None:
-    """Makes `folder` from the packages, and says what is being done.
+    """Builds `folder` from the packages, and reports progress.
 
     Raises:
-      FetchError: a package cannot be fetched.
-      LeakError: something held out would be trained on.
-      ValueError: a package does not have the form that it should.
+      FetchError: a package cannot be downloaded.
+      LeakError: training data contains held-out data.
+      ValueError: a package has an unexpected format.
     """
     start = time.monotonic()
     facts = read_facts(debian, say)
     say("splitting")
     split = split_facts(facts, DATASETS)
-    with folder_aside(folder) as aside:
+    with replacing_folder(folder) as aside:
         write_datasets(split, aside)
         write_evaluation(split, aside / "evaluation")
-        say("checking that nothing held out is trained on")
+        say("checking that training data contains nothing held out")
         shared = check_folder(aside)
         description = describe(aside, shared, _versions(debian))
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     for name, counts in description["lines"].items():
-        say(f"{name}: {counts['train']:,} to train on, {counts['held_out']:,} held out")
-    say(f"{folder} is whole, after {time.monotonic() - start:.0f} s")
+        say(f"{name}: {counts['train']:,} training, {counts['held_out']:,} held out")
+    say(f"{folder} is complete after {time.monotonic() - start:.0f} s")
 
 
 def read_facts(debian: Debian, say: Say) -> Facts:
-    """Returns the facts of every source by its name, and says how many there are.
+    """Returns the facts of every source, by name, and reports their number.
 
     Raises:
-      ValueError: a source has none.
+      ValueError: a source has no facts.
     """
     readers = {
         "wordnet": lambda: read_senses(debian.package("wordnet-base") / WORDNET_IN_PACKAGE),
@@ -98,18 +98,18 @@ def read_facts(debian: Debian, say: Say) -> Facts:
         say(f"reading {name}")
         facts[name] = read()
         if not facts[name]:
-            raise ValueError(f"found nothing to use in the source {name}")
+            raise ValueError(f"the source {name} has no usable facts")
         say(f"  {len(facts[name]):,} facts")
     return facts
 
 
 def python_documentation(debian: Debian) -> str:
-    """Returns the package that has Python's documentation in this release of Debian."""
+    """Returns the name of the package with Python's documentation in this Debian release."""
     return debian.dependency("python3-doc", r"python3\.\d+-doc")
 
 
 def describe(folder: Path, shared: Mapping[str, float], versions: Mapping[str, str]) -> dict:
-    """Returns what the folder holds and was made from, for a file beside it."""
+    """Returns line counts, package versions and checksums, for `data.json`."""
     files = sorted(folder.rglob(f"*{SUFFIX}"))
     names = {path.name.removesuffix(SUFFIX) for path in (folder / "train").iterdir()}
     return {
@@ -146,11 +146,15 @@ def _only_folder(package: Path, pattern: str) -> Path:
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the data of the experiment.")
-    parser.add_argument("folder", type=Path, help="where to put it; what is there is replaced")
-    parser.add_argument("--downloads", type=Path, help="what is fetched (default: beside FOLDER)")
-    parser.add_argument("--mirror", help="address of a Debian mirror (default: the machine's)")
-    parser.add_argument("--release", default="bookworm", help="of --mirror (default: bookworm)")
+    parser = argparse.ArgumentParser(description="Build the data of the experiment.")
+    parser.add_argument("folder", type=Path, help="output folder; replaced if it exists")
+    parser.add_argument(
+        "--downloads", type=Path, help="folder for downloads (default: next to FOLDER)"
+    )
+    parser.add_argument("--mirror", help="URL of a Debian mirror (default: the machine's)")
+    parser.add_argument(
+        "--release", default="bookworm", help="Debian release of --mirror (default: bookworm)"
+    )
     return parser.parse_args(arguments)
 
 

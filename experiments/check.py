@@ -1,28 +1,28 @@
-"""Asserts over the files as they were built that nothing held out is trained on."""
+"""Checks in the written files that training data contains nothing held out."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.facts import normalised
+from experiments.facts import normalize_words
 from experiments.files import SUFFIX, Line, read_lines
-from experiments.split import Texts, what_is_asked
+from experiments.split import Texts, query_text
 
-# Texts with so many words in common, one after the other, have a sentence in common.
+# Texts that share this many consecutive words share a sentence.
 RUN_LENGTH = 8
 
 
 class LeakError(AssertionError):
-    """Something held out is in the training files; the message says what, and where."""
+    """Held-out data is in the training files; the message says what and where."""
 
 
 def check_folder(folder: Path) -> dict[str, float]:
-    """Looks for held-out keys, questions and texts in the training files of both streams.
+    """Searches the training files of both streams for held-out keys, questions and texts.
 
-    A text is looked for within longer ones, and compared word by word.
+    Texts are compared by words, and also found within longer texts.
 
     Returns:
-      The share of the passages of each held-out dataset that have eight words in a row in common
-      with a text that is trained on, such as what all packages of a kind say of themselves.
+      For each held-out dataset, the fraction of passages that share eight consecutive words with a
+      training text, such as phrases common to similar packages.
 
     Raises:
       LeakError: something was found.
@@ -36,15 +36,15 @@ def check_folder(folder: Path) -> dict[str, float]:
         for number, line in enumerate(lines, 1):
             where = f"line {number} of train/{name}"
             for key in keys.intersection(line["keys"]):
-                raise LeakError(f"{where} is about what is held out: {key}")
+                raise LeakError(f"{where} has a held-out key: {key}")
             for question in questions.intersection(_questions(line)):
-                raise LeakError(f"{where} asks what is held out: {question}")
+                raise LeakError(f"{where} has a held-out question: {question}")
             for text in _texts(line):
                 if found := secret.found_in(text):
-                    raise LeakError(f"{where} holds a held-out text: {found.strip()}")
+                    raise LeakError(f"{where} contains a held-out text: {found.strip()}")
                 runs.update(_runs(text))
     return {
-        name.removesuffix(SUFFIX): _share_with_runs(lines, runs)
+        name.removesuffix(SUFFIX): _fraction_with_runs(lines, runs)
         for name, lines in held_out.items()
         if "pos" in lines[0]
     }
@@ -55,9 +55,9 @@ def _read(folder: Path) -> dict[str, list[Line]]:
 
 
 def _told(line: Line) -> Iterator[str]:
-    """Yields the texts of a held-out line; of a task without a passage, the key says it all."""
+    """Yields the texts of a held-out line; none for tasks, which their key covers."""
     if "query" in line:
-        yield what_is_asked(line["query"][1], line["keys"])
+        yield query_text(line["query"][1], line["keys"])
         yield from (text for _, text in line["pos"] + line["neg"])
     elif not _is_task(line):
         yield from line["text"]
@@ -79,10 +79,10 @@ def _texts(line: Line) -> list[str]:
 
 
 def _runs(text: str) -> Iterator[tuple[str, ...]]:
-    words = normalised(text).split()
-    return zip(*(words[place:] for place in range(RUN_LENGTH)), strict=False)
+    words = normalize_words(text).split()
+    return zip(*(words[offset:] for offset in range(RUN_LENGTH)), strict=False)
 
 
-def _share_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:
+def _fraction_with_runs(lines: list[Line], runs: set[tuple[str, ...]]) -> float:
     passages = [line["pos"][0][1] for line in lines]
     return sum(any(run in runs for run in _runs(text)) for text in passages) / len(passages)

@@ -1,8 +1,8 @@
-"""The paper's claim on a real model and public text: python -m experiments.claim FOLDER
+"""Tests the paper's claim on a real model and public text: python -m experiments.claim FOLDER
 
-Trains SmolLM2-135M-Instruct on pairs of texts, on chats, and on both at once, and measures each
-model at retrieval and at generation on what it was not trained on. All that is done is kept in
-FOLDER: the same command goes on where it was interrupted, and prints the tables at the end.
+Trains SmolLM2-135M-Instruct on text pairs, on chats, and on both, and evaluates each model's
+retrieval and generation on held-out data. Results are kept in FOLDER: the same command resumes an
+interrupted experiment, and prints the tables at the end.
 """
 
 import argparse
@@ -35,17 +35,14 @@ BASELINES = "baselines.json"
 
 
 class ExperimentError(Exception):
-    """The experiment cannot go on; the message says why."""
+    """The experiment cannot continue; the message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does what of the experiment is not done yet; returns 1, with a line, if it cannot be.
-
-    It returns 130 if it is interrupted.
-    """
+    """Runs the rest of the experiment; returns 1 after an error, 130 if interrupted."""
     options = _parse(arguments)
     console = Console(highlight=False)
-    # The device is for the processes that train and measure.
+    # Leave the accelerator to the processes that train and evaluate.
     jax.config.update("jax_platforms", "cpu")
     try:
         run_experiment(options, console)
@@ -53,27 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
 def run_experiment(options: argparse.Namespace, console: Console) -> None:
-    """Makes data and base model, trains and measures every run, and writes the report.
+    """Builds data and base model, trains and evaluates every run, and writes the report.
 
     Raises:
       OSError, ImportError: a baseline is not installed, or a file cannot be read or written.
-      MissingModelError, ConversionError: the base model cannot be had, or not be read.
-      ExperimentError: a command failed, the folder has another preset, or --data is not there.
+      MissingModelError, ConversionError: the base model is not available or cannot be read.
+      ExperimentError: a command failed, the folder has another preset, or --data does not exist.
     """
     folder, preset = options.folder.resolve(), PRESETS[options.preset]
     data = (options.data or folder / "data").resolve()
     if options.data and not data.is_dir():
-        raise ExperimentError(f"no folder {data}: make it with python -m experiments.build_data")
+        raise ExperimentError(f"no folder {data}: build it with python -m experiments.build_data")
     folder.mkdir(parents=True, exist_ok=True)
     _keep_preset(folder, options.preset)
     if not data.is_dir() and build_data.main([str(data)]):
-        raise ExperimentError("the data could not be made: see above")
+        raise ExperimentError("the data could not be built: see above")
     measured_on = data
     if preset.most_measured is not None:
         measured_on = folder / "measured_on"
@@ -99,12 +96,12 @@ def run_experiment(options: argparse.Namespace, console: Console) -> None:
 def planned(
     seeds: Sequence[int], names: Collection[str], *, ablations: bool
 ) -> list[tuple[Run, int]]:
-    """Returns the runs and their seeds: the main ones seed after seed, ablations with the first.
+    """Returns runs with their seeds: main runs for each seed, ablations for the first seed.
 
     Args:
-      seeds: of the main runs.
-      names: those of the main runs to make.
-      ablations: whether to make these, too.
+      seeds: seeds of the main runs.
+      names: names of the main runs to include.
+      ablations: whether to include the ablations.
     """
     main_runs = [(run, seed) for seed in seeds for run in MAIN if run.name in names]
     others = [(run, seeds[0]) for run in ABLATIONS] if ablations else []
@@ -112,7 +109,7 @@ def planned(
 
 
 def run_folder(folder: Path, run: Run, seed: int) -> Path:
-    """Returns where a run lies."""
+    """Returns the folder of a run."""
     return folder / "runs" / f"{run.name.replace(', ', '_').replace(' ', '_')}_{seed}"
 
 
@@ -153,13 +150,13 @@ def _train_and_measure(
 
 
 def _keep_preset(folder: Path, preset: str) -> None:
-    """Writes down whose folder it is: what it has is not made again for another preset."""
+    """Records the preset of the folder, so that results of two presets never mix."""
     path = folder / "preset.txt"
     if not path.is_file():
         path.write_text(preset)
     elif path.read_text() != preset:
         raise ExperimentError(
-            f"{folder} has the preset {path.read_text()}: name another folder for {preset}"
+            f"{folder} has the preset {path.read_text()}: use another folder for {preset}"
         )
 
 
@@ -171,7 +168,7 @@ def _prepare(data: Path, base: Path, prepared: Path, preset: Preset) -> None:
     command = ["prepare", f"claim={data}", "--output", prepared]
     command += ["--tokenizer", base / "tokenizer" / "tokenizer.json"]
     command += [f"--{name}-length={length}" for name, length in lengths]
-    command += ["--max-rejected=0.7"]  # Of short forms, which have no room for long prompts.
+    command += ["--max-rejected=0.7"]  # Short lengths reject long prompts.
     _call("grit_jax", command, prepared.with_suffix(".log"))
     whole.touch()
 
@@ -184,10 +181,10 @@ def _train(workdir: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _call(module: str, arguments: Sequence[Any], log: Path) -> None:
-    """Runs a module in a process of its own, which gives its memory back; its words go to `log`.
+    """Runs a module in a subprocess, which frees its memory, with output appended to `log`.
 
     Raises:
-      ExperimentError: it failed.
+      ExperimentError: the process failed.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -203,14 +200,22 @@ def _call(module: str, arguments: Sequence[Any], log: Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Repeat the paper's claim in small.")
-    parser.add_argument("folder", type=Path, help="for all that is made, of one preset")
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of all runs (cpu)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(0)")
+    parser = argparse.ArgumentParser(description="Test the paper's claim on a small model.")
+    parser.add_argument("folder", type=Path, help="folder for all results of one preset")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="cpu", help="size of the runs (default: cpu)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     names = [run.name for run in MAIN]
-    parser.add_argument("--runs", nargs="+", choices=names, default=names, help="(all of them)")
-    parser.add_argument("--ablations", action="store_true", help="the paper's, with the first seed")
-    parser.add_argument("--data", type=Path, help="made by experiments.build_data (made here)")
+    parser.add_argument("--runs", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument(
+        "--ablations",
+        action="store_true",
+        help="also run the paper's ablations, with the first seed",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="output of experiments.build_data (default: build)"
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What a source tells, before it is split and written."""
+"""Facts extracted from a source, before they are split and written."""
 
 import dataclasses
 import re
@@ -6,17 +6,17 @@ import re
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fact:
-    """One thing that a source tells, to be found by its query and to be chatted about.
+    """A fact from a source, used for a retrieval example and for a chat.
 
     Attributes:
-      keys: what it is about. Facts that share a key stand on the same side of the split.
+      keys: what the fact is about. Facts that share a key are in the same split.
       user: a question or a task.
-      assistant: its answer.
-      query: what the passage is looked for with; "" for a fact that is only chatted about.
-      passage: what answers the query.
-      negatives: passages that are easily taken for the answer, and are not.
-      unmasked: the passage with the names that are masked in it, where no turn is that alone.
-      kind: of the task, where a dataset has several.
+      assistant: the answer.
+      query: retrieval query for the passage; "" for a fact used only in chats.
+      passage: the passage that answers the query.
+      negatives: hard negatives, passages that resemble the answer but are wrong.
+      unmasked: the passage without masking, if no chat turn contains exactly that text.
+      kind: kind of task, for datasets with several.
     """
 
     keys: tuple[str, ...]
@@ -31,16 +31,16 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """How the facts of a source are named, split and asked for.
+    """How the facts of a source are named, split and queried.
 
     Attributes:
-      name: of the source.
-      passages: what its passages are, the second half of the name of its embedding dataset; ""
-        for a source that is only chatted about.
-      instruction: of its queries.
-      held_out: the share of its keys that is held out.
-      most_queries: of its held-out queries.
-      most_chats: of its held-out chats.
+      name: name of the source.
+      passages: second half of the name of the embedding dataset; "" for a source used only in
+        chats.
+      instruction: instruction of the queries.
+      held_out: fraction of the keys that is held out.
+      most_queries: maximum number of held-out queries.
+      most_chats: maximum number of held-out chats.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Dataset:
 
     @property
     def embedding_name(self) -> str:
-        """The name of its dataset of queries and passages."""
+        """Name of the dataset of queries and passages."""
         return f"{self.name}_{self.passages}"
 
     @property
     def chat_name(self) -> str:
-        """The name of its dataset of chats."""
+        """Name of the dataset of chats."""
         return f"{self.name}_chat"
 
 
-def normalised(text: str) -> str:
-    """The text's words in lower case with one space around each, whatever stands between them."""
+def normalize_words(text: str) -> str:
+    """Returns the words of the text in lower case, with single spaces around them."""
     words = re.findall(r"[^\W_]+", text.casefold())
     return f" {' '.join(words)} "

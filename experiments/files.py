@@ -1,4 +1,4 @@
-"""The files of the experiment: training and held-out datasets, and what is measured on."""
+"""The files of the experiment: training, held-out and evaluation data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
@@ -9,7 +9,7 @@ import tempfile
 from typing import Any
 
 from experiments.datasets import DATASETS, FILLING, SMALLEST_CORPUS
-from experiments.facts import Dataset, Fact, normalised
+from experiments.facts import Dataset, Fact, normalize_words
 from experiments.split import Split
 from tools.sample.build import WORDNET_QUESTIONS, compress
 from tools.sample.text import pick, stable_number
@@ -20,8 +20,8 @@ Line = dict[str, Any]
 
 
 @contextlib.contextmanager
-def folder_aside(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `folder` when all has gone well."""
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `folder` if the block succeeds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         new, old = Path(aside) / "new", Path(aside) / "old"
@@ -33,7 +33,7 @@ def folder_aside(folder: Path) -> Iterator[Path]:
 
 
 def write_datasets(split: Split, folder: Path) -> None:
-    """Writes `train` and `held_out`, a file for each dataset, as `grit-jax prepare` takes them."""
+    """Writes the folders `train` and `held_out`, one file per dataset, for `grit-jax prepare`."""
     for side, facts in (("train", split.train), ("held_out", split.held_out)):
         for dataset in DATASETS:
             own = facts[dataset.name]
@@ -46,7 +46,7 @@ def write_datasets(split: Split, folder: Path) -> None:
 
 
 def write_evaluation(split: Split, folder: Path) -> None:
-    """Writes the corpora with their queries, and the items with one right answer."""
+    """Writes the corpora with their queries, the multiple-choice items and the tasks."""
     held_out = split.held_out
     for dataset in filter(lambda dataset: dataset.passages, DATASETS):
         corpus, queries = make_corpus(dataset, held_out[dataset.name], held_out[FILLING])
@@ -62,7 +62,7 @@ def write_evaluation(split: Split, folder: Path) -> None:
 
 
 def embedding_line(dataset: Dataset, fact: Fact) -> Line:
-    """Returns a line of GritLM's form, with the keys that the fact was split by."""
+    """Returns a line in GritLM's format, with the keys used for the split."""
     return {
         "query": [dataset.instruction, fact.query],
         "pos": [["", fact.passage]],
@@ -72,17 +72,17 @@ def embedding_line(dataset: Dataset, fact: Fact) -> Line:
 
 
 def chat_line(fact: Fact) -> Line:
-    """Returns a line of GritLM's form, with the keys that the fact was split by."""
+    """Returns a line in GritLM's format, with the keys used for the split."""
     return {"text": [fact.user, fact.assistant], "keys": list(fact.keys)}
 
 
 def make_corpus(
     dataset: Dataset, facts: Sequence[Fact], filling: Sequence[Fact]
 ) -> tuple[list[Line], list[Line]]:
-    """Returns documents and queries; a query's "relevant" are the numbers of its documents.
+    """Returns documents and queries; "relevant" holds the indices of a query's documents.
 
-    Where there are fewer than `SMALLEST_CORPUS` documents, passages of `filling` are added that
-    are about something else.
+    A corpus with fewer than `SMALLEST_CORPUS` documents is filled up with passages of `filling`
+    that have other keys.
     """
     passages = {fact.passage: number for number, fact in enumerate(facts)}
     documents = [fact.passage for fact in facts]
@@ -103,18 +103,20 @@ def make_corpus(
 
 
 def multiple_choice_items(facts: Sequence[Fact]) -> list[Line]:
-    """Returns questions after a word in a sentence, each with four definitions.
+    """Returns questions about a word in a sentence, each with four definitions.
 
-    The wrong ones are what the word means elsewhere, and, where it has fewer senses, what other
-    held-out words mean.
+    Wrong choices are definitions of the word's other senses, then of other held-out words.
     """
     items = []
     for number, fact in enumerate(facts):
         others = [other.passage for other in (*facts[number + 1 :], *facts[:number])]
         wrong: dict[str, str] = {}
         for text in (*fact.negatives, *others):
-            if normalised(text) != normalised(fact.passage) and len(wrong) < NUM_CHOICES - 1:
-                wrong.setdefault(normalised(text), text)
+            if (
+                normalize_words(text) != normalize_words(fact.passage)
+                and len(wrong) < NUM_CHOICES - 1
+            ):
+                wrong.setdefault(normalize_words(text), text)
         choices = _in_stable_order([fact.passage, *wrong.values()], fact.query)
         word, _, sentence = fact.query.partition(": ")
         question = pick(WORDNET_QUESTIONS, fact.query).format(word=word, sentence=sentence)
@@ -130,19 +132,19 @@ def multiple_choice_items(facts: Sequence[Fact]) -> list[Line]:
 
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:
-    """Writes a compressed file of lines, the same bytes for the same lines."""
+    """Writes a gzipped JSONL file; equal lines give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(compress(lines))
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Returns the objects of a file of lines.
+    """Reads a gzipped JSONL file.
 
     Raises:
-      FileNotFoundError: there is no such file; the message says how to make it.
+      FileNotFoundError: the file does not exist; the message says how to build it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: make it with python -m experiments.build_data")
+        raise FileNotFoundError(f"no file {path}: build it with python -m experiments.build_data")
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

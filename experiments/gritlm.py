@@ -1,4 +1,4 @@
-"""The functions that `experiments.measure` asks for, of a GritLM.
+"""Adapts a GritLM to the functions that `experiments.measure` needs.
 
 Legend of dimensions: N texts or chats, D embedding.
 """
@@ -15,12 +15,12 @@ from grit_jax.text.templates import chat_prompt, embedding_prefix
 
 
 class Measured:
-    """A GritLM as `experiments.measure` asks for it.
+    """A GritLM with the interface of `experiments.measure`.
 
     Args:
       model: the model.
-      max_length: tokens of a text that is embedded; what is longer is cut.
-      max_new_tokens: of an answer to a task.
+      max_length: maximum tokens of an embedded text; longer texts are truncated.
+      max_new_tokens: maximum tokens of an answer.
     """
 
     def __init__(self, model: GritLM, *, max_length: int = 512, max_new_tokens: int = 48):
@@ -28,26 +28,26 @@ class Measured:
         self._max_length, self._max_new_tokens = max_length, max_new_tokens
 
     def encode(self, texts: Sequence[str], instruction: str) -> Float[np.ndarray, "N D"]:
-        """Returns the embeddings of texts with an instruction, or "" for none."""
+        """Embeds texts with an instruction, or without one if it is ""."""
         prefix = embedding_prefix(instruction)
         return self._model.encode(
             list(texts), instruction=prefix, max_length=self._max_length, truncate=True
         )
 
     def generate(self, questions: Sequence[str]) -> list[str]:
-        """Returns the first line of the likeliest answer to each question."""
+        """Returns the first line of the greedy answer to each question."""
         prompts = [chat_prompt(question, is_first=True) for question in questions]
         return self._model.generate(prompts, max_new_tokens=self._max_new_tokens, stop="\n")
 
     def likelihoods(
         self, chats: Sequence[tuple[str, str]]
     ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-        """Returns the log-likelihood of each answer with its `</s>`, in nats, and its tokens.
+        """Returns log-likelihoods (nats) and token counts of the answers, `</s>` included.
 
         Raises:
           InputError: a chat is longer than the model's context.
         """
-        # None is cut: bits are held against the bytes of whole answers.
+        # No truncation: bits are divided by the bytes of the full answer.
         texts = [chat_text(self._model.tokenizer, chat, sys.maxsize) for chat in chats]
         starts = [int(np.argmax(text.mask)) for text in texts]
         nats, _ = self._model.score(

@@ -1,7 +1,7 @@
-"""What a model is measured by, given a function that embeds, scores or generates.
+"""Evaluation measures, given a function that embeds, scores or generates.
 
-Each measure is a pair of a name, "dataset/measure", and a number. `experiments.gritlm` makes the
-functions of a GritLM, `experiments.baselines` those of two others.
+Measures map a name, "dataset/measure", to a number. `experiments.gritlm` has the functions for
+GritLM models, `experiments.baselines` for the baselines.
 
 Legend of dimensions: N texts, D embedding, Q queries, P passages.
 """
@@ -17,16 +17,16 @@ from experiments.datasets import DATASETS
 from experiments.files import SUFFIX, Line, read_lines
 from grit_jax.evaluation.retrieval import retrieval_metrics
 
-# Texts and their instruction to embeddings: float32 [N, D].
+# Maps texts and an instruction to float32 embeddings.
 Encode = Callable[[Sequence[str], str], Float[np.ndarray, "N D"]]
-# An instruction, queries and passages to scores, higher for what fits better: [Q, P].
+# Maps an instruction, queries and passages to scores; higher is better.
 Score = Callable[[str, Sequence[str], Sequence[str]], Float[np.ndarray, "Q P"]]
-# Chats of a user's and the assistant's turn to the log-likelihood of the latter, in nats, and the
-# number of tokens that it is a sum over: both [N].
+# Maps (user, assistant) chats to the log-likelihood of the assistant's turn in nats, and to its
+# number of tokens.
 Likelihoods = Callable[
     [Sequence[tuple[str, str]]], tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]
 ]
-# What users say to the assistant's answers.
+# Maps user turns to answers.
 Generate = Callable[[Sequence[str]], Sequence[str]]
 Measures = dict[str, float]
 
@@ -43,7 +43,7 @@ TITLES = {
 
 
 def by_embeddings(encode: Encode) -> Score:
-    """Returns the scores that embeddings make, the products of queries' and passages'."""
+    """Returns a function that scores by the dot product of embeddings."""
 
     def score(
         instruction: str, queries: Sequence[str], passages: Sequence[str]
@@ -56,12 +56,12 @@ def by_embeddings(encode: Encode) -> Score:
 def measure_retrieval(score: Score, folder: Path) -> Measures:
     """Returns nDCG@10 and recall@1 of each corpus, and the accuracy against hard negatives.
 
-    The latter is the share of queries whose passage is scored above all passages that are
-    easily taken for it, where there are such: the definitions of a word's other senses.
+    The latter is the fraction of queries whose passage scores above all of the query's hard
+    negatives, the definitions of a word's other senses.
 
     Args:
-      score: see `Score`; `by_embeddings` makes it of a function that embeds.
-      folder: made by `experiments.build_data`.
+      score: see `Score`; `by_embeddings` makes one from an embedding function.
+      folder: output of `experiments.build_data`.
     """
     measures: Measures = {}
     for dataset in filter(lambda dataset: dataset.passages, DATASETS):
@@ -80,25 +80,25 @@ def measure_retrieval(score: Score, folder: Path) -> Measures:
 
 
 def measure_choices(likelihoods: Likelihoods, folder: Path) -> Measures:
-    """Returns how often the likeliest definition of a word in a sentence is the right one.
+    """Returns the accuracy of choosing the definition of a word in a sentence by likelihood.
 
-    "accuracy" compares the log-likelihoods of the answers, "accuracy_per_character" the same
-    divided by their lengths.
+    "accuracy" compares the log-likelihoods of the choices; "accuracy_per_character" divides them
+    by the length of the choice.
     """
     items = read_lines(folder / "evaluation" / f"wordnet_choices{SUFFIX}")
     chats = [(item["question"], choice) for item in items for choice in item["choices"]]
     nats, _ = likelihoods(chats)
     lengths = np.array([len(answer) for _, answer in chats])
     return {
-        "wordnet_choices/accuracy": _share_right(items, nats),
-        "wordnet_choices/accuracy_per_character": _share_right(items, nats / lengths),
+        "wordnet_choices/accuracy": _accuracy(items, nats),
+        "wordnet_choices/accuracy_per_character": _accuracy(items, nats / lengths),
     }
 
 
 def measure_reasoning(generate: Generate, folder: Path) -> Measures:
-    """Returns how often the answer to a task is the right one, overall and by kind of task.
+    """Returns the exact match of answers to tasks, overall and by kind of task.
 
-    White space around answers and a full stop at their end do not count.
+    Surrounding white space and a final period are ignored.
     """
     items = read_lines(folder / "evaluation" / f"reasoning_items{SUFFIX}")
     answers = generate([item["question"] for item in items])
@@ -115,7 +115,7 @@ def measure_reasoning(generate: Generate, folder: Path) -> Measures:
 def measure_perplexity(likelihoods: Likelihoods, folder: Path) -> Measures:
     """Returns perplexity and bits per byte of the assistant's turns, overall and by dataset.
 
-    Perplexity depends on the tokenizer, and bits per byte do not.
+    Bits per byte do not depend on the tokenizer.
     """
     measures: Measures = {}
     everything: list[np.ndarray] = []
@@ -131,7 +131,7 @@ def measure_perplexity(likelihoods: Likelihoods, folder: Path) -> Measures:
 
 
 def measures_table(columns: Mapping[str, Measures]) -> Table:
-    """Returns a table of measures, a column for each model, for people to read."""
+    """Returns a printable table of measures, with one column per model."""
     table = Table()
     table.add_column("dataset", no_wrap=True)
     table.add_column("measure")
@@ -146,27 +146,27 @@ def measures_table(columns: Mapping[str, Measures]) -> Table:
 
 
 def shown(value: float) -> str:
-    """Returns a measure as tables have it: three decimals, of what is large one."""
+    """Formats a measure: three decimals, or one from 10 on."""
     return f"{value:.3f}" if value < 10 else f"{value:,.1f}"
 
 
 def _above_negatives(
     score: Score, instruction: str, queries: Sequence[Line], documents: Sequence[str]
 ) -> float:
-    """Returns how often the right passage has a higher score than each of the query's negatives."""
+    """Returns the fraction of queries whose passage scores above all of their negatives."""
     answers = [documents[int(query["relevant"][0])] for query in queries]
     passages = {*answers, *(text for query in queries for text in query["negatives"])}
-    places = {text: place for place, text in enumerate(sorted(passages))}
-    scores = score(instruction, [query["text"] for query in queries], list(places))
+    columns = {text: column for column, text in enumerate(sorted(passages))}
+    scores = score(instruction, [query["text"] for query in queries], list(columns))
     right = [
-        all(row[places[answer]] > row[places[text]] for text in query["negatives"])
+        all(row[columns[answer]] > row[columns[text]] for text in query["negatives"])
         for row, query, answer in zip(scores, queries, answers, strict=True)
     ]
     return float(np.mean(right))
 
 
-def _share_right(items: Sequence[Line], scores: np.ndarray) -> float:
-    """Returns how often the right choice has a higher score than each of the others."""
+def _accuracy(items: Sequence[Line], scores: np.ndarray) -> float:
+    """Returns the fraction of items whose answer scores above all other choices."""
     right, start = 0, 0
     for item in items:
         own = scores[start : start + len(item["choices"])]

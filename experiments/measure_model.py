@@ -1,4 +1,4 @@
-"""All measures of a model on the held-out data: python -m experiments.measure_model MODEL DATA"""
+"""Evaluates a model on the held-out data: python -m experiments.measure_model MODEL DATA"""
 
 import argparse
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns 1, with a line, if the model or the data cannot be read.
     """
-    parser = argparse.ArgumentParser(description="Measure a model on the held-out data.")
-    parser.add_argument("model", type=Path, help="a run's folder, or any other model")
-    parser.add_argument("data", type=Path, help="made by experiments.build_data")
+    parser = argparse.ArgumentParser(description="Evaluate a model on the held-out data.")
+    parser.add_argument("model", type=Path, help="the folder of a run, or any other model")
+    parser.add_argument("data", type=Path, help="output of experiments.build_data")
     parser.add_argument(
-        "--max-length", type=int, default=512, help="tokens of a text that is embedded (512)"
+        "--max-length", type=int, default=512, help="maximum tokens of an embedded text (512)"
     )
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     try:
         model = GritLM.from_pretrained(options.model, dtype="float32")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure_model(model: GritLM, folder: Path, max_length: int) -> Measures:
-    """Returns all measures of a model on the held-out data in a folder."""
+    """Returns all measures of a model on the held-out data in `folder`."""
     measured = Measured(model, max_length=max_length)
     return {
         **measure_retrieval(by_embeddings(measured.encode), folder),
@@ -62,7 +62,7 @@ def measure_model(model: GritLM, folder: Path, max_length: int) -> Measures:
 
 
 def device() -> str:
-    """Returns what computes here, in words."""
+    """Returns a description of the devices and CPU cores."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
 
 

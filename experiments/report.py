@@ -1,4 +1,4 @@
-"""Tables and a picture of the experiment's measures, from the files that the runs left."""
+"""Tables and a figure of the experiment's measures, from the files of its runs."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -16,7 +16,7 @@ from experiments.presets import ABLATIONS, MAIN, UNTRAINED
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# What the two halves of a model are judged by.
+# Measures of the embedding and the generative half of a model.
 EMBEDDING = (
     "wordnet_senses/ndcg_at_10",
     "wordnet_senses/hard_negatives",
@@ -33,12 +33,12 @@ GENERATION = (
 RANKED = tuple(measure for measure in EMBEDDING if measure.endswith("ndcg_at_10"))
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte")
 
-# Of each measure, its values over seeds.
+# Maps run and measure to the values of all seeds.
 Columns = dict[str, dict[str, list[float]]]
 
 
 def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> None:
-    """Writes `report.md` and `claim.svg`, and shows the former."""
+    """Writes `report.md` and `claim.svg`, and prints the report."""
     runs = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/measures.json")]
     columns = read_columns(json.loads((folder / "baselines.json").read_text()), runs)
     devices = "; ".join(sorted({run["device"] for run in runs}))
@@ -49,7 +49,7 @@ def write_report(folder: Path, about: Mapping[str, Any], console: Console) -> No
 
 
 def read_columns(baselines: Mapping[str, Measures], found: Sequence[Mapping[str, Any]]) -> Columns:
-    """Returns the measures by name: of baselines, and of runs as their files have them."""
+    """Returns the measures of baselines and runs, by name."""
     columns: Columns = {}
     for name, measures in baselines.items():
         columns[name] = {measure: [value] for measure, value in measures.items()}
@@ -63,7 +63,7 @@ def read_columns(baselines: Mapping[str, Measures], found: Sequence[Mapping[str,
 
 
 def report(columns: Columns, about: Mapping[str, Any]) -> str:
-    """Returns all tables in Markdown."""
+    """Returns all tables as Markdown."""
     others = [name for name in columns if name not in {run.name for run in ABLATIONS}]
     lines = [f"- {name}: {value}" for name, value in about.items()]
     lines += ["", "### Embedding", "", *table(columns, others, EMBEDDING)]
@@ -81,7 +81,7 @@ def report(columns: Columns, about: Mapping[str, Any]) -> str:
 
 
 def table(columns: Columns, names: Sequence[str], measures: Sequence[str]) -> list[str]:
-    """Returns the lines of a table: the mean of each measure, and its spread over seeds."""
+    """Returns the lines of a table with mean and standard deviation over seeds."""
     lines = [f"| dataset | measure | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for measure in measures:
         dataset, kind = measure.split("/")
@@ -91,10 +91,10 @@ def table(columns: Columns, names: Sequence[str], measures: Sequence[str]) -> li
 
 
 def verdict(columns: Columns) -> list[str]:
-    """Returns for each measure whether unified is within the noise of the specialist, or better.
+    """Returns the lines of a table that compares unified with the specialists.
 
-    The noise is two standard errors of the difference of the two means; with one seed there is
-    nothing to hold a difference against.
+    A difference is "within" noise if it is below two standard errors of the difference of means;
+    one seed gives no verdict.
     """
     lines = ["| dataset | measure | specialist | unified | difference | two standard errors | |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -118,7 +118,7 @@ def verdict(columns: Columns) -> list[str]:
 
 
 def draw(columns: Columns, path: Path) -> None:
-    """Draws retrieval beside generation, a point for each seed, and each corpus by itself."""
+    """Plots retrieval against generation, one point per seed, and nDCG@10 of each corpus."""
     figure, (joint, corpora) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 3))
     runs = [run.name for run in (UNTRAINED, *MAIN) if run.name in columns]
     baselines = [name for name in ("BM25", "MiniLM") if name in columns]
@@ -127,7 +127,7 @@ def draw(columns: Columns, path: Path) -> None:
         mean = np.mean([columns[name][measure] for measure in RANKED], axis=0)
         joint.scatter(mean, columns[name]["all_chats/bits_per_byte"], color=colors[name])
     joint.set_xlabel("mean nDCG@10 of five corpora")
-    joint.set_ylabel("bits a byte of held-out chats (fewer are better)")
+    joint.set_ylabel("bits per byte of held-out chats (lower is better)")
     joint.invert_yaxis()
     joint.locator_params(axis="x", nbins=5)
     _draw_corpora(corpora, columns, colors)
@@ -137,16 +137,16 @@ def draw(columns: Columns, path: Path) -> None:
 
 
 def _draw_corpora(axes: Axes, columns: Columns, colors: Mapping[str, Any]) -> None:
-    """Draws the mean over seeds of each corpus, and a line from the lowest to the highest."""
+    """Plots the mean over seeds for each corpus, with error bars from minimum to maximum."""
     width = 0.8 / len(colors)
-    places = np.arange(len(RANKED))
+    positions = np.arange(len(RANKED))
     for number, (name, color) in enumerate(colors.items()):
         values = [columns[name][measure] for measure in RANKED]
         means, lowest, highest = (np.array(list(map(f, values))) for f in (np.mean, min, max))
         ends = [means - lowest, highest - means]
-        axes.bar(places + number * width, means, width, yerr=ends, color=color, label=name)
+        axes.bar(positions + number * width, means, width, yerr=ends, color=color, label=name)
     titles = [measure.split("/")[0].replace("_", "\n") for measure in RANKED]
-    axes.set_xticks(places + 0.4 - width / 2, titles)
+    axes.set_xticks(positions + 0.4 - width / 2, titles)
     axes.set_ylabel("nDCG@10")
     axes.legend()
 

@@ -1,24 +1,24 @@
-"""Held-out data of which no more than some of each kind is measured on."""
+"""Limits the held-out data used for evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
 import shutil
 
-from experiments.files import SUFFIX, Line, folder_aside, read_lines, write_lines
+from experiments.files import SUFFIX, Line, read_lines, replacing_folder, write_lines
 
-# All documents of a corpus stay: how hard a search is depends on their number.
+# All documents of a corpus are kept, because their number makes retrieval hard.
 WHOLE = f"documents{SUFFIX}"
 
 
 def write_smaller(data: Path, destination: Path, most: int) -> None:
-    """Writes what is measured on, with at most so many lines of each file but the documents.
+    """Copies the evaluation data with at most `most` lines per file, except for documents.
 
     Args:
-      data: made by `experiments.build_data`.
-      destination: a folder to make, which has the same files.
-      most: lines, evenly spread over the file's.
+      data: output of `experiments.build_data`.
+      destination: folder to write, with the same files.
+      most: maximum lines per file, evenly spaced.
     """
-    with folder_aside(destination) as aside:
+    with replacing_folder(destination) as aside:
         for part in ("evaluation", "held_out"):
             for path in sorted((data / part).rglob(f"*{SUFFIX}")):
                 copy = aside / path.relative_to(data)
@@ -27,7 +27,7 @@ def write_smaller(data: Path, destination: Path, most: int) -> None:
                     shutil.copyfile(path, copy)
                 else:
                     write_lines(copy, _spread(read_lines(path), most))
-        shutil.copytree(data / "train", aside / "train")  # A baseline learns from it.
+        shutil.copytree(data / "train", aside / "train")  # For the baseline "constant".
 
 
 def _spread(lines: Sequence[Line], most: int) -> list[Line]:

@@ -1,31 +1,31 @@
-"""Which facts are held out, so that nothing of them is trained on in either stream."""
+"""Splits facts so that neither stream trains on held-out facts."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 
-from experiments.facts import Dataset, Fact, normalised
+from experiments.facts import Dataset, Fact, normalize_words
 from tools.sample.text import stable_number
 
 Facts = dict[str, list[Fact]]
-# Texts of fewer words are found everywhere, and tell nothing by themselves.
-LEAST_WORDS = 3
+# Shorter texts occur everywhere and carry no information.
+MIN_WORDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The facts of each dataset by name, in an order that looks random and is always the same."""
+    """The facts of each dataset, by name, in a fixed pseudorandom order."""
 
     train: Facts
     held_out: Facts
 
 
 def split_facts(facts: Mapping[str, Sequence[Fact]], datasets: Sequence[Dataset]) -> Split:
-    """Returns the facts to train on, and those to measure with.
+    """Splits facts into training and held-out facts.
 
-    Facts that share a key, directly or through others, stand on one side, which the smallest of
-    their keys decides on. No text of a held-out fact occurs in a fact to train on, be it within
-    a longer text: such facts are left out, and such negatives dropped.
+    Facts that share keys, directly or through others, are in one split, chosen by the hash of their
+    smallest key. Training facts that contain a text of a held-out fact are removed, and so are such
+    negatives.
     """
     sides = _Sides(facts, {dataset.name: dataset.held_out for dataset in datasets})
     held_out = {
@@ -43,21 +43,21 @@ def split_facts(facts: Mapping[str, Sequence[Fact]], datasets: Sequence[Dataset]
 
 
 class Texts:
-    """Texts that are looked for in others, word by word, whatever stands between the words."""
+    """A set of texts to search for in other texts, compared by words only."""
 
     def __init__(self, texts: Iterable[str]):
         self._by_start: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for text in texts:
-            form = normalised(text)
+            form = normalize_words(text)
             words = tuple(form.split())
-            if len(words) >= LEAST_WORDS:
-                self._by_start[words[:LEAST_WORDS]].add(form)
+            if len(words) >= MIN_WORDS:
+                self._by_start[words[:MIN_WORDS]].add(form)
 
     def found_in(self, text: str) -> str | None:
-        """Returns one of the texts that occurs in a text, or None."""
-        form = normalised(text)
+        """Returns one of the texts that `text` contains, or None."""
+        form = normalize_words(text)
         words = form.split()
-        starts = zip(*(words[place:] for place in range(LEAST_WORDS)), strict=False)
+        starts = zip(*(words[offset:] for offset in range(MIN_WORDS)), strict=False)
         for start in starts:
             for wanted in self._by_start.get(start, ()):
                 if wanted in form:
@@ -66,27 +66,27 @@ class Texts:
 
 
 def told(fact: Fact) -> Iterator[str]:
-    """Yields the texts of a fact that nobody may be trained on if it is held out.
+    """Yields the texts that training must not contain if the fact is held out.
 
-    Of a task without a passage, such as a sum, there are none: its key says all of it, and a
-    longer sum may begin like it.
+    Tasks without a passage, such as sums, have none: the key covers them, and a longer sum may
+    start with the same terms.
     """
     if fact.passage:
         yield from (fact.passage, fact.unmasked, *fact.negatives, fact.user, fact.assistant)
-        yield what_is_asked(fact.query, fact.keys)
+        yield query_text(fact.query, fact.keys)
 
 
-def what_is_asked(query: str, keys: Sequence[str]) -> str:
-    """Returns the query, or, of a term in a sentence, the sentence.
+def query_text(query: str, keys: Sequence[str]) -> str:
+    """Returns the query, or only the sentence if the query is a term in a sentence.
 
-    Other texts may mention a term, which its key keeps from being asked about.
+    Other texts may mention the term; its key ensures that no training fact asks about it.
     """
     is_term = keys[0].startswith("term ")
     return query.partition(": ")[2] if is_term else query
 
 
 class _Sides:
-    """The side of each key: components of keys that occur in one fact."""
+    """Assigns keys to splits by connected components of keys that share a fact."""
 
     def __init__(self, facts: Mapping[str, Sequence[Fact]], shares: Mapping[str, float]):
         self._parents: dict[str, str] = {}
@@ -105,7 +105,7 @@ class _Sides:
         return stable_number("held out " + root) < self._shares[root] * 2**64
 
     def _root(self, key: str) -> str:
-        """The smallest key of the component, to which all others lead."""
+        """Returns the smallest key of the component."""
         root = self._parents.setdefault(key, key)
         while self._parents[root] != root:
             root = self._parents[root]
@@ -119,12 +119,12 @@ class _Sides:
 
 
 def _choose_held_out(facts: Sequence[Fact], dataset: Dataset) -> list[Fact]:
-    """Returns facts of which no query, no passage and no question is another's."""
+    """Returns held-out facts without repeated queries, passages or questions."""
     most = dataset.most_queries if dataset.passages else dataset.most_chats
     chosen: list[Fact] = []
     seen: set[str] = set()
     for fact in _shuffled(facts):
-        texts = {normalised(text) for text in (fact.query, fact.passage, fact.user) if text}
+        texts = {normalize_words(text) for text in (fact.query, fact.passage, fact.user) if text}
         if len(chosen) < most and not seen & texts:
             seen |= texts
             chosen.append(fact)

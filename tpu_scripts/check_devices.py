@@ -1,4 +1,4 @@
-"""Joins the workers as training does, and counts the TPUs of all: check_devices.py NUMBER."""
+"""Connects all workers as training does, and counts their TPUs: check_devices.py NUMBER."""
 
 import socket
 import sys
@@ -9,7 +9,7 @@ from grit_jax.processes import ProcessError, connect
 
 
 def main(expected: int) -> None:
-    """Ends with an error unless there are `expected` TPU devices on all workers together."""
+    """Exits with an error unless all workers together have `expected` TPU devices."""
     try:
         connect()
         devices = jax.devices()
@@ -17,7 +17,7 @@ def main(expected: int) -> None:
         sys.exit(f"{socket.gethostname()}: {error}")
     tpus = sum(device.platform == "tpu" for device in devices)
     if tpus != expected:
-        sys.exit(f"{socket.gethostname()}: there are {tpus} TPU devices, and not {expected}")
+        sys.exit(f"{socket.gethostname()}: found {tpus} TPU devices, expected {expected}")
     print(f"{socket.gethostname()}: {jax.local_device_count()} of {tpus} devices")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training run on a TPU pod slice of Google Cloud, from asking for nodes to deleting them.
+# Runs training on a Google Cloud TPU slice, from requesting the nodes to deleting them.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -12,49 +12,49 @@ source "$HERE/workers.sh"
 # shellcheck source=watch.sh
 source "$HERE/watch.sh"
 
-USAGE="usage: tpu_scripts/pod.sh VERB [--settings FILE] [--dry-run] [--keep]
+USAGE="usage: tpu_scripts/pod.sh COMMAND [--settings FILE] [--dry-run] [--keep]
 
-  watch    all of it: nodes, setup, launch; again after a preemption, until the run has finished
-  create   ask for the nodes, and wait until they are there
-  setup    bring the committed code to all workers, install it, and count the devices
+  watch    create, setup and launch, again after each preemption, until the run has finished
+  create   request the nodes, and wait for them
+  setup    copy the committed code to all workers, install it, and count the devices
   launch   start the run on all workers
-  status   nodes, workers, and the newest metrics
-  stop     have the run save and end; the nodes stay
+  status   show nodes, workers, and the newest metrics
+  stop     make the run save and exit; the nodes stay
   delete   delete the nodes; the bucket stays
 
-  --settings FILE   another file than tpu_scripts/settings.sh
-  --dry-run         print the commands, and run none of them
-  --keep            watch leaves the nodes at the end, in place of deleting them
+  --settings FILE   settings file (default: tpu_scripts/settings.sh)
+  --dry-run         print the commands without running them
+  --keep            with watch, keep the nodes at the end
 
-docs/pods.md says more."
+See docs/pods.md."
 
 main() {
   local verb=${1:-} file="$HERE/settings.sh"
   case $verb in
     create | setup | launch | status | watch | stop | delete) shift ;;
     "" | -h | --help | help) answer "$USAGE" && return ;;
-    *) fail "there is no verb '$verb': pod.sh --help" ;;
+    *) fail "unknown command '$verb': see pod.sh --help" ;;
   esac
-  DRY_RUN="" KEEP="" COMMIT="" REMINDER="" # They are not the environment's.
+  DRY_RUN="" KEEP="" COMMIT="" REMINDER="" # Ignore the environment.
   while (($#)); do
     case $1 in
       --settings) file=${2:?"pod.sh: --settings needs a file"} && shift ;;
       --settings=*) file=${1#*=} ;;
       --dry-run) DRY_RUN=yes ;;
       --keep) KEEP=yes ;;
-      *) fail "there is no option '$1': pod.sh --help" ;;
+      *) fail "unknown option '$1': see pod.sh --help" ;;
     esac
     shift
   done
-  POLL_SECONDS=${POLL_SECONDS:-60}      # between two looks at Google Cloud
-  LOG_SECONDS=${LOG_SECONDS:-60}        # between two copies of a worker's log
-  SETTLE_SECONDS=${SETTLE_SECONDS:-150} # from a worker's end to a verdict; JAX ends others after 100
-  SILENT_SECONDS=${SILENT_SECONDS:-900} # without a worker's log, after which it is lost
+  POLL_SECONDS=${POLL_SECONDS:-60}      # between checks of Google Cloud
+  LOG_SECONDS=${LOG_SECONDS:-60}        # between copies of a worker's log
+  SETTLE_SECONDS=${SETTLE_SECONDS:-150} # from a worker's exit to a verdict; JAX ends the others after 100
+  SILENT_SECONDS=${SILENT_SECONDS:-900} # without a log until a worker counts as lost
   STOP_SECONDS=${STOP_SECONDS:-900}     # for a run to save
   load_settings "$file"
   if [[ -z $DRY_RUN ]]; then
     command -v gcloud >/dev/null ||
-      fail "there is no gcloud here: https://cloud.google.com/sdk/docs/install"
+      fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
   fi
   SCRATCH=$(mktemp -d)
   trap at_exit EXIT
@@ -63,7 +63,7 @@ main() {
   "do_$verb"
 }
 
-# What went wrong may have left nodes behind, and their user must not learn it from the bill.
+# After an error, reminds the user of nodes that still cost money.
 at_exit() {
   local code=$?
   rm -rf "$SCRATCH"
@@ -71,13 +71,13 @@ at_exit() {
 }
 
 remind_of_nodes() {
-  REMINDER="nodes of $NAME that are there stay, and cost money, until tpu_scripts/pod.sh delete"
+  REMINDER="existing nodes of $NAME cost money until you run tpu_scripts/pod.sh delete"
 }
 
 do_create() {
   remind_of_nodes
   create_pod
-  say "next: tpu_scripts/pod.sh setup (from now on the nodes cost money)"
+  say "next: tpu_scripts/pod.sh setup (the nodes cost money from now on)"
 }
 
 do_setup() {
@@ -93,7 +93,7 @@ do_launch() {
   launch=$(new_launch)
   put_text "$COMMIT" "$launch/commit"
   start_run "$launch"
-  say "the run goes on by itself; tpu_scripts/pod.sh watch keeps it alive"
+  say "the run continues on its own; tpu_scripts/pod.sh watch restarts it after preemptions"
 }
 
 do_status() {
@@ -109,7 +109,7 @@ do_stop() {
   remind_of_nodes
   mark_as_stopped
   state=$(queued_resource_state ACTIVE)
-  if [[ $state == ACTIVE ]]; then stop_run; else say "$NAME: nothing runs ($state)"; fi
+  if [[ $state == ACTIVE ]]; then stop_run; else say "$NAME: no run is active ($state)"; fi
 }
 
 do_delete() {

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The nodes: a queued resource of Google Cloud, from asking for it to its end.
+# Creates, inspects and deletes the nodes, a queued resource of Google Cloud.
 
-# Prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ... or NONE; $1 is what a dry run assumes.
+# Prints ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ... or NONE; $1 is the state for a dry run.
 queued_resource_state() {
   ask "$1" queued-resources describe "$NAME" --format="value(state.state)"
 }
@@ -20,7 +20,7 @@ node_state() {
   ask "$2" tpu-vm describe "$1" --format="value(state)"
 }
 
-# Whether all there should be is there.
+# Succeeds if all nodes exist and are ready.
 is_whole() {
   local node state
   state=$(queued_resource_state ACTIVE) || exit
@@ -31,12 +31,12 @@ is_whole() {
   done
 }
 
-# Asks for the nodes, and waits until they are there. What was asked for in vain is deleted.
+# Requests the nodes and waits for them. Deletes a failed request.
 create_pod() {
   local state
   state=$(queued_resource_state NONE)
   [[ $state == NONE ]] ||
-    fail "the queued resource $NAME exists already ($state): go on with setup, or delete it"
+    fail "the queued resource $NAME already exists ($state): continue with setup, or delete it"
   check_accelerator_is_offered
   check_nodes_are_free
   request_nodes
@@ -48,7 +48,7 @@ check_accelerator_is_offered() {
   found=$(ask "$ACCELERATOR_TYPE" tpu-vm accelerator-types describe "$ACCELERATOR_TYPE" \
     --format="value(type)")
   [[ $found != NONE ]] ||
-    fail "there is no $ACCELERATOR_TYPE in the zone $ZONE, or no such zone; what there is:" \
+    fail "there is no $ACCELERATOR_TYPE in the zone $ZONE, or no such zone; see" \
       "https://cloud.google.com/tpu/docs/regions-zones"
 }
 
@@ -57,8 +57,8 @@ check_nodes_are_free() {
   for node in $(node_names); do
     state=$(node_state "$node" NONE)
     [[ $state == NONE ]] ||
-      fail "there is a node $node in $ZONE already, of somebody else's making. It is left as it" \
-        "is: choose another NAME, or delete it with: gcloud compute tpus tpu-vm delete $node"
+      fail "there is a node $node in $ZONE already that this run did not create: choose another" \
+        "NAME, or delete it with: gcloud compute tpus tpu-vm delete $node"
   done
 }
 
@@ -76,23 +76,23 @@ request_nodes() {
 }
 
 explain_refusal() {
-  local advice="nothing was made"
+  local advice="nothing was created"
   case $(<"$SCRATCH/errors") in
     *[Qq]uota* | *RESOURCE_EXHAUSTED*)
-      advice="there is no quota for $ACCELERATOR_TYPE ($PROVISIONING) in $ZONE. Ask for it at"
-      advice+=" https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT, or take another"
+      advice="there is no quota for $ACCELERATOR_TYPE ($PROVISIONING) in $ZONE. Request it at"
+      advice+=" https://console.cloud.google.com/iam-admin/quotas?project=$PROJECT, or use another"
       advice+=" ZONE, ACCELERATOR_TYPE or PROVISIONING"
       ;;
-    *ALREADY_EXISTS* | *"already exists"*) advice="choose another NAME, or delete what has it" ;;
+    *ALREADY_EXISTS* | *"already exists"*) advice="choose another NAME, or delete the existing resource" ;;
     *SERVICE_DISABLED* | *"has not been used"*)
-      advice="gcloud services enable tpu.googleapis.com --project=$PROJECT"
+      advice="run gcloud services enable tpu.googleapis.com --project=$PROJECT"
       ;;
     *PERMISSION_DENIED*) advice="your account needs the role roles/tpu.admin in $PROJECT" ;;
   esac
-  fail "Google Cloud refuses the nodes: $advice. It says: $(last_error)"
+  fail "Google Cloud refused the nodes: $advice. Its message: $(last_error)"
 }
 
-# Waits through the queue. The request stays if this is interrupted.
+# Waits in the queue. An interruption keeps the request.
 wait_for_nodes() {
   local state before=""
   while :; do
@@ -104,14 +104,14 @@ wait_for_nodes() {
       FAILED | SUSPENDING | SUSPENDED | DELETING | NONE)
         tpus queued-resources describe "$NAME" --format="yaml(state)" || true
         delete_pod
-        fail_for_now "the nodes of $NAME did not come ($state, see above); nothing is left of them"
+        fail_for_now "the nodes of $NAME were not created ($state, see above); nothing is left"
         ;;
     esac
     sleep "$POLL_SECONDS"
   done
 }
 
-# Deletes the queued resource and its nodes, if they are there.
+# Deletes the queued resource and its nodes if they exist.
 delete_pod() {
   local attempt state
   for ((attempt = 1; attempt <= ASK_ATTEMPTS; attempt++)); do
@@ -120,7 +120,7 @@ delete_pod() {
       say "$NAME: there are no nodes"
       return
     fi
-    # One that is suspended or has failed still counts against the quota, so it goes as well.
+    # Suspended and failed resources still count against the quota, so delete them too.
     if tpus queued-resources delete "$NAME" --force --quiet 2>"$SCRATCH/errors"; then
       say "$NAME: the nodes are deleted"
       return

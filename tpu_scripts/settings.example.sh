@@ -1,16 +1,16 @@
 # shellcheck shell=bash disable=SC2034
-# One run on one pod. Copy this file to settings.sh, fill it in, and leave secrets out: none is needed.
+# Settings of one run. Copy this file to settings.sh and fill it in. No secrets are needed.
 
 PROJECT=""                     # id of the Google Cloud project
-ZONE=""                        # such as us-east5-b; it must offer the accelerator type
-NAME="gritlm-7b"               # of the run: of its nodes, and of its folder in the bucket
+ZONE=""                        # such as us-east5-b; must offer the accelerator type
+NAME="gritlm-7b"               # name of the run, its nodes, and its folder in the bucket
 BUCKET=""                      # without gs://, in the same region as the zone
 
 ACCELERATOR_TYPE="v6e-64"      # v4-N, v5litepod-N, v5p-N or v6e-N, as Google Cloud counts them
 PROVISIONING="spot"            # spot, reserved or on-demand
-NUM_SLICES=1                   # of that type; above 1, add --config.mesh.slice to the overrides
+NUM_SLICES=1                   # slices of that type; above 1, also set --config.mesh.slice below
 
-# What is trained. The working directory is gs://BUCKET/NAME/run.
+# The training run. Its working directory is gs://BUCKET/NAME/run.
 CONFIG="configs/gritlm_7b.py"
 WEIGHTS="gs://$BUCKET/Mistral-7B-v0.1"  # copied to each worker's disk; "" for random weights
 OVERRIDES=(
@@ -20,9 +20,9 @@ OVERRIDES=(
   --config.checkpoint.every_steps=100
 )
 
-# What may stay as it is.
-MAX_TRIES=5                    # starts in a row without a new checkpoint, after which watch gives up
-VALID_UNTIL_DURATION=""        # such as 6h: how long to wait for the nodes; "" for as long as it takes
-RUNTIME_VERSION=""             # of the TPU software; "" for the one that goes with the type
-CREATE_FLAGS=()                # more for `queued-resources create`, such as --service-account=...
-SSH_FLAGS=()                   # more for `queued-resources ssh`, such as --tunnel-through-iap
+# Defaults that rarely need changes.
+MAX_TRIES=5                    # consecutive launches without a new checkpoint before watch gives up
+VALID_UNTIL_DURATION=""        # maximum wait for the nodes, such as 6h; "" for no limit
+RUNTIME_VERSION=""             # TPU software version; "" for the one of the type
+CREATE_FLAGS=()                # extra flags of `queued-resources create`, such as --service-account=...
+SSH_FLAGS=()                   # extra flags of `queued-resources ssh`, such as --tunnel-through-iap

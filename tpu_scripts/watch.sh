@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Keeps a run alive: nodes, setup and launch, again after each loss, until it has finished.
+# Keeps a run alive: creates nodes, sets up and launches after each loss until it finishes.
 
-# OUTCOME is what has become of a launch: none, running, finished, failed, stopped or lost (to be
-# started again). WHY says more.
+# OUTCOME is the state of a launch: none, running, finished, failed, stopped or lost (to be
+# restarted). WHY is the reason.
 
 watch_run() {
   choose_commit
   ASK_ATTEMPTS=60
   TRIES=0 CHECKPOINT=0 HAS_STARTED=""
-  REMINDER="watch has ended. A run that was going on goes on, and the nodes of $NAME cost money:"
-  REMINDER+=" watch again, or delete them"
+  REMINDER="watch has ended. An active run continues, and the nodes of $NAME cost money:"
+  REMINDER+=" run watch again, or delete"
   trap 'exit 130' INT TERM
   LAUNCH=$(newest_launch)
   judge
@@ -27,7 +27,7 @@ watch_run() {
         give_up "the run failed$WHY"
         ;;
       stopped)
-        say "the nodes of $NAME may still be there and cost money: launch, watch or delete"
+        say "the nodes of $NAME may still exist and cost money: run launch, watch or delete"
         return
         ;;
     esac
@@ -36,14 +36,14 @@ watch_run() {
   say "$NAME has finished: $FOLDER/run"
 }
 
-# Counts the starts since the last one that brought the run further.
+# Counts the launches since the last new checkpoint.
 count_try() {
   local newest
   newest=$(newest_checkpoint)
   if ((newest > CHECKPOINT)); then TRIES=0 CHECKPOINT=$newest; fi
   TRIES=$((TRIES + 1))
-  ((TRIES <= MAX_TRIES)) || give_up "$MAX_TRIES starts in a row brought no new checkpoint$WHY"
-  say "$(date '+%H:%M:%S') $NAME: start $TRIES of at most $MAX_TRIES from step $CHECKPOINT"
+  ((TRIES <= MAX_TRIES)) || give_up "$MAX_TRIES consecutive launches made no new checkpoint$WHY"
+  say "$(date '+%H:%M:%S') $NAME: launch $TRIES of at most $MAX_TRIES from step $CHECKPOINT"
 }
 
 newest_checkpoint() {
@@ -53,13 +53,13 @@ newest_checkpoint() {
   answer "${found:-0}"
 }
 
-# From whatever is there to a new launch.
+# Makes a new launch from any state.
 bring_up() {
   local code
   LAUNCH=$(new_launch)
-  # From here on it is the newest, and `stop` or `delete` leave their mark with it.
+  # From now on this is the newest launch, which `stop` and `delete` mark.
   put_text "$COMMIT" "$LAUNCH/commit"
-  # In a shell of its own, which `fail` ends, and not the watch.
+  # In a subshell, so that `fail` does not end the watch.
   set +e
   (
     set -e
@@ -76,12 +76,12 @@ bring_up() {
   elif ((code == 0)); then
     HAS_STARTED=yes
   elif ((code == TRY_AGAIN)) || [[ -n $HAS_STARTED ]]; then
-    # Nodes that cannot be reached do not get better, and what is deleted is counted as free late.
+    # Unreachable nodes do not recover, and the quota of deleted nodes is freed late.
     delete_pod
-    OUTCOME=lost WHY=": it could not be started, as said above"
+    OUTCOME=lost WHY=": it could not be started (see above)"
     sleep "$POLL_SECONDS"
   else
-    give_up "it could not be started, as said above"
+    give_up "it could not be started (see above)"
   fi
 }
 
@@ -95,7 +95,7 @@ make_ready() {
     *) wait_for_nodes ;;
   esac
   install_on_workers
-  [[ -z $is_used ]] || stop_run # What is left of a run would keep its TPU.
+  [[ -z $is_used ]] || stop_run # A remaining run would hold the TPU.
   count_devices
 }
 
@@ -117,17 +117,17 @@ follow() {
       OUTCOME=lost WHY=": its nodes are gone ($state)" && return
     elif [[ -n $ended ]] && ((ENDED > 0 && SECONDS - ended >= SETTLE_SECONDS)); then
       OUTCOME=$(verdict) WHY=" with the exit codes ${CODES//$'\n'/, }"
-      # Nodes that are taken away may bring down the run before they are seen to be gone.
+      # A preemption can end the run before the nodes are reported gone.
       [[ $OUTCOME != failed ]] || is_whole || OUTCOME=lost
       return
     elif ((SECONDS - heard >= SILENT_SECONDS)); then
-      OUTCOME=lost WHY=": no word from a worker for $SILENT_SECONDS seconds" && return
+      OUTCOME=lost WHY=": no log from a worker for $SILENT_SECONDS seconds" && return
     fi
     sleep "$POLL_SECONDS"
   done
 }
 
-# What has become of the newest launch, where nobody has followed it.
+# Sets OUTCOME for the newest launch if no watch followed it.
 judge() {
   OUTCOME=none WHY=""
   [[ -n $LAUNCH ]] || return 0
@@ -145,8 +145,8 @@ judge() {
   fi
 }
 
-# Reads what the workers of the launch have left in the bucket: sets WORKERS, OLDEST_LOG, IS_STOPPED,
-# CODES, and ENDED, which is how many have ended with a code that could be read.
+# Reads the launch's files in the bucket: sets WORKERS, OLDEST_LOG, IS_STOPPED, CODES, and ENDED, the
+# number of workers with a readable exit code.
 read_launch() {
   local listing
   listing=$(run gcloud storage ls --long "$LAUNCH/" 2>/dev/null) || listing=""
@@ -160,7 +160,7 @@ read_launch() {
   ENDED=$(wc -w <<<"$CODES")
 }
 
-# What the exit codes mean together: one error is an error, and one loss a loss.
+# Combines the exit codes: any error means failed, otherwise any loss means lost.
 verdict() {
   local code found=finished
   for code in $CODES; do
@@ -170,19 +170,19 @@ verdict() {
   answer "$found"
 }
 
-# 75 is that of a run that has saved, and from 128 on a signal ended it, as JAX does to the workers
-# that have lost another.
+# 75 means that the run saved; from 128 on, a signal ended it, as JAX does to workers that lost
+# another.
 is_error() {
   (($1 != 0 && $1 != TRY_AGAIN && $1 < 128))
 }
 
-# The end of the log of a worker that ended with an error.
+# Prints the end of the log of a worker with an error.
 show_log() {
   local file code
   for file in $(gcloud storage ls "$LAUNCH/*.exit_code"); do
     code=$(gcloud storage cat "$file")
     if is_error "$code"; then
-      say "the end of ${file%.exit_code}.log:"
+      say "end of ${file%.exit_code}.log:"
       gcloud storage cat "${file%.exit_code}.log" | tail -n 20
       return
     fi
@@ -200,6 +200,6 @@ release() {
 
 give_up() {
   release
-  printf 'pod.sh: %s\n' "$NAME: $1. Its logs are in $FOLDER/launches" >&2
+  printf 'pod.sh: %s\n' "$NAME: $1. See the logs in $FOLDER/launches" >&2
   exit 1
 }

@@ -1,1 +1,1 @@
-"""Where the experiment's text comes from: a module reads one source and returns `Fact`s."""
+"""Text sources of the experiment: each module reads one source and returns `Fact`s."""

@@ -1,8 +1,7 @@
-"""Fetches Debian's packages and descriptions with apt, which takes no root rights.
+"""Downloads Debian packages and descriptions with apt, without root.
 
-apt works in a folder of its own, on the release that the machine's sources name or that is asked
-for. What is in the folder already is not fetched again, so the folder can be filled on another
-machine, and carried.
+apt works in its own folder, with the release from the machine's sources or the given one. Existing
+downloads are reused, so the folder can be filled on one machine and copied to another.
 """
 
 import dataclasses
@@ -12,8 +11,8 @@ import shutil
 import subprocess
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# Private folders, one architecture so that the lists are the same everywhere, English descriptions,
-# files as they are, and no hooks of the machine's own.
+# Private folders, one architecture so that the lists are equal everywhere, English descriptions,
+# uncompressed lists, and none of the machine's hooks.
 CONFIGURATION = """\
 Dir::State "{folder}/state";
 Dir::State::status "{folder}/status";
@@ -32,25 +31,25 @@ APT::Update::Error-Mode "any";
 APT::Sandbox::User "root";
 """
 OTHERWISE = (
-    "on a machine without apt, fill the folder of --downloads on a Debian machine or in a "
-    "container of Debian, and copy it"
+    "on a machine without apt, fill the folder --downloads on a Debian machine or in a "
+    "Debian container, and copy it"
 )
 
 
 class FetchError(Exception):
-    """Something cannot be fetched; the message says what, why and what to do."""
+    """A download failed; the message says what, why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mirror:
-    """Where a release of Debian is fetched from."""
+    """A Debian mirror and release."""
 
     address: str
     release: str
 
     @classmethod
     def of_this_machine(cls) -> "Mirror":
-        """Returns the first Debian release that the machine's own sources name.
+        """Returns the first Debian mirror in the machine's apt sources.
 
         Raises:
           FetchError: there is none.
@@ -63,17 +62,17 @@ class Mirror:
             if is_debian and component == "main":
                 return cls(address, release)
         raise FetchError(
-            "apt's sources on this machine name no Debian mirror: say --mirror ADDRESS and "
-            "--release NAME (such as bookworm); the package debian-archive-keyring must be there"
+            "apt's sources on this machine contain no Debian mirror: pass --mirror ADDRESS and "
+            "--release NAME (such as bookworm), and install debian-archive-keyring"
         )
 
 
 class Debian:
-    """Packages and lists of a release, in a folder.
+    """Downloaded packages and lists of a release.
 
     Args:
-      folder: what has been fetched, and will be.
-      mirror: where from; None for that of the machine, which is asked when it is needed.
+      folder: folder for downloads.
+      mirror: the mirror; None for the machine's, looked up when needed.
     """
 
     def __init__(self, folder: Path, mirror: Mirror | None = None):
@@ -83,7 +82,7 @@ class Debian:
         """Returns apt's list "Translation-en" or "Packages".
 
         Raises:
-          FetchError: it cannot be fetched.
+          FetchError: the download failed.
         """
         folder = self._folder / "lists"
         if not (folder / kind).is_file():
@@ -96,10 +95,10 @@ class Debian:
         return folder / kind
 
     def package(self, name: str) -> Path:
-        """Returns the folder that holds the unpacked package.
+        """Returns the folder of the unpacked package.
 
         Raises:
-          FetchError: it cannot be fetched.
+          FetchError: the download failed.
         """
         target = self._folder / "packages" / name
         if not target.is_dir():
@@ -118,15 +117,15 @@ class Debian:
         return target
 
     def version(self, name: str) -> str:
-        """Returns the version of a package that has been fetched, or "unknown"."""
+        """Returns the version of a downloaded package, or "unknown"."""
         file = self._folder / "packages" / name / "VERSION"
         return file.read_text().strip() if file.is_file() else "unknown"
 
     def dependency(self, name: str, pattern: str) -> str:
-        """Returns the one package that a package depends on whose name fits the pattern.
+        """Returns the dependency of a package whose name matches `pattern`.
 
         Raises:
-          FetchError: there is no such package, or not one.
+          FetchError: there is not exactly one.
         """
         fetched = [path.name for path in (self._folder / "packages").glob("[!.]*")]
         found = {each for each in fetched if re.fullmatch(pattern, each)}
@@ -143,7 +142,7 @@ class Debian:
         return self._folder / "apt"
 
     def _update(self) -> None:
-        """Gets the lists of the release, once."""
+        """Downloads the package lists once."""
         if (self._apt / "updated").is_file():
             return
         if shutil.which("apt-get") is None:
@@ -172,14 +171,14 @@ class Debian:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copies aside first, so that what has the name is whole."""
+    """Copies to a temporary name and renames, so that `target` is always complete."""
     aside = target.with_name(f".{target.name}")
     shutil.copyfile(source, aside)
     aside.rename(target)
 
 
 def _run(command: list[str], what: str, folder: Path | None = None) -> str:
-    """Returns what a command of Debian's prints."""
+    """Runs an apt or dpkg command and returns its output."""
     try:
         done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:

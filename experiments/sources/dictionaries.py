@@ -1,4 +1,4 @@
-"""FOLDOC and the Jargon File: a term, and its entry without the term."""
+"""FOLDOC and the Jargon File: terms, and their entries with the term masked."""
 
 from pathlib import Path
 import re
@@ -23,10 +23,10 @@ FOLDOC_QUESTIONS = (
     'What does "{term}" mean to a programmer?',
     'Give a dictionary entry for the computing term "{term}".',
 )
-# "<language, Prolog>" at the start of an entry says what field it belongs to.
+# The field of an entry, such as "<language, Prolog>" at its start.
 _FIELD = re.compile(r"<[a-z][^<>]{1,60}>\s*", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*\((https?|ftp):[^()\s]*\)")
-# Paragraphs that point elsewhere: a date, a reference, an address.
+# Paragraphs with only a date, a reference or an address.
 _POINTER = re.compile(
     r"\s*(\((19|20)\d\d-\d\d-\d\d\)|\[|\{[^{}]*\((https?|ftp):|\{\(|E-mail)", re.I
 )
@@ -47,7 +47,7 @@ def read_foldoc_entries(path: Path) -> list[Fact]:
 
 
 def _foldoc_fact(raw: str) -> Fact | None:
-    """Returns None of an entry that is too short, or named by a symbol."""
+    """Returns None if the entry is too short or its term is a symbol."""
     heading, _, body = raw.strip("\n").partition("\n\n")
     terms = tuple(clean(line) for line in heading.split("\n") if line.strip())
     text = shorten(_foldoc_text(body), ENTRY_WORDS)

@@ -1,4 +1,4 @@
-"""The FAQs of Perl (pod) and of Python (reStructuredText): a question, and its answer."""
+"""The FAQs of Perl (pod) and Python (reStructuredText): questions and answers."""
 
 from collections.abc import Iterator
 import itertools
@@ -19,8 +19,8 @@ def read_faqs(perl: Path, python: Path) -> list[Fact]:
     """Returns a fact for each question.
 
     Args:
-      perl: folder with `perlfaq1.pod` and so on.
-      python: folder with `general.rst.txt` and so on.
+      perl: folder with `perlfaq1.pod` etc.
+      python: folder with `general.rst.txt` etc.
     """
     facts = []
     for language, folder, pattern, read in (
@@ -37,7 +37,7 @@ def read_faqs(perl: Path, python: Path) -> list[Fact]:
 
 
 def _fact(language: str, question: str, body: str) -> Fact | None:
-    """Returns None of a section that is no question, or whose answer is short."""
+    """Returns None if the heading is not a question or the answer is too short."""
     question, answer = clean(question), shorten(clean(body), ANSWER_WORDS)
     if "?" not in question or count_words(answer) < ANSWER_WORDS.start:
         return None
@@ -52,7 +52,7 @@ def _fact(language: str, question: str, body: str) -> Fact | None:
 
 
 def _pod_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yields each heading with the paragraphs below it; code and lists' marks are left out."""
+    """Yields each heading and its paragraphs, without code and list markers."""
     for section in re.split(r"^=head2 ", text, flags=re.M)[1:]:
         heading, *paragraphs = re.split(r"\n\s*\n", re.split(r"^=head1 ", section, flags=re.M)[0])
         kept = [p for p in paragraphs if not p.startswith(("=", " ", "\t"))]
@@ -61,10 +61,10 @@ def _pod_sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain_pod(text: str) -> str:
-    """The text without formatting codes, of which L<text|name> shows its text."""
+    """Removes formatting codes; L<text|name> becomes its text."""
     for escape, character in _POD_ESCAPES.items():
         text = text.replace(escape, {"<": "\ue000", ">": "\ue001"}.get(character, character))
-    text = re.sub(r"\s*X<[^<>]*>", "", text)  # An entry of an index.
+    text = re.sub(r"\s*X<[^<>]*>", "", text)  # Index entries.
     text = re.sub(r"L<([^<>|]*)\|[^<>]*>", r"\1", text)
     while (plain := _POD_CODE.sub(r"\1", text)) != text:
         text = plain
@@ -72,7 +72,7 @@ def _plain_pod(text: str) -> str:
 
 
 def _rst_sections(text: str) -> Iterator[tuple[str, str]]:
-    """Yields each title that is underlined with the text below it, up to the next."""
+    """Yields each underlined title and the text up to the next title."""
     titles = list(re.finditer(r"^(\S.*)\n([-=~^])\2{2,}[ \t]*$", text, re.M))
     for title, following in itertools.zip_longest(titles, titles[1:]):
         end = following.start() if following else len(text)
@@ -83,7 +83,7 @@ def _rst_sections(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain_rst(text: str) -> str:
-    """The text without roles, links and marks of emphasis."""
+    """Removes roles, links and emphasis."""
     text = re.sub(r"::(?=\s|$)", ":", text)
     text = re.sub(r":[a-z:]+:`[~!]?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1", text)
     text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)

@@ -1,4 +1,4 @@
-"""WordNet 3.0: a word in a sentence, and what it means there."""
+"""WordNet 3.0: a word in a sentence, and its definition there."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tools.sample.text import pick, stable_number, term_key
 from tools.sample.wordnet import SensePair, find_pairs, read_wordnet
 
 MOST_NEGATIVES = 8
-# One chat in this many asks for a sentence in place of a definition.
+# One chat in this many asks for a sentence instead of a definition.
 SENTENCE_ONE_IN = 4
 SENTENCE_TASKS = (
     'Use the word "{word}" in a sentence, where it means: {definition}',
@@ -24,7 +24,7 @@ def read_senses(folder: Path) -> list[Fact]:
 
 
 def read_pairs(folder: Path) -> list[SensePair]:
-    """Returns words in sentences, without sentences that illustrate two senses of their word."""
+    """Returns words in sentences, without sentences listed for two senses of their word."""
     pairs = find_pairs(read_wordnet(folder), MOST_NEGATIVES)
     senses: dict[tuple[str, str], set[str]] = {}
     for pair in pairs:

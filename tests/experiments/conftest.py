@@ -1,4 +1,4 @@
-"""What apt would have fetched, made small: real formats, real text where it is told by others."""
+"""Small downloads in the real formats, with real text where it is free."""
 
 import base64
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def senses() -> list[tuple[str, str, str, str]]:
 
 @pytest.fixture(scope="session")
 def downloads(tmp_path_factory, senses) -> Path:
-    """The folder of `Debian`, filled."""
+    """A filled download folder for `Debian`."""
     folder = tmp_path_factory.mktemp("downloads")
     packages = folder / "packages"
     write_wordnet(packages / "wordnet-base/usr/share/wordnet", senses)
@@ -58,7 +58,7 @@ def downloads(tmp_path_factory, senses) -> Path:
 
 @pytest.fixture(scope="session")
 def reasoning_gym():
-    """A stand-in for the package, which needs a C compiler, with few items of its form."""
+    """A fake reasoning-gym, which needs a C compiler, with few items in the same format."""
 
     def create_dataset(name: str, seed: int, size: int, **options):
         assert isinstance(seed, int)
@@ -74,7 +74,7 @@ def reasoning_gym():
 
 @pytest.fixture(scope="session")
 def whole_data(downloads, reasoning_gym, tmp_path_factory) -> Path:
-    """The data made from it, not to be changed."""
+    """The data built from the downloads; do not modify it."""
     folder = tmp_path_factory.mktemp("built") / "data"
     build(Debian(downloads), folder, print)
     return folder
@@ -107,7 +107,7 @@ def write_wordnet(folder: Path, senses: Iterable[tuple[str, str, str, str]]) -> 
 
 
 def write_dictd(path: Path, entries: Iterable[str]) -> None:
-    """Writes a dictionary; an entry's first lines, up to an empty one, are its headwords."""
+    """Writes a dictionary; the lines of an entry before the first empty one are headwords."""
     path.parent.mkdir(parents=True)
     data, index = b"", ""
     for entry in ("00-database-short\n\n    About\n", *entries):
@@ -139,7 +139,7 @@ def write_faqs(packages: Path) -> None:
 
 
 def write_lists(folder: Path, texts: Iterable[tuple[str, str]]) -> None:
-    """Writes a package for each text, two of a source now and then."""
+    """Writes a package for each text; some share a source package."""
     folder.mkdir(parents=True)
     packages, translation = "", ""
     for number, (sentence, meaning) in enumerate(list(texts)[:NUM_PACKAGES]):

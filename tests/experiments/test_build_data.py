@@ -1,4 +1,4 @@
-"""The folder of data, made whole from small packages of the real forms."""
+"""Builds the data folder from small packages in the real formats."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ def plain(text: str) -> str:
     return " " + " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()) + " "
 
 
-def test_every_dataset_has_both_sides_and_each_line_is_an_example(built):
+def test_every_dataset_has_both_splits_and_valid_lines(built):
     tokenizer, options = Tokenizer(), TextOptions()
     train, held_out = lines_of(built / "train"), lines_of(built / "held_out")
     names = {f"{each.chat_name}.jsonl.gz" for each in DATASETS}
@@ -79,7 +79,7 @@ def test_the_same_packages_give_the_same_bytes(built, downloads, reasoning_gym, 
     assert files_of(built) == files_of(tmp_path / "again")
 
 
-def test_corpora_have_their_queries_answers_and_choices_one_right_answer(built):
+def test_corpora_contain_relevant_documents_and_choices_one_answer(built):
     for dataset in (each for each in DATASETS if each.passages):
         corpus = built / "evaluation/corpora" / dataset.embedding_name
         documents = [line["text"] for line in read_lines(corpus / "documents.jsonl.gz")]
@@ -105,7 +105,7 @@ def test_corpora_have_their_queries_answers_and_choices_one_right_answer(built):
 
 
 @pytest.mark.parametrize("leak", ["definition", "key", "question"])
-def test_what_is_held_out_is_found_in_training(built, leak):
+def test_held_out_data_in_training_is_detected(built, leak):
     check_folder(built)
     held_out = read_lines(built / "held_out/wordnet_senses.jsonl.gz")[0]
     task = read_lines(built / "held_out/reasoning_chat.jsonl.gz")[0]
@@ -121,7 +121,7 @@ def test_what_is_held_out_is_found_in_training(built, leak):
         check_folder(built)
 
 
-def test_a_failure_leaves_what_was_there(built, downloads, reasoning_gym, monkeypatch):
+def test_a_failure_keeps_the_old_folder(built, downloads, reasoning_gym, monkeypatch):
     before = files_of(built)
     arguments = [str(built), "--downloads", str(downloads)]
     with monkeypatch.context() as patched:
@@ -134,15 +134,13 @@ def test_a_failure_leaves_what_was_there(built, downloads, reasoning_gym, monkey
     assert files_of(built) == before
 
 
-def test_a_package_that_is_not_what_it_should_be_is_named(
-    downloads, reasoning_gym, tmp_path, capsys
-):
+def test_errors_name_unexpected_packages(downloads, reasoning_gym, tmp_path, capsys):
     broken = tmp_path / "downloads"
     shutil.copytree(downloads, broken)
     (broken / "lists/Packages").write_text("<html>Not found</html>")
     arguments = [str(tmp_path / "data"), "--downloads", str(broken)]
     assert build_data.main(arguments) == 1
-    assert f"not a list of packages: {broken / 'lists/Packages'}" in capsys.readouterr().err
+    assert f"not a package list: {broken / 'lists/Packages'}" in capsys.readouterr().err
     index = broken / "packages/dict-jargon/usr/share/dictd/jargon.index"
     index.unlink()
     assert build_data.main(arguments) == 1
@@ -150,7 +148,7 @@ def test_a_package_that_is_not_what_it_should_be_is_named(
     assert not (tmp_path / "data").exists()
 
 
-def test_the_folder_says_what_it_was_made_from(built):
+def test_the_folder_records_its_sources(built):
     told = json.loads((built / "data.json").read_text())
     assert told["lines"]["wordnet_senses"]["train"] == len(
         read_lines(built / "train/wordnet_senses.jsonl.gz")

@@ -1,4 +1,4 @@
-"""The experiment from data to tables, with a small model in SmolLM2's place; and its parts."""
+"""The experiment from data to tables with a small model instead of SmolLM2, and its parts."""
 
 import argparse
 import http.server
@@ -24,7 +24,7 @@ from grit_jax.conversion.orbax_model import write_orbax
 
 @pytest.fixture(scope="module")
 def small_llama(tmp_path_factory):
-    """A tied Llama of four layers with random weights, and a tokenizer of SmolLM2's kind."""
+    """A Llama of four layers with tied random weights, and a tokenizer like SmolLM2's."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,7 +45,7 @@ def small_llama(tmp_path_factory):
     return folder
 
 
-def test_some_layers_are_those_layers(small_llama, tmp_path):
+def test_kept_layers_have_the_right_weights(small_llama, tmp_path):
     whole = open_model(small_llama)
     write_orbax(FewerLayers(whole, (0, 3)), tmp_path / "fewer")
     fewer = open_model(tmp_path / "fewer")
@@ -59,13 +59,13 @@ def test_some_layers_are_those_layers(small_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_proxy_that_keeps_the_hub_out_is_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+def test_a_proxy_that_blocks_the_hub_counts_as_unreachable(tmp_path, monkeypatch):
     class Refusal(http.server.BaseHTTPRequestHandler):
         def do_CONNECT(self):
             self.send_error(403)
 
         def log_message(self, *arguments):
-            """Says nothing."""
+            """Suppresses the log."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.serve_forever).start()
@@ -78,7 +78,7 @@ def test_a_proxy_that_keeps_the_hub_out_is_a_hub_that_cannot_be_reached(tmp_path
     assert found.stdout == "None\n", found.stderr
 
 
-def test_the_base_model_is_made_once_and_says_where_it_is_from(small_llama, tmp_path, monkeypatch):
+def test_the_base_model_is_written_once_with_its_origin(small_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
     name = make_base_model(tmp_path / "base", (1,), tmp_path)
     assert "SmolLM2-135M-Instruct, layers [1]" in name
@@ -86,7 +86,7 @@ def test_the_base_model_is_made_once_and_says_where_it_is_from(small_llama, tmp_
     assert make_base_model(tmp_path / "base", (1,), tmp_path) == name
 
 
-def test_what_is_measured_on_is_a_spread_of_lines_and_all_documents(whole_data, tmp_path):
+def test_evaluation_data_keeps_spread_lines_and_all_documents(whole_data, tmp_path):
     write_smaller(whole_data, tmp_path / "less", 5)
     for path in (tmp_path / "less").rglob("*.gz"):
         own = read_lines(path)
@@ -98,7 +98,7 @@ def test_what_is_measured_on_is_a_spread_of_lines_and_all_documents(whole_data, 
     assert len({json.dumps(query) for query in queries}) == 5
 
 
-def test_the_claim_is_held_against_the_noise_of_seeds():
+def test_the_verdict_compares_with_the_noise_of_seeds():
     def columns(specialist, unified):
         names = (*report.EMBEDDING, *report.GENERATION)
         return {
@@ -118,13 +118,13 @@ def test_the_claim_is_held_against_the_noise_of_seeds():
     assert words([0.5], [0.6]) == ("one seed", "one seed")
 
 
-def test_ablations_are_shown_without_the_run_that_they_stand_beside():
+def test_ablations_are_reported_without_unified():
     values = {name: [0.5] for name in (*report.EMBEDDING, *report.GENERATION)}
     text = report.report({"embedding only": values, ABLATIONS[0].name: values}, {})
     assert f"| dataset | measure | {ABLATIONS[0].name} |" in text
 
 
-def test_runs_differ_in_what_they_are_called_for():
+def test_runs_differ_in_the_fields_they_are_named_for():
     runs = claim.planned([3, 4], [run.name for run in MAIN], ablations=True)
     names = [run.name for run, _ in runs]
     assert names == [
@@ -137,7 +137,7 @@ def test_runs_differ_in_what_they_are_called_for():
 
 
 @pytest.mark.slow
-def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
+def test_the_experiment_runs_from_data_to_tables_and_resumes(
     whole_data, small_llama, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: small_llama)
@@ -153,7 +153,7 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
         data=Path("nowhere"),
     )
     console = Console(record=True, width=20)
-    with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: make it"):
+    with pytest.raises(claim.ExperimentError, match=r"no folder .*nowhere: build it"):
         claim.run_experiment(options, console)
     assert not options.folder.exists()
     monkeypatch.chdir(whole_data.parent)
@@ -169,15 +169,15 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     }
     assert measures.keys() == {"untrained_0", "embedding_only_1"}
     perplexity = [one["measures"]["all_chats/bits_per_byte"] for one in measures.values()]
-    assert len(set(perplexity)) == 2  # Each was measured with its own weights.
+    assert len(set(perplexity)) == 2  # Each run was evaluated with its own weights.
     config = json.loads((tmp_path / "claim/runs/embedding_only_1/config.json").read_text())
     assert config["mode"] == "embedding" and config["seed"] == 1 and config["steps"] == 2
 
     options.preset = "cpu"
-    with pytest.raises(claim.ExperimentError, match="has the preset tiny: name another folder"):
+    with pytest.raises(claim.ExperimentError, match="has the preset tiny: use another folder"):
         claim.run_experiment(options, console)
 
-    # What is there is not made again; what is missing is.
+    # Existing results are kept; missing ones are made.
     options.preset = "tiny"
     (tmp_path / "claim/runs/untrained_0/measures.json").unlink()
     monkeypatch.setattr(claim, "_train", lambda *arguments: 1 / 0)
@@ -185,22 +185,22 @@ def test_the_experiment_goes_from_data_to_tables_and_on_after_an_interruption(
     assert (tmp_path / "claim" / "report.md").read_text() == text
 
 
-def test_an_experiment_that_is_interrupted_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+def test_an_interrupted_experiment_says_how_to_resume(monkeypatch, capsys, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(claim, "run_experiment", interrupted)
     assert claim.main([str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert capsys.readouterr().err == "interrupted; run the same command to resume\n"
 
 
-def test_what_is_no_folder_and_a_model_that_is_damaged_are_named_in_a_line(
+def test_a_missing_folder_and_a_damaged_model_are_one_line_errors(
     whole_data, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "file").touch()
     assert claim.main([str(tmp_path / "file" / "claim")]) == 1
     assert "file/claim" in capsys.readouterr().err
-    (tmp_path / "half" / "hub").mkdir(parents=True)  # As an interrupted download leaves it.
+    (tmp_path / "half" / "hub").mkdir(parents=True)  # As after an interrupted download.
     monkeypatch.setattr("experiments.base_model.from_hub", lambda downloads: tmp_path / "half/hub")
     monkeypatch.setattr(claim, "find_minilm", lambda: None)
     monkeypatch.setattr(claim, "measure_baselines", lambda folder, minilm: {})
@@ -209,7 +209,7 @@ def test_what_is_no_folder_and_a_model_that_is_damaged_are_named_in_a_line(
     assert re.fullmatch(r"error: .*half/hub.*\n", capsys.readouterr().err)
 
 
-def test_presets_are_of_fields_that_there_are():
+def test_presets_set_existing_fields():
     from experiments.config import get_config
     from grit_jax.config import check_fields
 
@@ -224,7 +224,7 @@ def test_presets_are_of_fields_that_there_are():
             check_fields(config.to_dict())
 
 
-def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path, monkeypatch):
+def test_a_failing_command_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):
     (tmp_path / "that_raises.py").write_text("raise RuntimeError('why')")
     (tmp_path / "that_is_killed.py").write_text("import os; os.kill(os.getpid(), 9)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

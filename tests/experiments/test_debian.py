@@ -1,4 +1,4 @@
-"""Fetching with apt, by a stand-in that has one package, and what is said when it cannot be."""
+"""Downloads with a fake apt that has one package, and error messages."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from experiments.sources.debian import Debian, FetchError, Mirror
 
 MIRROR = Mirror("http://mirror.invalid/debian", "bookworm")
-# Finds its folder in its configuration, as apt does.
+# Finds its folder in the configuration, like apt.
 APT_GET = """#!/bin/sh
 case "$*" in
   indextargets*)
@@ -41,7 +41,7 @@ def tools(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_what_was_fetched_is_not_fetched_again(tools, tmp_path, monkeypatch):
+def test_downloads_are_reused(tools, tmp_path, monkeypatch):
     debian = Debian(tmp_path / "downloads", MIRROR)
     assert debian.list_file("Packages").read_text() == "Package: it\n"
     assert (debian.package("it") / "usr/file").read_text() == "content\n"
@@ -54,11 +54,11 @@ def test_what_was_fetched_is_not_fetched_again(tools, tmp_path, monkeypatch):
     assert again.list_file("Packages") == debian.list_file("Packages")
 
 
-def test_the_mirror_is_that_of_the_machine(tools):
+def test_the_default_mirror_is_the_machines(tools):
     assert Mirror.of_this_machine() == Mirror("http://mirror.invalid/debian/", "trixie")
 
 
-def test_what_cannot_be_fetched_is_named_and_can_be_tried_again(tools, tmp_path):
+def test_failed_downloads_are_named_and_can_be_retried(tools, tmp_path):
     debian = Debian(tmp_path / "downloads", MIRROR)
     (tools / "apt-get.down").touch()
     with pytest.raises(FetchError, match=r"cannot get the lists of bookworm: .*Failed to fetch"):
@@ -73,7 +73,7 @@ def test_what_cannot_be_fetched_is_named_and_can_be_tried_again(tools, tmp_path)
     assert (debian.package("it") / "usr/file").is_file()
 
 
-def test_a_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):
+def test_a_machine_without_apt_gets_advice(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FetchError, match=r"no apt-get here; .*--downloads on a Debian machine"):
         Debian(tmp_path / "downloads").package("it")

@@ -1,4 +1,4 @@
-"""Measures: each beside a value worked out by hand or another way."""
+"""Compares each measure with a value computed by hand or in another way."""
 
 import importlib.util
 import math
@@ -20,7 +20,7 @@ DOCUMENTS = ["alpha", "beta", "gamma", "delta"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A corpus of four documents for each dataset, and few items."""
+    """A corpus of four documents for each dataset, and a few items."""
     for dataset in (each for each in measure.DATASETS if each.passages):
         corpus = tmp_path / "evaluation/corpora" / dataset.embedding_name
         write_lines(corpus / "documents.jsonl.gz", [{"text": text} for text in DOCUMENTS])
@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 
 def encode(texts, instruction):
-    """One axis for each document; "delta" is taken for "alpha", "omega" is like "gamma"."""
+    """One axis per document; "delta" resembles "alpha", and "omega" equals "gamma"."""
     names = [*DOCUMENTS, "omega"]
     vectors = np.eye(5)[[names.index(text.strip("?")) for text in texts]]
     if instruction:
@@ -67,10 +67,10 @@ def encode(texts, instruction):
 
 def test_retrieval_and_hard_negatives(folder):
     measures = measure.measure_retrieval(measure.by_embeddings(encode), folder)
-    # "delta" comes second.
+    # "delta" ranks second.
     assert measures["faq_answers/ndcg_at_10"] == pytest.approx((3 + 1 / math.log2(3)) / 4)
     assert measures["faq_answers/recall_at_1"] == 0.75
-    # Of "alpha", "gamma" and "delta" the second ties with "omega", which does not count as above.
+    # "gamma" ties with "omega", which does not count as above.
     assert measures["wordnet_senses/hard_negatives"] == pytest.approx(2 / 3)
     assert "faq_answers/hard_negatives" not in measures
 
@@ -85,7 +85,7 @@ def test_choices(folder):
     assert measures["wordnet_choices/accuracy_per_character"] == 1.0
 
 
-def test_a_choice_that_ties_and_what_is_no_number_are_not_right(folder):
+def test_ties_and_nan_are_not_right_choices(folder):
     for value in (1.0, np.nan):
         measures = measure.measure_choices(lambda _, v=value: (np.full(5, v), np.ones(5)), folder)
         assert measures["wordnet_choices/accuracy"] == 0
@@ -122,7 +122,7 @@ def test_perplexity_and_bits_per_byte(folder):
     assert measures["all_chats/perplexity"] == pytest.approx(4 ** (21 / 12))
 
 
-def test_the_table_shows_a_column_for_each_model(folder):
+def test_the_table_has_a_column_per_model(folder):
     measures = measure.measure_retrieval(measure.by_embeddings(encode), folder)
     table = measure.measures_table({"one": measures, "two": {"all_chats/perplexity": 3.0}})
     assert [column.header for column in table.columns] == ["dataset", "measure", "one", "two"]
@@ -142,7 +142,7 @@ CHATS = [
 ]
 
 
-def test_likelihoods_of_a_gritlm_are_those_of_each_chat_read_alone(model):
+def test_batched_likelihoods_equal_those_of_single_chats(model):
     measured = Measured(model)
     nats, tokens = measured.likelihoods(CHATS)
     for number, chat in enumerate(CHATS[:2]):
@@ -157,7 +157,7 @@ def test_likelihoods_of_a_gritlm_are_those_of_each_chat_read_alone(model):
         assert tokens[number] == text.mask.sum()
 
 
-def test_a_chat_that_is_scored_is_whole_or_refused(model):
+def test_chats_are_never_truncated_for_scoring(model):
     chat = ("What?", "Nothing " * 600)
     whole = chat_text(Tokenizer(), chat, 10_000)
     _, tokens = Measured(model).likelihoods([chat])
@@ -199,7 +199,7 @@ def test_a_folder_without_data_and_a_missing_model_are_named(tmp_path, capsys):
         baselines.load_minilm(tmp_path)
 
 
-def test_minilm_finds_what_means_the_same():
+def test_minilm_retrieves_paraphrases():
     pytest.importorskip(baselines.MINILM_PACKAGE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

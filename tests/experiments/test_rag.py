@@ -1,4 +1,4 @@
-"""Answers from held-out documents: what is asked, what counts, and the tables."""
+"""Answers from held-out documents: questions, matches and tables."""
 
 import pytest
 from small_model import small_model
@@ -8,7 +8,7 @@ from experiments.files import read_lines
 from grit_jax.rag.pipeline import RagAnswer
 
 
-def test_questions_are_those_whose_answer_is_a_document(whole_data):
+def test_answers_of_questions_are_documents(whole_data):
     questions, documents = rag.read_questions(whole_data, 3)
     assert len(questions) == 3 and len(documents) == len(set(documents))
     chats = [line["text"] for line in read_lines(whole_data / "held_out/wordnet_chat.jsonl.gz")]
@@ -17,22 +17,22 @@ def test_questions_are_those_whose_answer_is_a_document(whole_data):
 
 
 class Fixed:
-    """Answers the first question rightly from the right document, the second from another."""
+    """Answers the first question from the right document, the second from a wrong one."""
 
     def ask(self, questions, max_new_tokens):
         assert questions == ["one?", "two?"]
         return [RagAnswer("It is uno.", [0], [1.0]), RagAnswer("Not known.", [0], [0.5])]
 
 
-def test_an_answer_counts_that_has_the_definition_in_it():
+def test_an_answer_matches_if_it_contains_the_definition():
     questions = [("one?", "uno"), ("two?", "due")]
     assert rag.measure(Fixed(), questions, ["uno", "due"]) == (0.5, 0.5)
 
 
 @pytest.mark.slow
-def test_all_ways_and_forms_have_a_line(whole_data, monkeypatch, capsys):
+def test_all_modes_and_formats_have_a_row(whole_data, monkeypatch, capsys):
     model = small_model()
-    monkeypatch.setattr(rag, "WAYS", ("document-prompt", "document-cache"))
+    monkeypatch.setattr(rag, "CACHE_MODES", ("document-prompt", "document-cache"))
     monkeypatch.setattr(rag, "NEW_TOKENS", 2)
     monkeypatch.setattr(rag, "TIMED", 1)
     monkeypatch.setattr(rag.GritLM, "from_pretrained", lambda path, dtype: model)
@@ -44,7 +44,7 @@ def test_all_ways_and_forms_have_a_line(whole_data, monkeypatch, capsys):
     assert "| 0 of 2 |" in next(line for line in lines if "float32" in line)
 
 
-def test_a_model_or_data_that_is_not_there_is_named_in_a_line(whole_data, tmp_path, capsys):
+def test_missing_models_and_data_are_one_line_errors(whole_data, tmp_path, capsys):
     nowhere = str(tmp_path / "nowhere")
     for command in (rag.main, measure_model.main):
         assert command([nowhere, str(whole_data)]) == 1

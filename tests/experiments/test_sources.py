@@ -1,4 +1,4 @@
-"""What is read from each source, on texts small enough to know by heart."""
+"""Parsing of each source, on small texts."""
 
 import gzip
 import sys
@@ -119,7 +119,7 @@ def write_dictionary(folder, *entries):
     return folder / "foldoc.dict.dz"
 
 
-def test_an_entry_of_foldoc_is_found_by_its_term_and_does_not_hold_any_of_its_names(tmp_path):
+def test_foldoc_entries_mask_all_their_terms(tmp_path):
     path = write_dictionary(tmp_path, STATION, CROSS_REFERENCE, SYMBOL)
     (fact,) = dictionaries.read_foldoc_entries(path)
     assert fact.query == "Station Management"
@@ -131,7 +131,7 @@ def test_an_entry_of_foldoc_is_found_by_its_term_and_does_not_hold_any_of_its_na
     assert '"Station Management"' in fact.user
 
 
-def test_of_a_source_package_one_description_is_taken_and_its_name_masked(tmp_path):
+def test_a_source_package_has_one_description_with_its_name_masked(tmp_path):
     (tmp_path / "Packages").write_text(PACKAGES)
     (tmp_path / "Translation-en").write_text(TRANSLATION)
     (fact,) = descriptions.read_descriptions(tmp_path / "Translation-en", tmp_path / "Packages")
@@ -144,7 +144,7 @@ def test_of_a_source_package_one_description_is_taken_and_its_name_masked(tmp_pa
     assert fact.assistant == {"name": name, "summary": fact.query}[fact.kind]
 
 
-def test_versions_of_a_package_and_packages_described_alike_are_one(tmp_path):
+def test_versions_and_equal_descriptions_are_merged(tmp_path):
     packages, translation = "", ""
     for name, version in (("gcc-11", 11), ("gcc-12", 12), ("clone", 13)):
         packages += f"Package: {name}\n\n"
@@ -158,7 +158,7 @@ def test_versions_of_a_package_and_packages_described_alike_are_one(tmp_path):
     assert len(facts) == 1
 
 
-def test_what_a_held_out_package_is_is_not_told_by_another_source(tmp_path):
+def test_other_sources_do_not_contain_a_held_out_description(tmp_path):
     name, long = "quuxdraw", "Quuxdraw draws what the users of quuxdraw have in their heads."
     others = [f"quuxdraw-{letter}" for letter in "abcdefgh"]
     packages, translation = "", ""
@@ -172,12 +172,12 @@ def test_what_a_held_out_package_is_is_not_told_by_another_source(tmp_path):
     (tmp_path / "Translation-en").write_text(translation)
     facts = descriptions.read_descriptions(tmp_path / "Translation-en", tmp_path / "Packages")
     (own,) = [fact for fact in facts if fact.keys[0] == f"package {name}"]
-    assert len(facts) == 9 and own.kind == "summary"  # No turn is the description alone.
+    assert len(facts) == 9 and own.kind == "summary"  # No turn contains only the description.
     secret = split.Texts(split.told(own))
     assert all(secret.found_in(fact.user) or secret.found_in(fact.assistant) for fact in facts)
 
 
-def test_faqs_are_read_without_code_credits_and_markup(tmp_path):
+def test_faqs_are_parsed_without_code_credits_and_markup(tmp_path):
     (tmp_path / "perlfaq4.pod").write_text(POD)
     (tmp_path / "design.rst.txt").write_text(RST)
     perl, python = faq.read_faqs(tmp_path, tmp_path)
@@ -216,7 +216,7 @@ def read_wordnet(downloads):
     return wordnet.read_senses(downloads / "packages/wordnet-base/usr/share/wordnet")
 
 
-def test_a_sentence_of_two_senses_tells_nothing(downloads, tmp_path):
+def test_a_sentence_for_two_senses_is_dropped(downloads, tmp_path):
     folder = tmp_path / "wordnet"
     folder.mkdir()
     for path in (downloads / "packages/wordnet-base/usr/share/wordnet").iterdir():
@@ -229,7 +229,7 @@ def test_a_sentence_of_two_senses_tells_nothing(downloads, tmp_path):
     assert sentence not in {fact.query.partition(": ")[2] for fact in wordnet.read_senses(folder)}
 
 
-def test_tasks_that_differ_in_wording_alone_have_one_key(reasoning_gym):
+def test_tasks_that_differ_only_in_wording_share_a_key(reasoning_gym):
     facts = reasoning.make_reasoning_items(5)
     assert len(facts) == 5 * len(reasoning.GENERATORS)
     keys = {fact.kind: fact.keys for fact in facts}
@@ -239,7 +239,7 @@ def test_tasks_that_differ_in_wording_alone_have_one_key(reasoning_gym):
     assert keys["count_bits"] == ("count_bits  what does count bits make of 4 and 4 ",)
 
 
-def test_a_sum_has_the_key_of_its_terms_in_another_order_and_no_other():
+def test_only_sums_with_reordered_terms_share_a_key():
     def key(expression):
         return reasoning._content("chain_sum", {"expression": expression}, "")
 
@@ -248,7 +248,7 @@ def test_a_sum_has_the_key_of_its_terms_in_another_order_and_no_other():
 
 
 def test_items_of_the_real_package_have_one_short_answer(monkeypatch):
-    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)  # The stand-in.
+    monkeypatch.delitem(sys.modules, "reasoning_gym", raising=False)  # The fake.
     pytest.importorskip("reasoning_gym")
     facts = reasoning.make_reasoning_items(20)
     assert facts == reasoning.make_reasoning_items(20)

@@ -1,4 +1,4 @@
-"""Nothing of what is held out is in what is trained on, whatever the facts have in common."""
+"""Training facts never overlap with held-out facts, whatever they share."""
 
 import itertools
 import random
@@ -17,7 +17,7 @@ WORDS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "an"
 
 
 def fact(rng: random.Random, *keys: str, **changes) -> Fact:
-    """A fact of random texts; with few words, many texts are parts of others."""
+    """A fact of random texts; with few words, many texts contain each other."""
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choices(WORDS[:12], k=rng.randint(low, high)))
@@ -53,7 +53,7 @@ def all_facts(facts: dict[str, list[Fact]]) -> list[Fact]:
     return [one for own in facts.values() for one in own]
 
 
-def test_no_key_and_no_text_of_what_is_held_out_is_trained_on(facts):
+def test_training_has_no_held_out_key_or_text(facts):
     split = split_facts(facts, DATASETS)
     train, held_out = all_facts(split.train), all_facts(split.held_out)
     assert len(train) > 100
@@ -68,7 +68,7 @@ def test_no_key_and_no_text_of_what_is_held_out_is_trained_on(facts):
             assert not any(f" {text} " in longer for longer in trained_on)
 
 
-def test_facts_that_share_a_key_through_others_stand_on_one_side():
+def test_facts_that_share_keys_through_others_are_in_one_split():
     rng = random.Random(0)
     for number in range(40):
         names = [f"{number}{letter}" for letter in "abcd"]
@@ -78,7 +78,7 @@ def test_facts_that_share_a_key_through_others_stand_on_one_side():
         assert not (all_facts(split.train) and all_facts(split.held_out))
 
 
-def test_so_many_are_held_out_and_all_others_with_texts_of_their_own_are_trained_on():
+def test_held_out_counts_and_remaining_facts():
     rng = random.Random(1)
     unlike = {"query": "", "passage": "", "negatives": ()}
     many = [
@@ -92,7 +92,7 @@ def test_so_many_are_held_out_and_all_others_with_texts_of_their_own_are_trained
     few = (Dataset("terms", "entries", "", held_out=1 / 4, most_queries=10),)
     fewer = split_facts({"terms": many}, few)
     assert fewer.held_out["terms"] == split.held_out["terms"][:10]
-    # Those that are not measured with are not trained on either.
+    # Held-out facts beyond the maximum are not trained on either.
     assert fewer.train == split.train
 
 
@@ -112,7 +112,7 @@ def test_held_out_queries_and_passages_are_all_different(facts):
         assert len(set(texts)) == len(texts)
 
 
-def test_a_text_is_found_within_another_word_by_word():
+def test_texts_are_found_within_others_by_words():
     texts = Texts(["Sloping land, beside a river", "too short", "a b c"])
     assert texts.found_in("The (sloping) LAND beside a river's bank").strip() == (
         "sloping land beside a river"

@@ -1,4 +1,4 @@
-"""The embedded sample: its files as they are, and the script that makes them."""
+"""The embedded sample: its files, and the script that builds them."""
 
 import base64
 import gzip
@@ -19,7 +19,7 @@ CHAT_FILES = ("wordnet_chat", "jargon_chat")
 MEGABYTE = 1_000_000
 
 
-# ---- The files as they are ----
+# ---- The files ----
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def sense_word(line: dict) -> str:
 
 
 def chat_word(line: dict) -> str:
-    """The word a chat asks about: the first one in quotation marks."""
+    """Returns the word that a chat asks about, the first in quotation marks."""
     return re.search('"(.+?)"', line["text"][0])[1]
 
 
-def test_it_fits_into_a_megabyte_and_into_the_counts_it_promises(sample):
+def test_the_sample_fits_its_size_limits(sample):
     files = list(SAMPLE_FOLDER.rglob("*.jsonl.gz"))
     assert len(files) == 8
     assert sum(path.stat().st_size for path in files) <= MEGABYTE
@@ -95,7 +95,7 @@ def test_chat_lines_have_the_format(sample):
             assert len(first_words) > 1, "all questions are worded alike"
 
 
-def test_texts_are_clean_and_no_line_comes_twice(sample):
+def test_texts_are_clean_and_lines_unique(sample):
     for name, lines in sample.items():
         raw_lines = read_text(SAMPLE_FOLDER / f"{name}.jsonl.gz").splitlines()
         assert len(set(raw_lines)) == len(raw_lines) == len(lines)
@@ -113,7 +113,7 @@ def every_text(line: dict) -> list[str]:
     return [*line["query"], positive(line), *negatives(line)]
 
 
-def test_wordnet_words_have_another_sense_and_stand_beside_their_sentence(sample):
+def test_wordnet_queries_have_a_word_a_sentence_and_another_sense(sample):
     for side in SIDES:
         for line in sample[f"{side}/wordnet_senses"]:
             assert 1 <= len(negatives(line)) <= 2
@@ -127,12 +127,12 @@ def test_held_out_queries_and_positives_are_all_different(sample):
 
 
 def plain_key(word: str) -> str:
-    """A check beside the build's own key: no case, no marks, no plural's "s"."""
+    """Returns an independent key: lower case, no marks, no plural "s"."""
     return re.sub(r"[\W_]", "", word.casefold()).removesuffix("s")
 
 
 @pytest.mark.parametrize("key", [text.term_key, plain_key])
-def test_no_word_is_asked_about_on_both_sides(sample, key):
+def test_no_word_is_in_both_splits(sample, key):
     keys = {side: {key(word) for word in asked_words(sample, side)} for side in SIDES}
     assert len(keys["train"]) > 3_000
     assert len(keys["held_out"]) > 400
@@ -166,7 +166,7 @@ def test_no_held_out_sentence_occurs_in_training(sample):
     assert not sentences["train"] & sentences["held_out"]
 
 
-def test_chats_tell_what_the_embedding_files_of_their_side_tell(sample):
+def test_chats_match_the_embedding_files_of_their_split(sample):
     for side in SIDES:
         definitions = {positive(line) for line in sample[f"{side}/wordnet_senses"]}
         assert {line["text"][1] for line in sample[f"{side}/wordnet_chat"]} <= definitions
@@ -185,7 +185,7 @@ def test_masked_headwords_do_not_occur_in_their_entries(sample):
     assert masked > 500
 
 
-def test_licences_are_told():
+def test_licenses_are_included():
     licences = (SAMPLE_FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     notice = " ".join(licences.split())
     assert "WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved." in notice
@@ -193,10 +193,10 @@ def test_licences_are_told():
     assert "This document (the Jargon File) is in the public domain" in notice
 
 
-# ---- The script, on a dictionary small enough to know by heart ----
+# ---- The script, on a small dictionary ----
 
-# "charge" and "wave" are held out, "bank" and "draft" are for training; "wave" is too rare to
-# be used as a WordNet word, and must not end up in training for that.
+# "charge" and "wave" are held out, "bank" and "draft" are in training; "wave" is too rare as a
+# WordNet word, and still must not be in training.
 CHARGE_FOR_DRAFT = "the charge for a draft was high"
 FIRST_DRAFT = "she wrote the first draft quickly"
 NOUNS = [
@@ -204,7 +204,7 @@ NOUNS = [
     (200, ["bank"], 'sloping land beside a river; "they sat on the bank together"; "no use"'),
     (300, ["charge"], f'the price asked for something; "{CHARGE_FOR_DRAFT}"'),
     (400, ["charge"], 'a rapid advance of soldiers; "they broke in a sudden charge"'),
-    # A held-out definition, and a held-out sentence, under a word for training.
+    # A held-out definition and a held-out sentence of a training word.
     (500, ["draft"], 'the price asked for something; "the draft was paid at once"'),
     (600, ["draft"], f'a rough version of a text; "{FIRST_DRAFT}"; "{CHARGE_FOR_DRAFT}"'),
     (700, ["widget"], 'a thing with no other sense; "we sold a small blue widget"'),
@@ -232,7 +232,7 @@ ENTRIES = {
 
 @pytest.fixture
 def sources(tmp_path) -> tuple[Path, Path]:
-    """The small dictionaries in the formats of the real ones."""
+    """Small dictionaries in the real formats."""
     folder = tmp_path / "wordnet"
     folder.mkdir()
     licence = "  1 This is the licence\n"
@@ -282,7 +282,7 @@ def run_build(sources: tuple[Path, Path], output: Path) -> int:
     return build.main(["--wordnet", str(folder), "--jargon", str(path), "--output", str(output)])
 
 
-def test_it_pairs_words_in_sentences_with_their_senses(sources, tmp_path):
+def test_build_pairs_words_in_sentences_with_their_senses(sources, tmp_path):
     assert run_build(sources, tmp_path / "out") == 0
     train = read(tmp_path / "out/train/wordnet_senses.jsonl.gz")
     assert {line["query"][0] for line in train} == {build.WORDNET_INSTRUCTION}
@@ -296,14 +296,14 @@ def test_it_pairs_words_in_sentences_with_their_senses(sources, tmp_path):
     river = by_query["bank: they sat on the bank together"]
     assert positive(river) == "sloping land beside a river"
     assert negatives(river) == ["an institution that keeps money"]
-    # Its second noun sense is a held-out positive and its third is unclear; the verb is left.
+    # The second noun sense is a held-out positive and the third is unclear; the verb remains.
     rough = by_query[f"draft: {FIRST_DRAFT}"]
     assert negatives(rough) == ["choose for military service"]
     drafted = by_query["draft: he was drafted in that year"]
     assert negatives(drafted) == ["a rough version of a text"]
 
 
-def test_it_holds_both_senses_of_a_held_out_word_out(sources, tmp_path):
+def test_build_holds_out_all_senses_of_a_word(sources, tmp_path):
     assert run_build(sources, tmp_path / "out") == 0
     held_out = read(tmp_path / "out/held_out/wordnet_senses.jsonl.gz")
     assert {positive(line): negatives(line) for line in held_out} == {
@@ -314,7 +314,7 @@ def test_it_holds_both_senses_of_a_held_out_word_out(sources, tmp_path):
     assert {chat_word(line) for line in chats} == {"charge"}
 
 
-def test_it_masks_headwords_and_leaves_cross_references_out(sources, tmp_path):
+def test_build_masks_headwords_and_drops_cross_references(sources, tmp_path):
     assert run_build(sources, tmp_path / "out") == 0
     train = read(tmp_path / "out/train/jargon_entries.jsonl.gz")
     assert {query(line): positive(line) for line in train} == {
@@ -337,12 +337,12 @@ def test_a_rebuild_gives_the_same_bytes(sources, tmp_path):
     for path in first:
         again = tmp_path / "second" / path.relative_to(tmp_path / "first")
         assert path.read_bytes() == again.read_bytes()
-        # No time and no name in gzip's header.
+        # No time and no name in the gzip header.
         assert path.read_bytes()[3:8] == bytes(5)
     assert not list((tmp_path / "first").glob(".sample-*"))
 
 
-def test_the_split_depends_on_the_word_alone_and_not_on_its_form():
+def test_the_split_depends_on_the_word_not_its_form():
     held_out = [word for word in ("charge", "wave", "bank", "draft") if text.is_held_out(word)]
     assert held_out == ["charge", "wave"]
     for forms in (["Dead Code", "dead-codes", "dead coding"], ["Bug", "bugs"], ["fly", "flies"]):
@@ -364,27 +364,27 @@ def test_a_gloss_splits_into_definition_and_sentences(gloss, definition, sentenc
     assert wordnet.split_gloss(gloss) == (definition, sentences)
 
 
-def test_inflected_forms_lead_to_their_base():
+def test_base_forms_of_inflected_forms():
     assert "make" in wordnet.base_forms("making", "v", {})
     assert "city" in wordnet.base_forms("cities", "n", {})
     assert "go" in wordnet.base_forms("went", "v", {"went": ["go"]})
     assert wordnet.base_forms("bus", "r", {}) == {"bus"}
 
 
-def test_entries_are_cut_at_the_end_of_a_sentence():
+def test_entries_are_truncated_at_a_sentence():
     first = "One sentence of just about ten words, e.g. this one."
     assert jargon.shorten(f"{first} {'And on ' * 30}.") == first
     long = "word " * 60
     assert jargon.shorten(long) == "word " * 45 + "..."
 
 
-def test_headwords_in_other_spellings_are_masked():
+def test_other_spellings_of_headwords_are_masked():
     assert jargon.mask("a dead-code and DEAD CODES", "dead code") == "a ____ and ____"
     assert jargon.mask("the X of Death came", "Death, X of") == "the ____ came"
     assert jargon.mask("search an arc", "arc") == "search an ____"
 
 
-def test_bad_input_is_named(sources, tmp_path, capsys):
+def test_errors_name_bad_input(sources, tmp_path, capsys):
     folder, _path = sources
     (folder / "data.verb").write_text("00000100 29 v 01 draft 0 000\n")
     assert run_build(sources, tmp_path / "out") == 1
@@ -395,7 +395,7 @@ def test_bad_input_is_named(sources, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_jargon_file_is_named(sources, tmp_path, capsys):
+def test_errors_name_a_broken_jargon_file(sources, tmp_path, capsys):
     _, path = sources
     path.write_bytes(path.read_bytes()[:60])
     assert run_build(sources, tmp_path / "out") == 1

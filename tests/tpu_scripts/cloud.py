@@ -1,7 +1,7 @@
-"""The state of the stand-in cloud, a folder: what there is, its machines, and what befalls them.
+"""State of the fake cloud: a folder with resources, machines and faults.
 
-`cloud.json` there says what zones, quota and faults there are, and holds the queued resources and
-nodes. The environment's CLOUD is the folder.
+Its `cloud.json` contains zones, quota, faults, queued resources and nodes. The environment variable
+CLOUD names the folder.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def fail(command: str, message: str, code: int = 1):
 
 @contextlib.contextmanager
 def cloud() -> Iterator[dict]:
-    """The state of everything, which nobody else changes meanwhile."""
+    """Yields the state of the cloud under a lock."""
     with (CLOUD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = json.loads((CLOUD / "cloud.json").read_text())
@@ -45,7 +45,7 @@ def preempt(state: dict, resource_state: str) -> None:
 
 def remove_machines(node: str) -> None:
     for home in (CLOUD / "workers").glob(f"{node}-w-*"):
-        while processes := processes_of(home.name):  # One may just have started another.
+        while processes := processes_of(home.name):  # A process may just have started another.
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -53,7 +53,7 @@ def remove_machines(node: str) -> None:
 
 
 def processes_of(worker: str = "") -> list[int]:
-    """The processes of a worker, or of all of them."""
+    """Returns the processes of a worker, or of all workers."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

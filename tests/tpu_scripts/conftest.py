@@ -1,4 +1,4 @@
-"""A clone with tpu_scripts, and a Google Cloud that is a folder: gcloud.py, worker_tools.py."""
+"""A clone with tpu_scripts, and a fake Google Cloud in a folder: gcloud.py, worker_tools.py."""
 
 import json
 import os
@@ -33,7 +33,7 @@ QUICK = {
 
 
 class Pod:
-    """The command line of pod.sh in a clone, and what there is in the cloud."""
+    """Runs pod.sh in a clone, and gives access to the fake cloud."""
 
     def __init__(self, folder: Path):
         self.clone = folder / "clone"
@@ -73,7 +73,7 @@ class Pod:
             subprocess.run(["git", *words], cwd=self.clone, check=True)
 
     def set(self, **changes):
-        """Writes the settings file, with these changes."""
+        """Writes the settings file with changes."""
         settings = SETTINGS | changes
         lines = [f"{k}={v if v[:1] == '(' else repr(v)}\n" for k, v in settings.items()]
         (self.clone / "tpu_scripts" / "settings.sh").write_text("".join(lines))
@@ -84,11 +84,11 @@ class Pod:
         path.write_text(json.dumps(state | changes))
 
     def plan(self, *acts):
-        """What becomes of the training in each launch; the last act is that of all that follow."""
+        """Sets the outcome of training for each launch; the last one repeats."""
         (self.cloud / "plan.json").write_text(json.dumps(acts))
 
     def start(self, *arguments, **environment):
-        """Types `pod.sh ...`, and does not wait for it."""
+        """Starts `pod.sh ...` without waiting for it."""
         path = f"{self.cloud / 'bin'}:{os.environ['PATH']}"
         environment = os.environ | QUICK | {"CLOUD": str(self.cloud), "PATH": path} | environment
         return subprocess.Popen(
@@ -101,14 +101,14 @@ class Pod:
         )
 
     def __call__(self, *arguments, code=0, **environment):
-        """Types `pod.sh ...`, and returns what it prints."""
+        """Runs `pod.sh ...` and returns its output."""
         process = self.start(*arguments, **environment)
         output, _ = process.communicate(timeout=180)
         assert process.returncode == code, output
         return output
 
     def calls(self, *words):
-        """The calls of gcloud that begin with these words."""
+        """Returns the gcloud calls that start with `words`."""
         path = self.cloud / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [call for line in lines if (call := json.loads(line))[: len(words)] == [*words]]
@@ -135,7 +135,7 @@ class Pod:
         assert self.processes() == []
 
     def processes(self):
-        """The command lines of what runs on the workers."""
+        """Returns the command lines of the processes on the workers."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:

@@ -1,6 +1,6 @@
-"""Stands in for gcloud: nodes are folders with processes in them (cloud.py), a bucket a folder.
+"""Fake gcloud: nodes are folders with processes (cloud.py), buckets are folders.
 
-A flag that gcloud does not have, or that is not used here, is an error.
+Flags that gcloud does not have, or that pod.sh does not use, are errors.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def describe(arguments: argparse.Namespace) -> None:
             fail(command, f"NOT_FOUND: Resource '{arguments.name}' was not found")
         resource = state["queued_resources"][arguments.name]
         print(resource["state"])
-        # As time goes by.
+        # Simulates the passing of time.
         if resource["state"] == "WAITING_FOR_RESOURCES":
             resource["state"] = "FAILED" if state["fails_to_come"] else "PROVISIONING"
         elif resource["state"] == "PROVISIONING":
@@ -106,7 +106,7 @@ def describe_type(arguments: argparse.Namespace) -> None:
 
 
 def ssh(arguments: argparse.Namespace) -> None:
-    """Runs the command on all workers at once, each with a home and an environment of its own."""
+    """Runs the command on all workers at once, each with its own home and environment."""
     command = "compute tpus queued-resources ssh"
     with cloud() as state:
         resource = state["queued_resources"].get(arguments.name)
@@ -115,7 +115,7 @@ def ssh(arguments: argparse.Namespace) -> None:
         nodes = [
             name for name in resource["nodes"] if state["nodes"].get(name) == {"state": "READY"}
         ]
-        if len(nodes) < (count := len(resource["nodes"])):  # This alone is no error of gcloud's.
+        if len(nodes) < (count := len(resource["nodes"])):  # gcloud only warns.
             warning = f"Could not prepare all {count} nodes, attempting to ssh into the rest."
             print(f"WARNING: {warning}", file=sys.stderr)
         is_lost = state["ssh_failures"] > 0
@@ -124,10 +124,10 @@ def ssh(arguments: argparse.Namespace) -> None:
     started = [start(name, arguments.command) for name in names[: len(names) - is_lost]]
     codes = []
     for process in started:
-        # As ssh does, waits until nobody holds the output any more: a session must let it go.
+        # Like ssh, waits until no process holds the output; a session must close it.
         output, _ = process.communicate(timeout=60)
         sys.stdout.write(output)
-        # What stays in the shell's session ends with it.
+        # Processes in the shell's session end with it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         codes.append(process.returncode)
@@ -187,7 +187,7 @@ def create_arguments(parser: argparse.ArgumentParser) -> None:
 def delete_arguments(parser: argparse.ArgumentParser) -> None:
     resource_arguments(parser)
     parser.add_argument("--force", action="store_true")
-    parser.add_argument("--quiet", action="store_true", required=True)  # Else it asks.
+    parser.add_argument("--quiet", action="store_true", required=True)  # Otherwise it asks.
 
 
 def ssh_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +200,7 @@ def ssh_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def log_in(arguments: argparse.Namespace) -> None:
-    """Somebody has always done it here."""
+    """Does nothing: the fake is always logged in."""
 
 
 def enable(arguments: argparse.Namespace) -> None:
@@ -208,7 +208,7 @@ def enable(arguments: argparse.Namespace) -> None:
 
 
 def describe_project(arguments: argparse.Namespace) -> None:
-    """Its number, whatever the project."""
+    """Prints the same project number for every project."""
     print(1234567890)
 
 

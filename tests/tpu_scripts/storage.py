@@ -1,4 +1,4 @@
-"""`gcloud storage` of the stand-in cloud: a bucket is a folder."""
+"""Fake `gcloud storage`: a bucket is a folder."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from cloud import CLOUD, cloud, fail
 
 
 def local(url: str) -> Path:
-    """Where an object lies, if its bucket is there."""
+    """Returns the local path of an object whose bucket exists."""
     path = CLOUD / "buckets" / url.removeprefix("gs://")
     bucket = CLOUD / "buckets" / url.removeprefix("gs://").split("/")[0]
     if not bucket.is_dir():
@@ -33,7 +33,7 @@ def copy(arguments: argparse.Namespace) -> None:
     )
     target = local(arguments.destination)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # An object is there whole or not at all.
+    # Objects are written atomically.
     aside = CLOUD / f"upload-{os.getpid()}"
     aside.write_bytes(data)
     aside.replace(target)

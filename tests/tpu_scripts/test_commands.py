@@ -1,4 +1,4 @@
-"""What pod.sh would type, and what a person or a linter finds in the scripts."""
+"""The commands of pod.sh, and static checks of the scripts, the image and the docs."""
 
 from pathlib import Path
 import re
@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 ROOT = Path(__file__).parents[2]
-# What differs from day to day: the commit, and the name of a launch.
+# Values that change: the commit and the name of a launch.
 CHANGING = re.compile(r"\b[0-9a-f]{12}\b|\d{8}T\d{6}Z")
 
 
 def dry_run(pod, *arguments):
-    """The commands of a dry run, for which gcloud is not needed."""
+    """Returns the commands of a dry run, which needs no gcloud."""
     output = pod(*arguments, "--dry-run", TMPDIR="/tmp")
     assert pod.calls() == []
     return CHANGING.sub("ID", output).splitlines()
@@ -117,7 +117,7 @@ def test_scripts_pass_shellcheck():
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
-def test_devices_are_counted_as_training_finds_them():
+def test_devices_are_counted_as_in_training():
     finished = subprocess.run(
         [sys.executable, "tpu_scripts/check_devices.py", "4"],
         cwd=ROOT,
@@ -127,10 +127,10 @@ def test_devices_are_counted_as_training_finds_them():
         check=False,
     )
     assert finished.returncode == 1
-    assert "there are 0 TPU devices, and not 4" in finished.stderr
+    assert "found 0 TPU devices, expected 4" in finished.stderr
 
 
-def test_image_holds_what_it_installs():
+def test_image_contains_what_it_installs():
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     instructions = dict(line.split(" ", 1) for line in lines if line[:1].isupper())
     copied = [
@@ -140,7 +140,7 @@ def test_image_holds_what_it_installs():
         for name in line.removeprefix("COPY ").split()[:-1]
     ]
     assert all((ROOT / name).exists() for name in copied)
-    needed = {"setup.py", "constraints.txt", "grit_jax", "models", "configs", "README.md"}
+    needed = {"setup.py", "constraints.txt", "grit_jax", "configs", "README.md"}
     assert needed <= set(copied)
     options = '--constraint constraints.txt --editable ".[tpu]"'
     assert instructions["RUN"] == f"pip install --no-cache-dir {options}"
@@ -151,7 +151,7 @@ def test_image_holds_what_it_installs():
     assert instructions["ENTRYPOINT"] == '["grit-jax"]'
 
 
-def test_documents_name_what_there_is(pod):
+def test_docs_name_existing_commands_and_settings(pod):
     help_text = pod("--help")
     settings = (ROOT / "tpu_scripts" / "settings.example.sh").read_text()
     text = (ROOT / "docs" / "pods.md").read_text()

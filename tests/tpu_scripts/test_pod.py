@@ -1,4 +1,4 @@
-"""pod.sh from nodes to a finished run, against a cloud in a folder, with real processes in it."""
+"""pod.sh from nodes to a finished run, against a fake cloud in a folder with real processes."""
 
 import re
 import subprocess
@@ -15,12 +15,12 @@ def wait_for(path):
 
 
 @pytest.mark.slow
-def test_run_that_is_preempted_twice_is_finished_and_deleted(pod):
+def test_run_preempted_twice_finishes_and_nodes_are_deleted(pod):
     pod.plan("preempted", "preempted with a crash", "finish")
     pod("create")
     pod("setup")
     pod("launch")
-    # Of the crash, the preemption must be seen before it is judged.
+    # The preemption must be detected before the crash counts as an error.
     output = pod("watch", HF_TOKEN="hf_secret", SETTLE_SECONDS="5")
     assert "run has finished: gs://bucket/run/run" in output
     assert pod.steps() == [1, 2, 3, 4, 5, 6]
@@ -37,8 +37,8 @@ def test_run_that_is_preempted_twice_is_finished_and_deleted(pod):
 
 
 @pytest.mark.slow
-def test_each_verb_alone_on_two_slices(pod):
-    """ssh fails once, and is tried again."""
+def test_each_command_alone_on_two_slices(pod):
+    """ssh fails once and is retried."""
     pod.set(NUM_SLICES="2", PROVISIONING="reserved", VALID_UNTIL_DURATION="6h")
     pod.change_cloud(devices=32, ssh_failures=1)
     pod.plan("wait for sigterm", "finish")
@@ -56,18 +56,18 @@ def test_each_verb_alone_on_two_slices(pod):
     for worker in workers:
         wait_for(pod.cloud / f"training-{worker}")
     for verb in ("launch", "setup"):
-        assert "a run is going on" in pod(verb, code=2)
+        assert "a run is active" in pod(verb, code=2)
     status = pod("status")
     assert "queued resource run: ACTIVE" in status and "node run-1: READY" in status
     assert all(f"{worker}: training" in status for worker in workers)
     assert 'newest metrics: {"step": 2}' in status
     output = pod("stop")
-    assert all(f"{worker}: ended with the exit code 75" in output for worker in workers)
+    assert all(f"{worker}: ended with exit code 75" in output for worker in workers)
     pod.assert_nothing_runs()
     assert pod.state()["nodes"].keys() == {"run-0", "run-1"}
     weights = pod.bucket / "weights"
     (weights / "config.json").rename(weights / "another.json")
-    assert "installed" in pod("setup")  # again, and nothing is installed twice
+    assert "installed" in pod("setup")  # A second setup installs nothing.
     assert len((pod.cloud / "installs").read_text().splitlines()) == len(workers)
     copies = [pod.cloud / "workers" / worker / "grit-jax" / "weights" for worker in workers]
     assert [sorted(p.name for p in copy.iterdir()) for copy in copies] == [["another.json"]] * 4
@@ -77,10 +77,10 @@ def test_each_verb_alone_on_two_slices(pod):
 
 
 @pytest.mark.slow
-def test_lost_worker_is_started_again_on_the_same_nodes(pod):
+def test_lost_worker_restarts_the_run_on_the_same_nodes(pod):
     pod.plan("lose a worker", "vanish", "finish")
     output = pod("watch", SETTLE_SECONDS="4", SILENT_SECONDS="6")
-    assert "lost with the exit codes 134, 137" in output and "no word from a worker" in output
+    assert "lost with the exit codes 134, 137" in output and "no log from a worker" in output
     assert pod.steps() == [1, 2, 3, 4, 5, 6]
     assert pod.count("create") == 1
     pod.assert_nothing_is_left()
@@ -89,8 +89,8 @@ def test_lost_worker_is_started_again_on_the_same_nodes(pod):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unread", [(0, 2), (2, 16)])
-def test_error_of_the_user_is_shown_and_not_repeated(pod, unread):
-    """Even if the exit codes cannot be read at first, or when they are to be judged."""
+def test_user_error_is_shown_and_not_retried(pod, unread):
+    """Even if exit codes are unreadable at first or when they are evaluated."""
     pod.change_cloud(cat_failures=unread)
     pod.plan("user error")
     output = pod("watch", code=1, SETTLE_SECONDS="3", SILENT_SECONDS="120")
@@ -101,18 +101,18 @@ def test_error_of_the_user_is_shown_and_not_repeated(pod, unread):
 
 
 @pytest.mark.slow
-def test_starts_without_progress_are_bounded(pod):
+def test_launches_without_progress_are_limited(pod):
     pod.set(MAX_TRIES="2")
     pod.plan("preempted", "get nowhere")
     output = pod("watch", code=1)
-    assert "2 starts in a row brought no new checkpoint" in output
+    assert "2 consecutive launches made no new checkpoint" in output
     assert len(list(pod.bucket.glob("run/launches/*/run-w-0.log"))) == 3
     pod.assert_nothing_is_left()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["stop", "delete"])
-def test_watch_does_not_undo_what_its_user_does_elsewhere(pod, verb):
+def test_watch_respects_stop_and_delete_from_elsewhere(pod, verb):
     pod.plan("wait for sigterm")
     watch = pod.start("watch")
     wait_for(pod.cloud / "training-run-w-1")
@@ -152,7 +152,7 @@ def test_kept_nodes(pod):
         ({}, {"quota": False}, "there is no quota for v6e-16 (spot) in us-east5-b"),
     ],
 )
-def test_nodes_that_cannot_be_had(pod, verb, settings, cloud, message):
+def test_unavailable_nodes(pod, verb, settings, cloud, message):
     pod.set(**settings)
     pod.change_cloud(**cloud)
     assert message in pod(verb, code=2 if verb == "create" else 1)
@@ -161,7 +161,7 @@ def test_nodes_that_cannot_be_had(pod, verb, settings, cloud, message):
 
 
 @pytest.mark.parametrize(("verb", "code"), [("create", 2), ("watch", 1)])
-def test_node_of_somebody_else_stays(pod, verb, code):
+def test_nodes_of_others_are_kept(pod, verb, code):
     pod.change_cloud(nodes={"run": {"state": "READY"}})
     assert "there is a node run in us-east5-b already" in pod(verb, code=code)
     assert pod.state()["nodes"] == {"run": {"state": "READY"}}
@@ -169,37 +169,37 @@ def test_node_of_somebody_else_stays(pod, verb, code):
     pod.change_cloud(nodes={})
 
 
-def test_a_request_that_has_no_state_yet_is_there(pod):
+def test_a_request_without_a_state_exists(pod):
     pod.change_cloud(queued_resources={"run": {"state": "", "nodes": []}})
-    assert "the queued resource run exists already" in pod("create", code=2)
+    assert "the queued resource run already exists" in pod("create", code=2)
     assert pod.count("create") == 0
 
 
-def test_nodes_that_do_not_come_are_not_waited_for(pod):
+def test_failed_requests_are_not_awaited(pod):
     pod.change_cloud(fails_to_come=True)
-    assert "the nodes of run did not come (FAILED" in pod("create", code=75)
+    assert "the nodes of run were not created (FAILED" in pod("create", code=75)
     pod.assert_nothing_is_left()
 
 
 @pytest.mark.slow
-def test_ssh_that_is_lost(pod):
+def test_lost_ssh(pod):
     pod.set(MAX_TRIES="2")
     pod("create")
     pod.change_cloud(ssh_failures=1000)
     output = pod("setup", code=75)
     assert (
         "ssh does not reach all workers" in output
-        and "nodes of run that are there stay, and cost money" in output
+        and "existing nodes of run cost money until" in output
     )
     output = pod("watch", code=1)
-    assert "2 starts in a row brought no new checkpoint: it could not be started" in output
+    assert "2 consecutive launches made no new checkpoint: it could not be started" in output
     assert pod.count("create") == 2
     pod.change_cloud(ssh_failures=0)
     pod.assert_nothing_is_left()
 
 
 @pytest.mark.slow
-def test_node_that_gcloud_goes_on_without(pod):
+def test_node_that_gcloud_skips(pod):
     pod.set(NUM_SLICES="2")
     pod.change_cloud(devices=32)
     pod("create")
@@ -212,21 +212,21 @@ def test_node_that_gcloud_goes_on_without(pod):
     pod.change_cloud(nodes=nodes)
 
 
-def test_devices_that_are_missing(pod):
+def test_missing_devices(pod):
     pod("create")
     pod.change_cloud(devices=12)
-    assert "there are 12 TPU devices, and not 16" in pod("setup", code=2)
+    assert "found 12 TPU devices, expected 16" in pod("setup", code=2)
 
 
 def test_launch_before_setup_and_code_that_has_changed(pod):
-    assert "the nodes of run are not all there" in pod("launch", code=75)
+    assert "some nodes of run do not exist" in pod("launch", code=75)
     (pod.clone / "configs" / "gritlm_7b.py").write_text("changed")
     for verb in ("setup", "launch", "watch"):
         assert " M configs/gritlm_7b.py" in pod(verb, code=2)
 
 
-def test_setup_is_of_this_clone_and_leaves_other_files_alone(pod, tmp_path):
-    """Whatever the environment holds, and another run of the same commit has in /tmp."""
+def test_setup_uses_this_clone_and_keeps_other_files(pod, tmp_path):
+    """Despite other settings in the environment and another run's archive in /tmp."""
     words = ["git", "rev-parse", "--short=12", "HEAD"]
     commit = subprocess.check_output(words, cwd=pod.clone, text=True).strip()
     of_another = tmp_path / "tmp" / f"grit-jax-{commit}.tar.gz"
@@ -239,25 +239,25 @@ def test_setup_is_of_this_clone_and_leaves_other_files_alone(pod, tmp_path):
     assert list(of_another.parent.iterdir()) == [of_another]
 
 
-def test_bucket_that_is_not_there(pod):
+def test_missing_bucket(pod):
     pod.set(BUCKET="elsewhere")
     assert "the bucket gs://elsewhere cannot be read" in pod("watch", code=2)
     assert "the bucket gs://elsewhere cannot be written to" in pod("launch", code=2)
     assert pod.count("create") == 0
 
 
-def test_bucket_that_cannot_be_read_keeps_no_node(pod):
+def test_unreadable_bucket_keeps_no_nodes(pod):
     pod("create")
     pod.set(BUCKET="elsewhere")
-    assert "a watch elsewhere is not told" in pod("delete")
+    assert "cannot notify a watch on another machine" in pod("delete")
     pod.assert_nothing_is_left()
 
 
-def test_bucket_that_cannot_be_written_to_keeps_no_node(pod):
+def test_unwritable_bucket_keeps_no_nodes(pod):
     pod("create")
     (pod.bucket / "run" / "launches" / "20260101T000000Z").mkdir(parents=True)
     (pod.bucket / "run" / "launches" / "20260101T000000Z" / "stopped").mkdir()
-    assert "a watch elsewhere is not told" in pod("delete")
+    assert "cannot notify a watch on another machine" in pod("delete")
     pod.assert_nothing_is_left()
 
 
@@ -273,22 +273,22 @@ def test_bucket_that_cannot_be_written_to_keeps_no_node(pod):
         ({"CONFIG": "configs/mine.py"}, "git add it"),
     ],
 )
-def test_settings_that_cannot_be(pod, changes, message):
+def test_invalid_settings(pod, changes, message):
     pod.set(**changes)
     assert message in pod("watch", code=2)
     assert pod.count("create") == 0
     pod.set()
 
 
-def test_settings_are_those_of_the_folder_and_not_of_the_path(pod):
+def test_settings_come_from_the_folder_not_from_path(pod):
     (pod.cloud / "bin" / "mine.sh").write_text("exit 3\n")
     settings = (pod.clone / "tpu_scripts" / "settings.sh").read_text()
     (pod.clone / "mine.sh").write_text(settings)
     assert "v6e-16" in pod("create", "--settings", "mine.sh", "--dry-run")
 
 
-def test_arguments_that_cannot_be(pod):
-    assert "there is no verb 'start'" in pod("start", code=2)
-    assert "there is no option '--force'" in pod("create", "--force", code=2)
+def test_invalid_arguments(pod):
+    assert "unknown command 'start'" in pod("start", code=2)
+    assert "unknown option '--force'" in pod("create", "--force", code=2)
     assert "there is no other.sh" in pod("create", "--settings", "other.sh", code=2)
-    assert "usage: tpu_scripts/pod.sh VERB" in pod("--help")
+    assert "usage: tpu_scripts/pod.sh COMMAND" in pod("--help")

@@ -1,7 +1,7 @@
-"""Stands in for what a worker has besides gcloud: its Python, pip, and `grit-jax train`.
+"""Fake tools of a worker besides gcloud: Python, pip, and `grit-jax train`.
 
-The environment's CLOUD is the folder of the stand-in cloud. `plan.json` there says, for each
-launch, what becomes of the training.
+The environment variable CLOUD names the folder of the fake cloud. Its `plan.json` contains the
+outcome of training for each launch.
 """
 
 import json
@@ -37,11 +37,11 @@ def python(arguments: list[str]) -> None:
     devices = json.loads((CLOUD / "cloud.json").read_text())["devices"]
     assert Path(arguments[0]).exists()
     if arguments[1] != str(devices):
-        sys.exit(f"{WORKER}: there are {devices} TPU devices, and not {arguments[1]}")
+        sys.exit(f"{WORKER}: found {devices} TPU devices, expected {arguments[1]}")
 
 
 def train(arguments: list[str]) -> None:
-    """Makes two steps, then what the plan says; all of them where it says "finish"."""
+    """Makes two steps, then follows the plan; "finish" makes all steps."""
     assert arguments[0] == "train"
     options = dict(zip(arguments[1:5:2], arguments[2:5:2], strict=True))
     assert Path(options["--config"]).exists()
@@ -77,7 +77,7 @@ def is_primary() -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.{WORKER}")  # Both workers may write it.
+    aside = path.with_name(f"{path.name}.{WORKER}")  # Both workers may write this file.
     aside.write_text(text)
     aside.replace(path)
 
@@ -92,7 +92,7 @@ def preempted() -> None:
 
 
 def preempted_with_a_crash() -> None:
-    """The workers that are left fail, and only the nodes themselves say that they are gone."""
+    """The remaining workers fail, and only the node states show the preemption."""
     if is_primary():
         time.sleep(1)
         write_whole(CLOUD / "preempt", "ACTIVE")
@@ -105,12 +105,12 @@ def get_nowhere() -> None:
 
 
 def lose_a_worker() -> None:
-    """JAX ends the others with SIGABRT."""
+    """JAX ends the other workers with SIGABRT."""
     os.kill(os.getpid(), signal.SIGABRT if is_primary() else signal.SIGKILL)
 
 
 def vanish() -> None:
-    """Nothing of the run is left on a machine, as after its restart, and the others wait."""
+    """All processes of one worker vanish, as after a reboot, and the others wait."""
     if is_primary():
         wait_for_sigterm()
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -1,12 +1,11 @@
-"""Makes the sample from Debian's packages ``wordnet-base`` and ``dict-jargon``.
+"""Builds the embedded sample from the Debian packages ``wordnet-base`` and ``dict-jargon``.
 
     python -m tools.sample.build [--output DIR]
     python -m tools.sample.build --wordnet DIR --jargon jargon.dict.dz
 
-The first form downloads both packages with ``apt-get download`` into a temporary folder, which
-takes no root rights. The second reads files that are there already: the folder with WordNet's
-``data.noun`` and so on, and the Jargon File with ``jargon.index`` beside it. The same input
-gives byte-identical files.
+The first command downloads both packages with ``apt-get download`` to a temporary folder, without
+root. The second uses local files: the folder with WordNet's ``data.noun`` etc., and the Jargon
+File with ``jargon.index`` in the same folder. The same input gives byte-identical files.
 """
 
 import argparse
@@ -31,7 +30,7 @@ WORDNET_INSTRUCTION = (
     "Given a word and a sentence that uses it, retrieve the definition of the word in that sentence"
 )
 JARGON_INSTRUCTION = "Given a term of hacker slang, retrieve its entry"
-# The word always comes first and in quotation marks.
+# The word always comes first, in quotation marks.
 WORDNET_QUESTIONS = (
     'What does "{word}" mean in "{sentence}"?',
     'Define "{word}" as it is used in "{sentence}".',
@@ -56,14 +55,14 @@ Files = dict[str, list[Line]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything to keep; the defaults fill the repository's megabyte."""
+    """Sizes of the sample; the defaults take about one megabyte."""
 
     most_negatives: int = 2
     train_pairs: int = 11_600
     train_chats: int = 2000
     train_jargon_chats: int = 600
     held_out_pairs: int = 500
-    # A second sense of the same word makes retrieval among the held-out pairs harder.
+    # A second sense of the same word makes held-out retrieval harder.
     held_out_pairs_per_word: int = 2
     held_out_least_tag_count: int = 5
     held_out_entries: int = 250
@@ -75,11 +74,11 @@ DEFAULT_SIZES = Sizes()
 
 
 class BuildError(Exception):
-    """The sample cannot be made; the message says why."""
+    """The sample cannot be built; the message says why."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Makes the files and prints how many lines and bytes each has."""
+    """Builds the files and prints their lines and bytes."""
     options = _parse_arguments(arguments)
     try:
         with tempfile.TemporaryDirectory() as downloads:
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fetch(package: str, folder: str | Path) -> Path:
-    """Downloads and unpacks the Debian package; returns the folder it was unpacked into."""
+    """Downloads and unpacks the Debian package; returns the unpacked folder."""
     target = Path(folder) / package
     target.mkdir()
     _run(["apt-get", "download", package], target, package)
@@ -109,12 +108,12 @@ def fetch(package: str, folder: str | Path) -> Path:
 
 
 def make_files(wordnet_folder: Path, jargon_file: Path, sizes: Sizes = DEFAULT_SIZES) -> Files:
-    """The lines of every file, by the file's path below the sample's folder."""
+    """Returns the lines of every file, by path relative to the sample folder."""
     pairs = find_pairs(read_wordnet(wordnet_folder), sizes.most_negatives)
     entries = _distinct_entries(read_jargon(jargon_file))
     if not pairs or not entries:
         empty = jargon_file if pairs else wordnet_folder
-        raise BuildError(f"found nothing to use in {empty}; is it what it should be?")
+        raise BuildError(f"no usable text in {empty}: check that it is the right file")
     held_out_pairs = _choose_held_out_pairs(pairs, sizes)
     held_out_entries = _choose_entries(
         [entry for entry in entries if is_held_out(entry.headword)], sizes.held_out_entries
@@ -134,7 +133,7 @@ def make_files(wordnet_folder: Path, jargon_file: Path, sizes: Sizes = DEFAULT_S
 
 
 def write_files(files: Files, output: Path) -> None:
-    """Writes all files aside first, so that a failure leaves the old ones as they were."""
+    """Writes all files to a temporary folder first, so that a failure keeps the old ones."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".sample-") as aside:
         for name, lines in files.items():
@@ -147,7 +146,7 @@ def write_files(files: Files, output: Path) -> None:
 
 
 def compress(lines: Iterable[Line]) -> bytes:
-    """The lines as gzipped JSON lines, without the time and the name gzip would add."""
+    """Returns gzipped JSONL without the time and name that gzip adds."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     buffer = io.BytesIO()
     with gzip.GzipFile("", "wb", compresslevel=9, fileobj=buffer, mtime=0) as archive:
@@ -156,7 +155,7 @@ def compress(lines: Iterable[Line]) -> bytes:
 
 
 def _choose_held_out_pairs(pairs: list[SensePair], sizes: Sizes) -> list[SensePair]:
-    """Held-out pairs of fairly common words, no definition and no sentence twice."""
+    """Returns held-out pairs of fairly common words, without repeated definitions or sentences."""
     common = [
         pair
         for pair in pairs
@@ -178,28 +177,28 @@ def _choose_held_out_pairs(pairs: list[SensePair], sizes: Sizes) -> list[SensePa
 
 
 def _word_by_word(by_query: dict[str, SensePair]) -> list[str]:
-    """The queries in a stable order that keeps those of one word together.
+    """Returns the queries in a stable order, grouped by word.
 
-    Together, so that the senses of one word get in or stay out together.
+    Grouping makes the senses of a word included or excluded together.
     """
 
-    def place(query: str) -> int:
+    def word_hash(query: str) -> int:
         return stable_number(term_key(by_query[query].word))
 
-    return sorted(in_stable_order(by_query), key=place)
+    return sorted(in_stable_order(by_query), key=word_hash)
 
 
 def _choose_train_pairs(
     pairs: list[SensePair], held_out: list[SensePair], sizes: Sizes
 ) -> list[SensePair]:
-    """Pairs of the commonest words that tell nothing about a held-out pair."""
+    """Returns pairs of the most common words that do not overlap with held-out pairs."""
     definitions = {pair.definition for pair in held_out}
     sentences = {pair.sentence for pair in held_out}
     by_query: dict[str, SensePair] = {}
     for pair in sorted(pairs, key=lambda pair: (-pair.tag_count, pair.word, pair.sentence)):
         others = tuple(each for each in pair.other_definitions if each not in definitions)
         is_known = pair.definition in definitions or pair.sentence in sentences
-        # A sentence that illustrates two senses of its word does not tell them apart.
+        # A sentence listed for two senses of its word does not distinguish them.
         is_new = _query_text(pair) not in by_query
         if others and is_new and not is_known and not is_held_out(pair.word):
             by_query[_query_text(pair)] = SensePair(
@@ -209,7 +208,7 @@ def _choose_train_pairs(
 
 
 def _distinct_entries(entries: list[Entry]) -> list[Entry]:
-    """The entries without those whose headword or masked text came before."""
+    """Removes entries whose headword or masked text occurred before."""
     by_headword = {entry.headword: entry for entry in reversed(entries)}
     return list({entry.masked_text: entry for entry in by_headword.values()}.values())
 
@@ -222,8 +221,8 @@ def _choose_entries(entries: list[Entry], most: int) -> list[Entry]:
 def _side(
     side: str, pairs: list[SensePair], entries: list[Entry], chats: int, jargon_chats: int
 ) -> Files:
-    """The four files of one side of the split."""
-    # Sorted, equal words and definitions come close together, where gzip finds them.
+    """Returns the four files of one split."""
+    # Sorting puts equal words and definitions close together, which helps gzip.
     pairs = sorted(pairs, key=lambda pair: (pair.word.lower(), pair.definition, pair.sentence))
     entries = sorted(entries, key=lambda entry: (entry.headword.lower(), entry.headword))
     chat_pairs = _choose_chat_pairs(pairs, chats)
@@ -239,7 +238,7 @@ def _side(
 
 
 def _choose_chat_pairs(pairs: list[SensePair], most: int) -> list[SensePair]:
-    """Some of the pairs, in their order, each definition at most once."""
+    """Returns at most `most` pairs, in order, without repeated definitions."""
     by_query = {_query_text(pair): pair for pair in pairs}
     by_definition: dict[str, str] = {}
     for query in in_stable_order(by_query):
@@ -274,25 +273,25 @@ def _entry_chat(entry: Entry) -> Line:
 
 
 def _run(command: list[str], folder: Path, package: str) -> None:
-    """Runs one step of fetching the package; an error names both."""
+    """Runs a command for a package; errors name both."""
     failed = f"cannot get the Debian package {package}: "
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        advice = "pass --wordnet and --jargon to use files you have"
-        raise BuildError(f"{failed}there is no {command[0]} here; {advice}") from error
+        advice = "pass --wordnet and --jargon to use local files"
+        raise BuildError(f"{failed}{command[0]} is not installed; {advice}") from error
     except subprocess.CalledProcessError as error:
         shown = " ".join(command)
         raise BuildError(f"{failed}{shown} failed: {error.stderr.strip()}") from error
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the embedded sample of real text.")
+    parser = argparse.ArgumentParser(description="Build the embedded sample of real text.")
     parser.add_argument(
-        "--output", type=Path, default=SAMPLE_FOLDER, help="where to write (default: in place)"
+        "--output", type=Path, default=SAMPLE_FOLDER, help="output folder (default: in place)"
     )
     parser.add_argument("--wordnet", type=Path, help="folder with WordNet 3.0's data.noun etc.")
-    parser.add_argument("--jargon", type=Path, help="jargon.dict.dz, jargon.index beside it")
+    parser.add_argument("--jargon", type=Path, help="jargon.dict.dz, next to jargon.index")
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""Reads the Jargon File in dictd's format and masks each entry's headword."""
+"""Parses the Jargon File in dictd format and masks each entry's headword."""
 
 from dataclasses import dataclass
 import gzip
@@ -22,7 +22,7 @@ _DRAWING = re.compile("[\u2500-\u257f]")
 
 @dataclass(frozen=True)
 class Entry:
-    """A headword, the start of its entry, and the same text without the headword."""
+    """A headword, the start of its entry, and the same text with the headword masked."""
 
     headword: str
     text: str
@@ -30,29 +30,29 @@ class Entry:
 
 
 def read_jargon(path: Path, num_words: range = ENTRY_WORDS) -> list[Entry]:
-    """The usable entries of ``jargon.dict.dz``, found through ``jargon.index`` beside it."""
+    """Returns the usable entries of ``jargon.dict.dz``, which needs ``jargon.index`` next to it."""
     entries = [parse_entry(raw, num_words) for raw in read_dictd(path)]
     return [entry for entry in entries if entry]
 
 
 def read_dictd(path: Path) -> list[str]:
-    """The entries of a dictd dictionary as they are, in the order of the index beside it."""
+    """Returns the raw entries of a dictd dictionary, in the order of its index."""
     index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
     for needed in (path, index):
         if not needed.is_file():
-            raise FileNotFoundError(f"no such part of a dictionary: {needed}")
+            raise FileNotFoundError(f"this dictionary file does not exist: {needed}")
     data = _read_bytes(path)
-    # An entry stands in the index under each of its headwords.
-    places = {}
+    # The index lists an entry under each of its headwords.
+    spans = {}
     for line in index.read_text(encoding="utf-8").splitlines():
         headword, offset, size = _parse_index(line, index)
         if not headword.startswith("00-database"):
-            places[offset, size] = None
-    return [data[offset : offset + size].decode("utf-8") for offset, size in places]
+            spans[offset, size] = None
+    return [data[offset : offset + size].decode("utf-8") for offset, size in spans]
 
 
 def parse_entry(raw: str, num_words: range = ENTRY_WORDS) -> Entry | None:
-    """The entry, or None if it is too short, a mere cross reference or unwelcome."""
+    """Returns the entry, or None if it is too short, a cross-reference or offensive."""
     headword_line, _, body = raw.strip("\n").partition("\n")
     headword, text = clean(headword_line), shorten(running_text(body), num_words)
     masked_text = mask(text, headword)
@@ -65,7 +65,7 @@ def parse_entry(raw: str, num_words: range = ENTRY_WORDS) -> Entry | None:
 
 
 def shorten(text: str, num_words: range = ENTRY_WORDS) -> str:
-    """The text's first sentences as far as they fit, else its first words and " ..."."""
+    """Returns the first sentences that fit, or the first words and " ..."."""
     most = num_words.stop - 1
     kept: list[str] = []
     for sentence in split_sentences(text):
@@ -79,7 +79,7 @@ def shorten(text: str, num_words: range = ENTRY_WORDS) -> str:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of the text, which joined with spaces are the text again."""
+    """Splits text into sentences; joining them with spaces restores the text."""
     sentences: list[list[str]] = [[]]
     words = text.split()
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -90,14 +90,14 @@ def split_sentences(text: str) -> list[str]:
 
 
 def mask(text: str, headword: str) -> str:
-    """The text with the headword, and words built on it, replaced by the mask."""
+    """Replaces the headword, and words that contain it, by the mask."""
     for form in headword_forms(headword):
         text = headword_pattern(form).sub(MASK, text)
     return text
 
 
 def headword_forms(headword: str) -> list[str]:
-    """The headword's spellings, the longest first; "Death, X of" is "X of Death" in text."""
+    """Returns spellings of the headword, longest first; "Death, X of" is "X of Death" in text."""
     forms = {headword, headword.strip("-*/!? ")}
     if ", " in headword:
         first, _, last = headword.partition(", ")
@@ -108,10 +108,10 @@ def headword_forms(headword: str) -> list[str]:
 
 
 def headword_pattern(form: str) -> re.Pattern[str]:
-    """Finds the form in any case, inflected, and spaced, hyphenated or closed up."""
+    """Returns a pattern for the form: any case, inflected, spaced, hyphenated or closed up."""
     parts = [re.escape(part) for part in re.split(r"[\s-]+", form) if part]
     spelled = r"[\s-]*".join(parts)
-    # A longer term inside a word is hardly chance ("hack" in "hackish"), a short one mostly is
+    # A longer term inside a word is rarely chance ("hack" in "hackish"); a short one usually is
     # ("arc" in "search").
     if len(form) >= 4 and form[0].isalnum() and form[-1].isalnum():
         return re.compile(rf"\w*{spelled}\w*(?:['’]s)?", re.IGNORECASE)
@@ -120,7 +120,7 @@ def headword_pattern(form: str) -> re.Pattern[str]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file's content; a ``.dz`` file is a gzip file with a table for random access."""
+    """Reads a file; ``.dz`` files are gzip files with a table for random access."""
     if path.suffix != ".dz":
         return path.read_bytes()
     try:
@@ -130,7 +130,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def running_text(body: str, indent: int = 4) -> str:
-    """The paragraphs as one line; what is indented otherwise (verse, code, ...) is left out."""
+    """Returns the paragraphs as one line, without other indentation (verse, code, ...)."""
     paragraphs = re.split(r"\n\s*\n", "\n" + body)
     kept = []
     for paragraph in paragraphs:
@@ -138,13 +138,13 @@ def running_text(body: str, indent: int = 4) -> str:
         is_plain = all(re.match(rf" {{{indent}}}\S", line) for line in lines)
         if lines and is_plain and not _DRAWING.search(paragraph):
             kept.append(" ".join(lines))
-    # Cross references stand in braces, now and then with a line break inside.
+    # Cross-references are in braces, sometimes with a line break inside.
     without_braces = re.sub(r"\{\s*([^{}]*?)\s*\}", r"\1", clean(" ".join(kept)))
     return re.sub(r" +([.,;:)])", r"\1", without_braces)
 
 
 def _ends_sentence(word: str, following: str) -> bool:
-    """Whether a sentence ends after the word; a list's "1." and "e.g." do not end one."""
+    """Returns whether a sentence ends after the word; "1." and "e.g." do not end one."""
     bare = word.rstrip("\"”’)]'")
     is_number = re.fullmatch(r"\(?\d+\.", bare) is not None
     if not bare.endswith((".", "!", "?")) or is_number:
@@ -155,7 +155,7 @@ def _ends_sentence(word: str, following: str) -> bool:
 
 
 def _parse_index(line: str, index: Path) -> tuple[str, int, int]:
-    """The headword of a line of the index, and where in the file its entry is."""
+    """Parses a line of the index: headword, offset and size of the entry."""
     fields = line.split("\t")
     if len(fields) != 3:
         raise ValueError(f"not a line of a dictd index in {index}: {line[:80]!r}")

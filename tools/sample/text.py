@@ -1,14 +1,14 @@
-"""Cleaning, keys and the split: what the WordNet and the Jargon File samples have in common."""
+"""Text cleaning, keys and the split, shared by the WordNet and Jargon File samples."""
 
 from collections.abc import Iterable
 import hashlib
 import re
 import unicodedata
 
-# One key in this many goes to the held-out side.
+# One key in this many is held out.
 HELD_OUT_ONE_IN = 7
 
-# Slurs and the like make poor sample text; dictionaries mark them with these words.
+# Words by which dictionaries mark slurs and similar entries.
 _UNWELCOME = re.compile(
     r"\b(slurs?|offensive|disparag\w*|derogatory|obscen\w*|vulgar\w*|taboo|racist|sexual\w*"
     r"|fuck\w*|shit\w*|rap(?:e|ed|es|ing|ist)|whor\w*|prostitut\w*)\b",
@@ -17,27 +17,27 @@ _UNWELCOME = re.compile(
 
 
 def clean(text: str) -> str:
-    """One line of text: no control or invisible characters, single spaces, stripped."""
+    """Returns the text on one line, without control characters and repeated spaces."""
     spaced = "".join(" " if character.isspace() else character for character in text)
     visible = (c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Co", "Cs"))
     return re.sub(" +", " ", "".join(visible)).strip()
 
 
 def is_welcome(*texts: str) -> bool:
-    """Whether none of the texts holds a slur or is marked as one."""
+    """Returns whether no text contains a slur or is marked as offensive."""
     return not any(_UNWELCOME.search(text) for text in texts)
 
 
 def count_words(text: str) -> int:
-    """The number of words between spaces."""
+    """Returns the number of words separated by white space."""
     return len(text.split())
 
 
 def term_key(term: str) -> str:
-    """The key a term is split by: "Dead-Codes", "dead code" and "dead coding" share one.
+    """Returns the key of a term; "Dead-Codes", "dead code" and "dead coding" share one.
 
-    The stemming is deliberately greedy: two terms that wrongly share a key merely end on the
-    same side of the split, whereas two forms of one term must never stand on both sides.
+    Stemming is greedy on purpose: terms that wrongly share a key only end up in the same split,
+    but two forms of one term must never be in different splits.
     """
     plain = unicodedata.normalize("NFKD", term.casefold())
     words = re.findall(r"[a-z0-9]+", "".join(c for c in plain if not unicodedata.combining(c)))
@@ -45,27 +45,27 @@ def term_key(term: str) -> str:
 
 
 def stable_number(text: str) -> int:
-    """A number that depends on the text alone, unlike ``hash``, which differs per process."""
+    """Returns a 64-bit hash of the text; unlike ``hash``, it is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
 
 
 def is_held_out(term: str) -> bool:
-    """Whether the term belongs to the held-out side."""
+    """Returns whether the term is held out."""
     return stable_number("split " + term_key(term)) % HELD_OUT_ONE_IN == 0
 
 
 def pick(choices: tuple[str, ...], text: str) -> str:
-    """One of the choices, always the same one for the same text."""
+    """Returns one of the choices, chosen by the hash of the text."""
     return choices[stable_number("pick " + text) % len(choices)]
 
 
 def in_stable_order(texts: Iterable[str]) -> list[str]:
-    """The texts in an order that looks random but is always the same."""
+    """Returns the texts in a fixed pseudorandom order."""
     return sorted(texts, key=lambda text: (stable_number("order " + text), text))
 
 
 def _stem(word: str) -> str:
-    """The word without its plural, past or participle ending, roughly."""
+    """Removes plural, past and participle endings, approximately."""
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     for ending in ("ing", "ed", "es", "s"):
@@ -76,7 +76,7 @@ def _stem(word: str) -> str:
 
 
 def _bare(stem: str) -> str:
-    """The stem without a doubled last consonant or a silent e ("stopp", "code")."""
+    """Removes a doubled last consonant or a silent e ("stopp", "code")."""
     if len(stem) > 3 and stem[-1] == stem[-2]:
         return stem[:-1]
     return stem[:-1] if len(stem) > 3 and stem.endswith("e") else stem

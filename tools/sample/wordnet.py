@@ -1,4 +1,4 @@
-"""Reads WordNet 3.0's database files and pairs words in example sentences with their senses."""
+"""Parses WordNet 3.0 and pairs words in example sentences with their senses."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ from tools.sample.text import clean, count_words, is_welcome
 
 Parsed = TypeVar("Parsed")
 
-# Short texts, so that many fit into the sample.
+# Short texts, so that many fit in the sample.
 SENTENCE_WORDS = range(4, 17)
 DEFINITION_WORDS = range(3, 25)
 
-# The file of each part of speech, and the letter that stands for it in the database.
+# The letter of each part of speech in the database, and its file name.
 _FILES = {"n": "noun", "v": "verb", "a": "adj", "r": "adv"}
-# WordNet's rules of detachment: an ending and what stands in its place in the base form.
+# WordNet's rules of detachment: an inflected ending and the base form's ending.
 _ENDINGS = {
     "n": [("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
           ("men", "man"), ("ies", "y")],
@@ -30,7 +30,7 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class Synset:
-    """One meaning: its words, its definition ("" if unusable) and sentences that use a word."""
+    """A synset: its words, definition ("" if unusable) and example sentences."""
 
     lemmas: tuple[str, ...]
     definition: str
@@ -39,21 +39,21 @@ class Synset:
 
 @dataclass
 class WordNet:
-    """The parts of the database that the sample needs."""
+    """The parts of the database used by the sample."""
 
-    # By part of speech and offset in that part's data file.
+    # Keyed by part of speech and offset in its data file.
     synsets: dict[tuple[str, int], Synset] = field(default_factory=dict)
-    # By lower-case lemma and part of speech: the synsets' offsets, the commonest sense first.
+    # Synset offsets, most common sense first, by lower-case lemma and part of speech.
     senses: dict[tuple[str, str], list[int]] = field(default_factory=dict)
-    # By part of speech: the base forms of an irregular form.
+    # Base forms of irregular forms, by part of speech.
     exceptions: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    # By lower-case lemma: how often any of its senses was tagged in the semantic concordances.
+    # Number of tags in the semantic concordances, over all senses, by lower-case lemma.
     tag_counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SensePair:
-    """A word in a sentence, what it means there and what it means elsewhere."""
+    """A word in a sentence, its definition there and those of its other senses."""
 
     word: str
     sentence: str
@@ -63,7 +63,7 @@ class SensePair:
 
 
 def read_wordnet(folder: Path) -> WordNet:
-    """Reads the database from the folder with ``data.noun``, ``index.noun`` and so on."""
+    """Reads the database from the folder with ``data.noun``, ``index.noun`` etc."""
     wordnet = WordNet()
     for letter, name in _FILES.items():
         for offset, synset in _parsed(folder / f"data.{name}", parse_synset):
@@ -80,13 +80,13 @@ def read_wordnet(folder: Path) -> WordNet:
 
 
 def parse_synset(line: str) -> tuple[int, Synset]:
-    """The offset and the synset of one line of a data file."""
+    """Parses a line of a data file into offset and synset."""
     record, separator, gloss = line.partition(" | ")
     if not separator:
         raise ValueError("there is no gloss")
     fields = record.split(" ")
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
-    # An adjective may carry a marker of where it can stand, such as "asleep(p)".
+    # Adjectives may have a position marker, such as "asleep(p)".
     lemmas = tuple(re.sub(r"\([a-z]+\)$", "", word).replace("_", " ") for word in words)
     definition, sentences = split_gloss(gloss)
     return int(fields[0]), Synset(lemmas, definition, tuple(sentences))
@@ -103,13 +103,13 @@ def split_gloss(gloss: str) -> tuple[str, list[str]]:
     if count_words(outside_parentheses) == 0:
         return "", []
     pieces = (quote + after).split('"')
-    # An odd number of quotation marks makes it unclear what is quoted.
+    # With an odd number of quotation marks, it is unclear what is quoted.
     sentences = pieces[1::2] if len(pieces) % 2 else []
     return definition, [clean(sentence) for sentence in sentences]
 
 
 def find_pairs(wordnet: WordNet, most_negatives: int) -> list[SensePair]:
-    """All usable pairs of words that have at least one other sense, in a stable order."""
+    """Returns all usable pairs of words with at least one other sense, in a stable order."""
     pairs = []
     for (part_of_speech, offset), synset in sorted(wordnet.synsets.items()):
         for sentence in synset.sentences:
@@ -125,7 +125,7 @@ def find_pairs(wordnet: WordNet, most_negatives: int) -> list[SensePair]:
 
 
 def base_forms(form: str, part_of_speech: str, exceptions: dict[str, list[str]]) -> set[str]:
-    """What the form may be an inflection of, itself included."""
+    """Returns the possible base forms of `form`, including itself."""
     bases = {form, *exceptions.get(form, [])}
     for ending, replacement in _ENDINGS[part_of_speech]:
         if form.endswith(ending) and len(form) > len(ending) + 1:
@@ -134,7 +134,7 @@ def base_forms(form: str, part_of_speech: str, exceptions: dict[str, list[str]])
 
 
 def _lemma_in(sentence: str, synset: Synset, part_of_speech: str, wordnet: WordNet) -> str | None:
-    """The lemma that the sentence uses: the longest, so that a phrase wins over its parts."""
+    """Returns the longest lemma in the sentence, so that phrases win over their parts."""
     tokens = re.findall(r"[^\W_]+(?:['.-][^\W_]+)*", sentence.lower())
     tokens = [token.removesuffix("'s") for token in tokens]
     exceptions = wordnet.exceptions[part_of_speech]
@@ -142,7 +142,7 @@ def _lemma_in(sentence: str, synset: Synset, part_of_speech: str, wordnet: WordN
     for lemma in sorted(synset.lemmas, key=lambda lemma: -count_words(lemma)):
         words = lemma.lower().split()
         for start in range(len(bases) - len(words) + 1):
-            if all(word in bases[start + place] for place, word in enumerate(words)):
+            if all(word in bases[start + offset] for offset, word in enumerate(words)):
                 return lemma
     return None
 
@@ -150,7 +150,7 @@ def _lemma_in(sentence: str, synset: Synset, part_of_speech: str, wordnet: WordN
 def _other_definitions(
     wordnet: WordNet, lemma: str, part_of_speech: str, offset: int
 ) -> tuple[str, ...]:
-    """What the lemma means in its other senses, those of the same part of speech first."""
+    """Returns definitions of the lemma's other senses, same part of speech first."""
     own = wordnet.synsets[part_of_speech, offset].definition
     definitions: dict[str, None] = {}
     for letter in (part_of_speech, *(each for each in _FILES if each != part_of_speech)):
@@ -166,32 +166,32 @@ def _is_usable(definition: str) -> bool:
 
 
 def _parse_index(line: str) -> tuple[str, list[int]]:
-    """The lemma of a line of an index file and the offsets of its synsets."""
+    """Parses a line of an index file into lemma and synset offsets."""
     fields = line.split()
     number_of_synsets = int(fields[2])
     return fields[0].replace("_", " "), [int(each) for each in fields[-number_of_synsets:]]
 
 
 def _parse_exception(line: str) -> tuple[str, list[str]]:
-    """An irregular form and its base forms."""
+    """Parses an irregular form and its base forms."""
     form, *bases = line.split()
     return form, bases
 
 
 def _parse_tag_count(line: str) -> tuple[str, int]:
-    """The lemma and the count of a line ``lemma%the:rest:of:the:key  sense_number  count``."""
+    """Parses lemma and count from ``lemma%rest:of:the:key  sense_number  count``."""
     sense_key, _, count = line.split()
     return sense_key.rpartition("%")[0].replace("_", " "), int(count)
 
 
 def _parsed(path: Path, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
-    """What the file's lines say; the licence, whose lines start with two spaces, is left out."""
+    """Yields the parsed lines of a file, without the license, whose lines start with two spaces."""
     if not path.is_file():
-        raise FileNotFoundError(f"the WordNet folder lacks {path.name}: {path.parent}")
+        raise FileNotFoundError(f"the WordNet folder {path.parent} has no {path.name}")
     for line in path.read_text(encoding="utf-8").split("\n"):
         if not line.strip() or line.startswith("  "):
             continue
         try:
             yield parse(line)
         except (ValueError, IndexError) as error:
-            raise ValueError(f"cannot read this line of {path} ({error}): {line[:80]!r}") from error
+            raise ValueError(f"cannot parse a line of {path} ({error}): {line[:80]!r}") from error
