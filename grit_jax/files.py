@@ -1,4 +1,4 @@
-"""Files and folders on disk: atomic JSON files, and a lock on a folder."""
+"""Atomic writes of JSON files, and locks on folders."""
 
 from collections.abc import Iterator
 import contextlib
@@ -20,13 +20,13 @@ def write_json(path: Path | epath.Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], refusal: Exception | None = None) -> Iterator[None]:
-    """Keeps a folder's lock until the end of the `with`; it is let go with the process, too.
+    """A context manager that holds the lock of a folder, also released when the process ends.
 
-    A file system without locks keeps nobody out.
+    File systems without locks are not locked.
 
     Args:
-      folder: is there, on a disk; the lock is the file `.lock` in it.
-      refusal: is raised where another process has the lock; None waits for it.
+      folder: an existing folder on a disk. The lock is on the file `.lock` in it.
+      refusal: raised if another process holds the lock; None waits for the lock.
 
     Raises:
       OSError: the folder cannot be written to.

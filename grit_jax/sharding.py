@@ -5,6 +5,7 @@ names to mesh axes. Nothing else in the project names a mesh axis in a sharding.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -44,20 +45,36 @@ class MeshError(ValueError):
     """The mesh asked for cannot be laid over the devices at hand, or the model over the mesh."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices per mesh axis. One size may be -1, for the devices that the others leave.
+
+    Attributes:
+      slice: number of TPU slices, joined by the data center network. Each has all weights, and a
+        share of the batch.
+      fsdp: ways in which the batch and the weights are split (fully sharded data parallelism).
+      tensor: ways in which heads, feed-forward columns and the vocabulary are split (tensor
+        parallelism).
+      expert: ways in which the batch and Mixtral's experts are split (expert parallelism).
+    """
+
+    slice: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+
+
 def make_mesh(
-    slice: int = 1,  # noqa: A002  the axis is called so in every configuration
-    fsdp: int = -1,
-    tensor: int = 1,
-    expert: int = 1,
+    slice: int = MeshShape.slice,  # noqa: A002  the axis is called so in every configuration
+    fsdp: int = MeshShape.fsdp,
+    tensor: int = MeshShape.tensor,
+    expert: int = MeshShape.expert,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
     Args:
-      slice: number of TPU slices; plain data parallelism between them.
-      fsdp: data parallelism with sharded weights.
-      tensor: ways in which heads, feed-forward columns and vocabulary are split.
-      expert: ways in which the experts of a Mixtral are split.
+      slice, fsdp, tensor, expert: see `MeshShape`.
       devices: the devices to use, by default all of them.
 
     One size may be -1: what the others leave. Where the devices lie in several slices of TPUs,

@@ -211,7 +211,7 @@ def test_what_is_no_folder_and_a_model_that_is_damaged_are_named_in_a_line(
 
 def test_presets_are_of_fields_that_there_are():
     from experiments.config import get_config
-    from grit_jax.config import check_fields
+    from grit_jax.config import parse_config
 
     for preset in presets.PRESETS.values():
         for run in (*MAIN, *ABLATIONS):
@@ -221,7 +221,7 @@ def test_presets_are_of_fields_that_there_are():
                 holder = config[section] if section else config
                 assert field in holder
                 holder[field] = value
-            check_fields(config.to_dict())
+            parse_config(config)
 
 
 def test_a_command_that_fails_is_shown_with_its_last_words(tmp_path, monkeypatch):
