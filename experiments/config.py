@@ -1,4 +1,4 @@
-"""What all runs of the experiment share; `experiments.claim` sets what they differ in."""
+"""The configuration shared by all runs of the experiment; `experiments.claim` overrides fields."""
 
 from grit_jax.config import default_config
 
@@ -24,6 +24,6 @@ def get_config():
     config.data.chat_row_length = 256
     config.data.row_length_multiple = 64
 
-    config.checkpoint.every_steps = 100_000  # The last step is saved in any case.
+    config.checkpoint.every_steps = 100_000  # The last step is always saved.
     config.checkpoint.keep = 1
     return config

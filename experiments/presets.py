@@ -1,4 +1,4 @@
-"""Sizes of the experiment, and the runs that it consists of."""
+"""Presets of the experiment, and its training runs."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How large the experiment is.
+    """A scale of the experiment.
 
     Attributes:
-      title: for tables.
-      layers: numbers of the layers of SmolLM2 that are kept; None for all 30.
-      lengths: tokens of a query, a passage and a chat; longer ones are cut.
-      overrides: of fields of the configuration, by name.
-      most_measured: queries, choices, chats and tasks of a dataset that are measured on; None for
-        all that are held out.
+      title: title in tables.
+      layers: indices of the layers of SmolLM2 that are kept; None keeps all 30.
+      lengths: maximum tokens of a query, a passage and a chat; longer texts are truncated.
+      overrides: values of configuration fields, by name.
+      most_measured: maximum number of held-out queries, choices, chats and tasks per dataset; None
+        evaluates on all.
     """
 
     title: str
@@ -30,7 +30,7 @@ PRESETS = {
         "all 30 layers, 40 steps, texts cut at 64 tokens",
         layers=None,
         lengths=(64, 64, 128),
-        # 16 GB of memory do not hold the activations of all layers.
+        # The activations of all layers do not fit in 16 GB.
         overrides={"steps": 40, "optimizer.learning_rate": 2e-4, "model.remat": "full"},
         most_measured=250,
     ),
@@ -38,7 +38,7 @@ PRESETS = {
         "8 of 30 layers, 60 steps, texts cut at 64 tokens",
         layers=(0, 1, 2, 3, 4, 5, 28, 29),
         lengths=(64, 64, 128),
-        # Of 1e-4 and 4e-4, the rate that learned more in 60 steps: see RESULTS.md.
+        # Better than 1e-4 after 60 steps: see RESULTS.md.
         overrides={"steps": 60, "optimizer.learning_rate": 4e-4},
         most_measured=250,
     ),
@@ -57,7 +57,7 @@ PRESETS = {
         },
         most_measured=None,
     ),
-    # What the tests run: two steps of one layer.
+    # For tests: two steps with one layer.
     "tiny": Preset(
         "tiny",
         layers=(0,),
@@ -75,11 +75,11 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model to train and to measure.
+    """A model to train and evaluate.
 
     Attributes:
-      name: for folders and tables.
-      overrides: of fields of the configuration, by name; None for the base model as it is.
+      name: name in folders and tables.
+      overrides: values of configuration fields, by name; None evaluates the base model untrained.
     """
 
     name: str
@@ -92,7 +92,7 @@ MAIN = (
     Run("generation only", {"mode": "generative"}),
     Run("unified", {}),
 )
-# The paper's ablations, each beside "unified".
+# The paper's ablations, each compared with "unified".
 ABLATIONS = (
     Run("causal, last token", {"model.attention": "cccc", "model.pooling": "lasttoken"}),
     Run("causal, weighted mean", {"model.attention": "cccc", "model.pooling": "weightedmean"}),

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import shutil
 
+from etils import epath
 import jax
 from ml_collections import ConfigDict
 import numpy as np
@@ -25,6 +26,8 @@ from grit_jax.from_config import (
     open_pretrained,
 )
 from grit_jax.models import MixtralConfig, config_to_hugging_face
+from grit_jax.run import run
+from grit_jax.sharding import MeshError
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.optimizer import learning_rate_schedule
 
@@ -502,6 +505,28 @@ def test_data_of_another_tokenizer_than_the_weights_have_are_refused(prepared_sa
     for name, content in Tokenizer().files.items():
         (folder / name).write_bytes(content)
     check_tokenizer(batches, pretrained)
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.model.sizes.num_attention_heads=3", "num_attention_heads=3"),
+        ("--config.mesh.fsdp=3", "fsdp=3"),
+        ("--config.data.folder=nowhere", "nowhere/sample_embedding.json"),
+        ("--config.data.query_row_length=16", "config.data.query_row_length=16"),
+        ("--config.model.sizes.vocab_size=1000", "vocab_size=1000"),
+        ("--config.model.attention_implementation=cudnn", "float32"),
+    ],
+)
+def test_a_mistake_about_data_or_devices_is_named_before_anything_is_compiled(
+    prepared_sample, tmp_path, flag, named
+):
+    workdir = tmp_path / "run"
+    config = parse(TINY, f"--config.data.folder={prepared_sample}", flag)
+    with pytest.raises((ConfigError, MeshError, PreparedDataError)) as error:
+        run(config, epath.Path(workdir))
+    assert named in one_line(error)
+    assert not workdir.exists()
 
 
 def test_the_best_checkpoint_is_kept_by_what_is_measured(prepared_sample):

@@ -7,7 +7,6 @@ from pathlib import Path
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -21,7 +20,6 @@ from grit_jax.models import ModelConfig
 from grit_jax.sharding import local_shards, make_mesh
 from grit_jax.training.flops import useful_flops
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
-from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.joint_loss import LossConfig
 from grit_jax.training.loop import NotFiniteError, SkipGuard, StepReport, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -236,22 +234,3 @@ def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
         hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))
     with pytest.raises(NotFiniteError, match="last 3 steps up to step 7"):
         hook(StepReport(8, None, {"steps_skipped_in_a_row": 4}))
-
-
-class EndsWhileCleared(threading.Event):
-    """An event of a watchdog whose run ends just when it has seen the last step."""
-
-    def clear(self):
-        self.watchdog.__exit__()
-        super().clear()
-
-
-def test_a_run_that_ends_while_its_last_step_is_noted_is_not_taken_for_stuck(monkeypatch):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    watchdog = Watchdog(0.05)
-    watchdog._has_moved = EndsWhileCleared()
-    watchdog._has_moved.watchdog = watchdog
-    watchdog(StepReport(1, None, {}))
-    watchdog._watch()
-    assert not ended
