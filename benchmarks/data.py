@@ -21,7 +21,7 @@ from grit_jax.data.batches import Batches, read_ahead
 from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
-from grit_jax.prepare.writing import write_dataset, write_part
+from grit_jax.prepare.writing import write_dataset, write_shard
 from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
 
 STREAMS = {"query": "queries", "passage": "passages", "chat": "chats"}
@@ -112,7 +112,7 @@ def make_corpus(folder: Path, count: int) -> None:
 def write(folder: Path, examples: list, kind: str) -> None:
     """Writes examples as `grit-jax prepare` does."""
     tokenizer = {"name": "none", "sha256": "", "vocab_size": 32_000}
-    write_dataset(folder, kind, [write_part(folder, 0, examples)], options={}, tokenizer=tokenizer)
+    write_dataset(folder, kind, [write_shard(folder, 0, examples)], options={}, tokenizer=tokenizer)
 
 
 def packing_table(cases: list[Case], steps: int) -> Table:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from grit_jax.config import SECTIONS, Config, architecture_sizes, default_config
+from grit_jax.config import SECTIONS, Config, default_config
 from grit_jax.fields import field_type, plain_fields
 from grit_jax.models import ARCHITECTURES
 
@@ -88,7 +88,7 @@ def _section(name: str, section: type, summary: str) -> Iterator[str]:
 
 def _sizes() -> Iterator[str]:
     """Yields the table of the architectures' sizes."""
-    defaults = {name: architecture_sizes(name) for name in ARCHITECTURES}
+    defaults = {name: architecture.sizes for name, architecture in ARCHITECTURES.items()}
     yield from ("", "## config.model.sizes", "")
     yield from ("The defaults are those of Mistral 7B and Mixtral 8x7B.", "")
     yield from (f"| Field | {' | '.join(defaults)} |", f"|---|{'---|' * len(defaults)}")

@@ -110,7 +110,7 @@ class FewerLayers:
     def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a part of a parameter, whose layers are numbered anew."""
         whole = self._whole[parameter.path]
-        if not parameter.stacked:
+        if not parameter.stack_shape:
             return self._model.read(whole, index)
         kept = self._layers[index[0]]
         parts = [self._model.read(whole, (slice(i, i + 1), *index[1:])) for i in kept]

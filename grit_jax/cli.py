@@ -29,6 +29,7 @@ MODULES = {
 # The extra of grit-jax that installs a package.
 EXTRAS = {
     "lm_eval": "harnesses",
+    "mistral_common": "prepare",
     "mteb": "harnesses",
     "seqio": "data",
     "tensorflow": "data",

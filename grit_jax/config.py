@@ -21,7 +21,7 @@ from grit_jax.fields import (
     check_section,
     plain_fields,
 )
-from grit_jax.models import ARCHITECTURES, ModelConfig
+from grit_jax.models import ModelConfig
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import MeshShape
 from grit_jax.training.checkpoints import RetentionPolicy
@@ -332,19 +332,6 @@ def check_not_renamed(name: str) -> None:
     """Refuses the former name of a field, such as "config.hang_seconds", with its new name."""
     if name in RENAMED:
         raise ConfigError(f"{name} is now {RENAMED[name]}")
-
-
-def architecture_sizes(architecture: str) -> dict[str, Any]:
-    """Returns the fields of `config.model.sizes` and their defaults; none if it is unknown."""
-    if architecture not in ARCHITECTURES:
-        return {}
-    config_class, _ = ARCHITECTURES[architecture]
-    set_elsewhere = {"lora", "linear_dtype", *plain_fields(ModelSection)}
-    return {
-        field.name: field.default
-        for field in dataclasses.fields(config_class)
-        if field.name not in set_elsewhere
-    }
 
 
 def _embedding_spec(model: ModelSection) -> EmbeddingSpec:

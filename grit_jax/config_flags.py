@@ -10,14 +10,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from grit_jax.config import (
-    Config,
-    ConfigError,
-    architecture_sizes,
-    check_not_renamed,
-    parse_config,
-)
+from grit_jax.config import Config, ConfigError, check_not_renamed, parse_config
 from grit_jax.fields import check_known
+from grit_jax.models import ARCHITECTURES
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
@@ -72,8 +67,10 @@ def _load(path: Path) -> ConfigDict:
 
 def _complete_sizes(config: ConfigDict) -> None:
     """Adds the architecture's default sizes, so that the command line can override each of them."""
+    if config.model.architecture not in ARCHITECTURES:
+        return  # `make_config` raises the error.
     with config.unlocked():
-        for name, default in architecture_sizes(config.model.architecture).items():
+        for name, default in ARCHITECTURES[config.model.architecture].sizes.items():
             if name not in config.model.sizes:
                 # Only the sliding window has no default.
                 config.model.sizes[name] = placeholder(int) if default is None else default

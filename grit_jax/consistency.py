@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from grit_jax.prepare.fingerprints import fingerprint
+from grit_jax.files import json_sha256
 from grit_jax.processes import ProcessError, is_primary
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -116,7 +116,7 @@ def _unusual(values: list[bytes]) -> list[int]:
 
 
 def _digest(value: Any) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex(fingerprint(value)), np.uint8)
+    return np.frombuffer(bytes.fromhex(json_sha256(value)), np.uint8)
 
 
 def _code() -> dict[str, str]:

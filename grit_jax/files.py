@@ -1,8 +1,9 @@
-"""Atomic writes of JSON files, and locks on folders."""
+"""Atomic writes and hashes of JSON, and locks on folders."""
 
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,11 @@ def write_json(path: Path | epath.Path, content: Any) -> None:
     unfinished = path.with_name(f".unfinished-{path.name}")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     unfinished.replace(path)
+
+
+def json_sha256(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import optax
 
 from grit_jax.bucket import in_bucket
-from grit_jax.config import Config, ConfigError, architecture_sizes
+from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
@@ -24,7 +24,14 @@ from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler, Stream
 from grit_jax.data.saved_tokenizer import load_saved_tokenizer, saved_tokenizer_files
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
-from grit_jax.models import ARCHITECTURES, AttentionError, LoraConfig, ModelConfig, make_config
+from grit_jax.models import (
+    ARCHITECTURES,
+    AttentionError,
+    LoraConfig,
+    ModelConfig,
+    lora_layers,
+    make_config,
+)
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
@@ -48,8 +55,7 @@ def open_pretrained(config: Config) -> Model | None:
         pretrained = open_model(config.model.weights)
     except (ConversionError, OSError) as error:
         raise ConfigError(f"config.model.weights: {error}") from None
-    stored = type(pretrained.config)
-    architecture = next(name for name, (own, _) in ARCHITECTURES.items() if own is stored)
+    architecture = pretrained.config.architecture
     if config.model.architecture != architecture:
         raise ConfigError(
             f"config.model.architecture={config.model.architecture!r}, but the architecture of "
@@ -117,15 +123,17 @@ def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig
     }
     if model.embedding_projection_size:
         settings["embedding_projection_size"] = model.embedding_projection_size
-    known = architecture_sizes(model.architecture)
-    if known and (unknown := ", ".join(sorted(model.sizes.keys() - known.keys()))):
-        raise ConfigError(f"config.model.sizes: a {model.architecture} has no size {unknown}")
+    if architecture := ARCHITECTURES.get(model.architecture):
+        if unknown := ", ".join(sorted(model.sizes.keys() - architecture.sizes.keys())):
+            raise ConfigError(f"config.model.sizes: a {model.architecture} has no size {unknown}")
     try:
         settings["lora"] = _lora_config(config, pretrained)
         if pretrained is None:
             return make_config(model.architecture, **model.sizes, **settings)
         _check_sizes(config, pretrained)
-        return dataclasses.replace(pretrained.config, **settings)
+        adapted = dataclasses.replace(pretrained.config, **settings)
+        lora_layers(adapted)  # Raises if a pattern of config.lora.targets matches no layer.
+        return adapted
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -153,10 +161,10 @@ def _check_sizes(config: Config, pretrained: Model) -> None:
 
     A size at the architecture's default counts as not set, since the command line fills it in.
     """
-    defaults = type(pretrained.config)()
+    defaults = ARCHITECTURES[config.model.architecture].sizes
     for name, size in config.model.sizes.items():
         stored = getattr(pretrained.config, name)
-        if size not in (stored, getattr(defaults, name)):
+        if size not in (stored, defaults[name]):
             raise ConfigError(
                 f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {stored!r}: with "
                 "config.model.weights, leave sizes out, also in the --config file (as "

@@ -30,7 +30,7 @@ from grit_jax.from_config import (
     make_trainer,
     open_pretrained,
 )
-from grit_jax.models import ModelConfig
+from grit_jax.models import ModelConfig, lora_layers
 from grit_jax.processes import broadcast_from_primary, is_primary
 from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RestartRequired
 from grit_jax.training.flops import peak_flops
@@ -199,8 +199,7 @@ def _first_state(
 
 def _describe_lora(trainer: Trainer) -> str:
     model, state = trainer.model_config, trainer.abstract_state()
-    assert model.lora is not None
-    layers = ", ".join(model.lora.targeted(model.linear_layers))
+    layers = ", ".join(lora_layers(model))
     return (
         f"training {_count_parameters(state.parameters):,} parameters with "
         f"{_count_parameters(state.frozen):,} frozen: LoRA of {layers}"

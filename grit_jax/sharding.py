@@ -4,7 +4,7 @@ Arrays name their axes by what they hold ("embed", "heads", "batch"); the table 
 names to mesh axes. Nothing else in the project names a mesh axis in a sharding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -118,26 +118,22 @@ def _complete(sizes: dict[str, int], devices: Sequence[jax.Device]) -> tuple[int
     return tuple(len(devices) // known if size == -1 else size for size in sizes.values())
 
 
-def check_sizes_fit_mesh(config: Any, mesh: Mesh) -> None:
-    """Checks that the mesh divides what it splits of the model.
+def check_sizes_fit_mesh(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> None:
+    """Checks that the mesh divides the sizes of a model.
+
+    Args:
+      sizes: logical axis and size of each field (`ModelConfig.sharded_sizes`).
+      mesh: the mesh.
 
     Raises:
-      MeshError: it does not; the message names the model's field and the mesh's.
+      MeshError: it does not; the message names the field of the model and that of the mesh.
     """
-    split_by = {
-        "hidden_size": "fsdp",
-        "num_attention_heads": "tensor",
-        "num_key_value_heads": "tensor",
-        "intermediate_size": "tensor",
-        "vocab_size": "tensor",
-        "num_local_experts": "expert",
-    }
-    for field, axis in split_by.items():
-        size, ways = getattr(config, field, 0), mesh.shape[axis]  # A Mistral has no experts.
-        if size % ways:
+    for field, (logical_axis, size) in sizes.items():
+        if size % shards(mesh, logical_axis):
+            (axis,) = mesh_axes(logical_axis)
             raise MeshError(
-                f"config.mesh.{axis}={ways} does not divide config.model {field}={size}: choose "
-                "other sizes of the mesh, or fewer devices"
+                f"config.mesh.{axis}={mesh.shape[axis]} does not divide config.model "
+                f"{field}={size}: choose other sizes of the mesh, or fewer devices"
             )
 
 
@@ -213,7 +209,7 @@ def with_logical_constraint(array: jax.Array, *logical_axes: str | None) -> jax.
     return jax.lax.with_sharding_constraint(array, partition_spec(*logical_axes))
 
 
-def in_parts(rows: jax.Array, num_parts: int) -> jax.Array:
+def microbatch(rows: jax.Array, num_parts: int) -> jax.Array:
     """Returns rows [B, ...] as [parts, B / parts, ...].
 
     Part p takes the rows p, p + parts, ...: an equal share of those of every device, so that no

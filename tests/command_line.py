@@ -1,9 +1,13 @@
-"""The command line as a user types it, in a process of its own."""
+"""The command line as a user types it, in a process of its own or, faster, in this one."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 import subprocess
 import sys
+
+from grit_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "grit_jax"]
@@ -21,6 +25,21 @@ def run_python(script, *arguments, cwd):
 
 def grit_jax(*arguments, cwd):
     return _run([*COMMAND, *arguments], cwd)
+
+
+def grit_jax_in_process(*arguments, cwd):
+    """Runs a command in this process, for tests of its results and messages."""
+    returncode, stdout, stderr = 0, io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            returncode = end.code
+    return subprocess.CompletedProcess(arguments, returncode, stdout.getvalue(), stderr.getvalue())
 
 
 def _run(command, cwd):
@@ -41,7 +60,7 @@ def with_full_disk(script, num_bytes):
 
 
 def assert_fails_in_one_line(finished, *named):
-    """What a user sees last is one line that names the cause; TensorFlow's own come before it."""
+    """The last line of standard error names the cause; TensorFlow may print lines before it."""
     assert finished.returncode == 2, finished.stderr
     assert "Traceback" not in finished.stderr
     message = finished.stderr.splitlines()[-1]

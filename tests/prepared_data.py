@@ -1,4 +1,4 @@
-"""Small prepared datasets for tests, of texts as short as is handy, written without preparing."""
+"""Small prepared datasets of short random texts, written directly for tests."""
 
 from pathlib import Path
 import tempfile
@@ -7,13 +7,14 @@ from etils import epath
 import numpy as np
 
 from grit_jax.data.manifest import PreparedDataset
-from grit_jax.prepare.writing import put_in_place, write_dataset, write_part
+from grit_jax.prepare.writing import publish, write_dataset, write_shard
 from grit_jax.text.examples import ChatExample, EmbeddingExample, Text
+from grit_jax.text.kinds import TEXT_KINDS
 
 
 def text(random, longest):
     length = int(random.integers(1, longest + 1))
-    # Few different tokens: short texts are then copies of each other now and then.
+    # Few different tokens, so that some short texts are equal.
     return Text(random.integers(1, 4, length).astype(np.int32), random.random(length) < 0.5)
 
 
@@ -33,17 +34,17 @@ def chat_examples(random, count, longest):
 
 
 def write_prepared(folder, name, examples, examples_a_shard=10_000):
-    """Writes the split "train" of a dataset, in shards of so many examples."""
-    kind = "generative" if isinstance(examples[0], ChatExample) else "embedding"
+    """Writes the split "train" of a dataset, with `examples_a_shard` examples per shard."""
+    kind = next(k.name for k in TEXT_KINDS.values() if type(examples[0]) is k.example)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         incomplete = Path(temporary) / name
-        parts = [
-            write_part(incomplete / "train", number, examples[first : first + examples_a_shard])
+        shards = [
+            write_shard(incomplete / "train", number, examples[first : first + examples_a_shard])
             for number, first in enumerate(range(0, len(examples), examples_a_shard))
         ]
         tokenizer = {"name": "none", "sha256": "", "vocab_size": 4}
-        write_dataset(incomplete / "train", kind, parts, options={}, tokenizer=tokenizer)
-        put_in_place(incomplete, epath.Path(folder) / name)
+        write_dataset(incomplete / "train", kind, shards, options={}, tokenizer=tokenizer)
+        publish(incomplete, epath.Path(folder) / name)
 
 
 def open_datasets(folder, rates):

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
-from grit_jax.models import ARCHITECTURES, Decoder
+from grit_jax.models import ARCHITECTURES, Decoder, make_config, make_model
 
 FOLDER = Path(__file__).parent / "reference"
 ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -29,11 +29,10 @@ def load_model(architecture: str, **overrides) -> Decoder:
     """Returns our model with the weights of the original's tiny one."""
     folder = FOLDER / f"tiny-{architecture}"
     stored = json.loads((folder / "config.json").read_text())
-    config_class, model_class = ARCHITECTURES[architecture]
-    names = config_class.__dataclass_fields__
+    names = ARCHITECTURES[architecture].sizes
     fields = {name: value for name, value in stored.items() if name in names}
     fields["head_dim"] = stored["hidden_size"] // stored["num_attention_heads"]
-    model = model_class(config_class(**fields | overrides), rngs=nnx.Rngs(0))
+    model = make_model(make_config(architecture, **fields | overrides), seed=0)
     tensors = load_file(folder / "model.safetensors")
     set_parameters(model, from_original(tensors, model.config))
     return model
@@ -77,7 +76,7 @@ def from_original(tensors: dict[str, np.ndarray], config) -> dict[str, np.ndarra
         .transpose(0, 2, 3, 1),
     }
     ours |= {f"layers.attention.{name}": heads(theirs) for name, theirs in ATTENTION.items()}
-    if hasattr(config, "num_local_experts"):
+    if config.has_experts:
         ours |= {f"layers.feed_forward.{name}": experts(theirs) for name, theirs in EXPERT.items()}
         ours["layers.feed_forward.router"] = stack("block_sparse_moe.gate").swapaxes(1, 2)
     else:

@@ -1,4 +1,4 @@
-"""Tasks of MTEB from the embedded sample, as a user declares tasks of one's own."""
+"""MTEB tasks made from the embedded sample, declared as a user would."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def described(name, kind, main_score, prompt):
 
 
 def slang(count=60):
-    """Returns the entries of the Jargon File, each with a title, and its term as the query."""
+    """Returns terms of the Jargon File as queries, and its entries as the corpus."""
     lines = held_out("jargon_entries", count)
     corpus = [{"id": str(i), "title": "", "text": one["pos"][0][1]} for i, one in enumerate(lines)]
     queries = [{"id": str(i), "text": one["query"][1]} for i, one in enumerate(lines)]
@@ -39,7 +39,7 @@ def slang(count=60):
 
 
 class SlangRetrieval(AbsTaskRetrieval):
-    """Terms of hacker slang and their entries."""
+    """Retrieves the Jargon File entry of a term."""
 
     metadata = described("SlangRetrieval", "Retrieval", "ndcg_at_10", {"query": SLANG_INSTRUCTION})
 
@@ -56,7 +56,7 @@ class SlangRetrieval(AbsTaskRetrieval):
 
 
 def senses(count=40):
-    """Returns sentences, definitions, and whether it is the sense of the word in the sentence."""
+    """Returns (sentence, definition, 1.0 if the definition is that of the word in it else 0.0)."""
     lines = [one for one in held_out("wordnet_senses", count) if one["neg"]]
     right = [(one["query"][1], one["pos"][0][1], 1.0) for one in lines]
     wrong = [(one["query"][1], one["neg"][0][1], 0.0) for one in lines]
@@ -64,7 +64,7 @@ def senses(count=40):
 
 
 class SenseSTS(AbsTaskSTS):
-    """Sentences of WordNet and definitions of a word in them."""
+    """Matches WordNet's example sentences with definitions of a word in them."""
 
     metadata = described("SenseSTS", "STS", "cosine_spearman", "Retrieve the word's meaning")
 

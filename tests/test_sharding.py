@@ -6,7 +6,7 @@ import jax
 from jax.sharding import PartitionSpec
 import pytest
 
-from grit_jax.models import MixtralConfig, ModelConfig
+from grit_jax.models import ModelConfig, make_config
 from grit_jax.sharding import (
     LOGICAL_AXIS_RULES,
     MESH_AXES,
@@ -113,7 +113,7 @@ TINY = {
         ),
         (ModelConfig(**TINY | {"vocab_size": 63}), {"fsdp": -1, "tensor": 2}, "vocab_size=63"),
         (
-            MixtralConfig(**TINY, num_local_experts=6),
+            make_config("mixtral", **TINY, num_local_experts=6),
             {"fsdp": -1, "expert": 4},
             "num_local_experts=6",
         ),
@@ -130,4 +130,4 @@ def test_a_model_that_the_mesh_does_not_divide_names_both_fields(config, mesh, n
 
 def test_a_model_that_the_mesh_divides_is_welcome():
     check_model_fits_mesh(ModelConfig(**TINY), make_mesh(fsdp=2, tensor=4))
-    check_model_fits_mesh(MixtralConfig(**TINY), make_mesh(fsdp=1, tensor=2, expert=4))
+    check_model_fits_mesh(make_config("mixtral", **TINY), make_mesh(fsdp=1, tensor=2, expert=4))

@@ -61,10 +61,10 @@ def as_chats(row: PackedTexts) -> Stream:
 
 def mask_of(stream: Stream) -> np.ndarray:
     """Returns for each token of the row, and each other one, whether the one sees the other."""
-    visibility = AttentionMask(
-        stream.segment_ids, stream.positions, stream.is_causal, stream.causal_tokens
+    mask = AttentionMask(
+        stream.segment_ids, stream.positions, stream.is_causal, stream.causal_query_mask
     )
-    return np.asarray(visibility.mask())[0]
+    return np.asarray(mask.as_array())[0]
 
 
 def draw(axes, title: str, row: PackedTexts, mask: np.ndarray, tokenizer: Tokenizer) -> None:

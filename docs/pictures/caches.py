@@ -35,9 +35,14 @@ def read(cache: KVCache, num_tokens: int, *, is_causal: bool) -> tuple[np.ndarra
     positions = cache.next_positions()[:, None] + jnp.arange(num_tokens)[None]
     segment_ids = jnp.ones_like(positions)
     cache = cache.reserve(positions, segment_ids)
-    cached = (cache.segment_ids, cache.positions)
-    visibility = AttentionMask(segment_ids, positions, is_causal, cached=cached)
-    return np.asarray(visibility.mask())[0], cache
+    mask = AttentionMask(
+        segment_ids,
+        positions,
+        is_causal,
+        key_segment_ids=cache.segment_ids,
+        key_positions=cache.positions,
+    )
+    return np.asarray(mask.as_array())[0], cache
 
 
 def draw(axes, mask: np.ndarray) -> None:

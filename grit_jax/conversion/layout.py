@@ -14,11 +14,10 @@ import math
 from jaxtyping import Shaped
 import numpy as np
 
-from grit_jax.models import MixtralConfig, ModelConfig
+from grit_jax.models import ModelConfig, weights_of
+from grit_jax.models.weights import LAYERS, PROJECTION_FOLDER
 
-# The folder of the layer that makes embeddings of pooled hidden states, as sentence-transformers
-# names it: the only tensors that lie beside the model's. Their names begin with "2_Dense/".
-DENSE = "2_Dense"
+DENSE = PROJECTION_FOLDER
 
 # Side of the squares that a matrix is transposed by.
 SQUARE = 128
@@ -42,14 +41,14 @@ class ParamSpec:
 
     path: tuple[str, ...]
     name: str
-    stacked: tuple[int, ...]
+    stack_shape: tuple[int, ...]
     shape: tuple[int, ...]
     num_inputs: int = 0
 
     @property
     def full_shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
-        return self.stacked + self.shape
+        return self.stack_shape + self.shape
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -61,13 +60,13 @@ class ParamSpec:
 
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """Yields the place of each tensor in the stack, and its name."""
-        for place in itertools.product(*map(range, self.stacked)):
+        for place in itertools.product(*map(range, self.stack_shape)):
             yield place, self._tensor_name(place)
 
     def read(self, index: Index, read: Read) -> Shaped[np.ndarray, "..."]:
         """Returns the part `index` of the parameter, reading no other part of the tensors."""
         bounds = [range(*i.indices(size)) for i, size in zip(index, self.full_shape, strict=True)]
-        places, own = bounds[: len(self.stacked)], bounds[len(self.stacked) :]
+        places, own = bounds[: len(self.stack_shape)], bounds[len(self.stack_shape) :]
         parts = [
             self._read_tensor(self._tensor_name(place), own, read)
             for place in itertools.product(*places)
@@ -122,48 +121,18 @@ def _run(axes: list[range], sizes: tuple[int, ...]) -> slice:
 
 
 def parameters(config: ModelConfig) -> list[ParamSpec]:
-    """Returns every parameter of a model, and where it lies in a Hugging Face checkpoint."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    L = (config.num_hidden_layers,)
-    layer = "model.layers.{layer}"
-    attention, feed_forward = ("layers", "attention"), ("layers", "feed_forward")
-    found = [
-        ParamSpec(("embedding",), "model.embed_tokens.weight", (), (V, D)),
-        ParamSpec(("norm", "scale"), "model.norm.weight", (), (D,)),
-        ParamSpec(
-            ("layers", "attention_norm", "scale"), f"{layer}.input_layernorm.weight", L, (D,)
-        ),
-        ParamSpec(
-            ("layers", "feed_forward_norm", "scale"),
-            f"{layer}.post_attention_layernorm.weight",
-            L,
-            (D,),
-        ),
-        ParamSpec((*attention, "query"), f"{layer}.self_attn.q_proj.weight", L, (D, N, H), 1),
-        ParamSpec((*attention, "key"), f"{layer}.self_attn.k_proj.weight", L, (D, K, H), 1),
-        ParamSpec((*attention, "value"), f"{layer}.self_attn.v_proj.weight", L, (D, K, H), 1),
-        ParamSpec((*attention, "output"), f"{layer}.self_attn.o_proj.weight", L, (N, H, D), 2),
-    ]
-    if not config.tie_word_embeddings:
-        found.append(ParamSpec(("head",), "lm_head.weight", (), (D, V), 1))
-    if config.embedding_projection_size is not None:
-        P, projection = config.embedding_projection_size, ("embedding_projection",)
-        dense = f"{DENSE}/linear"
-        found.append(ParamSpec((*projection, "weight"), f"{dense}.weight", (), (D, P), 1))
-        found.append(ParamSpec((*projection, "bias"), f"{dense}.bias", (), (P,)))
-    if isinstance(config, MixtralConfig):
-        E = config.num_local_experts
-        experts = f"{layer}.block_sparse_moe"
-        router = f"{experts}.gate.weight"
-        found.append(ParamSpec((*feed_forward, "router"), router, L, (D, E), 1))
-        names = {"gate": "w1", "up": "w3", "down": "w2"}
-        names = {ours: f"{experts}.experts.{{expert}}.{name}" for ours, name in names.items()}
-        stacked = (*L, E)
-    else:
-        names = {ours: f"{layer}.mlp.{ours}_proj" for ours in ("gate", "up", "down")}
-        stacked = L
-    for ours, name in names.items():
-        shape = (F, D) if ours == "down" else (D, F)
-        found.append(ParamSpec((*feed_forward, ours), f"{name}.weight", stacked, shape, 1))
+    """Returns every parameter of a model, with its layout in a Hugging Face checkpoint."""
+    found = []
+    for path, spec in weights_of(config).items():
+        shape, num_stack_axes = spec.shape(config), spec.num_stack_axes
+        layers = (config.num_hidden_layers,) if path.startswith(LAYERS) else ()
+        found.append(
+            ParamSpec(
+                path=tuple(path.split(".")),
+                name=spec.name,
+                stack_shape=(*layers, *shape[:num_stack_axes]),
+                shape=shape[num_stack_axes:],
+                num_inputs=spec.num_inputs,
+            )
+        )
     return found

@@ -1,5 +1,6 @@
 """A model with low-rank updates (LoRA): a base's weights, and what is added as they are read."""
 
+import dataclasses
 from typing import Any
 
 from jaxtyping import Shaped
@@ -11,7 +12,7 @@ from grit_jax.conversion.hugging_face import HuggingFaceModel, load_sharded
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.conversion.orbax_model import Folder, OrbaxModel, read_item
 from grit_jax.conversion.safetensors_folder import ConversionError
-from grit_jax.models import LoraConfig
+from grit_jax.models import LoraConfig, lora_layers
 from grit_jax.text.tokenizer import tokenizer_in
 
 # The item of a checkpoint that says where the base lies: the mark of low-rank updates.
@@ -46,7 +47,7 @@ class LoraCheckpoint:
         self.parameters = self._updates.parameters
         self._adapted = {
             ("layers", *layer.split("."))
-            for layer in self._lora.targeted(self.config.linear_layers)
+            for layer in lora_layers(dataclasses.replace(self.config, lora=self._lora))
         }
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
@@ -80,7 +81,7 @@ class LoraCheckpoint:
         """Returns a part of (alpha / rank) A B."""
         *module, name = parameter.path
         a, b = (self._updates.whole((*module, f"{name}_lora", matrix)) for matrix in "ab")
-        num_stacked = len(parameter.stacked)
+        num_stacked = len(parameter.stack_shape)
         middle = num_stacked + parameter.num_inputs
         stack, inputs, outputs = index[:num_stacked], index[num_stacked:middle], index[middle:]
         a, b = a[(*stack, *inputs)], b[(*stack, slice(None), *outputs)]

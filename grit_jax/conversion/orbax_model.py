@@ -177,13 +177,13 @@ class _Unread:
         self.size = int(np.prod(self.shape))
         self.nbytes = self.size * self.dtype.itemsize
         self.order = "F" if parameter.num_inputs and len(parameter.shape) == 2 else "C"
-        self.chunk = (1,) * len(parameter.stacked) + parameter.shape
-        self._stacked = parameter.stacked
+        self.chunk = (1,) * len(parameter.stack_shape) + parameter.shape
+        self._stack_shape = parameter.stack_shape
         self._read = functools.partial(model.read, parameter)
 
     def parts(self) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
         """Yields the index of each part, and a function that reads it."""
-        for place in itertools.product(*map(range, self._stacked)):
+        for place in itertools.product(*map(range, self._stack_shape)):
             index = tuple(slice(i, i + 1) for i in place)
             index += tuple(slice(0, size) for size in self.chunk[len(place) :])
             yield index, functools.partial(self._read, index)

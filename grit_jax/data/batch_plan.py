@@ -11,12 +11,7 @@ from grit_jax.data.manifest import PreparedDataError, PreparedDataset
 from grit_jax.data.packing import fit_rows
 from grit_jax.data.sampling import SampledExamples, Stream
 from grit_jax.data.shapes import RowLimits, Shape, StepProfile, choose_row_shapes
-
-# Columns of an example's texts that each stream of rows holds, by the kind of example.
-COLUMNS = {
-    "embedding": {"query": slice(0, 1), "passage": slice(1, None)},
-    "generative": {"chat": slice(0, 1)},
-}
+from grit_jax.text.kinds import TEXT_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Planner:
         texts = {
             stream: _texts_of(draws, columns)
             for kind, draws in drawn.items()
-            for stream, columns in COLUMNS[kind].items()
+            for stream, columns in TEXT_KINDS[kind].streams.items()
         }
         for shape in self.shapes:
             rows = _fit(texts, shape)
@@ -92,14 +87,14 @@ class Planner:
         streams = {
             stream: StreamPlan(*_texts_of(draws, columns), [])
             for kind, draws in drawn.items()
-            for stream, columns in COLUMNS[kind].items()
+            for stream, columns in TEXT_KINDS[kind].streams.items()
         }
         return Plan(drawn, shape, streams)
 
     def _choose_shapes(self) -> list[Shape]:
         longest_texts, most_texts = {}, {}
         for kind, stream in self.streams.items():
-            for name in COLUMNS[kind]:
+            for name in TEXT_KINDS[kind].streams:
                 longest_texts[name] = self._longest(stream, name)
                 most_texts[name] = stream.batch_size * (
                     stream.group_size if name == "passage" else 1
@@ -122,7 +117,7 @@ class Planner:
             seen = {
                 name: [_texts_of(draws, columns)[2] for draws in drawn]
                 for kind, _, drawn in chosen
-                for name, columns in COLUMNS[kind].items()
+                for name, columns in TEXT_KINDS[kind].streams.items()
             }
             share = float(np.prod([share for _, share, _ in chosen]))
             kinds.append(StepProfile(share, seen))

@@ -22,10 +22,12 @@ from jaxtyping import Int, UInt64
 import numpy as np
 
 from grit_jax.data.storage import PreparedDataError, Records, read_file
-from grit_jax.text.examples import ChatExample, EmbeddingExample, Text, from_bytes
+from grit_jax.text.examples import Example, Text
+from grit_jax.text.kinds import TEXT_KINDS
 
 FORMAT_VERSION = 2
-KINDS = ("embedding", "generative")
+# Before `text_version`, manifests held a hash of the source code. This one made version 1.
+CODE_OF_TEXT_VERSION_1 = "cec6b6be94e1017baa466e05c5a9409b35e035f0ecda1bd8fba053d4c2c603f5"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Manifest:
       left_out: number of lines that the dataset's `preprocess` left out.
       source: what it was read from.
       seed: of the choice of held-out lines.
-      fingerprints: SHA-256 of all that the content depends on, by name.
+      text_version: the `TEXT_VERSION` that made the token ids; 0 if unknown.
       format_version: version of this format.
     """
 
@@ -68,7 +70,7 @@ class Manifest:
     left_out: int = 0
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    text_version: int = 0
     format_version: int = FORMAT_VERSION
 
 
@@ -81,6 +83,9 @@ def read_manifest(path: epath.Path) -> Manifest:
     stored = _read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise PreparedDataError(f"{path} is of another version: prepare it again")
+    code = stored.pop("fingerprints", {}).get("templates")
+    if code is not None:
+        stored["text_version"] = 1 if code == CODE_OF_TEXT_VERSION_1 else 0
     return Manifest(**stored)
 
 
@@ -106,20 +111,19 @@ class Lengths:
     """
 
     tokens: Int[np.ndarray, " texts"]
-    first: Int[np.ndarray, " examples+1"]
+    first: Int[np.ndarray, " offsets"]
     num_positives: Int[np.ndarray, " examples"]
     fingerprints: UInt64[np.ndarray, " texts"]
 
     @classmethod
-    def of(cls, examples: Iterable[EmbeddingExample | ChatExample]) -> "Lengths":
+    def of(cls, examples: Iterable[Example]) -> "Lengths":
         """Returns the lengths of these examples."""
         counts, tokens, num_positives, fingerprints = [0], [], [], []
         for example in examples:
             counts.append(len(example.texts))
             tokens += [len(text) for text in example.texts]
             fingerprints += [fingerprint(text) for text in example.texts]
-            is_pair = isinstance(example, EmbeddingExample)
-            num_positives.append(len(example.positives) if is_pair else 0)
+            num_positives.append(example.num_positives)
         return cls(
             np.array(tokens, np.int32),
             np.cumsum(counts),
@@ -192,6 +196,7 @@ class PreparedDataset:
           PreparedDataError: a shard is missing or damaged, or not of these lengths; the message
             names it.
         """
+        from_bytes = TEXT_KINDS[self.manifest.kind].example.from_bytes
         examples = [from_bytes(record) for record in self._records.read(indices)]
         for index, example in zip(indices, examples, strict=True):
             if [len(text) for text in example.texts] != self.lengths[index].tolist():

@@ -17,7 +17,7 @@ from grit_jax.data.batch import PackedTexts
 from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
 from grit_jax.models import Decoder, KVCache
-from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
 from grit_jax.sharding import batch_shards, partition_spec
 from grit_jax.text.examples import Text
 
@@ -111,8 +111,7 @@ class Encoder:
 
     def _embed_packed(self, state: Any, texts: PackedTexts, spec: EmbeddingSpec) -> jax.Array:
         model = nnx.merge(self._graph, state)
-        (hidden,), _ = model.forward_streams([spec.stream(texts)])
-        return spec.project(model, spec.pool(hidden, texts))
+        return embed_texts(model, texts, spec)
 
     def _embed_with_cache(
         self, state: Any, texts: PackedTexts, spec: EmbeddingSpec, instruction_length: int

@@ -28,7 +28,7 @@ def load_module(stored: Model, dtype: str, mesh: Mesh, linear_dtype: str | None 
     config = dataclasses.replace(
         stored.config, dtype=dtype, param_dtype=dtype, linear_dtype=linear_dtype
     )
-    check_sizes_fit_mesh(config, mesh)
+    check_sizes_fit_mesh(config.sharded_sizes(), mesh)
     graph, state = abstract_module(config, mesh)
     shapes = nnx.to_pure_dict(state)
     loaded = stored.load(shapes) if linear_dtype is None else _load_rounded(stored, shapes)
@@ -87,7 +87,7 @@ class _Rounded:
 
     def matrix(self, index: Index) -> np.ndarray:
         """Returns a part of W."""
-        first = len(self._parameter.stacked)
+        first = len(self._parameter.stack_shape)
         inputs = index[first : first + self._parameter.num_inputs]
         matrix, _ = self._of_outputs(index)
         return matrix[(*(slice(None),) * first, *inputs)]
@@ -100,7 +100,7 @@ class _Rounded:
         """Returns W and its scales for the layers and outputs of an index, and all inputs."""
         parameter = self._parameter
         sizes = parameter.full_shape
-        first, num_inputs = len(parameter.stacked), parameter.num_inputs
+        first, num_inputs = len(parameter.stack_shape), parameter.num_inputs
         outputs = index[first + num_inputs :]
         inputs = tuple(slice(0, size) for size in parameter.shape[:num_inputs])
         stacked = [range(*i.indices(size)) for i, size in zip(index, sizes[:first], strict=False)]

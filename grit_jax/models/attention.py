@@ -1,7 +1,6 @@
-"""Attention over rows that may hold several texts, by the implementation that suits the platform.
+"""Attention over packed rows: the mask, and its implementations for CPU, TPU and GPU.
 
-Legend of dimensions: B rows, S query positions, T key positions, N query heads, K key/value heads,
-H head dimension.
+For dimensions see `grit_jax.models`.
 """
 
 from __future__ import annotations
@@ -10,35 +9,32 @@ import dataclasses
 from typing import Any, cast
 
 import jax
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
-from grit_jax.models.splash import splash_attention, splash_unsupported_reason
-from grit_jax.sharding import platform
+from grit_jax.models.config import SPLASH_LANES
+from grit_jax.sharding import partition_spec, platform, shards
 
-# A query block reads all keys and values: 1,024 products for each byte of them. A v6e multiplies
-# 560 times while it reads a byte.
-SPLASH_BLOCK_SIZE = 1024
-
-IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
-
-# What "auto" takes where it can serve; everywhere else it takes "xla".
+# The implementation that "auto" prefers on a platform; "xla" everywhere else.
 PREFERRED = {"tpu": "splash"}
 
 
 class AttentionError(ValueError):
-    """An implementation of attention was asked for a case that it does not serve."""
+    """The chosen implementation of attention does not support the case."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query may see.
+    """Which keys each query attends to.
 
-    A query sees the keys of its own segment; if it is causal, of those only itself and the ones
-    before it; with a sliding window, only those less than that many positions away. All queries are
-    causal with `is_causal`, without it those of `causal_query_mask`. A row that holds one text of
-    three tokens, one of two and one of padding, first with `is_causal`, then with the first two
-    tokens of the first text as `causal_query_mask`:
+    A query attends to keys of its own segment. A causal query attends only to itself and to earlier
+    positions. With a sliding window, keys must be less than that many positions away. Padding
+    (segment 0) attends to padding, so that no query is without a key.
+
+    A row with a text of three tokens, a text of two and one padding token, first with `is_causal`,
+    then with the first two tokens as `causal_query_mask`:
 
         segment    1 1 1 2 2 0        1 1 1 2 2 0
         1          x                  x
@@ -48,28 +44,34 @@ class AttentionMask:
         2                x x                x x
         0                    x                  x
 
-    Padding (segment 0) sees padding, so that no query is left without a key.
-
     Attributes:
-      segment_ids: which text of its row a query belongs to.
+      segment_ids: number of each query's text within the row; 0 is padding.
       positions: position of each query in its text.
       is_causal: whether all queries are causal.
-      causal_query_mask: the queries that are causal even so.
-      sliding_window: a key must be less than this many positions away; None: at any distance.
-      cached: segment ids and positions of the keys, where they are those of a cache; None where
-        they are the queries' own.
+      causal_query_mask: queries that are causal even if `is_causal` is False.
+      sliding_window: maximum distance of a key, plus one; None for no limit.
+      key_segment_ids: segment ids of the keys in a cache; None if the keys are the queries' own.
+      key_positions: positions of the keys in a cache.
     """
 
-    segment_ids: Int[Array, "B S"]
-    positions: Int[Array, "B S"]
+    segment_ids: Int[Array | np.ndarray, "B S"]
+    positions: Int[Array | np.ndarray, "B S"]
     is_causal: bool
-    causal_query_mask: Bool[Array, "B S"] | None = None
+    causal_query_mask: Bool[Array | np.ndarray, "B S"] | None = None
     sliding_window: int | None = None
-    cached: tuple[Int[Array, "B T"], Int[Array, "B T"]] | None = None
+    key_segment_ids: Int[Array | np.ndarray, "B T"] | None = None
+    key_positions: Int[Array | np.ndarray, "B T"] | None = None
 
-    def mask(self) -> Bool[Array, "B S T"]:
-        """Returns for each query and key whether the one may see the other."""
-        key_segment_ids, key_positions = self.cached or (self.segment_ids, self.positions)
+    @property
+    def has_cache(self) -> bool:
+        """Whether the keys are those of a cache."""
+        return self.key_segment_ids is not None
+
+    def as_array(self) -> Bool[Array | np.ndarray, "B S T"]:
+        """Returns whether each query attends to each key."""
+        key_segment_ids, key_positions = self.key_segment_ids, self.key_positions
+        if key_segment_ids is None or key_positions is None:
+            key_segment_ids, key_positions = self.segment_ids, self.positions
         distance = self.positions[:, :, None] - key_positions[:, None, :]
         mask = self.segment_ids[:, :, None] == key_segment_ids[:, None, :]
         if self.is_causal:
@@ -85,73 +87,147 @@ def attention(
     query: Float[Array, "B S N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    visibility: AttentionMask,
+    mask: AttentionMask,
     implementation: str = "auto",
-    splash_block_size: int = SPLASH_BLOCK_SIZE,
+    splash_block_size: int = 1024,
 ) -> Float[Array, "B S N H"]:
-    """Softmax attention, scaled by 1/sqrt(H); each key head serves N/K query heads.
+    """Softmax attention, scaled by 1/sqrt(H). Each key head serves N/K query heads.
 
-    Scores and softmax are in float32 whatever the type of the inputs.
+    Scores and softmax are in float32.
 
     Args:
       query: queries.
       key: keys.
       value: values.
-      visibility: which keys each query may see.
-      implementation: "xla" serves every case. "splash" is the kernel for TPUs (interpreted, and
-        slow, on a CPU), which tells before from after by the place in the row: positions have to
-        rise by one within a segment. "cudnn" is the kernel for NVIDIA GPUs. "auto" takes
-        "splash" on a TPU for the cases that it serves, and "xla" for all others.
-      splash_block_size: positions that a block of the kernel for TPUs has at most.
+      mask: which keys each query attends to.
+      implementation: "xla" supports every case. "splash" is the block-sparse Pallas kernel for TPUs
+        (interpreted, and slow, on a CPU); it masks by index in the row, so positions must rise by
+        one within a segment. "cudnn" is the kernel for NVIDIA GPUs. "auto" is "splash" on a TPU
+        where it supports the case, else "xla".
+      splash_block_size: maximum block size of the splash kernel, in positions.
 
     Raises:
-      AttentionError: the implementation that was asked for does not serve the case.
+      AttentionError: the chosen implementation does not support the case.
     """
     if implementation == "auto":
         kernel = PREFERRED.get(platform(), "xla")
-        implementation = "xla" if _unsupported_reason(kernel, query, key, visibility) else kernel
-    elif unserved := _unsupported_reason(implementation, query, key, visibility):
+        implementation = "xla" if _unsupported_reason(kernel, query, key, mask) else kernel
+    elif reason := _unsupported_reason(implementation, query, key, mask):
         raise AttentionError(
-            f"config.model.attention_implementation={implementation!r} does not serve {unserved}; "
-            "'auto' takes another one there"
+            f"config.model.attention_implementation={implementation!r} does not support {reason}; "
+            "use 'auto'"
         )
     if implementation == "splash":
-        return splash_attention(
-            query,
-            key,
-            value,
-            visibility.segment_ids,
-            is_causal=visibility.is_causal,
-            sliding_window=visibility.sliding_window,
-            block_size=splash_block_size,
-        )
-    mask = visibility.mask()[:, None]  # [B, S, T] -> [B, 1, S, T]
+        return splash_attention(query, key, value, mask, splash_block_size)
     return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, implementation=cast(Any, implementation)
+        query,
+        key,
+        value,
+        mask=mask.as_array()[:, None],  # [B, S, T] -> [B, 1, S, T]
+        implementation=cast(Any, implementation),
     )
 
 
 def _unsupported_reason(
-    implementation: str, query: jax.Array, key: jax.Array, visibility: AttentionMask
+    implementation: str, query: jax.Array, key: jax.Array, mask: AttentionMask
 ) -> str | None:
-    """Returns what it is in a case that an implementation does not serve; None: it serves it."""
+    """Returns why `implementation` cannot handle this case, or None if it can."""
     if implementation == "xla":
         return None
-    if visibility.cached is not None:
+    if mask.has_cache:
         return "a cache"
     if implementation == "cudnn":
-        return _unserved_by_cudnn(query)
-    if visibility.causal_query_mask is not None:
+        return _unsupported_by_cudnn(query)
+    if mask.causal_query_mask is not None:
         return "a pattern of attention whose tokens are partly causal"
-    return splash_unsupported_reason(query, key)
+    return _unsupported_by_splash(query, key)
 
 
-def _unserved_by_cudnn(query: jax.Array) -> str | None:
+def _unsupported_by_cudnn(query: jax.Array) -> str | None:
     _, S, _, H = query.shape
     if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"the type {query.dtype}; bfloat16 is served"
+        return f"the type {query.dtype}, only bfloat16"
     if H % 8 or H > 128:
-        return f"head_dim={H}; multiples of 8 up to 128 are served"
-    if S % 2:  # Its backward pass needs this where there is a mask.
-        return f"rows of {S} positions; even lengths are served"
+        return f"head_dim={H}, only multiples of 8 up to 128"
+    if S % 2:  # With a mask, its backward pass requires this.
+        return f"rows of {S} positions, only even lengths"
     return None if platform() == "gpu" else f"the platform {platform()}"
+
+
+def _unsupported_by_splash(query: jax.Array, key: jax.Array) -> str | None:
+    B, S, N, _ = query.shape
+    if S % SPLASH_LANES:
+        return f"rows of {S} positions, only multiples of {SPLASH_LANES}"
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {"batch": B, "heads": N, "kv_heads": key.shape[2]}
+    for axis, size in sizes.items():
+        if not mesh.empty and size % shards(mesh, axis):
+            return f"an axis {axis!r} of size {size} on {shards(mesh, axis)} shards"
+    return None if platform() in ("tpu", "cpu") else f"the platform {platform()}"
+
+
+def splash_attention(
+    query: Float[Array, "B S N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: AttentionMask,
+    max_block_size: int,
+) -> Float[Array, "B S N H"]:
+    """Splash attention, the block-sparse Pallas kernel for TPUs that JAX ships.
+
+    The kernel masks by index in the row. Within a segment, indices differ as positions do.
+    """
+    is_causal, sliding_window = mask.is_causal, mask.sliding_window
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        _, S, N, H = query.shape
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([_splash_mask(S, is_causal, sliding_window)] * N),
+            block_sizes=_block_sizes(largest_block(S, max_block_size)),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=platform() == "cpu",
+        )
+        # [B, S, heads, H] -> [B, heads, S, H]
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * H**-0.5, key, value))
+        mixed = jax.vmap(kernel)(query, key, value, splash.SegmentIds(segment_ids, segment_ids))
+        return jnp.swapaxes(cast(jax.Array, mixed), 1, 2)
+
+    segment_ids = jnp.asarray(mask.segment_ids)
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(query, key, value, segment_ids)
+    # XLA cannot partition a kernel, but rows and heads are independent in it.
+    queries = partition_spec("batch", None, "heads", "head_dim")
+    keys = partition_spec("batch", None, "kv_heads", "head_dim")
+    return jax.shard_map(
+        attend,
+        in_specs=(queries, keys, keys, partition_spec("batch", None)),
+        out_specs=queries,
+        check_vma=False,
+    )(query, key, value, segment_ids)
+
+
+def _splash_mask(S: int, is_causal: bool, sliding_window: int | None) -> Any:
+    if sliding_window is not None:
+        before, after = sliding_window - 1, 0 if is_causal else sliding_window - 1
+        return splash.LocalMask((S, S), (before, after), offset=0)
+    return splash.CausalMask((S, S)) if is_causal else splash.FullMask((S, S))
+
+
+def largest_block(S: int, max_block_size: int) -> int:
+    """Returns the largest block size up to `max_block_size` that divides a row of S positions."""
+    sizes = range(SPLASH_LANES, min(S, max_block_size) + 1, SPLASH_LANES)
+    return max(size for size in sizes if S % size == 0)
+
+
+def _block_sizes(block: int) -> splash.BlockSizes:
+    return splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )

@@ -1,79 +1,84 @@
-"""Keys and values of tokens that were read before.
-
-Legend of dimensions: L layers, B rows, S new positions, T slots, K key/value heads,
-H head dimension.
-"""
+"""The key/value cache. For dimensions see `grit_jax.models`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Slots of fixed number, in which every call leaves the keys and values of its tokens.
+    """Keys and values of earlier tokens, in a fixed number of slots.
 
-    A call takes as many slots as its rows are long, the same in every row; the padding of a shorter
-    row takes slots too, and no token ever sees them.
+    Each call of the model fills as many slots as its rows have positions, the same number in every
+    row. Padding fills slots too, and no token attends to it.
 
     Attributes:
       keys: keys, rotated by their positions.
       values: values.
       positions: position of each slot's token in its text.
-      segment_ids: which text of its row a slot's token belongs to; 0 is padding, or not yet used.
-      length: number of slots taken.
+      segment_ids: number of the text that a slot's token belongs to; 0 for padding or an empty slot.
+      length: number of slots in use.
     """
 
-    keys: Float[Array, "L B T K H"]
-    values: Float[Array, "L B T K H"]
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
-    length: Int[Array, ""]
+    keys: Float[Array | np.ndarray, "L B T K H"]
+    values: Float[Array | np.ndarray, "L B T K H"]
+    positions: Int[Array | np.ndarray, "B T"]
+    segment_ids: Int[Array | np.ndarray, "B T"]
+    length: Int[Array | np.ndarray | np.integer, ""]
 
     @property
     def num_slots(self) -> int:
-        """Number of slots in a row, taken or not."""
+        """Number of slots in a row, used or not."""
         return self.segment_ids.shape[1]
 
     def next_positions(self) -> Int[Array, " B"]:
-        """Returns the position that follows the last token of each row."""
+        """Returns the position after the last token of each row."""
         return jnp.max(jnp.where(self.segment_ids > 0, self.positions + 1, 0), axis=1)
 
-    def reserve(self, positions: Int[Array, "B S"], segment_ids: Int[Array, "B S"]) -> KVCache:
-        """Returns the cache with its next slots given to tokens whose keys are still to come.
+    def reserve(
+        self,
+        positions: Int[Array | np.ndarray, "B S"],
+        segment_ids: Int[Array | np.ndarray, "B S"],
+    ) -> KVCache:
+        """Returns the cache with its next S slots reserved for these tokens.
 
         Raises:
-          ValueError: there are too few slots, as far as that is known: in a jitted function
-            `length` is not.
+          ValueError: there are too few slots. Not detected in a jitted function, where `length` is
+            not known.
         """
         num_tokens = segment_ids.shape[1]
-        taken = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
-        if taken + num_tokens > self.num_slots:
+        used = 0 if isinstance(self.length, Tracer) else int(self.length)
+        if used + num_tokens > self.num_slots:
             raise ValueError(
-                f"a cache of {self.num_slots} slots, {taken} of them taken, "
+                f"a cache of {self.num_slots} slots, {used} of them in use, "
                 f"has no room for rows of {num_tokens} tokens"
             )
         start = (0, self.length)
         return dataclasses.replace(
             self,
             positions=jax.lax.dynamic_update_slice(
-                self.positions, positions.astype(self.positions.dtype), start
+                self.positions, jnp.asarray(positions, self.positions.dtype), start
             ),
             segment_ids=jax.lax.dynamic_update_slice(
-                self.segment_ids, segment_ids.astype(self.segment_ids.dtype), start
+                self.segment_ids, jnp.asarray(segment_ids, self.segment_ids.dtype), start
             ),
             length=self.length + num_tokens,
         )
 
     def write(
-        self, layer: Int[Array, ""], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"]
+        self,
+        layer: int | Int[Array, ""],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
     ) -> KVCache:
-        """Returns the cache with a layer's keys and values in the slots taken last."""
+        """Returns the cache with a layer's keys and values in the slots reserved last."""
         start = (layer, 0, self.length - key.shape[1], 0, 0)
         return dataclasses.replace(
             self,
@@ -82,7 +87,7 @@ class KVCache:
         )
 
     def layer_keys_and_values(
-        self, layer: Int[Array, ""]
+        self, layer: int | Int[Array, ""]
     ) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
         """Returns the keys and values of a layer."""
-        return self.keys[layer], self.values[layer]
+        return jnp.asarray(self.keys)[layer], jnp.asarray(self.values)[layer]

@@ -1,1 +1,1 @@
-"""The losses of GRIT as pure functions of arrays; they know nothing of models or data files."""
+"""The losses of GRIT and the pooling of embeddings, as functions of arrays."""

@@ -93,7 +93,7 @@ class EmbeddingSpec:
             texts.segment_ids,
             texts.positions,
             is_causal=text == "c",
-            causal_tokens=None if instruction == text else ~texts.mask,
+            causal_query_mask=None if instruction == text else ~texts.mask,
         )
 
     def pool(self, hidden: Float[Array, "B S D"], texts: PackedTexts) -> Float[Array, "T D"]:
@@ -111,8 +111,8 @@ def embed_texts(
     model: Decoder, texts: PackedTexts, spec: EmbeddingSpec
 ) -> Float[Array, "num_texts P"]:
     """Returns the embedding of each packed text, in float32."""
-    (hidden,), _ = model.forward_streams([spec.stream(texts)])
-    return spec.project(model, spec.pool(hidden, texts))
+    hidden, _ = model.forward_streams({"texts": spec.stream(texts)})
+    return spec.project(model, spec.pool(hidden["texts"], texts))
 
 
 def _pattern_problem(attention: str) -> str:

@@ -1,6 +1,6 @@
-"""The generative loss of GRIT: cross-entropy of the next token, without ever holding the logits.
+"""The generative loss: cross-entropy of the next token, a chunk of the logits at a time.
 
-Legend of dimensions: B rows, S positions, D hidden, V vocabulary.
+Dimensions: B rows, S positions, D hidden size, V vocabulary.
 """
 
 import functools
@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+import optax
 
+from grit_jax.arithmetic import ceil_div
 from grit_jax.objectives.pooling import sum_by_text
 from grit_jax.sharding import all_gather_fsdp, mesh_axes, partition_spec, with_logical_constraint
 
@@ -17,51 +20,53 @@ REDUCTIONS = ("mixed", "token", "mean")
 
 
 def shift_targets(
-    tokens: Int[Array, "B S"], segment_ids: Int[Array, "B S"], mask: Bool[Array, "B S"]
+    tokens: Int[Array | np.ndarray, "B S"],
+    segment_ids: Int[Array | np.ndarray, "B S"],
+    mask: Bool[Array | np.ndarray, "B S"],
 ) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """Returns what follows each token, and whether it is to be learned.
+    """Returns the token after each token, and whether it is a target of the loss.
 
     Args:
       tokens: token ids.
-      segment_ids: number of each token's text plus 1; 0 is padding.
-      mask: the tokens that the model should learn to produce.
+      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
+      mask: the tokens that the model learns to generate.
     """
 
-    def following(values: jax.Array) -> jax.Array:
+    def shift(values: jax.Array | np.ndarray) -> jax.Array:
         return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
 
-    is_target = following(mask) & (following(segment_ids) == segment_ids)
-    return following(tokens), is_target
+    is_target = shift(mask) & (shift(segment_ids) == segment_ids)
+    return shift(tokens), is_target
 
 
 def target_weights(
     reduction: str,
-    is_target: Bool[Array, "B S"],
-    segment_ids: Int[Array, "B S"],
+    is_target: Bool[Array | np.ndarray, "B S"],
+    segment_ids: Int[Array | np.ndarray, "B S"],
     num_texts: int,
     group_size: int,
 ) -> Float[Array, "B S"]:
-    """Returns the weight of each target in the loss; the loss is their weighted sum.
+    """Returns the weight of each target in the loss, which is a weighted sum.
 
     Args:
-      reduction: "mean" over the targets of the batch; "token", the sum over targets divided by the
+      reduction: "mean" over all targets of the batch; "token", the sum over targets divided by the
         number of texts; or "mixed", the mean over the targets of each group of texts, then over
-        the groups, which is what data parallelism with a mean on each device amounts to.
-      is_target: where a token is to be learned.
-      segment_ids: number of each token's text plus 1; 0 is padding.
+        groups, as data parallelism with a mean on each device computes.
+      is_target: whether the token after each token is a target.
+      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
       num_texts: number of texts.
       group_size: number of texts in a group of "mixed"; the last group may be smaller.
 
     Raises:
       ValueError: the reduction is unknown.
     """
-    real = is_target.astype(jnp.float32)
+    real = jnp.asarray(is_target, jnp.float32)
     if reduction == "token":
         return real / num_texts
     if reduction == "mean":
         return real / jnp.maximum(jnp.sum(real), 1.0)
     if reduction == "mixed":
-        num_groups = -(-num_texts // group_size)
+        num_groups = ceil_div(num_texts, group_size)
         group_ids = jnp.where(segment_ids > 0, (segment_ids - 1) // group_size + 1, 0)
         targets = jnp.maximum(sum_by_text(real, group_ids, num_groups), 1.0)
         return real / (jnp.concatenate([jnp.ones(1), targets])[group_ids] * num_groups)
@@ -71,25 +76,31 @@ def target_weights(
 def next_token_loss(
     hidden: Float[Array, "B S D"],
     projection: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    weights: Float[Array, "B S"],
+    targets: Int[Array | np.ndarray, "B S"],
+    weights: Float[Array | np.ndarray, "B S"],
     chunk_size: int | None = None,
     logits_dtype: str = "float32",
 ) -> Float[Array, ""]:
-    """Returns the weighted sum of the cross-entropies of `targets`, in float32 nats.
+    """Returns the weighted sum of the cross-entropies of `targets`, in nats and float32.
 
-    The logits, of the type `logits_dtype`, exist for `chunk_size` positions of each row at a time
-    (an eighth of the row, at most 256), and are computed again in the backward pass. Positions of
-    weight 0 come last and cost nothing where they fill a chunk; weights are constants, without a
-    gradient.
+    Logits are computed for a chunk of positions at a time, and again in the backward pass.
+    Positions of weight 0 are sorted to the end, and chunks of nothing else are skipped.
+
+    Args:
+      hidden: hidden states.
+      projection: matrix from hidden states to logits.
+      targets: token id that each position predicts.
+      weights: weight of each target, a constant without a gradient.
+      chunk_size: positions of each row in a chunk, by default an eighth of the row, at most 256.
+      logits_dtype: type of the logits.
     """
     S = hidden.shape[1]
-    chunk_size = chunk_size or min(256, -(-S // 8))
+    chunk_size = chunk_size or min(256, ceil_div(S, 8))
     weights = jax.lax.stop_gradient(weights)
     order = jnp.argsort(weights == 0, axis=1, stable=True)
 
-    def chunks(array: jax.Array) -> jax.Array:
-        """[B, S, ...] -> [chunks, B, chunk_size, ...], positions that count first."""
+    def chunks(array: jax.Array | np.ndarray) -> jax.Array:
+        """[B, S, ...] -> [chunks, B, chunk_size, ...], positions with a weight first."""
         index = order.reshape(order.shape + (1,) * (array.ndim - 2))
         ordered = jnp.take_along_axis(array, index, axis=1)
         padded = jnp.pad(ordered, ((0, 0), (0, -S % chunk_size)) + ((0, 0),) * (array.ndim - 2))
@@ -99,10 +110,10 @@ def next_token_loss(
         )
 
     inputs = (chunks(hidden), chunks(targets), chunks(weights))
-    counts = jnp.any(inputs[2] != 0, axis=(1, 2))
+    has_weight = jnp.any(inputs[2] != 0, axis=(1, 2))
     projection = projection.astype(hidden.dtype)
     if jax.sharding.get_abstract_mesh().empty:
-        return _sum_over_chunks(projection, inputs, counts, logits_dtype)
+        return _sum_over_chunks(projection, inputs, has_weight, logits_dtype)
     sum_on_mesh = jax.shard_map(
         functools.partial(_sum_on_mesh, logits_dtype=logits_dtype),
         in_specs=(
@@ -113,49 +124,49 @@ def next_token_loss(
         out_specs=partition_spec(),
         axis_names=set(mesh_axes("batch")),
     )
-    return sum_on_mesh(projection, inputs, counts)
+    return sum_on_mesh(projection, inputs, has_weight)
 
 
 def _sum_on_mesh(
     projection: jax.Array,
     inputs: tuple[jax.Array, ...],
-    counts: jax.Array,
+    has_weight: jax.Array,
     *,
     logits_dtype: str,
 ) -> Float[Array, ""]:
-    """Returns the sum over all devices, each of which takes its own rows.
+    """Sums over one device's rows, then over devices.
 
-    So the projection is gathered once, and its gradient reduced once, and not for every chunk.
+    The projection is gathered once, and its gradient reduced once, instead of once for each chunk.
     """
     whole = all_gather_fsdp(projection, axis=0)
-    total = _sum_over_chunks(whole, inputs, counts, logits_dtype)
+    total = _sum_over_chunks(whole, inputs, has_weight, logits_dtype)
     return jax.lax.psum(total, mesh_axes("batch"))
 
 
 def _sum_over_chunks(
     projection: Float[Array, "D V"],
     inputs: tuple[jax.Array, ...],
-    counts: Bool[Array, " chunks"],
+    has_weight: Bool[Array, " chunks"],
     logits_dtype: str,
 ) -> Float[Array, ""]:
     """Returns the weighted sum over chunks of hidden states, targets and weights.
 
-    Those that do not count cost nothing.
+    Chunks without any weight are skipped.
     """
 
     def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype)
         logits = with_logical_constraint(logits, None, None, "vocab").astype(jnp.float32)
-        own_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - own_logits) * weights)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(losses * weights)
 
-    def nothing(*chunk: jax.Array) -> jax.Array:
+    def zero(*chunk: jax.Array) -> jax.Array:
         return jnp.zeros_like(chunk[-1], shape=())
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def add_chunk(total: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
-        chunk, counts = scanned
-        return total + jax.lax.cond(counts, weighted_sum, nothing, *chunk), None
+        chunk, has_weight = scanned
+        return total + jax.lax.cond(has_weight, weighted_sum, zero, *chunk), None
 
-    total, _ = jax.lax.scan(add_chunk, nothing(inputs[-1]), (inputs, counts))
+    total, _ = jax.lax.scan(add_chunk, zero(inputs[-1]), (inputs, has_weight))
     return total

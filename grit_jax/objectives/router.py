@@ -1,6 +1,6 @@
-"""The load-balancing loss of Mixtral's router.
+"""The load-balancing loss of a mixture of experts.
 
-Legend of dimensions: L layers, C choices, E experts.
+Dimensions: L layers, C experts chosen for a token, E experts.
 """
 
 import jax.numpy as jnp
@@ -10,15 +10,16 @@ from jaxtyping import Array, Float
 def load_balancing_loss(
     choices: Float[Array, "L C E"], probabilities: Float[Array, "L E"], tokens: Float[Array, " L"]
 ) -> Float[Array, ""]:
-    """Switch Transformer's auxiliary loss (arXiv 2101.03961), as Hugging Face's Mixtral takes it.
+    """The auxiliary loss of Switch Transformer (arXiv 2101.03961), as transformers computes it.
 
     Args:
-      choices: how many tokens chose each expert as their first, second, ... choice.
-      probabilities: sum over tokens of the probability given to each expert.
+      choices: number of tokens that chose each expert as their first, second, ... choice.
+      probabilities: sum over tokens of the router's probability of each expert.
       tokens: number of tokens.
 
     Returns:
-      E times the sum over experts of (share of choices x mean probability); C at perfect balance.
+      E times the sum over experts of (share of choices x mean probability), which is C if all
+      experts are chosen equally often.
     """
     total = jnp.maximum(jnp.sum(tokens), 1.0)
     share = jnp.sum(choices, axis=(0, 1)) / total

@@ -21,7 +21,7 @@ from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
 from grit_jax.from_config import make_trainer, open_pretrained, row_limits
-from grit_jax.models import AttentionError, MixtralConfig
+from grit_jax.models import AttentionError
 from grit_jax.planning.chips import GIB, Topology, dimensions_spanned
 from grit_jax.planning.program import Collective, ProgramCost, program_cost
 from grit_jax.sharding import MeshError
@@ -250,7 +250,7 @@ def _rows_used(trainer: Trainer) -> float:
     There is room for all choices of all devices along the axis of the experts.
     """
     model, ways = trainer.model_config, trainer.mesh.shape["expert"]
-    if not isinstance(model, MixtralConfig) or ways == 1:
+    if not model.has_experts or ways == 1:
         return 1.0
     chosen = model.num_experts_per_tok
     return chosen / (ways * min(chosen, model.num_local_experts // ways))

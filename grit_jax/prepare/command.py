@@ -6,11 +6,12 @@ import sys
 
 from grit_jax.prepare.prepare import prepare_mixtures
 from grit_jax.text.examples import CHAT_LABELS, TextOptions
+from grit_jax.text.kinds import STREAMS
 from grit_jax.text.tokenizer import MISTRAL, Tokenizer
 
 
 def run(argv: Sequence[str]) -> None:
-    """Tokenizes datasets once, so that training reads tokens in any order.
+    """Tokenizes datasets once, into files that training reads in random order.
 
     Raises:
       ModuleError, PreparedDataError, SourceError, TokenizerError: the message says what is wrong.
@@ -46,60 +47,60 @@ def run(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
-        description="Tokenizes datasets once, so that training reads tokens in any order.",
-        epilog="A file is a dataset. Its lines are {'query': ..., 'pos': [...], 'neg': [...]}, "
-        "{'messages': [...]}, {'text': [user, assistant, ...]} or {'text': ...}. Datasets that "
-        "were prepared before from the same files with the same options are kept.",
+        description="Tokenizes datasets once, into files that training reads in random order.",
+        epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]}, {'messages': [...]}, "
+        "{'text': [user, assistant, ...]} or {'text': ...}; each file is a dataset. Datasets that "
+        "are up to date are left alone.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a file or folder of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
-        "and tulu2=PATH take those datasets as they are published); or the name of a seqio Mixture "
+        help="a folder or file of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
+        "and tulu2=PATH for these collections as published); or the name of a mixture "
         "(sample_embedding, sample_chat, squad_embedding, or one of yours)",
     )
-    parser.add_argument("--output", required=True, help="output folder")
+    parser.add_argument("--output", required=True, help="folder for the prepared datasets")
     parser.add_argument(
         "--tokenizer",
         default=MISTRAL,
         help="'mistral' or the path of a tokenizer.model (SentencePiece) or tokenizer.json",
     )
     parser.add_argument(
-        "--module", action="append", default=[], help="Python module that declares your Mixtures"
+        "--module", action="append", default=[], help="Python module that declares mixtures"
     )
     parser.add_argument(
         "--held-out",
         type=_fraction,
         default=0.0,
         metavar="FRACTION",
-        help="fraction of each dataset of a PATH to hold out for evaluation (default 0); not for a "
-        "folder with subfolders 'train' and 'held_out'",
+        help="fraction of each dataset of a PATH to hold out for evaluation (0); not for a folder "
+        "with the subfolders 'train' and 'held_out'",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the choice of held-out lines (default 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing held-out lines (0)")
     defaults = TextOptions()
-    for stream in ("query", "passage", "chat"):
+    for stream in STREAMS:
         length = getattr(defaults, f"{stream}_length")
-        help_text = f"maximum tokens of a {stream} (default {length})"
+        help_text = f"maximum tokens per {stream} ({length})"
         parser.add_argument(f"--{stream}-length", type=_positive, default=length, help=help_text)
     parser.add_argument(
         "--chat-labels",
         choices=CHAT_LABELS,
         default=defaults.chat_labels,
-        help="'original' shifts the labels of later turns by two tokens per turn, as the original "
-        "code does",
+        help="'original': the loss masks of the original code, off by two tokens per turn from the "
+        "second turn on",
     )
     parser.add_argument(
         "--max-rejected",
         type=_fraction,
         default=0.1,
         metavar="FRACTION",
-        help="maximum fraction of a dataset's lines that may be rejected (default 0.1)",
+        help="fraction of a dataset's lines that may be rejected before it fails (0.1)",
     )
     parser.add_argument("--processes", type=_positive, help="worker processes (one per core)")
-    parser.add_argument("--redo", action="store_true", help="also prepare unchanged datasets again")
+    parser.add_argument(
+        "--redo", action="store_true", help="also prepare datasets that are up to date"
+    )
     return parser
 
 

@@ -1,57 +1,65 @@
-"""One Task of a run: whether there is anything to do, what came of its pieces, its end."""
+"""Builds one dataset: checks whether it is up to date, collects worker results, publishes it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 
 from grit_jax.data.manifest import Manifest, PreparedDataError, read_manifest
-from grit_jax.prepare.fingerprints import fingerprints
+from grit_jax.prepare.sources import Dataset
 from grit_jax.prepare.worker import SplitResult, WorkItem
-from grit_jax.prepare.writing import MANIFEST, Part, lines_by_reason, put_in_place, write_dataset
+from grit_jax.prepare.writing import MANIFEST, Shard, lines_by_reason, publish, write_dataset
+from grit_jax.text import TEXT_VERSION
 from grit_jax.text.examples import TextOptions
-from grit_jax.text.formats import FEATURE_RANKS
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from grit_jax.prepare.sources import Source
 
 
 @dataclasses.dataclass
 class _Split:
-    parts: list[Part] = dataclasses.field(default_factory=list)
+    shards: list[Shard] = dataclasses.field(default_factory=list)
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: int = 0
 
+    @property
+    def num_examples(self) -> int:
+        return sum(len(shard.lengths.first) - 1 for shard in self.shards)
+
 
 class DatasetBuild:
-    """A Task on its way from its source to its folder.
+    """The preparation of one dataset.
 
     Args:
-      source: the Task.
+      dataset: the dataset.
       output: folder of the prepared datasets.
       tokenizer: text to ids.
-      options: how texts become token ids.
+      options: how texts are tokenized.
+
+    Attributes:
+      folder: the dataset's folder in `output`.
+      error: why the dataset could not be prepared, or None.
+      manifests: the manifest of each split, once it is prepared.
     """
 
     def __init__(
-        self, source: "Source", output: epath.Path, tokenizer: Tokenizer, options: TextOptions
+        self, dataset: Dataset, output: epath.Path, tokenizer: Tokenizer, options: TextOptions
     ):
-        self.source = source
-        self.name: str = source.task.name
+        self.dataset = dataset
+        self.name: str = dataset.name
         self.folder = output / self.name
-        self.described = source.describe()
-        self.fingerprints = fingerprints(tokenizer, options, self.described)
         self.error: str | None = None
         self.manifests: dict[str, Manifest] = {}
-        self._tokenizer, self._options = tokenizer, options
+        self._tokenizer, self._options = tokenizer, dataclasses.asdict(options)
+        # As JSON gives it back from a manifest.
+        self._source: dict[str, Any] = json.loads(json.dumps(dataset.source.describe()))
         self._splits: dict[str, _Split] = defaultdict(_Split)
 
-    def look_for_finished(self) -> str | None:
-        """Returns why the Task has to be prepared, or None if it is there as it would be made."""
+    def reason_to_build(self) -> str | None:
+        """Returns why the dataset must be prepared, or None if it is up to date."""
         paths = sorted(self.folder.glob(f"*/{MANIFEST}")) if self.folder.exists() else []
         if not paths:
             return "new"
@@ -60,10 +68,7 @@ class DatasetBuild:
         except PreparedDataError:
             return "damaged, or of another version"
         for manifest in manifests.values():
-            changed = [
-                n for n, own in self.fingerprints.items() if manifest.fingerprints.get(n) != own
-            ]
-            if changed:
+            if changed := self._changes(manifest):
                 return f"changed {' and '.join(changed)}"
         missing = [
             name
@@ -71,57 +76,65 @@ class DatasetBuild:
             for name in ("lengths.npz", *manifest.shards)
             if not (path.parent / name).exists()
         ]
-        if missing or not set(self.source.splits_with_sources) <= manifests.keys():
+        if missing or not set(self.dataset.source.splits) <= manifests.keys():
             return "incomplete"
         self.manifests = manifests
         return None
 
-    def add(self, unit: WorkItem, outcomes: Mapping[str, SplitResult]) -> None:
-        """Takes what became of a piece; pieces come in their order."""
-        for split, outcome in outcomes.items():
-            own = self._splits[split]
-            own.parts += [outcome.part] if outcome.part else []
-            own.left_out += outcome.left_out
-            own.rejected += [
-                {"file": unit.file, "line": line, "reason": reason}
-                for line, reason in outcome.rejected
+    def _changes(self, manifest: Manifest) -> list[str]:
+        """Returns what differs from the time when the data were prepared."""
+        options = TEXT_KINDS[self.dataset.kind].options
+        is_same = {
+            "tokenizer": manifest.tokenizer["sha256"] == self._tokenizer.fingerprint,
+            "options": all(manifest.options.get(o) == self._options[o] for o in options),
+            "version of the text code": manifest.text_version == TEXT_VERSION,
+            "source": manifest.source == self._source,
+        }
+        return [name for name, same in is_same.items() if not same]
+
+    def add(self, item: WorkItem, results: Mapping[str, SplitResult]) -> None:
+        """Adds the results of a work item; items must be added in order."""
+        for name, result in results.items():
+            split = self._splits[name]
+            split.shards += [result.shard] if result.shard else []
+            split.left_out += result.left_out
+            split.rejected += [
+                {"file": item.file, "line": line, "reason": reason}
+                for line, reason in result.rejected
             ]
 
     def finish(self, incomplete: Path, max_rejected: float) -> None:
-        """Makes the dataset whole and puts it in its place; or notes as `error` why it cannot be.
+        """Completes the dataset and moves it to its folder, or sets `error`.
 
         Args:
-          incomplete: where the shards are.
+          incomplete: folder of the shards.
           max_rejected: fraction of the lines that may be rejected.
         """
-        for split in self.source.splits_with_sources:
-            self.error = self.error or self._why_unfit(split, max_rejected)
+        for split in self.dataset.source.splits:
+            self.error = self.error or self._check_rejects(split, max_rejected)
         if self.error is None:
-            for split, own in self._splits.items():
-                if own.parts:
-                    self.manifests[split] = self._write(incomplete / self.name / split, own)
-            put_in_place(incomplete / self.name, self.folder)
+            for name, split in self._splits.items():
+                if split.shards:
+                    self.manifests[name] = self._write(incomplete / self.name / name, split)
+            publish(incomplete / self.name, self.folder)
 
-    def _why_unfit(self, split: str, max_rejected: float) -> str | None:
+    def _check_rejects(self, split: str, max_rejected: float) -> str | None:
         num_rejected = len(self._splits[split].rejected)
-        num_lines = num_rejected + self._num_examples(split)
-        if split == "train" and "held_out" not in self.source.splits_with_sources:
-            num_lines += self._num_examples("held_out")  # Of the same files.
-        where = f"{self.folder / split}"
-        if not self._splits[split].parts:
-            return f"{where}: not one of {num_rejected} examples can be used{self.reasons(split)}"
+        num_lines = num_rejected + self._splits[split].num_examples
+        if split == "train" and "held_out" not in self.dataset.source.splits:
+            num_lines += self._splits["held_out"].num_examples  # From the same files.
+        folder, reasons = self.folder / split, self.reasons(split)
+        if not self._splits[split].shards:
+            return f"{folder}: not one of {num_rejected} examples can be used{reasons}"
         if num_rejected > max_rejected * num_lines:
             return (
-                f"{where}: {num_rejected} of {num_lines} examples cannot be used, and "
-                f"--max-rejected is {max_rejected:g}{self.reasons(split)}"
+                f"{folder}: {num_rejected} of {num_lines} examples cannot be used, and "
+                f"--max-rejected is {max_rejected:g}{reasons}"
             )
         return None
 
-    def _num_examples(self, split: str) -> int:
-        return sum(len(part.lengths.first) - 1 for part in self._splits[split].parts)
-
     def reasons(self, split: str) -> str:
-        """Returns the reasons of the rejects of a split, with the first lines of each."""
+        """Returns the reasons for the rejects of a split, with the first lines of each."""
         counts = Counter(line["reason"] for line in self._splits[split].rejected)
         named = lines_by_reason(self._splits[split].rejected, 3)
         parts = [
@@ -130,14 +143,15 @@ class DatasetBuild:
         ]
         return f": {'; '.join(parts)}" if parts else ""
 
-    def _write(self, folder: Path, own: _Split) -> Manifest:
+    def _write(self, folder: Path, split: _Split) -> Manifest:
+        files = self.dataset.source.files
         return write_dataset(
             folder,
-            self.source.plan.kind,
-            own.parts,
-            own.rejected,
-            features=list(FEATURE_RANKS[self.source.plan.kind]),
-            options=dataclasses.asdict(self._options),
+            self.dataset.kind,
+            split.shards,
+            split.rejected,
+            features=list(TEXT_KINDS[self.dataset.kind].features),
+            options=self._options,
             tokenizer={
                 "name": self._tokenizer.name,
                 "sha256": self._tokenizer.fingerprint,
@@ -146,8 +160,8 @@ class DatasetBuild:
                 "eos_id": self._tokenizer.eos_id,
                 "files": sorted(self._tokenizer.files),
             },
-            left_out=own.left_out,
-            source=self.described,
-            seed=self.source.plan.files.seed if self.source.plan.files else 0,
-            fingerprints=self.fingerprints,
+            left_out=split.left_out,
+            source=self._source,
+            seed=files.seed if files else 0,
+            text_version=TEXT_VERSION,
         )

@@ -1,141 +1,156 @@
-"""A Task in pieces for the worker processes, and what it is made from: of lines, or from seqio."""
+"""Sources of datasets: what they are made from, and their pieces for the workers."""
 
-from collections.abc import Iterator
+import abc
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import itertools
-import re
+import functools
+import hashlib
+import inspect
+from pathlib import Path
 from typing import Any
 
 from etils import epath
-import seqio
 
-from grit_jax.prepare.fingerprints import describe_file, describe_files, describe_functions
-from grit_jax.prepare.seqio_tasks import JsonlSource, kind_of
-from grit_jax.prepare.worker import ExamplesWorkItem, LinesWorkItem, TaskPlan, WorkItem
-from grit_jax.text.jsonl import MEGABYTE, SourceError, read_blocks
+import grit_jax
+from grit_jax.prepare.worker import LinesWorkItem, WorkItem
+from grit_jax.text.jsonl import MEGABYTE, JsonlFiles, read_blocks
 
-EXAMPLES_PER_ITEM = 4096
-# Pieces under way for each process: one being made, and the next at hand.
+# Work items per worker: one being tokenized, and one waiting.
 ITEMS_PER_PROCESS = 2
-# A shard comes from one block: small enough to keep all processes busy, large enough to be few.
-SMALLEST_BLOCK, LARGEST_BLOCK = MEGABYTE // 4, 32 * MEGABYTE
+# A block becomes a shard: small enough to keep all workers busy, large enough for few files.
+MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = MEGABYTE // 4, 32 * MEGABYTE
 BLOCKS_PER_PROCESS = 4
-# Bytes of all blocks that wait or are worked on, whatever the number of processes.
-BYTES_AT_ONCE = 512 * MEGABYTE
-# What gzip makes of text, about.
-COMPRESSION = 4
+# Limit on the bytes of all blocks in memory, for any number of workers.
+MAX_BYTES_IN_MEMORY = 512 * MEGABYTE
+# Approximate compression ratio of gzip for text.
+GZIP_RATIO = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A Task as a run reads it.
+class Source(abc.ABC):
+    """What a dataset is read from.
 
     Attributes:
-      task: the seqio Task.
-      plan: what the worker processes need to know of it.
-      size: bytes of its files; None for another source.
+      files: its files of lines, or None for another source.
+      size: bytes of its files; None if unknown.
     """
 
-    task: seqio.Task
-    plan: TaskPlan
-    size: int | None
+    files: JsonlFiles | None = None
+    size: int | None = None
 
     @property
-    def splits_with_sources(self) -> tuple[str, ...]:
-        """Splits that have a source of their own, which must not be empty."""
-        files = self.plan.files
-        return tuple(self.task.splits) if files is None else tuple(files.files)
+    @abc.abstractmethod
+    def splits(self) -> tuple[str, ...]:
+        """The splits with data of their own. Preparing fails if one of them is empty."""
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns what the Task is made from, as far as it can be seen."""
-        if self.plan.files is not None:
-            return describe_files(self.plan.files)
-        source = self.task.source
-        shown = repr(source)
-        if isinstance(source, seqio.TfdsDataSource):  # It leaves out which parts of splits it is.
-            shown += repr(source.tfds_dataset)
-        described: dict[str, Any] = {
-            "source": re.sub(r" at 0x[0-9a-f]+", "", shown),
-            "functions": describe_functions([v for v in vars(source).values() if callable(v)]),
-            "preprocessors": describe_functions(self.task.preprocessors),
-        }
-        if isinstance(source, seqio.FileDataSource):
-            described["files"] = {
-                split: [describe_file(epath.Path(file)) for file in source.list_shards(split)]
-                for split in source.splits
-            }
-        return described
+        """Returns what the dataset is made from; if it changes, the dataset is prepared again."""
 
-    def units(self, num_processes: int) -> Iterator[tuple[WorkItem, int]]:
-        """Yields the Task in pieces, and how much of `size` is read with each.
+    @abc.abstractmethod
+    def work_items(self, dataset: str, num_processes: int) -> Iterator[tuple[WorkItem, int]]:
+        """Yields the pieces of the dataset, each with the amount of `size` read up to its end.
 
         Raises:
-          SourceError: a file is damaged.
+          SourceError: the data cannot be read.
         """
-        if self.plan.files is not None:
-            return self._units_of_lines(num_processes)
-        return self._units_of_examples()
 
-    def _units_of_lines(self, num_processes: int) -> Iterator[tuple[WorkItem, int]]:
-        number = before = 0
-        for split, files in self.plan.files.files.items() if self.plan.files else ():
+
+class LinesSource(Source):
+    """JSONL files."""
+
+    def __init__(self, files: JsonlFiles):
+        self.files: JsonlFiles = files
+        self.size = sum(file.stat().length for split in files.files.values() for file in split)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits with files of their own."""
+        return tuple(self.files.files)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name, size and SHA-256 of each file, and how lines are changed and split."""
+        described: dict[str, Any] = {
+            "files": {
+                split: [describe_file(file) for file in files]
+                for split, files in self.files.files.items()
+            }
+        }
+        if self.files.preprocess is not None:
+            described["preprocess"] = describe_functions([self.files.preprocess])
+        if self.files.held_out:
+            described |= {"held_out": self.files.held_out, "seed": self.files.seed}
+        return described
+
+    def work_items(self, dataset: str, num_processes: int) -> Iterator[tuple[WorkItem, int]]:
+        """Yields blocks of lines, each with the number of stored bytes read up to its end."""
+        number = position = 0
+        for split, files in self.files.files.items():
             for file in files:
                 for block in read_blocks(file, _block_bytes(file, num_processes)):
-                    yield (
-                        LinesWorkItem(self.task.name, split, number, file.name, block),
-                        (before + block.position),
-                    )
+                    item = LinesWorkItem(dataset, split, number, file.name, block)
+                    yield item, position + block.position
                     number += 1
-                before += file.stat().length
-
-    def _units_of_examples(self) -> Iterator[tuple[WorkItem, int]]:
-        number = before = 0
-        for split in self.task.splits:
-            first = 1
-            for examples in self._examples(split):
-                before += len(examples)
-                yield (
-                    ExamplesWorkItem(self.task.name, split, number, split, first, examples),
-                    before,
-                )
-                number, first = number + 1, first + len(examples)
-
-    def _examples(self, split: str) -> Iterator[list[dict[str, Any]]]:
-        try:
-            dataset = self.task.get_dataset(split=split, shuffle=False).as_numpy_iterator()
-            while batch := list(itertools.islice(dataset, EXAMPLES_PER_ITEM)):
-                yield [{name: _to_python(value) for name, value in raw.items()} for raw in batch]
-        except OSError as error:  # A download that fails, a disk that is full.
-            raise SourceError(f"the Task {self.task.name!r} cannot be read: {error}") from None
-
-
-def source_of(task: seqio.Task) -> Source:
-    """Returns a Task as a run reads it.
-
-    Raises:
-      SourceError: it has other features than ours, or seqio's preprocessors on files of lines.
-    """
-    kind = kind_of(task)
-    if not isinstance(task.source, JsonlSource):
-        # A TFDS dataset that is asked for its size before it is there never knows it.
-        return Source(task, TaskPlan(kind, None), None)
-    if task.preprocessors:
-        raise SourceError(
-            f"the Task {task.name!r}: lines are reformatted by a plain function on each, "
-            "jsonl_source(..., preprocess=function), and not by seqio's preprocessors"
-        )
-    files = task.source.jsonl
-    size = sum(file.stat().length for own in files.files.values() for file in own)
-    return Source(task, TaskPlan(kind, files), size)
+                position += file.stat().length
 
 
 def _block_bytes(file: epath.Path, num_processes: int) -> int:
-    size = file.stat().length * (COMPRESSION if file.name.endswith(".gz") else 1)
+    size = file.stat().length * (GZIP_RATIO if file.name.endswith(".gz") else 1)
     wanted = size // (BLOCKS_PER_PROCESS * num_processes)
-    largest = min(LARGEST_BLOCK, BYTES_AT_ONCE // (ITEMS_PER_PROCESS * num_processes))
-    return max(min(wanted, largest), SMALLEST_BLOCK)
+    largest = min(MAX_BLOCK_BYTES, MAX_BYTES_IN_MEMORY // (ITEMS_PER_PROCESS * num_processes))
+    return max(min(wanted, largest), MIN_BLOCK_BYTES)
 
 
-def _to_python(value: Any) -> Any:
-    """Returns bytes, and lists of them, in the place of NumPy's."""
-    return value.tolist() if hasattr(value, "tolist") else value
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A dataset to prepare.
+
+    Attributes:
+      name: name of its folder.
+      kind: name of its kind of text.
+      source: what it is read from.
+    """
+
+    name: str
+    kind: str
+    source: Source
+
+
+def describe_file(file: epath.Path) -> dict[str, Any]:
+    """Returns a file's name, size and SHA-256."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(MEGABYTE):
+            digest.update(chunk)
+    return {"name": file.name, "bytes": file.stat().length, "sha256": digest.hexdigest()}
+
+
+# Types whose repr is the same in every process.
+PLAIN_TYPES = (str, int, float, tuple, list, dict, Path, type(None))
+
+
+def describe_functions(functions: Sequence[Callable]) -> list[dict[str, str]]:
+    """Returns each function's name, and the SHA-256 of the file that defines it.
+
+    The functions of this package have no SHA-256: `TEXT_VERSION` covers them.
+    """
+    return [_describe_function(function) for function in functions]
+
+
+def _describe_function(function: Any) -> dict[str, str]:
+    if isinstance(function, functools.partial):
+        arguments = repr((function.args, sorted(function.keywords.items())))
+        return _describe_function(function.func) | {"arguments": arguments}
+    function = inspect.unwrap(function)
+    if not hasattr(function, "__qualname__"):  # A callable object.
+        function = type(function)
+    described = {"name": f"{function.__module__}.{function.__qualname__}"}
+    if described["name"].startswith(f"{grit_jax.__name__}."):
+        return described
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    if plain := [repr(value) for value in cells if isinstance(value, PLAIN_TYPES)]:
+        described["closure"] = ", ".join(plain)
+    try:
+        code = Path(inspect.getfile(function)).read_text()
+    except (TypeError, OSError):  # A built-in function.
+        return described
+    return described | {"sha256": hashlib.sha256(code.encode()).hexdigest()}

@@ -1,10 +1,10 @@
-"""What a worker process does: lines to examples of token ids, into one shard of each split.
+"""The worker processes of `prepare`: each turns pieces of a dataset into shards of token ids.
 
-Neither TensorFlow nor JAX is loaded here.
+Workers load neither TensorFlow nor JAX.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import multiprocessing
@@ -17,25 +17,26 @@ from typing import Any
 
 import cloudpickle
 
-from grit_jax.prepare.writing import Example, Part, write_part
-from grit_jax.text.examples import EXAMPLE_MAKERS, RejectedExample, TextOptions
-from grit_jax.text.formats import Preprocess, to_canonical
+from grit_jax.prepare.writing import Shard, write_shard
+from grit_jax.text.examples import Example, RejectedExample, TextOptions
+from grit_jax.text.formats import Preprocess
 from grit_jax.text.jsonl import Block, JsonlFiles, parse_line
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkItem:
-    """A piece of a Task for one worker.
+    """A piece of a dataset for one worker.
 
     Attributes:
-      task: name of the Task.
-      split: its split.
-      number: of the piece within the Task.
-      file: the file that it is from, for reports.
+      dataset: name of the dataset.
+      split: the split that the piece was read from.
+      number: index of the piece within the dataset; numbers its shards.
+      file: name of the file that the piece was read from, for reports.
     """
 
-    task: str
+    dataset: str
     split: str
     number: int
     file: str
@@ -43,22 +44,27 @@ class WorkItem:
 
 @dataclasses.dataclass(frozen=True)
 class LinesWorkItem(WorkItem):
-    """Lines of a file."""
+    """Lines of a JSONL file."""
 
     block: Block
 
 
 @dataclasses.dataclass(frozen=True)
 class ExamplesWorkItem(WorkItem):
-    """Examples that come from a seqio source, the first of which has the number `first`."""
+    """Examples of a seqio source, numbered from `first`."""
 
     first: int
     examples: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskPlan:
-    """How a Task's pieces are read: its kind, and its files if it is read from lines."""
+class WorkerPlan:
+    """What a worker must know about a dataset.
+
+    Attributes:
+      kind: name of its kind of text.
+      files: its files, which assign lines to splits; None if it is not read from lines.
+    """
 
     kind: str
     files: JsonlFiles | None
@@ -66,27 +72,26 @@ class TaskPlan:
 
 @dataclasses.dataclass
 class SplitResult:
-    """What became of a piece, in one split.
+    """The result of a piece for one split.
 
     Attributes:
-      part: the shard, or None without an example.
-      rejected: number of the line and reason, for each line of the split's files that could not
-        be used.
-      left_out: number of lines left out by `preprocess`.
+      shard: the shard written, or None without examples.
+      rejected: line number and reason of each line that could not be used.
+      left_out: number of lines that `preprocess` skipped.
     """
 
-    part: Part | None = None
+    shard: Shard | None = None
     rejected: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Worker:
-    """What a process knows of the run."""
+    """The state of a worker process."""
 
     tokenizer: Tokenizer
     options: TextOptions
-    plans: Mapping[str, TaskPlan]
+    plans: Mapping[str, WorkerPlan]
     folder: Path
 
 
@@ -94,77 +99,86 @@ _worker: _Worker
 
 
 def start_worker(tokenizer: str, options: TextOptions, pickled_plans: bytes, folder: Path) -> None:
-    """Readies a process; `pickled_plans` are the TaskPlans by the names of their Tasks."""
+    """Initializes a worker process.
+
+    Args:
+      tokenizer: name of the tokenizer.
+      options: how texts are tokenized.
+      pickled_plans: the WorkerPlan of each dataset by name, pickled with cloudpickle.
+      folder: where to write shards.
+    """
     global _worker
-    # Ctrl-C is the parent's affair, and without a parent there is nothing to do.
+    # The parent handles Ctrl-C. Without a parent, the worker exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker = _Worker(Tokenizer(tokenizer), options, cloudpickle.loads(pickled_plans), folder)
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
 
 
-def tokenise(unit: WorkItem) -> dict[str, SplitResult]:
-    """Writes the shards of a piece, and returns what became of it by split."""
-    plan = _worker.plans[unit.task]
-    outcomes: dict[str, SplitResult] = defaultdict(SplitResult)
+def tokenize(item: WorkItem) -> dict[str, SplitResult]:
+    """Tokenizes a piece, writes one shard per split, and returns the results by split."""
+    plan = _worker.plans[item.dataset]
+    results: dict[str, SplitResult] = defaultdict(SplitResult)
     examples: dict[str, list[Example]] = defaultdict(list)
-    for number, split, read in _items(unit, plan):
+    for number, split, parse in _lines(item, plan):
         try:
-            example = _example(plan, read)
+            example = _example(plan, parse)
         except RejectedExample as reason:
-            # It counts among the lines of its file, of which few may be held out.
-            outcomes[unit.split].rejected.append((number, str(reason)))
+            # A reject counts against the whole file: few of its lines may be held out.
+            results[item.split].rejected.append((number, str(reason)))
             continue
         if example is None:
-            outcomes[split].left_out += 1
+            results[split].left_out += 1
         else:
             examples[split].append(example)
-    for split, own in examples.items():
-        folder = _worker.folder / unit.task / split
-        outcomes[split].part = write_part(folder, unit.number, own)
-    return dict(outcomes)
+    for split, split_examples in examples.items():
+        folder = _worker.folder / item.dataset / split
+        results[split].shard = write_shard(folder, item.number, split_examples)
+    return dict(results)
 
 
-def _items(unit: WorkItem, plan: TaskPlan) -> Iterator[tuple[int, str, Any]]:
-    """Yields of each example its number, its split, and a function that reads it."""
-    if isinstance(unit, ExamplesWorkItem):
-        for number, raw in enumerate(unit.examples, unit.first):
-            yield number, unit.split, functools.partial(_decode, raw)
-    elif isinstance(unit, LinesWorkItem) and plan.files is not None:
-        for number, line in unit.block.lines():
-            yield number, plan.files.split_of(unit.split, line), functools.partial(parse_line, line)
+def _lines(
+    item: WorkItem, plan: WorkerPlan
+) -> Iterator[tuple[int, str, Callable[[], dict[str, Any]]]]:
+    """Yields the number of each line or example, its split, and a function that parses it."""
+    if isinstance(item, ExamplesWorkItem):
+        for number, raw in enumerate(item.examples, item.first):
+            yield number, item.split, functools.partial(_decode, raw)
+    elif isinstance(item, LinesWorkItem) and plan.files is not None:
+        for number, line in item.block.lines():
+            yield number, plan.files.split_of(item.split, line), functools.partial(parse_line, line)
 
 
-def _example(plan: TaskPlan, read: Any) -> Example | None:
-    raw = read()
+def _example(plan: WorkerPlan, parse: Callable[[], dict[str, Any]]) -> Example | None:
+    raw = parse()
     if plan.files is not None and plan.files.preprocess is not None:
         raw = _preprocessed(plan.files.preprocess, raw)
         if raw is None:
             return None
-    make = EXAMPLE_MAKERS[plan.kind]
-    return make(_worker.tokenizer, to_canonical(plan.kind, raw), _worker.options)
+    kind = TEXT_KINDS[plan.kind]
+    return kind.tokenize(_worker.tokenizer, kind.to_canonical(raw), _worker.options)
 
 
 def _preprocessed(preprocess: Preprocess, raw: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        reformatted = preprocess(raw)
+        result = preprocess(raw)
     except RejectedExample:
         raise
-    except Exception as error:  # A user's code: what it cannot read costs that line.
+    except Exception as error:  # An error in the user's function rejects the line.
         raise RejectedExample(f"preprocess raised {type(error).__name__}") from None
-    if reformatted is not None and not isinstance(reformatted, dict):
-        raise RejectedExample(f"preprocess returned a {type(reformatted).__name__}")
-    return reformatted
+    if result is not None and not isinstance(result, dict):
+        raise RejectedExample(f"preprocess returned a {type(result).__name__}")
+    return result
 
 
 def _decode(raw: Any) -> Any:
-    """Returns an example with plain strings in the place of TensorFlow's bytes."""
+    """Returns `raw` with TensorFlow's bytes decoded to strings."""
     if isinstance(raw, dict):
         return {name: _decode(value) for name, value in raw.items()}
     if isinstance(raw, list):

@@ -1,4 +1,4 @@
-"""A prepared dataset, written in parts by many processes and put in its place when it is whole."""
+"""Writes a prepared dataset: shards by many processes, then the manifest, then its final place."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,85 +10,86 @@ from typing import Any
 
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from etils import epath
+from jaxtyping import Int, Int32
 import numpy as np
 
 from grit_jax.data.manifest import Lengths, Manifest
-from grit_jax.text.examples import ChatExample, EmbeddingExample, to_bytes
+from grit_jax.text.examples import Example
+from grit_jax.text.kinds import TEXT_KINDS
 
-Example = EmbeddingExample | ChatExample
 SHARD_NAME = "examples-{:05d}.arrayrecord"
 MANIFEST = "manifest.json"
-# Lines that a manifest names for each reason.
-LINES_NAMED = 20
+# Number of rejected lines that a manifest names for each reason.
+MAX_NAMED_LINES = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A shard that is written, and what the manifest is to say of it.
+class Shard:
+    """A written shard.
 
     Attributes:
-      shard: name of the file.
+      file_name: name of the file.
       lengths: tokens of its texts.
-      instruction_lengths: how many tokens of each text are neither pooled nor learned.
+      instruction_lengths: number of tokens of each text that the mask excludes.
     """
 
-    shard: str
+    file_name: str
     lengths: Lengths
-    instruction_lengths: np.ndarray
+    instruction_lengths: Int32[np.ndarray, " texts"]
 
 
-def write_part(folder: Path, number: int, examples: Sequence[Example]) -> Part:
-    """Writes one shard and returns what to remember of it.
+def write_shard(folder: Path, number: int, examples: Sequence[Example]) -> Shard:
+    """Writes a shard.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shard = SHARD_NAME.format(number)
+    file_name = SHARD_NAME.format(number)
     try:
-        # Groups of one record: each read decompresses what it asked for and no more.
-        writer = array_record_module.ArrayRecordWriter(str(folder / shard), "group_size:1")
+        # With groups of one record, reading an example decompresses that example only.
+        writer = array_record_module.ArrayRecordWriter(str(folder / file_name), "group_size:1")
         for example in examples:
-            writer.write(to_bytes(example))
+            writer.write(example.to_bytes())
         writer.close()
-    except RuntimeError as error:  # Its word for a disk that is full, among others.
+    except RuntimeError as error:  # E.g. a full disk.
         raise OSError(str(error)) from None
-    unread = [len(text) - np.count_nonzero(text.mask) for e in examples for text in e.texts]
-    return Part(shard, Lengths.of(examples), np.array(unread, np.int32))
+    masked = [len(text) - np.count_nonzero(text.mask) for e in examples for text in e.texts]
+    return Shard(file_name, Lengths.of(examples), np.array(masked, np.int32))
 
 
 def write_dataset(
     folder: Path,
     kind: str,
-    parts: Sequence[Part],
+    shards: Sequence[Shard],
     rejected: Sequence[Mapping[str, Any]] = (),
-    **described: Any,
+    **fields: Any,
 ) -> Manifest:
-    """Writes beside the shards of a dataset what makes it whole, its manifest last.
+    """Writes the files that complete a dataset next to its shards, the manifest last.
 
     Args:
-      folder: where the shards are.
-      kind: "embedding" or "generative".
-      parts: the shards, in the order of their examples.
-      rejected: the lines left out, each with "file", "line" and "reason".
-      **described: further fields of the `Manifest`.
+      folder: the folder of the shards.
+      kind: name of the kind of text.
+      shards: the shards, in the order of their examples.
+      rejected: the rejected lines, each with "file", "line" and "reason".
+      **fields: further fields of the `Manifest`.
     """
-    lengths = Lengths.concatenate([part.lengths for part in parts])
-    instructions = np.concatenate([part.instruction_lengths for part in parts])
+    lengths = Lengths.concatenate([shard.lengths for shard in shards])
+    instructions = np.concatenate([shard.instruction_lengths for shard in shards])
     tokens = _by_stream(kind, lengths, lengths.tokens)
     manifest = Manifest(
         kind=kind,
         count=len(lengths.first) - 1,
-        longest={stream: int(own.max()) for stream, own in tokens.items()},
-        shards=[part.shard for part in parts],
-        token_lengths={stream: _summary(own) for stream, own in tokens.items()},
+        longest={stream: int(counts.max()) for stream, counts in tokens.items()},
+        shards=[shard.file_name for shard in shards],
+        token_lengths={stream: _summary(counts) for stream, counts in tokens.items()},
         instruction_lengths={
-            stream: {"longest": int(own.max()), **_summary(own)}
-            for stream, own in _by_stream(kind, lengths, instructions).items()
+            stream: {"longest": int(counts.max()), **_summary(counts)}
+            for stream, counts in _by_stream(kind, lengths, instructions).items()
         },
         rejected=dict(Counter(line["reason"] for line in rejected)),
-        rejected_lines=lines_by_reason(rejected, LINES_NAMED),
-        **described,
+        rejected_lines=lines_by_reason(rejected, MAX_NAMED_LINES),
+        **fields,
     )
     arrays: dict[str, Any] = vars(lengths)
     np.savez(folder / "lengths.npz", **arrays)
@@ -99,38 +100,43 @@ def write_dataset(
     return manifest
 
 
-def lines_by_reason(rejected: Sequence[Mapping[str, Any]], at_most: int) -> dict[str, list[str]]:
-    """Returns for each reason the first lines rejected, as FILE:LINE."""
+def lines_by_reason(rejected: Sequence[Mapping[str, Any]], max_lines: int) -> dict[str, list[str]]:
+    """Returns the first `max_lines` rejected lines of each reason, as FILE:LINE."""
     named: dict[str, list[str]] = {}
     for line in rejected:
         lines = named.setdefault(line["reason"], [])
-        if len(lines) < at_most:
+        if len(lines) < max_lines:
             lines.append(f"{line['file']}:{line['line']}")
     return named
 
 
-def _by_stream(kind: str, lengths: Lengths, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits one value a text into those of queries and passages, or of chats."""
-    if kind == "generative":
-        return {"chat": values}
-    is_query = np.zeros(len(values), bool)
-    is_query[lengths.first[:-1]] = True
-    return {"query": values[is_query], "passage": values[~is_query]}
+def _by_stream(
+    kind: str, lengths: Lengths, values: Int[np.ndarray, " texts"]
+) -> dict[str, Int[np.ndarray, " stream_texts"]]:
+    """Splits an array with one value per text into one array per stream."""
+    first_of_each = np.repeat(lengths.first[:-1], np.diff(lengths.first))
+    index_in_example = np.arange(len(values)) - first_of_each
+    indices = np.arange(index_in_example.max() + 1)
+    return {
+        stream: values[np.isin(index_in_example, indices[texts])]
+        for stream, texts in TEXT_KINDS[kind].streams.items()
+    }
 
 
-def _summary(values: np.ndarray) -> dict[str, float]:
+def _summary(values: Int[np.ndarray, " texts"]) -> dict[str, float]:
     return {"texts": len(values), "mean": round(float(values.mean()), 2), "sum": int(values.sum())}
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Says whether a path is on a bucket, where a folder cannot be renamed."""
+    """Returns whether a path is in a bucket, where folders cannot be renamed."""
     return "://" in str(path)
 
 
-def put_in_place(incomplete: Path, folder: epath.Path) -> None:
-    """Moves a whole dataset with its splits to `folder`, in the place of what is there.
+def publish(incomplete: Path, folder: epath.Path) -> None:
+    """Moves a complete dataset with its splits to `folder`, replacing what is there.
 
-    On a bucket it is copied, and the manifests, without which nothing is read, come last.
+    In a bucket the files are copied. The manifests come last, because a dataset without a manifest
+    is not read.
     """
     if not is_remote(folder):
         if folder.exists():
@@ -151,8 +157,8 @@ def put_in_place(incomplete: Path, folder: epath.Path) -> None:
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file that is whole or not there."""
-    if is_remote(path):  # A file appears on a bucket when it is closed.
+    """Writes a file such that readers see either all of it or the old one."""
+    if is_remote(path):  # In a bucket a file appears when it is closed.
         path.write_text(text)
         return
     incomplete = path.with_name(f".incomplete-{path.name}")

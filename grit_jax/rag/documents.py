@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grit_jax.files import json_sha256
 from grit_jax.inference.prompt_encoder import InputError, check_unicode
-from grit_jax.prepare.fingerprints import fingerprint
 from grit_jax.text.examples import RejectedExample
 from grit_jax.text.jsonl import MEGABYTE, SourceError, parse_line, read_blocks
 
@@ -47,7 +47,7 @@ def identity(document: Mapping[str, Any], name: str = "a document") -> str:
     Raises:
       InputError: it has no text; the message begins with `name`.
     """
-    return fingerprint([*_title_and_text(document, name)])[:32]
+    return json_sha256([*_title_and_text(document, name)])[:32]
 
 
 def text_of(document: Mapping[str, Any], name: str) -> str:

@@ -1,15 +1,16 @@
-"""Examples as a prepared dataset holds them: token ids, and which of them count.
+"""Tokenized examples: token ids with a mask of the tokens that count, and their stored bytes.
 
-An embedding example has a query, its positives and its negatives; a chat example is one
-conversation. Both are read from text in the original's two formats, cut to a length, and written
-as bytes.
+An embedding example is a query with its positives and negatives; a chat example is one
+conversation. Both use the text formats of GritLM (see `templates`).
 """
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
+from jaxtyping import Bool, Int
 import msgpack
 import numpy as np
 
@@ -23,18 +24,70 @@ class RejectedExample(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Token ids of one text, and which of them count (to be pooled, or to be learned)."""
+    """A tokenized text.
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    Attributes:
+      tokens: token ids.
+      mask: which tokens count: those that are pooled (embedding) or trained on (chat).
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    mask: Bool[np.ndarray, " tokens"]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
+class Example(abc.ABC):
+    """A tokenized example of any kind: its texts, and how it is stored."""
+
+    @property
+    @abc.abstractmethod
+    def texts(self) -> list[Text]:
+        """All texts, in the order in which the prepared data stores them."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+        """Returns the example of these `texts` and `fields`."""
+
+    @property
+    def num_positives(self) -> int:
+        """Number of texts after the first that are positives."""
+        return 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What is stored besides the texts, as values for msgpack."""
+        return {}
+
+    def to_bytes(self) -> bytes:
+        """Returns the example as a msgpack record, with two bytes per token if ids allow it."""
+        tokens = np.concatenate([text.tokens for text in self.texts])
+        width = 2 if tokens.max() < 2**16 else 4
+        record = {
+            "tokens": tokens.astype(f"<u{width}").tobytes(),
+            "mask": np.packbits(np.concatenate([text.mask for text in self.texts])).tobytes(),
+            "lengths": [len(text) for text in self.texts],
+        }
+        return msgpack.Packer().pack(record | self.fields)
+
+    @classmethod
+    def from_bytes(cls, record_bytes: bytes) -> Self:
+        """Returns the example of a record made by `to_bytes`."""
+        record = msgpack.unpackb(record_bytes)
+        lengths = record["lengths"]
+        width = len(record["tokens"]) // sum(lengths)
+        tokens = np.frombuffer(record["tokens"], f"<u{width}").astype(np.int32)
+        mask = np.unpackbits(np.frombuffer(record["mask"], np.uint8), count=len(tokens))
+        ends = np.cumsum(lengths)[:-1]
+        pieces = zip(np.split(tokens, ends), np.split(mask.astype(bool), ends), strict=True)
+        return cls.from_texts([Text(*piece) for piece in pieces], record)
+
+
 @dataclasses.dataclass(frozen=True)
-class EmbeddingExample:
-    """A query, the passages that answer it (at least one), and some that do not (maybe none)."""
+class EmbeddingExample(Example):
+    """A query, its positive passages (at least one), and its negative passages (maybe none)."""
 
     query: Text
     positives: list[Text]
@@ -42,20 +95,42 @@ class EmbeddingExample:
 
     @property
     def texts(self) -> list[Text]:
-        """All its texts, in the order in which a dataset stores their lengths."""
+        """The query, the positives and the negatives."""
         return [self.query, *self.positives, *self.negatives]
+
+    @classmethod
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+        """Returns the example of a query, `fields["num_positives"]` positives, and negatives."""
+        first_negative = 1 + fields["num_positives"]
+        return cls(texts[0], texts[1:first_negative], texts[first_negative:])
+
+    @property
+    def num_positives(self) -> int:
+        """Number of positive passages."""
+        return len(self.positives)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The number of positives, which separates them from the negatives."""
+        return {"num_positives": self.num_positives}
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatExample:
-    """A conversation, of which the assistant's words are to be learned."""
+class ChatExample(Example):
+    """A conversation, or plain text."""
 
     chat: Text
 
     @property
     def texts(self) -> list[Text]:
-        """All its texts, in the order in which a dataset stores their lengths."""
+        """The conversation."""
         return [self.chat]
+
+    @classmethod
+    def from_texts(cls, texts: list[Text], fields: Mapping[str, Any]) -> Self:
+        """Returns the example of one text."""
+        del fields
+        return cls(texts[0])
 
 
 CHAT_LABELS = ("corrected", "original")
@@ -63,13 +138,13 @@ CHAT_LABELS = ("corrected", "original")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts become token ids. The defaults are those of GritLM, but for the labels.
+    """How texts are tokenized. The defaults are GritLM's, except for `chat_labels`.
 
     Attributes:
-      query_length: longest query in tokens; what is longer is cut, as with the others.
-      passage_length: longest passage.
-      chat_length: longest chat.
-      chat_labels: "corrected", or "original" for those of the original (see `chat_text`).
+      query_length: maximum tokens per query; longer queries are cut.
+      passage_length: maximum tokens per passage.
+      chat_length: maximum tokens per chat.
+      chat_labels: "corrected", or "original" for the masks of the original code (see `chat_text`).
     """
 
     query_length: int = 256
@@ -79,22 +154,21 @@ class TextOptions:
 
 
 def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
-    """Returns `<s>`, the instruction and the text, cut to `max_length` tokens.
+    """Returns the tokens of `<s>`, the instruction and the text, cut to `max_length`.
 
-    The mask leaves out `<s>` and the instruction: they are attended to, and not pooled. A token
-    with characters of both belongs to the text.
+    The mask excludes `<s>` and the instruction: they are attended to, but not pooled. A token that
+    spans the boundary counts as text.
 
     Raises:
-      RejectedExample: the text is empty, or without a token, or the instruction alone is over the
-        length.
+      RejectedExample: the text is empty or has no tokens, or the instruction alone is too long.
     """
     if not text.strip():
         raise RejectedExample("empty text")
     prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
     if 1 + len(prefix_ids) >= max_length:
-        raise RejectedExample("instruction alone is over the length")
+        raise RejectedExample("instruction alone is too long")
     ids, num_before = tokenizer.ids_after(prefix, prefix_ids, text)
-    if num_before == len(ids):  # A tokenizer may drop characters, such as those of no width.
+    if num_before == len(ids):  # A tokenizer may drop characters, e.g. zero-width ones.
         raise RejectedExample("empty text")
     tokens = np.empty(min(1 + len(ids), max_length), np.int32)
     tokens[0], tokens[1:] = tokenizer.bos_id, ids[: max_length - 1]
@@ -105,17 +179,19 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
 
 @functools.lru_cache(maxsize=1024)
 def _prefix_and_ids(tokenizer: Tokenizer, instruction: str) -> tuple[str, np.ndarray]:
-    """Returns what stands before a text, and its ids; instructions are few."""
+    """Returns the prefix of a text and its ids, cached because instructions are few."""
     prefix = embedding_prefix(instruction)
     return prefix, tokenizer.ids(prefix)
 
 
-# In the place of a user's words: the text that follows answers nobody.
+# Stands for the user's turn before plain text, which has no prompt.
 NO_PROMPT = ""
 
 
 def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
-    """Returns `<s>`, the text and `</s>`, cut to `max_length` tokens; all but `<s>` is learned.
+    """Returns the tokens of `<s>`, the text and `</s>`, cut to `max_length`.
+
+    The mask excludes `<s>` only.
 
     Raises:
       RejectedExample: the text is empty.
@@ -130,48 +206,52 @@ def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
 def chat_text(
     tokenizer: Tokenizer, turns: Sequence[str], max_length: int, labels: str = "corrected"
 ) -> Text:
-    """Returns a conversation, user first and turn about, cut to `max_length` tokens.
+    """Returns the tokens of a conversation, cut to `max_length`.
 
-    The mask holds the assistant's words and the `</s>` after each. The labels "original" are those
-    of the original, which does not count the line break between turns: from the second turn on
-    they are off by two tokens a turn.
+    The mask selects the assistant's turns and the `</s>` after each.
+
+    Args:
+      tokenizer: text to ids.
+      turns: alternating turns, the user's first.
+      max_length: maximum number of tokens.
+      labels: "corrected", or "original" for the masks of GritLM's code, which does not count the
+        line break between turns: from the second turn on, they are off by two tokens per turn.
 
     Raises:
-      RejectedExample: no user's turn is followed by an answer, a turn is empty, or the first
-        prompt alone is over the length.
+      RejectedExample: there is no answer, a turn is empty, or the first prompt alone is too long.
     """
     if len(turns) < 2:
         raise RejectedExample("a chat without an answer")
     if not all(turn.strip() for turn in turns):
         raise RejectedExample("empty turn")
     bos, eos = (np.array([token], np.int32) for token in (tokenizer.bos_id, tokenizer.eos_id))
-    ids, prompts, place = [bos], [slice(0, 1)], 1
+    ids, prompts, position = [bos], [slice(0, 1)], 1
     for first in range(0, len(turns) - 1, 2):
         prompt = chat_prompt(turns[first], is_first=first == 0)
         answer = turns[first + 1].strip()
         turn_ids, num_before = tokenizer.ids_after(prompt, tokenizer.ids(prompt), answer)
-        counted = num_before
+        masked = num_before
         if labels == "original":
-            counted = len(tokenizer.ids(chat_prompt(turns[first], is_first=True)))
+            masked = len(tokenizer.ids(chat_prompt(turns[first], is_first=True)))
         ids += [turn_ids, eos]
-        prompts.append(slice(place, place + counted))
-        place += counted + len(turn_ids) - num_before + 1
+        prompts.append(slice(position, position + masked))
+        position += masked + len(turn_ids) - num_before + 1
     tokens = np.concatenate(ids)
     mask = np.ones(len(tokens), bool)
     for span in prompts:
         mask[span] = False
     if not any(mask[:max_length]):
-        raise RejectedExample("prompt alone is over the length")
+        raise RejectedExample("prompt alone is too long")
     return Text(tokens[:max_length], mask[:max_length])
 
 
 def embedding_example(
     tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions
 ) -> EmbeddingExample:
-    """Returns the example of `{"query": [instruction, text], "pos": [[...]], "neg": [[...]]}`.
+    """Tokenizes `{"query": [instruction, text], "pos": [[instruction, text], ...], "neg": [...]}`.
 
     Raises:
-      RejectedExample: see `embedding_text`; or there is no positive.
+      RejectedExample: there is no positive, or a text is rejected by `embedding_text`.
     """
     if not len(raw["pos"]):
         raise RejectedExample("no positive")
@@ -191,9 +271,7 @@ def embedding_example(
 
 
 def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions) -> ChatExample:
-    """Returns the example of `{"text": [user, assistant, ...]}`.
-
-    With `NO_PROMPT` in the place of the user's words it is plain text.
+    """Tokenizes `{"text": [user, assistant, ...]}`, or plain text as `{"text": [NO_PROMPT, text]}`.
 
     Raises:
       RejectedExample: see `chat_text` and `plain_text`.
@@ -201,37 +279,3 @@ def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions
     if len(raw["text"]) == 2 and raw["text"][0] == NO_PROMPT:
         return ChatExample(plain_text(tokenizer, raw["text"][1], options.chat_length))
     return ChatExample(chat_text(tokenizer, raw["text"], options.chat_length, options.chat_labels))
-
-
-EXAMPLE_MAKERS = {"embedding": embedding_example, "generative": chat_example}
-
-
-def to_bytes(example: EmbeddingExample | ChatExample) -> bytes:
-    """Returns the example as a record: msgpack, two bytes a token where they suffice."""
-    texts = example.texts
-    tokens = np.concatenate([text.tokens for text in texts])
-    width = 2 if tokens.max() < 2**16 else 4
-    record = {
-        "tokens": tokens.astype(f"<u{width}").tobytes(),
-        "mask": np.packbits(np.concatenate([text.mask for text in texts])).tobytes(),
-        "lengths": [len(text) for text in texts],
-    }
-    if isinstance(example, EmbeddingExample):
-        record["num_positives"] = len(example.positives)
-    return msgpack.Packer().pack(record)
-
-
-def from_bytes(record_bytes: bytes) -> EmbeddingExample | ChatExample:
-    """Returns the example of a record made by `to_bytes`."""
-    record = msgpack.unpackb(record_bytes)
-    lengths = record["lengths"]
-    width = len(record["tokens"]) // sum(lengths)
-    tokens = np.frombuffer(record["tokens"], f"<u{width}").astype(np.int32)
-    mask = np.unpackbits(np.frombuffer(record["mask"], np.uint8), count=len(tokens)).astype(bool)
-    ends = np.cumsum(lengths)[:-1]
-    pieces = zip(np.split(tokens, ends), np.split(mask, ends), strict=True)
-    texts = [Text(*piece) for piece in pieces]
-    if "num_positives" not in record:
-        return ChatExample(texts[0])
-    first_negative = 1 + record["num_positives"]
-    return EmbeddingExample(texts[0], texts[1:first_negative], texts[first_negative:])

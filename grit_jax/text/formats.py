@@ -1,10 +1,16 @@
-"""The forms in which a line may hold an example, and the one form that each kind is brought into.
+"""Input formats: the JSON objects that a line may hold, and their canonical forms.
 
-embedding    {"query": [instruction, text], "pos": [[instruction, text], ...], "neg": [...]}
-             with a plain string in the place of any pair, which has no instruction
-generative   {"text": [user, assistant, ...]}
-             {"text": "any text"}, which is learned from its first word on
-             {"messages": [{"role": "user", "content": ...}, ...]}
+Embedding examples:
+
+    {"query": [instruction, text], "pos": [[instruction, text], ...], "neg": [...]}
+
+A plain string instead of a pair is a text without an instruction.
+
+Chats:
+
+    {"text": [user, assistant, ...]}
+    {"messages": [{"role": "user", "content": ...}, ...]}
+    {"text": "any text"}     plain text, trained on from its first token
 """
 
 from collections.abc import Callable
@@ -12,41 +18,21 @@ from typing import Any
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
 
-# What an example has, and how deeply its texts are nested.
-FEATURE_RANKS = {"embedding": {"query": 1, "pos": 2, "neg": 2}, "generative": {"text": 1}}
-
-KEYS = {"embedding": ("query",), "generative": ("text", "messages")}
-NAMES = {"embedding": "an embedding example", "generative": "a chat"}
-
-# A function on one line's object: another object, or None to leave the line out.
+# A user's function on the object of each line: returns another object, or None to skip the line.
 Preprocess = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 
-def kind_of_line(raw: dict[str, Any]) -> str | None:
-    """Returns "embedding" or "generative", or None for a line of neither form."""
-    return next((kind for kind, keys in KEYS.items() if any(key in raw for key in keys)), None)
-
-
-def to_canonical(kind: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the example of a line in the form that `EXAMPLE_MAKERS` read.
+def canonical_embedding(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns `{"query": [instruction, text], "pos": [[instruction, text], ...], "neg": [...]}`.
 
     Raises:
-      RejectedExample: the line has another form, or its parts have other types.
+      RejectedExample: a field has the wrong type.
     """
-    if not any(key in raw for key in KEYS[kind]):
-        other = kind_of_line(raw)
-        if other is not None:
-            raise RejectedExample(f"{NAMES[other]} among those of the other kind")
-        raise RejectedExample(f"no {' or '.join(map(repr, KEYS[kind]))}")
-    if kind == "embedding":
-        return {
-            "query": _pair(raw["query"], "query"),
-            "pos": _pairs(raw, "pos"),
-            "neg": _pairs(raw, "neg"),
-        }
-    if "text" in raw:
-        return {"text": _turns(raw["text"])}
-    return {"text": _chat(turns_of_messages(raw["messages"]))}
+    return {
+        "query": _pair(raw["query"], "query"),
+        "pos": _pairs(raw, "pos"),
+        "neg": _pairs(raw, "neg"),
+    }
 
 
 def _pairs(raw: dict[str, Any], name: str) -> list[list[str]]:
@@ -60,19 +46,27 @@ def _pairs(raw: dict[str, Any], name: str) -> list[list[str]]:
 
 def _pair(value: Any, name: str) -> list[str]:
     if isinstance(value, str):
-        return ["", _readable(value)]
+        return ["", _valid_text(value)]
     match value:
         case [str(instruction), str(text)]:
-            return [_readable(instruction), _readable(text)]
+            return [_valid_text(instruction), _valid_text(text)]
     raise RejectedExample(f"{name!r} is neither a text nor [instruction, text]")
 
 
-def _turns(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [NO_PROMPT, _readable(value)]
-    if not isinstance(value, list) or not all(isinstance(turn, str) for turn in value):
+def canonical_chat(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns `{"text": [user, assistant, ...]}`; plain text becomes `[NO_PROMPT, text]`.
+
+    Raises:
+      RejectedExample: a field has the wrong type, or the roles do not alternate.
+    """
+    if "text" not in raw:
+        return {"text": _chat(turns_of_messages(raw["messages"]))}
+    text = raw["text"]
+    if isinstance(text, str):
+        return {"text": [NO_PROMPT, _valid_text(text)]}
+    if not isinstance(text, list) or not all(isinstance(turn, str) for turn in text):
         raise RejectedExample("'text' is neither a text nor a list of turns")
-    return _chat([_readable(turn) for turn in value])
+    return {"text": _chat([_valid_text(turn) for turn in text])}
 
 
 def _chat(turns: list[str]) -> list[str]:
@@ -81,8 +75,8 @@ def _chat(turns: list[str]) -> list[str]:
     return turns
 
 
-def _readable(text: str) -> str:
-    """Returns a text that SentencePiece can read."""
+def _valid_text(text: str) -> str:
+    """Returns `text` unchanged if SentencePiece accepts it."""
     if "\0" in text:
         raise RejectedExample("NUL character")
     if not text.isascii():
@@ -94,10 +88,12 @@ def _readable(text: str) -> str:
 
 
 def turns_of_messages(messages: Any) -> list[str]:
-    """Returns user and assistant by turns; a system's text goes before the user's that follows.
+    """Returns alternating user and assistant turns.
+
+    A system message is prepended to the user message that follows it.
 
     Raises:
-      RejectedExample: they are no messages, or user and assistant do not take turns.
+      RejectedExample: `messages` is not a list of messages, or user and assistant do not alternate.
     """
     turns, system = [], []
     if not isinstance(messages, list):
@@ -107,7 +103,7 @@ def turns_of_messages(messages: Any) -> list[str]:
         if role == "system":
             system.append(content)
         elif role != ("user", "assistant")[len(turns) % 2]:
-            raise RejectedExample("user and assistant do not take turns")
+            raise RejectedExample("user and assistant do not alternate")
         else:
             turns.append("\n\n".join([*system, content]))
             system = []
@@ -119,10 +115,10 @@ def _role_and_content(message: Any) -> tuple[str, str]:
         (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     )
     if not isinstance(role, str) or not isinstance(content, str):
-        raise RejectedExample("a message whose role or content is no text")
-    return role, _readable(content)
+        raise RejectedExample("a message whose role or content is not a string")
+    return role, _valid_text(content)
 
 
 def tulu2(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """Leaves out the lines of Tulu 2 in which an assistant speaks of itself as Tulu."""
+    """Skips the lines of Tulu 2 in which the assistant calls itself Tulu."""
     return None if raw.get("dataset") == "hard_coded" else raw

@@ -1,27 +1,32 @@
-"""Files of lines, in blocks: read in one process, parsed in many; each line keeps its number."""
+"""JSONL files: read in blocks by one process, parsed by many; every line keeps its number."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import gzip
 import hashlib
 import json
-from typing import Any, BinaryIO
+import os
+from typing import Any, BinaryIO, Self
 import zlib
 
 from etils import epath
 
 from grit_jax.text.examples import RejectedExample
-from grit_jax.text.formats import Preprocess, kind_of_line
+from grit_jax.text.formats import Preprocess
+from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MEGABYTE = 2**20
-# A longer line is not an example, but a file that is not what its name says.
+# Longer lines mean that this is not really a JSONL file.
 MAX_LINE_BYTES = 16 * MEGABYTE
 LINE_TOO_LONG = f"line over {MAX_LINE_BYTES // MEGABYTE} MB"
 
+# A file or folder, or several.
+Paths = epath.PathLike | Sequence[epath.PathLike]
+
 
 class SourceError(ValueError):
-    """A dataset's files are missing or unreadable; the message names them and what to do."""
+    """A source of data is missing, unreadable or wrongly declared; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,9 @@ class Block:
     """Whole lines of a file.
 
     Attributes:
-      first_line: number of the first, counted from 1.
-      data: the lines; nothing where the only line is too long to be kept.
-      position: bytes of the stored file that have been read up to here.
+      first_line: number of the first line, counted from 1.
+      data: the lines; empty if the block is one line over `MAX_LINE_BYTES`.
+      position: bytes of the stored (maybe compressed) file read up to the end of the block.
     """
 
     first_line: int
@@ -39,9 +44,9 @@ class Block:
     position: int = 0
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yields each line that is not blank, with its number.
+        """Yields the number and the bytes of each line that is not blank.
 
-        A line that is too long is empty.
+        Lines over `MAX_LINE_BYTES` are yielded as empty.
         """
         if not self.data:
             yield self.first_line, b""
@@ -56,7 +61,7 @@ def read_blocks(path: epath.PathLike, block_bytes: int) -> Iterator[Block]:
     """Yields a .jsonl or .jsonl.gz file in blocks of about `block_bytes`.
 
     Raises:
-      SourceError: a compressed file is damaged, or the file cannot be read.
+      SourceError: the file cannot be read, or a compressed file is damaged.
     """
     last_line = 0
     try:
@@ -73,7 +78,15 @@ def read_blocks(path: epath.PathLike, block_bytes: int) -> Iterator[Block]:
 def split_blocks(
     stream: BinaryIO, block_bytes: int, position: Callable[[], int] = lambda: 0
 ) -> Iterator[Block]:
-    """Yields blocks of whole lines; of a line that is too long, only where it was."""
+    """Yields a stream in blocks of whole lines.
+
+    A line over `MAX_LINE_BYTES` becomes an empty block and is not held in memory.
+
+    Args:
+      stream: the lines.
+      block_bytes: approximate size of a block.
+      position: returns the value for `Block.position`.
+    """
     first_line, rest, is_skipping = 1, b"", False
     while chunk := stream.read(block_bytes):
         if is_skipping:
@@ -82,8 +95,8 @@ def split_blocks(
                 continue
             first_line, is_skipping = first_line + 1, False
         data = rest + chunk
-        whole = data.rfind(b"\n") + 1
-        data, rest = data[:whole], data[whole:]
+        end = data.rfind(b"\n") + 1
+        data, rest = data[:end], data[end:]
         if data:
             yield Block(first_line, data, position())
             first_line += data.count(b"\n")
@@ -95,17 +108,17 @@ def split_blocks(
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """Returns the object of a line.
+    """Returns the JSON object of a line.
 
     Raises:
-      RejectedExample: it is too long (empty, see `Block.lines`), or no JSON object.
+      RejectedExample: the line is too long (empty, see `Block.lines`) or not a JSON object.
     """
     if not line:
         raise RejectedExample(LINE_TOO_LONG)
     if b"\0" in line:
         raise RejectedExample("NUL character")
     try:
-        # A byte order mark begins many a file that comes from Windows.
+        # Files from Windows often begin with a byte order mark.
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise RejectedExample("invalid UTF-8") from None
@@ -117,10 +130,9 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def is_held_out(line: bytes, fraction: float, seed: int) -> bool:
-    """Says whether a line belongs to the held-out fraction: a keyed hash of its bytes decides.
+    """Returns whether a line belongs to the held-out fraction, by a keyed hash of its bytes.
 
-    So copies of a line are on one side, wherever they stand, and a line that is added to the file
-    changes nothing for the others.
+    Copies of a line therefore go to the same split, and adding a line moves no other line.
     """
     key = seed.to_bytes(8, "little", signed=True)
     digest = hashlib.blake2b(line.strip(), digest_size=8, key=key).digest()
@@ -129,19 +141,54 @@ def is_held_out(line: bytes, fraction: float, seed: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class JsonlFiles:
-    """A dataset in files of lines.
+    """The JSONL files of a dataset.
 
     Attributes:
-      files: those of each split, in their order.
-      preprocess: a function on each line's object, or None.
-      held_out: fraction of the lines of "train" that make the split "held_out".
-      seed: of the choice of these lines.
+      files: the files of each split, in order.
+      preprocess: function on the object of each line, or None.
+      held_out: fraction of the lines of "train" that forms the split "held_out".
+      seed: seed for choosing these lines.
     """
 
     files: Mapping[str, tuple[epath.Path, ...]]
     preprocess: Preprocess | None = None
     held_out: float = 0.0
     seed: int = 0
+
+    @classmethod
+    def find(
+        cls,
+        files: Paths | Mapping[str, Paths],
+        preprocess: Preprocess | None = None,
+        held_out: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """Returns the JSONL files in files and folders.
+
+        Args:
+          files: for each split a file or folder, or several; without splits, those of "train".
+          preprocess: function from a line's object to one in an accepted format, or to None to
+            skip the line.
+          held_out: fraction of the lines of "train" that forms the split "held_out".
+          seed: seed for choosing these lines.
+
+        Raises:
+          SourceError: a file or folder does not exist, or `held_out` is not a valid fraction.
+        """
+        by_split = files if isinstance(files, Mapping) else {"train": files}
+        if held_out and "held_out" in by_split:
+            raise SourceError("held_out: give a fraction of 'train' or files of its own, not both")
+        if not 0 <= held_out < 1:
+            raise SourceError(f"held_out={held_out}: give a fraction from 0 to below 1")
+        found = {
+            split: tuple(
+                file
+                for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)
+                for file in find_files(path)
+            )
+            for split, paths in by_split.items()
+        }
+        return cls(found, preprocess, held_out, seed)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -156,7 +203,7 @@ class JsonlFiles:
 
 
 def find_files(path: epath.PathLike) -> list[epath.Path]:
-    """Returns the .jsonl and .jsonl.gz files of a folder and its subfolders, or the file itself.
+    """Returns the JSONL files of a folder and its subfolders, or `path` itself if it is a file.
 
     Raises:
       SourceError: there are none.
@@ -183,7 +230,7 @@ def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def kind_of_files(files: Iterable[epath.Path], preprocess: Preprocess | None) -> str:
-    """Returns the kind of the first example in these files, "embedding" or "generative".
+    """Returns the name of the kind of the first example in these files.
 
     Raises:
       SourceError: no line is an example.
@@ -197,19 +244,19 @@ def kind_of_files(files: Iterable[epath.Path], preprocess: Preprocess | None) ->
                 if kind is not None:
                     return kind
                 first = first or f" (line {number}: {reason})"
+    formats = [form for kind in TEXT_KINDS.values() for form in kind.line_formats]
     raise SourceError(
-        f"{', '.join(map(str, files))}: not one line is an example{first}; a line is "
-        '{"query": ..., "pos": [...], "neg": [...]}, {"messages": [...]}, '
-        '{"text": [user, assistant, ...]} or {"text": "..."}'
+        f"{', '.join(map(str, files))}: no line is an example{first}; a line is one of "
+        f"{', '.join(formats)}"
     )
 
 
 def _kind_of_line(line: bytes, preprocess: Preprocess | None) -> tuple[str | None, str]:
-    """Returns the kind of a line's example, or None and what is wrong with the line."""
+    """Returns the kind of a line's example, or None and the reason."""
     try:
         raw = parse_line(line)
         raw = raw if preprocess is None else preprocess(raw)
-    except Exception as error:  # Of a single line it is reported when it is prepared.
+    except Exception as error:  # Preparing reports errors of single lines.
         return None, str(error)
     if raw is None:
         return None, "left out"

@@ -44,7 +44,8 @@ def tokenizer_path(name: str) -> Path:
     if package is None or not package.submodule_search_locations:
         raise FileNotFoundError(
             f"tokenizer {MISTRAL!r} comes with the package mistral-common: "
-            "pip install 'grit-jax[data]', or give the path of a tokenizer.model or tokenizer.json"
+            "pip install 'grit-jax[prepare]', or give the path of a tokenizer.model or "
+            "tokenizer.json"
         )
     return Path(package.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
 

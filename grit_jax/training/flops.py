@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from grit_jax.data.batch import Batch, PackedTexts
-from grit_jax.models import MixtralConfig, ModelConfig
+from grit_jax.models import ARCHITECTURES, ModelConfig
 
 # Dense bfloat16 operations a second and device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -56,6 +56,7 @@ def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float
     if batch.chats is not None:
         streams.append((batch.chats, True))
         num_targets = int(np.count_nonzero(batch.chats.mask) * _hosts(batch.chats))
+    flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
     of_weights = 2.0 * num_targets * config.hidden_size * config.vocab_size
     of_attention = 0.0
     for texts, causal in streams:
@@ -63,7 +64,7 @@ def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float
         visible = np.sum(lengths**2) / (2 if causal else 1)
         hosts = _hosts(texts)
         width = config.num_attention_heads * config.head_dim
-        of_weights += hosts * 2.0 * np.sum(lengths) * _weights_a_token(config)
+        of_weights += hosts * np.sum(lengths) * flops_per_token
         of_attention += hosts * 2.0 * 2.0 * visible * width * config.num_hidden_layers
     passes = 3.0 if config.lora is None else 2.0
     return float(passes * of_weights + 3.0 * of_attention)
@@ -72,13 +73,3 @@ def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float
 def _hosts(texts: PackedTexts) -> float:
     """Returns how many times this host's rows all rows are."""
     return (texts.num_rows or len(texts.tokens)) / len(texts.tokens)
-
-
-def _weights_a_token(config: ModelConfig) -> int:
-    """Returns the number of weights of all layers that a token is multiplied with."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    attention = 2 * D * H * (config.num_attention_heads + config.num_key_value_heads)
-    feed_forward = 3 * D * F
-    if isinstance(config, MixtralConfig):
-        feed_forward = feed_forward * config.num_experts_per_tok + D * config.num_local_experts
-    return config.num_hidden_layers * (attention + feed_forward)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch
-from grit_jax.models import Decoder, MixtralConfig
+from grit_jax.models import Decoder
 from grit_jax.objectives.router import load_balancing_loss
-from grit_jax.sharding import in_parts
+from grit_jax.sharding import microbatch
 from grit_jax.training.joint_loss import (
     LossConfig,
     batch_streams,
@@ -63,7 +63,7 @@ def chunked_value_and_grad(
       lay_out: lays a gradient on the mesh as the parameters are.
     """
     chunks = _divide(batch, config, num_chunks)
-    has_router = isinstance(model_of(trained).config, MixtralConfig) and batch.chats is not None
+    has_router = model_of(trained).config.has_experts and batch.chats is not None
     pooled, router = _sum_over(
         chunks, lambda chunk: _read(model_of(trained), chunk.batch, config, has_router)
     )
@@ -86,11 +86,11 @@ def chunked_value_and_grad(
         shares: dict[str, Array] = {}
         if chunk.batch.chats is not None and chunk.weights is not None:
             shares["generative_loss"] = generative_loss(
-                model, hidden[-1], chunk.batch.chats, chunk.weights
+                model, hidden["chats"], chunk.batch.chats, chunk.weights
             )
         if has_router:
             shares["router_loss"] = load_balancing_loss(
-                router.choices, statistics[-1].probabilities, router.tokens
+                router.choices, statistics["chats"].probabilities, router.tokens
             )
         loss = weighted_sum(shares, model, config)
         if chunk.batch.embedding is not None:
@@ -122,14 +122,14 @@ def _read(model: Decoder, batch: Batch, config: LossConfig, has_router: bool) ->
     pooled = None
     if batch.embedding is not None:
         pooled = pool_pairs(hidden, batch.embedding, config)
-    return pooled, statistics[-1] if has_router else None
+    return pooled, statistics["chats"] if has_router else None
 
 
 def _divide(batch: Batch, config: LossConfig, num_chunks: int) -> _Chunk:
     """Returns the batch as chunks: each array of rows [B, S] as [chunks, B / chunks, S]."""
 
     def divide(array: jax.Array) -> jax.Array:
-        return in_parts(array, num_chunks)
+        return microbatch(array, num_chunks)
 
     def whole(array: jax.Array) -> jax.Array:
         return jnp.broadcast_to(array, (num_chunks, *array.shape))

@@ -3,15 +3,15 @@
 Legend of dimensions: B rows, S positions, Q queries, P passages, D hidden.
 """
 
+from collections.abc import Mapping
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
 from grit_jax.fields import NonNegativeFloat
-from grit_jax.models import Decoder, MixtralConfig, RouterStatistics, Stream
+from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.next_token import (
@@ -88,8 +88,8 @@ def joint_loss(
         )
     if batch.chats is not None:
         weights = chat_weights(batch.chats, config)
-        parts["generative_loss"] = generative_loss(model, hidden[-1], batch.chats, weights)
-        if isinstance(router := statistics[-1], RouterStatistics):
+        parts["generative_loss"] = generative_loss(model, hidden["chats"], batch.chats, weights)
+        if router := statistics.get("chats"):
             parts["router_loss"] = load_balancing_loss(
                 router.choices, router.probabilities, router.tokens
             )
@@ -104,34 +104,33 @@ def weighted_sum(
     weights = {
         "embedding_loss": config.embedding_weight,
         "generative_loss": config.generative_weight,
+        "router_loss": model.config.router_aux_loss_coef,
     }
-    if isinstance(model.config, MixtralConfig):
-        weights["router_loss"] = model.config.router_aux_loss_coef
     return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
 
 
-def batch_streams(batch: Batch, embedding: EmbeddingSpec) -> list[Stream]:
-    """Returns what a batch has of queries, passages and chats, in this order."""
-    streams = []
+def batch_streams(batch: Batch, embedding: EmbeddingSpec) -> dict[str, Stream]:
+    """Returns the streams of a batch by name: "queries" and "passages", and "chats"."""
+    streams = {}
     if batch.embedding is not None:
-        streams.append(embedding.stream(batch.embedding.queries))
-        streams.append(embedding.stream(batch.embedding.passages))
+        streams["queries"] = embedding.stream(batch.embedding.queries)
+        streams["passages"] = embedding.stream(batch.embedding.passages)
     if batch.chats is not None:
         chats = batch.chats
-        streams.append(Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True))
+        streams["chats"] = Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True)
     return streams
 
 
 def pool_pairs(
-    hidden: list[jax.Array], batch: EmbeddingBatch, config: LossConfig
+    hidden: Mapping[str, Float[Array, "_ _ D"]], batch: EmbeddingBatch, config: LossConfig
 ) -> tuple[Float[Array, "Q D"], Float[Array, "P D"]]:
     """Returns the pooled hidden states of queries and passages; zeros for a text not in the rows.
 
     So the pooled texts of parts of a batch add up to those of the whole.
     """
     return (
-        config.embedding.pool(hidden[0], batch.queries),
-        config.embedding.pool(hidden[1], batch.passages),
+        config.embedding.pool(hidden["queries"], batch.queries),
+        config.embedding.pool(hidden["passages"], batch.passages),
     )
 
 

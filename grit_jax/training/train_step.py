@@ -254,6 +254,6 @@ def check_model_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
                 "device"
             )
     ways = mesh.shape["expert"]
-    if ways > 1 and not hasattr(config, "num_local_experts"):
+    if ways > 1 and not config.has_experts:
         raise MeshError(f"config.mesh.expert={ways} is for a Mixtral: leave it at 1")
-    check_sizes_fit_mesh(config, mesh)
+    check_sizes_fit_mesh(config.sharded_sizes(), mesh)

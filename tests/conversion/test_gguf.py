@@ -145,7 +145,7 @@ def test_weights_are_what_was_quantised_in_hugging_faces_order(tiny):
         for place, name in parameter.tensors():
             tensor = parameter.to_tensor(whole[place]).astype(np.float32)
             np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
-        first_output = len(parameter.stacked) + parameter.num_inputs
+        first_output = len(parameter.stack_shape) + parameter.num_inputs
         if first_output < len(index):  # The second half of the heads, or of other outputs.
             size = parameter.full_shape[first_output]
             half = slice(size // 2, size)

@@ -52,7 +52,7 @@ def test_any_part_that_a_mesh_may_ask_for(opened, data):
     model, expected = opened
     parameter = data.draw(st.sampled_from(model.parameters))
     index = []
-    first_of_matrix = len(parameter.stacked)
+    first_of_matrix = len(parameter.stack_shape)
     first_output = first_of_matrix + parameter.num_inputs
     for axis, size in enumerate(parameter.full_shape):
         # Of several axes that a matrix unfolds into, only the first is ever split.
@@ -75,7 +75,7 @@ def test_a_tensor_written_is_the_tensor_read(opened):
 
 def test_each_device_reads_its_own_part_of_the_weights(opened, monkeypatch):
     model, expected = opened
-    has_experts = len(model.parameters[-1].stacked) == 2
+    has_experts = len(model.parameters[-1].stack_shape) == 2
     mesh = make_mesh(fsdp=2, tensor=2, expert=2) if has_experts else make_mesh(fsdp=4, tensor=2)
     shapes = nnx.eval_shape(lambda: nnx.state(make_model(model.config, 0)))
     shardings = nnx.to_pure_dict(variable_shardings(shapes, mesh))

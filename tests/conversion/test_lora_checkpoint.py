@@ -102,7 +102,7 @@ def test_any_part_of_a_merged_parameter_is_that_part_of_the_whole(runs):
         split = {0, parameter.num_inputs}  # Of an array's inputs, and of its outputs, the first.
         index = tuple(
             slice(n // 2, n // 2 + max(n // 4, 1)) if axis < 0 or axis in split else slice(0, n)
-            for axis, n in enumerate(parameter.full_shape, start=-len(parameter.stacked))
+            for axis, n in enumerate(parameter.full_shape, start=-len(parameter.stack_shape))
         )
         np.testing.assert_allclose(model.read(parameter, index), whole[index], atol=1e-5)
 

@@ -18,7 +18,7 @@ import subprocess
 from documents import PAGES, ROOT, blocks_of
 import pytest
 
-from grit_jax.text.formats import kind_of_line, to_canonical
+from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
 # What is typed in the place of what is shown, and why.
 TYPED = {
@@ -64,7 +64,7 @@ def test_a_block_is_run_or_says_why_not(block):
     assert not block.mark or re.fullmatch(kinds, block.mark), block.mark
     if block.language == "json":
         for line in map(json.loads, block.text.splitlines()):
-            assert to_canonical(kind_of_line(line), line)
+            assert TEXT_KINDS[kind_of_line(line)].to_canonical(line)
     elif block.language == "sh":
         command = ["bash", "-n", "-c", block.text]
         checked = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,8 +12,8 @@ from experiments.check import LeakError, check_folder
 from experiments.datasets import DATASETS, SMALLEST_CORPUS
 from experiments.files import read_lines, write_lines
 from experiments.sources.debian import Debian
-from grit_jax.text.examples import EXAMPLE_MAKERS, TextOptions
-from grit_jax.text.formats import kind_of_line, to_canonical
+from grit_jax.text.examples import TextOptions
+from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -44,8 +44,8 @@ def test_every_dataset_has_both_sides_and_each_line_is_an_example(built):
     for lines in (*train.values(), *held_out.values()):
         assert lines
         for line in lines[:40]:
-            kind = kind_of_line(line)
-            example = EXAMPLE_MAKERS[kind](tokenizer, to_canonical(kind, line), options)
+            kind = TEXT_KINDS[kind_of_line(line)]
+            example = kind.tokenize(tokenizer, kind.to_canonical(line), options)
             assert all(text.mask.any() for text in example.texts)
 
 

@@ -53,7 +53,7 @@ def test_some_layers_are_those_layers(small_llama, tmp_path):
     for parameter, own in zip(whole.parameters, fewer.parameters, strict=True):
         everything = tuple(slice(0, size) for size in parameter.full_shape)
         values = whole.read(parameter, everything)
-        expected = values[[0, 3]] if parameter.stacked else values
+        expected = values[[0, 3]] if parameter.stack_shape else values
         part = tuple(slice(0, size) for size in own.full_shape)
         np.testing.assert_array_equal(fewer.read(own, part), expected)
 

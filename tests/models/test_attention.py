@@ -7,9 +7,9 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from grit_jax.models import AttentionError, Decoder, ModelConfig, Stream
-from grit_jax.models.attention import AttentionMask, attention
-from grit_jax.models.splash import largest_block
+from grit_jax import models
+from grit_jax.models import AttentionError, ModelConfig, Stream
+from grit_jax.models.attention import AttentionMask, attention, largest_block
 from grit_jax.sharding import make_mesh, partition_spec, variable_shardings
 
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 0]])
@@ -75,12 +75,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_what_a_token_sees(kind):
     expected = [[place == "x" for place in line.split()] for line in PICTURES[kind].split("\n")]
-    mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).mask()
+    mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).as_array()
     np.testing.assert_array_equal(mask[0], expected[1:-1])
 
 
 # ---- The kernel for TPUs ----
 
+IN_CACHE = np.ones((2, 256), np.int32)
 ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 4, 384, 4, 2, 8
 BLOCK = 128  # three a row
 WINDOW = 150
@@ -153,7 +154,7 @@ def test_splash_gives_the_numbers_and_gradients_of_xla(is_causal, sliding_window
         ({"is_causal": False}, True),
         ({"is_causal": True, "sliding_window": WINDOW}, True),
         ({"is_causal": False, "causal_query_mask": np.ones((2, 256), bool)}, False),
-        ({"is_causal": True, "cached": 2 * (np.ones((2, 256), np.int32),)}, False),
+        ({"is_causal": True, "key_segment_ids": IN_CACHE, "key_positions": IN_CACHE}, False),
         ({"is_causal": True, "length": 200}, False),
     ],
 )
@@ -184,8 +185,9 @@ TOKENS = np.arange(2 * 128, dtype=np.int32).reshape(2, 128) % 64
 
 
 def make_model(implementation, **fields):
-    config = ModelConfig(**SIZES | fields, attention_implementation=implementation)
-    return Decoder(config, rngs=nnx.Rngs(0))
+    return models.make_model(
+        ModelConfig(**SIZES | fields, attention_implementation=implementation), seed=0
+    )
 
 
 def hidden_and_gradients(model, tokens, mesh):
@@ -195,10 +197,12 @@ def hidden_and_gradients(model, tokens, mesh):
     weights = jax.random.normal(jax.random.key(0), (*tokens.shape, SIZES["hidden_size"]))
 
     def loss(state):
-        kinds = (False, True)
-        streams = [Stream(tokens, segment_ids, positions, is_causal) for is_causal in kinds]
+        streams = {
+            "bidirectional": Stream(tokens, segment_ids, positions, is_causal=False),
+            "causal": Stream(tokens, segment_ids, positions, is_causal=True),
+        }
         hidden, _ = nnx.merge(graph, state).forward_streams(streams)
-        return sum(jnp.sum(h * weights) for h in hidden), hidden
+        return sum(jnp.sum(h * weights) for h in hidden.values()), hidden
 
     with jax.set_mesh(mesh):
         if mesh.size > 1:
@@ -220,7 +224,8 @@ def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configur
 
 def read_partly_causal(model):
     ones = jnp.ones_like(TOKENS)
-    model.forward_streams([Stream(TOKENS, ones, TOKENS, is_causal=False, causal_tokens=ones > 0)])
+    stream = Stream(TOKENS, ones, TOKENS, is_causal=False, causal_query_mask=ones > 0)
+    model.forward_streams({"texts": stream})
 
 
 @pytest.mark.parametrize(

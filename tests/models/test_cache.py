@@ -114,10 +114,10 @@ def test_an_instruction_read_causally_and_its_text_bidirectionally_on_top():
     model = reference_values.load_model("mistral")
     tokens, mask = np.arange(3, 15)[None], np.arange(12)[None] >= 5
     texts = reference_values.packed_texts(tokens, np.ones_like(mask), mask)
-    (whole,), _ = model.forward_streams([EmbeddingSpec(attention="cbcc").stream(texts)])
+    hidden, _ = model.forward_streams({"texts": EmbeddingSpec(attention="cbcc").stream(texts)})
     instruction, cache = model(tokens[:, :5], cache=model.make_cache(1, 12))
     text, _ = model(tokens[:, 5:], is_causal=False, cache=cache)
-    assert_close(jnp.concatenate([instruction, text], axis=1), whole)
+    assert_close(jnp.concatenate([instruction, text], axis=1), hidden["texts"])
 
 
 def test_several_texts_in_a_row_stay_apart():

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import experts as experts_module
+from grit_jax.models import grouped_matmul as grouped_matmul_module, make_config, weights_of
 from grit_jax.models.experts import (
     EXPERT_UP_AXES,
     EXPERT_DOWN_AXES,
+    Experts,
     apply_experts,
     ragged_all_to_all_on_cpu,
-    grouped_matmul,
 )
-from grit_jax.models.mixtral import Experts, MixtralConfig
+from grit_jax.models.grouped_matmul import grouped_matmul
 from grit_jax.sharding import make_mesh, mesh_axes, partition_spec
 
 D, F, E, C = 16, 24, 8, 2
@@ -115,7 +115,8 @@ def test_eight_devices_do_what_a_loop_over_the_experts_does(axes):
 
 
 def test_a_mixtral_gives_padding_no_experts_work():
-    experts = Experts(MixtralConfig(**SIZES), rngs=nnx.Rngs(0))
+    config = make_config("mixtral", **SIZES)
+    experts = Experts(config, weights_of(config), "layers.feed_forward", rngs=nnx.Rngs(0))
     transform = jax.jit(lambda hidden, is_token: experts(hidden, is_token)[0])
     hidden = jax.random.normal(jax.random.key(0), (6, D))
     is_token = jnp.array([True, True, False, True, False, True])
@@ -156,8 +157,8 @@ def test_tpus_get_their_own_kernels():
 
 @pytest.mark.parametrize("num_rows", [128, 300, 640])
 def test_the_gradients_on_tpus_are_those_elsewhere(monkeypatch, num_rows):
-    interpreted = functools.partial(experts_module.tgmm, interpret=True)
-    monkeypatch.setattr(experts_module, "tgmm", interpreted)
+    interpreted = functools.partial(grouped_matmul_module.tgmm, interpret=True)
+    monkeypatch.setattr(grouped_matmul_module, "tgmm", interpreted)
     random = np.random.default_rng(num_rows)
     sizes = jnp.array([num_rows // 3, 0, num_rows // 2, 1, 0], jnp.int32)  # Some rows are left.
     rows, gradient = random.normal(size=(num_rows, 24)), random.normal(size=(num_rows, 40))
@@ -165,8 +166,8 @@ def test_the_gradients_on_tpus_are_those_elsewhere(monkeypatch, num_rows):
     inputs = [jnp.asarray(array, jnp.float32) for array in (rows, weights, gradient)]
     inputs.insert(2, sizes)
     inputs[0] = inputs[0].at[int(sizes.sum()) :].set(jnp.nan)  # Nothing is in them.
-    ours = experts_module._ragged_gradients(*inputs)
-    theirs = experts_module._block_gradients(*inputs)
+    ours = grouped_matmul_module._ragged_gradients(*inputs)
+    theirs = grouped_matmul_module._block_gradients(*inputs)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 

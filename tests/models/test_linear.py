@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import LoraConfig, ModelConfig, MixtralConfig, make_model
+from grit_jax.models import LoraConfig, ModelConfig, lora_layers, make_config, make_model, weights_of
+from grit_jax.models.weights import linear_layers
 
 SIZES = {
     "vocab_size": 32,
@@ -24,7 +25,7 @@ SIZES = {
 LORA = LoraConfig(rank=3, alpha=6.0, targets="*")
 CONFIGS = [
     ModelConfig(**SIZES, lora=LORA),
-    MixtralConfig(**SIZES, lora=LORA, num_local_experts=4, router_aux_loss_coef=0.5),
+    make_config("mixtral", **SIZES, lora=LORA, num_local_experts=4, router_aux_loss_coef=0.5),
 ]
 ATTENTION = ["attention.query", "attention.key", "attention.value", "attention.output"]
 FEED_FORWARD = ["feed_forward.gate", "feed_forward.up", "feed_forward.down"]
@@ -73,7 +74,7 @@ def test_an_adapted_model_is_the_one_with_the_updates_added_to_its_weights(confi
     plain = dataclasses.replace(config, lora=None)
     parameters = initial(config)
     unmade = {path: leaf for path, leaf in parameters.items() if path[-1] == "b"}
-    assert len(unmade) == len(config.linear_layers)
+    assert len(unmade) == len(linear_layers(weights_of(config)))
     # Before the first step there is no update, and all else is what it is without.
     assert not any(leaf.any() for leaf in unmade.values())
     for path, leaf in initial(plain).items():
@@ -119,13 +120,13 @@ def test_the_layers_that_can_be_adapted_are_all_matrices_of_a_decoder_layer(conf
     plain = dataclasses.replace(config, lora=None)
     layers = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make_model(plain, 0))))["layers"]
     matrices = {".".join(path) for path, leaf in flatten_dict(layers).items() if leaf.ndim > 2}
-    assert matrices == set(config.linear_layers)
+    assert matrices == set(linear_layers(weights_of(config)))
 
 
 @pytest.mark.parametrize(
     ("targets", "chosen"),
     [
-        ("*", [*ATTENTION, *FEED_FORWARD, "feed_forward.router"]),
+        ("*", [*ATTENTION, "feed_forward.router", *FEED_FORWARD]),
         ("attention.*", ATTENTION),
         ("feed_forward.up, attention.[qv]*", [ATTENTION[0], ATTENTION[2], "feed_forward.up"]),
         ("*.output,attention.output", ["attention.output"]),
@@ -133,8 +134,8 @@ def test_the_layers_that_can_be_adapted_are_all_matrices_of_a_decoder_layer(conf
 )
 def test_patterns_choose_layers(targets, chosen):
     lora = LoraConfig(rank=1, alpha=1.0, targets=targets)
-    config = MixtralConfig(**SIZES, num_local_experts=4, lora=lora)
-    assert lora.targeted(config.linear_layers) == chosen
+    config = make_config("mixtral", **SIZES, num_local_experts=4, lora=lora)
+    assert lora_layers(config) == chosen
     layers = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make_model(config, 0))))["layers"]
     adapted = {
         f"{path[0]}.{path[1].removesuffix('_lora')}"
@@ -147,6 +148,6 @@ def test_patterns_choose_layers(targets, chosen):
 @pytest.mark.parametrize("targets", ["attention.qery", "attention.*,mlp.*", "", "query"])
 def test_a_pattern_that_matches_nothing_names_the_layers_that_there_are(targets):
     with pytest.raises(ValueError, match="matches no linear layer") as error:
-        ModelConfig(**SIZES, lora=LoraConfig(rank=1, alpha=1.0, targets=targets))
+        make_config("mistral", **SIZES, lora=LoraConfig(rank=1, alpha=1.0, targets=targets))
     assert ", ".join([*ATTENTION, *FEED_FORWARD]) in str(error.value)
     assert targets.split(",")[-1] in str(error.value)

@@ -75,7 +75,7 @@ def test_long_inputs_with_and_without_the_window(architecture, name):
 @pytest.mark.parametrize(("reduction", "factor"), [("mixed", 1.0), ("token", 0.003)])
 def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
     values, model = reference
-    is_mixtral = hasattr(model.config, "num_local_experts")
+    is_mixtral = model.config.has_experts
     config = LossConfig(
         # In the Mixtral files both variants are sums over tokens divided by rows.
         generative_reduction="token" if is_mixtral else reduction,
@@ -104,7 +104,7 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
 
 def test_five_steps_of_adamw(reference):
     values, model = reference
-    is_mixtral = hasattr(model.config, "num_local_experts")
+    is_mixtral = model.config.has_experts
     loss_config = LossConfig(generative_reduction="token" if is_mixtral else "mixed")
     optimizer = make_optimizer(
         lambda step: 1e-3 * (10 - step) / 10,

@@ -1,4 +1,4 @@
-"""Preparing: a user's own datasets become folders that are whole, or are not there."""
+"""Preparing: a user's own datasets become folders that are complete or absent."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from command_line import (
     MAIN,
     ROOT,
     assert_fails_in_one_line,
-    grit_jax,
+    grit_jax_in_process,
     run_python,
     with_full_disk,
 )
@@ -25,21 +25,18 @@ from grit_jax.text.tokenizer import Tokenizer
 MODULE = """
 from pathlib import Path
 
-import seqio
-
-from grit_jax.prepare.seqio_tasks import add_task, jsonl_source
+from grit_jax.prepare.datasets import add_dataset, add_mixture
 
 FOLDER = Path(__file__).parent
 
 
-def task(name, kind):
-    return add_task(name, kind, jsonl_source(kind, {"train": FOLDER / f"{name}.jsonl"}))
+def dataset(name, kind):
+    return add_dataset(name, kind, {"train": FOLDER / f"{name}.jsonl"})
 
 
-PAIRS, MORE = task("pairs", "embedding"), task("more", "embedding")
-seqio.MixtureRegistry.add("mine", [(PAIRS, 0.75), (MORE, 0.25)])
-seqio.MixtureRegistry.add("my_chats", [(task("chats", "generative"), 1.0)])
-seqio.MixtureRegistry.add("useless", [(task("useless_pairs", "embedding"), 1.0)])
+add_mixture("mine", {dataset("pairs", "embedding"): 0.75, dataset("more", "embedding"): 0.25})
+add_mixture("my_chats", {dataset("chats", "generative"): 1.0})
+add_mixture("useless", {dataset("useless_pairs", "embedding"): 1.0})
 """
 
 
@@ -88,7 +85,7 @@ def prepared(project):
     output = project / "prepared"
     names = ("mine", "my_chats", "--module", "my_datasets", "--output", output)
     lengths = ("--query-length", 40, "--passage-length", 16, "--chat-length", 48)
-    finished = grit_jax("prepare", *names, *lengths, "--max-rejected", 1, cwd=project)
+    finished = grit_jax_in_process("prepare", *names, *lengths, "--max-rejected", 1, cwd=project)
     assert finished.returncode == 0, finished.stderr
     return output
 
@@ -120,13 +117,13 @@ def test_rejects_are_counted_by_their_reason(prepared):
     assert manifest["rejected"] == {
         "empty text": 2,
         "no positive": 1,
-        "instruction alone is over the length": 1,
+        "instruction alone is too long": 1,
     }
     assert manifest["count"] == 3
     chats = json.loads((prepared / "chats" / "train" / "manifest.json").read_text())
     assert chats["rejected"] == {
         "a chat without an answer": 1,
-        "prompt alone is over the length": 1,
+        "prompt alone is too long": 1,
     }
     assert chats["count"] == 2
 
@@ -169,21 +166,21 @@ def test_the_embedded_sample_loses_no_example(prepared_sample):
 
 
 def test_an_unknown_mixture_is_named_beside_those_there_are(project, tmp_path):
-    finished = grit_jax("prepare", "nonsense", "--output", tmp_path / "out", cwd=project)
+    finished = grit_jax_in_process("prepare", "nonsense", "--output", tmp_path / "out", cwd=project)
     assert_fails_in_one_line(finished, "'nonsense'", "sample_chat", "sample_embedding")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_module_that_is_not_there_is_named(project, tmp_path):
     names = ("mine", "--module", "my_datasetz.mine", "--output", tmp_path / "out")
-    finished = grit_jax("prepare", *names, cwd=project)
+    finished = grit_jax_in_process("prepare", *names, cwd=project)
     assert_fails_in_one_line(finished, "my_datasetz")
     assert "pip install" not in finished.stderr, "no package of that name is to be had"
 
 
 def test_a_dataset_of_which_nothing_can_be_used_is_named(project, tmp_path):
     names = ("useless", "--module", "my_datasets", "--output", tmp_path / "out")
-    finished = grit_jax("prepare", *names, cwd=project)
+    finished = grit_jax_in_process("prepare", *names, cwd=project)
     assert_fails_in_one_line(finished, "useless_pairs/train", "not one of 2 examples")
     assert not list(tmp_path.rglob("*.json"))
 
@@ -231,22 +228,22 @@ def test_a_full_disk_is_named_in_one_line(project, tmp_path):
     assert_fails_in_one_line(finished, f"{tmp_path}/out cannot be written", "File too large")
 
 
-WRITE_PART = """
+WRITE_SHARD = """
 from pathlib import Path
 import numpy as np
 from grit_jax.text.examples import ChatExample, Text
-from grit_jax.prepare.writing import write_part
+from grit_jax.prepare.writing import write_shard
 
 tokens = np.random.default_rng(0).integers(2**16, size=10_000).astype(np.int32)
 try:
-    write_part(Path("shards"), 0, [ChatExample(Text(tokens, tokens > 0))])
+    write_shard(Path("shards"), 0, [ChatExample(Text(tokens, tokens > 0))])
 except OSError as error:
     print(error)
 """
 
 
 def test_a_shard_for_which_the_disk_has_no_room_is_an_error_of_the_system(tmp_path):
-    finished = run_python(with_full_disk(WRITE_PART, 10_000), cwd=tmp_path)
+    finished = run_python(with_full_disk(WRITE_SHARD, 10_000), cwd=tmp_path)
     assert "File too large; writing shards/examples-00000" in finished.stdout, finished.stderr
 
 
@@ -315,12 +312,42 @@ def test_a_dataset_without_held_out_examples_is_left_out_there(tmp_path):
         load_mixture(tmp_path, "talk", "held_out", "generative", "generative")
 
 
-def test_a_process_that_tokenises_loads_neither_tensorflow_nor_jax():
-    script = "import sys, grit_jax.prepare.worker; print(*sys.modules)"
-    finished = run_python(script, cwd=ROOT)
+PREPARES = """
+import sys
+from grit_jax.cli import main
+
+main(["prepare", "more.jsonl", "sample_chat", "--output", sys.argv[1], "--processes", "1"])
+import grit_jax.prepare.worker
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def test_preparing_files_and_the_sample_loads_neither_jax_nor_tensorflow(project, tmp_path):
+    finished = run_python(PREPARES, tmp_path / "out", cwd=project)
     assert finished.returncode == 0, finished.stderr
-    loaded = {name.partition(".")[0] for name in finished.stdout.split()}
-    assert not loaded & {"tensorflow", "seqio", "jax", "flax", "grain"}
+    written = {path.name for path in (tmp_path / "out").glob("*.json")}
+    assert written == {"more.json", "sample_chat.json"}
+    loaded = set(finished.stdout.splitlines()[-1].split())
+    assert {"grit_jax", "sentencepiece"} <= loaded
+    assert not loaded & {"jax", "flax", "grain", "tensorflow", "tensorflow_datasets", "seqio"}
+
+
+WITHOUT_SEQIO = """
+import sys
+from grit_jax.cli import main
+
+sys.modules["seqio"] = sys.modules["tensorflow"] = None  # Importing them fails.
+main(["prepare", *sys.argv[1:]])
+"""
+
+
+def test_without_seqio_only_what_needs_it_is_refused(project, tmp_path):
+    arguments = ("--output", tmp_path / "out", "--processes", 1)
+    mine = ("my_chats", "--module", "my_datasets", "--max-rejected", 1)
+    finished = run_python(WITHOUT_SEQIO, *mine, *arguments, cwd=project)
+    assert finished.returncode == 0, finished.stderr
+    finished = run_python(WITHOUT_SEQIO, "squad_embedding", *arguments, cwd=project)
+    assert_fails_in_one_line(finished, "needs the package seqio: pip install 'grit-jax[data]'")
 
 
 def test_training_never_loads_tensorflow(tmp_path):

@@ -1,5 +1,6 @@
-"""Preparing what strangers have: folders of lines, damaged files, collections, TFDS, other runs."""
+"""Preparing what users have: folders of files, damaged files, collections, TFDS, other runs."""
 
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from command_line import (
     assert_fails_in_one_line,
     environment,
     grit_jax,
+    grit_jax_in_process,
     run_python,
 )
 import pytest
@@ -50,7 +52,7 @@ def queries(dataset):
 
 
 def prepare(*arguments, cwd):
-    finished = grit_jax("prepare", *arguments, cwd=cwd)
+    finished = grit_jax_in_process("prepare", *arguments, cwd=cwd)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -60,8 +62,8 @@ def prepare(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A stranger's files, and what became of them with a tenth held out."""
-    folder = tmp_path_factory.mktemp("stranger")
+    """A user's files, prepared with a tenth held out."""
+    folder = tmp_path_factory.mktemp("user")
     strings = [{"query": f"word {n}", "pos": [f"sense {n}"], "neg": ["no"]} for n in range(40)]
     write_lines(folder / "My data" / "news & views.jsonl", [pair(n) for n in range(400)])
     write_lines(folder / "My data" / "deep" / "strings.jsonl.gz", strings)
@@ -187,10 +189,10 @@ DAMAGE = {
     "'neg' is neither a text nor [instruction, text]": b'{"query": "x", "pos": ["y"], "neg": [2]}',
     "no positive": b'{"query": "x", "pos": []}',
     "empty text": b'{"query": "", "pos": ["x"]}',
-    "instruction alone is over the length": json.dumps(
+    "instruction alone is too long": json.dumps(
         {"query": ["word " * 300, "x"], "pos": ["y"]}
     ).encode(),
-    "a chat among those of the other kind": b'{"text": ["u", "a"]}',
+    "a chat, not an embedding example": b'{"text": ["u", "a"]}',
     "invalid UTF-8": b'{"query": "\xff\xfe", "pos": ["x"]}',
     "NUL character": b'{"query": "a\0b", "pos": ["x"]}',
     "half of a surrogate pair": b'{"query": "\\ud83d", "pos": ["x"]}',
@@ -210,8 +212,7 @@ def damaged_file(path, good_lines):
 @pytest.mark.slow
 def test_every_kind_of_damage_costs_its_line_and_is_reported(tmp_path):
     damaged_file(tmp_path / "pairs.jsonl", 200)
-    finished = grit_jax("prepare", "pairs.jsonl", "--output", "out", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
+    report = prepare("pairs.jsonl", "--output", "out", cwd=tmp_path)
     dataset = PreparedDataset(tmp_path / "out", "pairs", "train")
     assert queries(dataset) == [f"query {number}" for number in range(200 + len(DAMAGE))]
     assert dataset.manifest.rejected == dict.fromkeys(DAMAGE, 1)
@@ -220,7 +221,7 @@ def test_every_kind_of_damage_costs_its_line_and_is_reported(tmp_path):
     stored = (tmp_path / "out" / "pairs" / "train" / "rejected.jsonl").read_text().splitlines()
     assert {line["reason"]: line["line"] for line in map(json.loads, stored)} == lines
     for reason, line in lines.items():
-        assert f"1 {reason} (pairs.jsonl:{line})" in finished.stdout
+        assert f"1 {reason} (pairs.jsonl:{line})" in report
 
 
 @pytest.mark.slow
@@ -228,7 +229,7 @@ def test_more_damage_than_allowed_fails_in_one_line_and_leaves_nothing(tmp_path)
     damaged_file(tmp_path / "pairs.jsonl", 5)
     write_lines(tmp_path / "language=en" / "fine.jsonl", [pair(1)])
     sources = ("pairs.jsonl", "language=en/fine.jsonl")
-    finished = grit_jax("prepare", *sources, "--output", "out", cwd=tmp_path)
+    finished = grit_jax_in_process("prepare", *sources, "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "out/pairs/train", "14 of 33", "--max-rejected", ":6")
     assert len(PreparedDataset(tmp_path / "out", "fine", "train")) == 1
     assert (tmp_path / "out" / "fine.json").exists()
@@ -242,112 +243,76 @@ def test_a_damaged_archive_and_a_file_of_something_else_are_named(tmp_path):
     write_lines(tmp_path / "cut" / "a.jsonl.gz", [pair(n) for n in range(2000)])
     content = (tmp_path / "cut" / "a.jsonl.gz").read_bytes()
     (tmp_path / "cut" / "a.jsonl.gz").write_bytes(content[: len(content) // 2])
-    finished = grit_jax("prepare", "cut", "--output", "out", cwd=tmp_path)
+    finished = grit_jax_in_process("prepare", "cut", "--output", "out", cwd=tmp_path)
     assert_fails_in_one_line(finished, "a.jsonl.gz, after line")
     assert not list((tmp_path / "out").rglob("manifest.json"))
     write_lines(tmp_path / "other.jsonl", [{"title": "x"}])
-    finished = grit_jax("prepare", "other.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "other.jsonl", "not one line is an example")
+    finished = grit_jax_in_process("prepare", "other.jsonl", "--output", "out", cwd=tmp_path)
+    assert_fails_in_one_line(finished, "other.jsonl", "no line is an example")
 
 
 @pytest.mark.slow
 def test_collections_without_a_folder_and_names_already_taken_are_explained(tmp_path):
-    finished = grit_jax("prepare", "medi2", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "medi2=FOLDER")
-    long = ["--tokenizer", "long" * 99]
-    finished = grit_jax("prepare", "sample_chat", "--output", "out", *long, cwd=tmp_path)
-    assert_fails_in_one_line(finished, "OSError", "too long")
     write_lines(tmp_path / "a.jsonl", [pair(1)])
-    finished = grit_jax("prepare", "sample_chat=a.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "there is a mixture 'sample_chat' already")
     write_lines(tmp_path / "squad.jsonl", [pair(1)])
-    finished = grit_jax("prepare", "squad.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "there is a dataset 'squad' already", "=squad.jsonl")
-    finished = grit_jax("prepare", "tokenizers=a.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "no dataset can be called 'tokenizers'")
-    finished = grit_jax("prepare", "nowhere/at_all", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "nowhere/at_all: no such file or folder")
-    finished = grit_jax("prepare", "a.jsonl", "--held-out", 1.5, "--output", "out", cwd=tmp_path)
+    write_lines(tmp_path / "deep" / "a.jsonl", [pair(2)])
+    for sources, *named in (
+        (["medi2"], "medi2=FOLDER"),
+        (["sample_chat", "--tokenizer", "long" * 99], "OSError", "too long"),
+        (["sample_chat=a.jsonl"], "there is a mixture 'sample_chat' already"),
+        (["squad.jsonl"], "there is a dataset 'squad' already", "=squad.jsonl"),
+        (["a.jsonl", "deep/a.jsonl"], "two sources are both called 'a'", "OTHER_NAME="),
+        (["tokenizers=a.jsonl"], "no dataset can be called 'tokenizers'"),
+        (["nowhere/at_all"], "nowhere/at_all: no such file or folder"),
+    ):
+        finished = grit_jax_in_process("prepare", *sources, "--output", "out", cwd=tmp_path)
+        assert_fails_in_one_line(finished, *named)
+    options = ("--held-out", 1.5, "--output", "out")
+    finished = grit_jax_in_process("prepare", "a.jsonl", *options, cwd=tmp_path)
     assert finished.returncode == 2 and "1.5 is not between 0 and 1" in finished.stderr
     assert not (tmp_path / "out").exists()
 
 
 # ---- Again ----
 
-AGAIN = """
-import json, sys
-import seqio
-from grit_jax.prepare.prepare import prepare_mixtures
-from grit_jax.text.examples import TextOptions
-from grit_jax.text.tokenizer import Tokenizer
 
-for line in sys.stdin:
-    tokenizer, length, redo = json.loads(line)
-    options = TextOptions(query_length=length)
-    prepare_mixtures(["a.jsonl", "b.jsonl"], [], "out", Tokenizer(tokenizer), options, redo=redo)
-    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-        for name in "ab":
-            registry.remove(name)
-    print("end", flush=True)
-"""
-
-
-@pytest.fixture
-def again(tmp_path):
-    """A function that prepares two files with a tokenizer and a length, and returns the report."""
-    command = [sys.executable, "-c", AGAIN]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as running:
-
-        def run(tokenizer, length, redo=False):
-            print(json.dumps([tokenizer, length, redo]), file=running.stdin, flush=True)
-            report = ""
-            for line in running.stdout:
-                if line == "end\n":
-                    return report
-                report += line
-            raise AssertionError(f"it ended with an error: {report}")
-
-        yield run
-        running.stdin.close()
+def prepare_again(folder, tokenizer, length, *options):
+    """Prepares two files, and returns the report."""
+    options = ("--tokenizer", tokenizer, "--query-length", length, "--processes", 1, *options)
+    return prepare("a.jsonl", "b.jsonl", "--output", "out", *options, cwd=folder)
 
 
 @pytest.mark.slow
-def test_only_what_has_changed_is_made_again(tmp_path, again):
+def test_only_what_has_changed_is_prepared_again(tmp_path):
     def shards():
         return {path: path.stat().st_ino for path in (tmp_path / "out").rglob("*.arrayrecord")}
 
+    again = functools.partial(prepare_again, tmp_path)
     write_lines(tmp_path / "a.jsonl", [pair(n) for n in range(10)])
     write_lines(tmp_path / "b.jsonl", [pair(n) for n in range(10)])
     again("mistral", 64)
     first = shards()
     (tmp_path / "a.jsonl").touch()
-    assert again("mistral", 64).splitlines() == ["out/a: there already", "out/b: there already"]
+    report = ["out/a: up to date", "out/b: up to date", "out: prepared a, b"]
+    assert again("mistral", 64).splitlines() == report
     assert shards() == first
 
     write_lines(tmp_path / "b.jsonl", [pair(n) for n in range(11)])
     report = again("mistral", 64)
-    assert "out/a: there already" in report and "out/b: made again (changed source)" in report
+    assert "out/a: up to date" in report and "out/b: prepared again (changed source)" in report
     assert len(PreparedDataset(tmp_path / "out", "b", "train")) == 11
     assert json.loads((tmp_path / "out" / "b.json").read_text())["rates"] == {"b": 11}
-    assert "out/a: made again (changed options)" in again("mistral", 65)
+    assert "out/a: prepared again (changed options)" in again("mistral", 65)
 
     write_sentencepiece(tmp_path, 300, byte_fallback=True)
-    assert "out/a: made again (changed tokenizer)" in again("other.model", 65)
+    assert "out/a: prepared again (changed tokenizer)" in again("other.model", 65)
     (tmp_path / "out" / "a" / "train" / "lengths.npz").unlink()
     report = again("other.model", 65)
-    assert "out/a: made again (incomplete)" in report and "out/b: there already" in report
-    assert "there already" not in again("other.model", 65, redo=True)
+    assert "out/a: prepared again (incomplete)" in report and "out/b: up to date" in report
+    assert "up to date" not in again("other.model", 65, "--redo")
 
     tokenizer = Tokenizer(str(write_tokenizer(tmp_path, "smollm")))
-    assert "out/b: made again (changed tokenizer)" in again("tokenizer.json", 65)
+    assert "out/b: prepared again (changed tokenizer)" in again("tokenizer.json", 65)
     dataset = PreparedDataset(tmp_path / "out", "b", "train")
     assert dataset.manifest.tokenizer == {
         "name": "tokenizer.json",
@@ -359,7 +324,7 @@ def test_only_what_has_changed_is_made_again(tmp_path, again):
     }
     query = dataset.read([0])[0].query
     assert tokenizer.decode(query.tokens[query.mask].tolist()) == "query 0"
-    # It is kept beside the data, which may be used elsewhere.
+    # It is saved with the data, which may be used on another machine.
     for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"):
         path.unlink()
     kept = load_saved_tokenizer(dataset)
@@ -369,8 +334,7 @@ def test_only_what_has_changed_is_made_again(tmp_path, again):
 KILLING = """
 import os, signal, time
 from pathlib import Path
-import seqio
-from grit_jax.prepare.seqio_tasks import add_task, jsonl_source
+from grit_jax.prepare.datasets import add_dataset, add_mixture
 
 
 def kill(raw):
@@ -395,8 +359,8 @@ def fails(raw):
 PREFIX = "Another instruction"
 for function in (kill, wait, fails):
     name = function.__name__
-    add_task(name, "embedding", jsonl_source("embedding", "pairs.jsonl", preprocess=function))
-    seqio.MixtureRegistry.add(name, [(name, 1.0)])
+    add_dataset(name, "embedding", "pairs.jsonl", preprocess=function)
+    add_mixture(name, {name: 1.0})
 """
 
 
@@ -429,7 +393,7 @@ def test_a_run_that_is_killed_leaves_no_process_and_nothing_that_looks_prepared(
     ) as running:
         workers = wait_for(lambda: list(killing.glob("worker-*")))
         finished = grit_jax("prepare", "pairs.jsonl", "--output", "out", cwd=killing)
-        assert_fails_in_one_line(finished, "another grit-jax prepare is at work")
+        assert_fails_in_one_line(finished, "another grit-jax prepare is running")
         running.send_signal(signal.SIGKILL)
     for worker in workers:
         pid = int(worker.name.removeprefix("worker-"))
@@ -534,12 +498,23 @@ seqio.MixtureRegistry.add("numbers", [("numbers", 1.0)])
 '''
 
 
+PREPARE_TWICE = """
+import sys
+from grit_jax.cli import main
+
+for _ in range(2):
+    main(["prepare", *sys.argv[1:]])
+"""
+
+
 @pytest.mark.slow
 def test_any_seqio_source_is_prepared_a_tfds_dataset_among_them(tmp_path):
     (tmp_path / "questions.py").write_text(QUESTIONS)
     write_lines(tmp_path / "pairs.jsonl", [pair(n) for n in range(10)])
-    arguments = ("questions", "numbers", "--module", "questions", "--output", "out")
-    prepare(*arguments, cwd=tmp_path)
+    sources = ("questions", "numbers", "--module", "questions")
+    finished = run_python(PREPARE_TWICE, *sources, "--output", "out", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("up to date") == 3
     rates = load_mixture(tmp_path / "out", "questions", "train", "embedding", "x")
     assert {dataset.name: rate for dataset, rate in rates.items()} == {"questions": 5, "lines": 3}
     (held_out,) = load_mixture(tmp_path / "out", "questions", "held_out", "embedding", "x")
@@ -553,14 +528,14 @@ def test_any_seqio_source_is_prepared_a_tfds_dataset_among_them(tmp_path):
     assert example.negatives == []
     numbers = PreparedDataset(tmp_path / "out", "numbers", "train")
     assert [learned(e.chat) for e in numbers.read([0, 4_099, 4_999])] == ["0", "8198", "9998"]
-    assert prepare(*arguments, cwd=tmp_path).count("there already") == 3
     with (tmp_path / "questions.py").open("a") as file:
         file.write("# A change.\n")
     module = (tmp_path / "questions.py").read_text().replace('"train",', '"train[:4]",')
     (tmp_path / "questions.py").write_text(module)
-    report = prepare(*arguments, cwd=tmp_path)
-    assert "numbers: made again (changed source)" in report
-    assert "questions: made again (changed source)" in report
+    finished = grit_jax("prepare", *sources, "--output", "out", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "numbers: prepared again (changed source)" in finished.stdout
+    assert "questions: prepared again (changed source)" in finished.stdout
     assert len(PreparedDataset(tmp_path / "out", "questions", "train")) == 4
 
 
@@ -569,7 +544,6 @@ import json
 import seqio
 import tensorflow_datasets as tfds
 from grit_jax.prepare import seqio_tasks as tasks
-from grit_jax.prepare.sources import source_of
 
 tasks.add_task("lines", "embedding", tasks.jsonl_source("embedding", "pairs.jsonl", held_out=0.3))
 task = seqio.TaskRegistry.get("lines")
@@ -587,7 +561,7 @@ with tfds.testing.mock_data(num_examples=3):
 found["files"] = sorted(url.rpartition("/")[2] for url in tfds.builder("squad").url_infos)
 try:
     tasks.add_task("both", "embedding", tasks.jsonl_source("embedding", "pairs.jsonl"), [print])
-    source_of(seqio.TaskRegistry.get("both"))
+    tasks.dataset_of_task(seqio.TaskRegistry.get("both"))
 except tasks.SourceError as error:
     found["error"] = str(error)
 print(json.dumps(found))

@@ -19,10 +19,8 @@ from grit_jax.text.examples import (
     chat_text,
     embedding_example,
     embedding_text,
-    from_bytes,
-    to_bytes,
 )
-from grit_jax.text.formats import to_canonical
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
 
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
@@ -94,14 +92,14 @@ def test_a_plain_text_has_the_ids_of_the_original_between_begin_and_end(tokenize
     case = COLLATION["cases"]["plain"]
     for row, sample in enumerate(case["samples"]):
         own = unpadded(case["batch"]["generative"], row)
-        raw = to_canonical("generative", {"text": sample[2]})
+        raw = TEXT_KINDS["generative"].to_canonical({"text": sample[2]})
         ours = chat_example(tokenizer, raw, TextOptions(chat_length=64)).chat
         assert ours.tokens.tolist() == [tokenizer.bos_id, *own, tokenizer.eos_id]
         assert ours.mask.tolist() == [False] + [True] * (len(own) + 1)
     cut = chat_example(tokenizer, raw, TextOptions(chat_length=2)).chat
     assert cut.tokens.tolist() == [tokenizer.bos_id, own[0]]
     with pytest.raises(RejectedExample, match="empty text"):
-        chat_example(tokenizer, to_canonical("generative", {"text": " "}), TextOptions())
+        chat_example(tokenizer, TEXT_KINDS["generative"].to_canonical({"text": " "}), TextOptions())
 
 
 def test_the_originals_labels_can_be_asked_for(tokenizer):
@@ -215,11 +213,11 @@ def assert_same(one, other):
 @given(texts, strategies.lists(texts, min_size=1, max_size=3), strategies.lists(texts, max_size=3))
 def test_records_give_back_their_example(query, positives, negatives):
     example = EmbeddingExample(query, positives, negatives)
-    restored = from_bytes(to_bytes(example))
+    restored = EmbeddingExample.from_bytes(example.to_bytes())
     assert isinstance(restored, EmbeddingExample)
     assert len(restored.positives) == len(positives)
     assert_same(example, restored)
-    chat = from_bytes(to_bytes(ChatExample(query)))
+    chat = ChatExample.from_bytes(ChatExample(query).to_bytes())
     assert isinstance(chat, ChatExample)
     assert_same(ChatExample(query), chat)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
-from grit_jax.text.formats import kind_of_line, to_canonical, tulu2
+from grit_jax.text.formats import tulu2
+from grit_jax.text.kinds import EMBEDDING, GENERATIVE, TEXT_KINDS, kind_of_line
 
 PAIR = {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["i", "n"]]}
 
@@ -13,12 +14,12 @@ def message(role, content):
 
 
 def test_pairs_stay_as_they_are():
-    assert to_canonical("embedding", PAIR) == PAIR
+    assert EMBEDDING.to_canonical(PAIR) == PAIR
 
 
 def test_plain_strings_are_texts_without_instruction():
     line = {"query": "q", "pos": ["p", ["i", "p2"]], "neg": ["n"]}
-    assert to_canonical("embedding", line) == {
+    assert EMBEDDING.to_canonical(line) == {
         "query": ["", "q"],
         "pos": [["", "p"], ["i", "p2"]],
         "neg": [["", "n"]],
@@ -26,25 +27,25 @@ def test_plain_strings_are_texts_without_instruction():
 
 
 def test_a_plain_text_has_no_prompt():
-    assert to_canonical("generative", {"text": "any text"}) == {"text": [NO_PROMPT, "any text"]}
+    assert GENERATIVE.to_canonical({"text": "any text"}) == {"text": [NO_PROMPT, "any text"]}
 
 
 @pytest.mark.parametrize("negatives", [{}, {"neg": None}, {"neg": []}])
 def test_negatives_may_be_missing(negatives):
-    assert to_canonical("embedding", {"query": "q", "pos": ["p"], **negatives})["neg"] == []
+    assert EMBEDDING.to_canonical({"query": "q", "pos": ["p"], **negatives})["neg"] == []
 
 
 def test_other_fields_are_of_no_account():
-    assert to_canonical("embedding", {**PAIR, "id": 3, "text": None}) == PAIR
-    assert to_canonical("generative", {"text": ["u", "a"], "query": 1}) == {"text": ["u", "a"]}
+    assert EMBEDDING.to_canonical({**PAIR, "id": 3, "text": None}) == PAIR
+    assert GENERATIVE.to_canonical({"text": ["u", "a"], "query": 1}) == {"text": ["u", "a"]}
 
 
 @pytest.mark.parametrize(
     ("kind", "line", "reason"),
     [
-        ("embedding", {"text": ["u", "a"]}, "a chat among those of the other kind"),
-        ("embedding", {"messages": []}, "a chat among those of the other kind"),
-        ("generative", PAIR, "an embedding example among those of the other kind"),
+        ("embedding", {"text": ["u", "a"]}, "a chat, not an embedding example"),
+        ("embedding", {"messages": []}, "a chat, not an embedding example"),
+        ("generative", PAIR, "an embedding example, not a chat"),
         ("embedding", {"question": "q"}, "no 'query'"),
         ("generative", {}, "no 'text' or 'messages'"),
         ("embedding", {**PAIR, "query": 3}, "'query' is neither"),
@@ -65,17 +66,21 @@ def test_other_fields_are_of_no_account():
         ("generative", {"text": ["u", "a\0"]}, "NUL"),
         ("generative", {"messages": "u"}, "'messages' is not a list"),
         ("generative", {"messages": ["u"]}, "whose role"),
-        ("generative", {"messages": [{"role": "user"}]}, "whose role or content is no text"),
-        ("generative", {"messages": [message("user", None)]}, "whose role or content is no text"),
-        ("generative", {"messages": [message("user", [{"text": "a"}])]}, "content is no text"),
-        ("generative", {"messages": [message("assistant", "a")]}, "do not take turns"),
-        ("generative", {"messages": [message("user", "u")] * 2}, "do not take turns"),
-        ("generative", {"messages": [message("tool", "u")]}, "do not take turns"),
+        ("generative", {"messages": [{"role": "user"}]}, "content is not a string"),
+        (
+            "generative",
+            {"messages": [message("user", None)]},
+            "content is not a string",
+        ),
+        ("generative", {"messages": [message("user", [{"text": "a"}])]}, "content is not a string"),
+        ("generative", {"messages": [message("assistant", "a")]}, "do not alternate"),
+        ("generative", {"messages": [message("user", "u")] * 2}, "do not alternate"),
+        ("generative", {"messages": [message("tool", "u")]}, "do not alternate"),
     ],
 )
 def test_another_form_is_rejected_with_the_reason(kind, line, reason):
     with pytest.raises(RejectedExample, match=reason):
-        to_canonical(kind, line)
+        TEXT_KINDS[kind].to_canonical(line)
 
 
 def test_a_systems_text_goes_before_the_users_that_follows():
@@ -87,7 +92,7 @@ def test_a_systems_text_goes_before_the_users_that_follows():
         message("user", "again"),
         message("assistant", "yes"),
     ]
-    assert to_canonical("generative", {"messages": messages}) == {
+    assert GENERATIVE.to_canonical({"messages": messages}) == {
         "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"]
     }
 

@@ -9,7 +9,7 @@ import pytest
 
 from grit_jax.data.batch import Batch, EmbeddingBatch
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.models import LoraConfig, MixtralConfig, ModelConfig
+from grit_jax.models import LoraConfig, ModelConfig, make_config
 from grit_jax.text.examples import Text
 from grit_jax.training.flops import peak_flops, useful_flops
 
@@ -24,7 +24,7 @@ SIZES = {
     "head_dim": H,
 }
 MISTRAL = ModelConfig(**SIZES)
-MIXTRAL = MixtralConfig(**SIZES, num_local_experts=E, num_experts_per_tok=C)
+MIXTRAL = make_config("mixtral", **SIZES, num_local_experts=E, num_experts_per_tok=C)
 
 
 def product(m, k, n):

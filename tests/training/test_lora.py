@@ -18,7 +18,8 @@ from small_batches import SIZES, make_batch
 from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import LoraCheckpoint, open_model
 from grit_jax.from_config import make_trainer
-from grit_jax.models import LoraConfig, MixtralConfig, ModelConfig
+from grit_jax.models import LoraConfig, ModelConfig, make_config, weights_of
+from grit_jax.models.weights import linear_layers
 from grit_jax.run import run
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RetentionPolicy
@@ -102,7 +103,7 @@ def test_a_step_moves_the_updates_and_leaves_the_model_as_it_is(trainer, continu
     frozen = flatten_dict(nnx.to_pure_dict(abstract.frozen))
     trained = flatten_dict(nnx.to_pure_dict(abstract.parameters))
     assert len(frozen) == 12 and not any("lora" in str(path) for path in frozen)
-    layers = ModelConfig.linear_layers
+    layers = linear_layers(weights_of(trainer.model_config))
     assert trained.keys() == {
         ("embedding_projection", "weight"),
         ("embedding_projection", "bias"),
@@ -139,7 +140,7 @@ def test_no_gradient_of_a_weight_is_computed():
     batch = make_batch(seed=0)[0]
     products = {}
     for lora in (None, LORA):
-        config = MixtralConfig(**sizes, num_local_experts=4, lora=lora)
+        config = make_config("mixtral", **sizes, num_local_experts=4, lora=lora)
         trainer = Trainer(config, LOSS, optax.sgd(1.0), make_mesh(devices=jax.devices()[:1]))
         with jax.set_mesh(trainer.mesh):
             lowered = trainer.step.lower(trainer.abstract_state(), batch)
@@ -173,7 +174,7 @@ def gradient_of(config, mesh, num_chunks):
 
 @pytest.mark.slow
 def test_eight_devices_in_chunks_have_the_gradient_of_one_device():
-    config = MixtralConfig(**SIZES, lora=LORA, num_local_experts=4, remat="none")
+    config = make_config("mixtral", **SIZES, lora=LORA, num_local_experts=4, remat="none")
     on_eight = make_mesh(fsdp=2, tensor=2, expert=2)
     assert batch_shards(on_eight) * 2 <= 16
     one_metrics, expected, _ = gradient_of(config, make_mesh(devices=jax.devices()[:1]), 1)

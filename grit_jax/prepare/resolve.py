@@ -1,0 +1,92 @@
+"""Finds the mixtures that the sources of `grit-jax prepare` name: mixtures, folders and files."""
+
+from collections.abc import Sequence
+import re
+import sys
+
+import cloudpickle
+from etils import epath
+
+from grit_jax.data.manifest import PreparedDataError
+from grit_jax.prepare.datasets import (
+    COLLECTIONS,
+    MIXTURES,
+    SEQIO_MIXTURES,
+    Mixture,
+    collection,
+    mixture_names,
+)
+from grit_jax.text.jsonl import SUFFIXES, JsonlFiles, SourceError
+from grit_jax.user_modules import import_named
+
+
+def find_mixtures(
+    names: Sequence[str], modules: Sequence[str], held_out: float, seed: int
+) -> list[Mixture]:
+    """Returns the mixtures of these names and paths.
+
+    Args:
+      names: names of mixtures, or folders and files as PATH or NAME=PATH.
+      modules: Python modules to import first, for the mixtures that they declare.
+      held_out: fraction of the datasets of a PATH to hold out.
+      seed: seed for choosing held-out lines.
+
+    Raises:
+      PreparedDataError: a mixture is unknown.
+      SourceError: a file or folder cannot be used, or two sources have the same name.
+    """
+    for module in modules:
+        # By value, so that workers import neither the module nor what it imports (e.g. seqio).
+        cloudpickle.register_pickle_by_value(import_named(module))
+    mixtures = [mixture for name in dict.fromkeys(names) for mixture in _find(name, held_out, seed)]
+    _check_unique(mixtures)
+    return mixtures
+
+
+def _find(name: str, held_out: float, seed: int) -> list[Mixture]:
+    given, path = _name_and_path(name)
+    if not given:
+        if name in MIXTURES:
+            return [MIXTURES[name]]
+        # Without seqio loaded, no module can have declared a seqio Mixture.
+        if name in SEQIO_MIXTURES or sys.modules.get("seqio"):
+            from grit_jax.prepare.seqio_tasks import find_seqio_mixture
+
+            if mixture := find_seqio_mixture(name):
+                return [mixture]
+    if given or "/" in name or name.endswith(SUFFIXES) or epath.Path(name).exists():
+        given = given or re.sub(r"[^\w.]+", "_", _stem(path))
+        return collection(given, path, held_out, seed)
+    if name in COLLECTIONS:
+        raise PreparedDataError(f"{name!r} is read from files: say {name}=FOLDER")
+    raise PreparedDataError(
+        f"unknown mixture {name!r}, and no such file or folder; there are: "
+        f"{', '.join(sorted(mixture_names()))}"
+    )
+
+
+def _name_and_path(source: str) -> tuple[str, str]:
+    """Splits NAME=PATH; returns an empty name for a PATH, which may contain "=" itself."""
+    name, equals, path = source.partition("=")
+    is_path = not equals or "/" in name or epath.Path(source).exists()
+    return ("", source) if is_path else (name, path)
+
+
+def _stem(path: str) -> str:
+    name = epath.Path(path).resolve().name
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _check_unique(mixtures: Sequence[Mixture]) -> None:
+    """Checks that no two paths give the same name to different mixtures or datasets."""
+    found: dict[str, Mixture] = {}
+    files: dict[str, JsonlFiles | None] = {}
+    for mixture in mixtures:
+        taken = [] if found.setdefault(mixture.name, mixture) is mixture else [mixture.name]
+        for dataset in mixture.rates:
+            if files.setdefault(dataset.name, dataset.source.files) != dataset.source.files:
+                taken.append(dataset.name)
+        if taken:
+            raise SourceError(f"two sources are both called {taken[0]!r}: say OTHER_NAME=PATH")

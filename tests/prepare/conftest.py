@@ -1,0 +1,13 @@
+"""The names that tests declare do not outlive their module."""
+
+from unittest import mock
+
+import pytest
+
+from grit_jax.prepare.datasets import DATASETS, MIXTURES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_declarations():
+    with mock.patch.dict(DATASETS), mock.patch.dict(MIXTURES):
+        yield
