@@ -24,6 +24,7 @@ from grit_jax.fields import (
 from grit_jax.models import ModelConfig
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import MeshShape
+from grit_jax.text.kinds import STREAMS
 from grit_jax.training.checkpoints import RetentionPolicy
 from grit_jax.training.joint_loss import LossConfig
 
@@ -195,11 +196,7 @@ class DataSection:
     @property
     def row_lengths(self) -> dict[str, int]:
         """The maximum row length of each stream."""
-        return {
-            "query": self.query_row_length,
-            "passage": self.passage_row_length,
-            "chat": self.chat_row_length,
-        }
+        return {stream: getattr(self, f"{stream}_row_length") for stream in STREAMS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

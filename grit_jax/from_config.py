@@ -123,9 +123,12 @@ def model_config(config: Config, pretrained: Model | None = None) -> ModelConfig
     }
     if model.embedding_projection_size:
         settings["embedding_projection_size"] = model.embedding_projection_size
-    if architecture := ARCHITECTURES.get(model.architecture):
-        if unknown := ", ".join(sorted(model.sizes.keys() - architecture.sizes.keys())):
-            raise ConfigError(f"config.model.sizes: a {model.architecture} has no size {unknown}")
+    if model.architecture in ARCHITECTURES:
+        unknown = model.sizes.keys() - ARCHITECTURES[model.architecture].sizes.keys()
+        if unknown:
+            raise ConfigError(
+                f"config.model.sizes: a {model.architecture} has no {', '.join(sorted(unknown))}"
+            )
     try:
         settings["lora"] = _lora_config(config, pretrained)
         if pretrained is None:
@@ -187,33 +190,19 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     """
     data = config.data
 
-    def stream(kind: str, mixture: str, batches: str, batch_size: int, group_size: int) -> Stream:
-        datasets = load_mixture(data.folder, mixture, "train", kind, kind)
-        sampler = SingleDatasetSampler if batches == "homogeneous" else MixedSampler
-        return sampler(datasets, batch_size, group_size, stable_seed(config.seed, kind))
+    def sampler(kind: str, group_size: int) -> Stream:
+        datasets = load_mixture(data.folder, getattr(data, kind), "train", kind, kind)
+        is_homogeneous = getattr(data, f"{kind}_batches") == "homogeneous"
+        make = SingleDatasetSampler if is_homogeneous else MixedSampler
+        batch_size, seed = getattr(data, f"{kind}_batch_size"), stable_seed(config.seed, kind)
+        return make(datasets, batch_size, group_size, seed)
 
-    streams = {}
-    if config.mode in ("unified", "embedding"):
-        streams["embedding"] = stream(
-            "embedding",
-            data.embedding,
-            data.embedding_batches,
-            data.embedding_batch_size,
-            data.group_size,
-        )
-    if config.mode in ("unified", "generative"):
-        streams["generative"] = stream(
-            "generative",
-            data.generative,
-            data.generative_batches,
-            data.generative_batch_size,
-            group_size=0,
-        )
+    group_sizes = {"embedding": data.group_size, "generative": 0}
     # Each GradCache chunk has the same share of the rows of every data shard.
     chunks = config.grad_cache_chunks
     shards = [shard * chunks + c for shard in local_shards(trainer.mesh) for c in range(chunks)]
     batches = Batches(
-        streams,
+        {k: sampler(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         row_limits(config, trainer.mesh),
         shards,
         data.duplicate_positives_are_negatives,
