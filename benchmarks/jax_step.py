@@ -14,7 +14,7 @@ from step_work import TEMPERATURE, Setting, StepTexts, pack_steps
 from grit_jax.models import ModelConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.flops import peak_flops, useful_flops
-from grit_jax.training.joint_loss import LossConfig, joint_loss
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.optimizer import make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -39,7 +39,8 @@ class JaxSide:
         )
         optimizer = _optimizer(setting, device)
         mesh = make_mesh(devices=[device])
-        self.trainer = Trainer(config, LossConfig(temperature=TEMPERATURE), optimizer, mesh)
+        loss = make_joint_loss(LossConfig(temperature=TEMPERATURE))
+        self.trainer = Trainer(config, loss, optimizer, mesh)
         self.state = self.trainer.initial_state(0)
         self._packed = {case: pack_steps(steps) for case, steps in cases.items()}
 
@@ -60,7 +61,7 @@ class JaxSide:
     def useful_flops(self, case: str, number: int) -> float:
         """Returns the operations that a step needs (see `grit_jax.training.flops`)."""
         batch = self._packed[case][number]
-        return useful_flops(self.trainer.model_config, batch, is_causal=False)
+        return useful_flops(self.trainer.model_config, batch, causal_streams={"chat"})
 
     def peak_flops(self) -> float | None:
         """Returns the operations a second that the maker states, None if that is not known."""
@@ -87,7 +88,7 @@ class JaxSide:
 
         def loss(trained: Any, batch: Any) -> Any:
             model = trainer.model(trained["model"])
-            return joint_loss(model, trained["loss"], batch, trainer.loss_config)
+            return trainer.loss.value(model, trained["loss"], batch)
 
         def update(state: Any, gradient: Any) -> Any:
             return trainer.optimizer.update(gradient, state.optimizer_state, state.trained)

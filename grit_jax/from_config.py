@@ -18,10 +18,15 @@ from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, Model, open_model
 from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
-from grit_jax.data.manifest import PreparedDataError, PreparedDataset, load_mixture
+from grit_jax.data.manifest import (
+    PreparedDataError,
+    PreparedDataset,
+    load_mixture,
+    load_saved_tokenizer,
+    saved_tokenizer_files,
+)
 from grit_jax.data.mixing import stable_seed
-from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler, Stream
-from grit_jax.data.saved_tokenizer import load_saved_tokenizer, saved_tokenizer_files
+from grit_jax.data.sampling import MixedSampler, Sampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import (
@@ -34,8 +39,10 @@ from grit_jax.models import (
 )
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
 from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.joint_loss import make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -82,7 +89,7 @@ def make_trainer(
     optimizer = config.optimizer
     return Trainer(
         model_config(config, pretrained),
-        config.loss,
+        make_joint_loss(config.loss),
         make_optimizer(
             make_schedule(config),
             beta1=optimizer.beta1,
@@ -190,7 +197,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     """
     data = config.data
 
-    def sampler(kind: str, group_size: int) -> Stream:
+    def sampler(kind: str, group_size: int) -> Sampler:
         datasets = load_mixture(data.folder, getattr(data, kind), "train", kind, kind)
         is_homogeneous = getattr(data, f"{kind}_batches") == "homogeneous"
         make = SingleDatasetSampler if is_homogeneous else MixedSampler
@@ -254,10 +261,10 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
 
     held_out = HeldOut(
         trainer,
-        datasets("embedding", config.data.embedding),
-        datasets("generative", config.data.generative),
+        {kind: datasets(kind, getattr(config.data, kind)) for kind in TEXT_KINDS},
         config.data.row_lengths,
         config.evaluation.batch_size,
+        config.loss.embedding,
     )
     best = config.checkpoint.best_metric
     if best and best not in held_out.names:

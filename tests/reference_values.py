@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.models import ARCHITECTURES, Decoder, make_config, make_model
 
 FOLDER = Path(__file__).parent / "reference"
@@ -106,16 +106,15 @@ def training_batch(values: dict[str, np.ndarray]) -> Batch:
         mask = attention_mask.astype(bool) & (np.arange(attention_mask.shape[1]) >= instruction)
         return packed_texts(values[f"train_{name}_input_ids"], attention_mask, mask)
 
-    return Batch(
-        embedding=EmbeddingBatch(
-            queries=embedding_texts("query"),
-            passages=embedding_texts("passage"),
-            positives=np.arange(4, dtype=np.int32) * 2,
-            passage_ids=np.arange(8, dtype=np.int32),
-        ),
-        chats=packed_texts(
-            values["train_generative_input_ids"],
-            values["train_generative_attention_mask"],
-            values["train_generative_labels"] != -100,
-        ),
+    embedding = EmbeddingBatch(
+        queries=embedding_texts("query"),
+        passages=embedding_texts("passage"),
+        positives=np.arange(4, dtype=np.int32) * 2,
+        passage_ids=np.arange(8, dtype=np.int32),
     )
+    chats = packed_texts(
+        values["train_generative_input_ids"],
+        values["train_generative_attention_mask"],
+        values["train_generative_labels"] != -100,
+    )
+    return Batch({"embedding": embedding, "generative": ChatBatch(chats)})

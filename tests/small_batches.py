@@ -1,8 +1,10 @@
-"""Batches of a few short texts for steps of very small models."""
+"""Batches of a few short texts, for steps of very small models."""
+
+import dataclasses
 
 import numpy as np
 
-from grit_jax.data.batch import Batch, EmbeddingBatch
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.text.examples import Text
 
@@ -22,7 +24,7 @@ ROW_LENGTH = 24
 def random_texts(generator, count, unpooled):
     texts = []
     for _ in range(count):
-        length = int(generator.choice([4, 7, 11]))  # Few: by hand, each is compiled by itself.
+        length = int(generator.choice([4, 7, 11]))  # Few, because the step by hand compiles each.
         tokens = generator.integers(3, SIZES["vocab_size"], length).astype(np.int32)
         texts.append(Text(tokens, np.arange(length) >= unpooled))
     return texts
@@ -48,4 +50,9 @@ def make_batch(seed, shards=1):
         positives=np.arange(0, 16, 2, dtype=np.int32),
         passage_ids=np.arange(16, dtype=np.int32),
     )
-    return Batch(embedding, packed("chats")), texts
+    return Batch({"embedding": embedding, "generative": ChatBatch(packed("chats"))}), texts
+
+
+def only(batch, kind):
+    """Returns a batch with the texts of one kind only."""
+    return dataclasses.replace(batch, parts={kind: batch.parts[kind]})

@@ -558,5 +558,5 @@ def test_attention_that_serves_the_rows_of_training_alone_is_refused(prepared_sa
     batches = make_batches(config, trainer)
     assert {shape["query"].length for shape in batches.shapes} == {128}
     check_attention(trainer, batches, None)
-    with pytest.raises(ConfigError, match="does not serve rows of 200 positions"):
+    with pytest.raises(ConfigError, match="does not support rows of 200 positions"):
         check_attention(trainer, batches, make_held_out(config, trainer))

@@ -1,1 +1,1 @@
-"""From text files to packed batches: templates, tokens, prepared datasets, schedule, packing."""
+"""What every training step needs on the host: mixing, sampling, packing, batches and storage."""

@@ -1,5 +1,9 @@
-"""What a training step reads: texts packed into rows, and who belongs to whom."""
+"""The batch of a training step: texts packed into rows, and the arrays that relate the texts.
 
+Legend of dimensions: B rows, S positions, Q queries, P passages.
+"""
+
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -13,17 +17,17 @@ Array = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedTexts:
-    """Rows (B) of fixed length (S), each holding several texts.
+    """Rows of fixed length, each of which holds several texts.
 
-    On the host these may be some of the rows of the whole batch: those that its devices hold.
+    On a host, these may be only the rows that the host's devices hold.
 
     Attributes:
-      tokens: token ids; 0 where there is none.
-      segment_ids: number of the token's text in the batch plus 1; 0 is padding.
+      tokens: token ids; 0 for padding.
+      segment_ids: index of the token's text in the batch, plus 1; 0 for padding.
       positions: position of the token in its text.
-      mask: the tokens that count: those pooled for an embedding, those learned in a chat.
-      num_texts: number of texts in the whole batch; a number may be left unused.
-      num_rows: number of rows of the whole batch; None if these are all of them.
+      mask: the tokens that are pooled for an embedding, or predicted in a chat.
+      num_texts: number of text indices of the whole batch; an index may be unused.
+      num_rows: number of rows of the whole batch, or None if these are all of them.
     """
 
     tokens: Int[Array, "B S"]
@@ -37,14 +41,14 @@ class PackedTexts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EmbeddingBatch:
-    """Queries and the passages that they are to be told apart by.
+    """Queries, and the passages that every query is scored against.
 
     Attributes:
       queries: Q texts.
       passages: P texts.
       positives: index of each query's positive among the passages.
-      passage_ids: a number that two passages share if and only if they are the same text;
-        -1 where the passages' number is left unused.
+      passage_ids: equal for two passages if and only if they are the same text; -1 for an unused
+        index.
     """
 
     queries: PackedTexts
@@ -52,18 +56,40 @@ class EmbeddingBatch:
     positives: Int[Array, " Q"]
     passage_ids: Int[Array, " P"]
 
+    @property
+    def streams(self) -> dict[str, PackedTexts]:
+        """The rows of each stream of this kind of text."""
+        return {"query": self.queries, "passage": self.passages}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChatBatch:
+    """Conversations, whose answers the model learns to predict."""
+
+    chats: PackedTexts
+
+    @property
+    def streams(self) -> dict[str, PackedTexts]:
+        """The rows of each stream of this kind of text."""
+        return {"chat": self.chats}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The texts of one step; a stream that is not trained is None.
+    """The texts of one step.
 
     Attributes:
-      embedding: queries and passages.
-      chats: conversations.
-      num_tokens: tokens of all texts of the whole batch, where they have been counted.
+      parts: the part of each kind of text that is trained, by the kind's name: an `EmbeddingBatch`
+        for "embedding", a `ChatBatch` for "generative".
+      num_tokens: tokens of all texts of the whole batch, if they have been counted.
     """
 
-    embedding: EmbeddingBatch | None
-    chats: PackedTexts | None
+    parts: Mapping[str, Any]
     num_tokens: Int[Array, ""] | None = None
+
+    @property
+    def streams(self) -> dict[str, PackedTexts]:
+        """The rows of all streams, by the stream's name."""
+        return {name: rows for part in self.parts.values() for name, rows in part.streams.items()}

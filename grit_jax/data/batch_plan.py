@@ -1,47 +1,48 @@
-"""The whole global batch of a step, planned from lengths alone, on every host alike."""
+"""Plans the whole global batch of a step from lengths alone, identically on every host."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import dataclasses
 import itertools
 
-from jaxtyping import Int, UInt64
+from jaxtyping import Int
 import numpy as np
 
+from grit_jax.data.kinds import SampledExamples
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset
 from grit_jax.data.packing import fit_rows
-from grit_jax.data.sampling import SampledExamples, Stream
+from grit_jax.data.sampling import Sampler
 from grit_jax.data.shapes import RowLimits, Shape, StepProfile, choose_row_shapes
 from grit_jax.text.kinds import TEXT_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """How the texts of one stream of rows ("query", "passage" or "chat") lie.
+    """How the texts of one stream are packed.
 
     Attributes:
-      draws: for each text the number of its example among those that the step draws.
-      texts: for each text its number among the texts of its dataset; -1 for an unused number.
+      examples: index of each text's example among the examples that the step samples.
+      texts: index of each text among the texts of its dataset; -1 for an unused index.
       lengths: tokens of each text.
-      rows: for each row the numbers of its texts.
+      rows: for each row the indices of its texts.
     """
 
-    draws: Int[np.ndarray, " texts"]
+    examples: Int[np.ndarray, " texts"]
     texts: Int[np.ndarray, " texts"]
     lengths: Int[np.ndarray, " texts"]
     rows: list[list[int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a step reads and how it lies in rows.
+class BatchPlan:
+    """The examples of a step, and how they are packed.
 
     Attributes:
-      drawn: the examples, "embedding" or "generative" or both.
-      shape: the rows that the step has.
-      streams: how texts lie in them.
+      sampled: the sampled examples of each kind of text.
+      shape: the rows of the step.
+      streams: how the texts of each stream are packed.
     """
 
-    drawn: dict[str, SampledExamples]
+    sampled: dict[str, SampledExamples]
     shape: Shape
     streams: dict[str, StreamPlan]
 
@@ -51,86 +52,85 @@ class Plan:
         return sum(int(stream.lengths.sum()) for stream in self.streams.values())
 
 
-class Planner:
-    """The plans of a run by step.
+class BatchPlanner:
+    """The batch plans of a run, by step.
 
     Args:
-      streams: where examples come from: "embedding" or "generative" or both.
-      limits: what rows may be.
+      samplers: the sampler of each kind of text that is trained.
+      limits: limits of the rows.
 
     Raises:
       PreparedDataError: a dataset has a text that is longer than a row may be.
     """
 
-    def __init__(self, streams: dict[str, Stream], limits: RowLimits):
-        self.streams, self.limits = streams, limits
+    def __init__(self, samplers: Mapping[str, Sampler], limits: RowLimits):
+        self.samplers, self.limits = samplers, limits
         self.shapes = self._choose_shapes()
 
-    def __getitem__(self, step: int) -> Plan:
-        """Returns the plan of step `step`: the first shape that its texts fit."""
-        drawn = {kind: stream[step] for kind, stream in self.streams.items()}
-        texts = {
-            stream: _texts_of(draws, columns)
-            for kind, draws in drawn.items()
-            for stream, columns in TEXT_KINDS[kind].streams.items()
-        }
+    def __getitem__(self, step: int) -> BatchPlan:
+        """Returns the plan of step `step`, in the first shape that fits its texts."""
+        sampled = {kind: sampler[step] for kind, sampler in self.samplers.items()}
+        streams = _unpacked_streams(sampled)
         for shape in self.shapes:
-            rows = _fit(texts, shape)
+            rows = _fit(streams, shape)
             if rows is not None:
-                streams = {name: StreamPlan(*texts[name], rows[name]) for name in shape}
-                return Plan(drawn, shape, streams)
+                packed = {
+                    name: dataclasses.replace(stream, rows=rows[name])
+                    for name, stream in streams.items()
+                }
+                return BatchPlan(sampled, shape, packed)
         raise AssertionError("the last shape has a row for each text")
 
-    def empty(self, shape: Shape) -> Plan:
-        """Returns a plan of a shape that holds no text."""
-        drawn = {kind: _no_draws(stream) for kind, stream in self.streams.items()}
-        streams = {
-            stream: StreamPlan(*_texts_of(draws, columns), [])
-            for kind, draws in drawn.items()
-            for stream, columns in TEXT_KINDS[kind].streams.items()
-        }
-        return Plan(drawn, shape, streams)
+    def empty(self, shape: Shape) -> BatchPlan:
+        """Returns a plan of a shape that has no texts."""
+        sampled = {kind: _no_examples(sampler) for kind, sampler in self.samplers.items()}
+        return BatchPlan(sampled, shape, _unpacked_streams(sampled))
 
     def _choose_shapes(self) -> list[Shape]:
-        longest_texts, most_texts = {}, {}
-        for kind, stream in self.streams.items():
-            for name in TEXT_KINDS[kind].streams:
-                longest_texts[name] = self._longest(stream, name)
-                most_texts[name] = stream.batch_size * (
-                    stream.group_size if name == "passage" else 1
-                )
-        return choose_row_shapes(self._kinds_of_steps(), longest_texts, most_texts, self.limits)
+        longest_texts, num_texts = {}, {}
+        for kind, sampler in self.samplers.items():
+            for name, texts in TEXT_KINDS[kind].streams.items():
+                longest_texts[name] = self._longest(sampler, name)
+                per_example = len(range(sampler.texts_per_example)[texts])
+                num_texts[name] = sampler.batch_size * per_example
+        return choose_row_shapes(self._step_profiles(), longest_texts, num_texts, self.limits)
 
-    def _longest(self, stream: Stream, name: str) -> int:
-        for dataset in stream.datasets:
+    def _longest(self, sampler: Sampler, name: str) -> int:
+        for dataset in sampler.datasets:
             check_row_length(dataset, name, dataset.manifest.longest[name], self.limits.longest)
-        return max(dataset.manifest.longest[name] for dataset in stream.datasets)
+        return max(dataset.manifest.longest[name] for dataset in sampler.datasets)
 
-    def _kinds_of_steps(self) -> list[StepProfile]:
-        """Returns a kind for each choice of datasets that the streams make independently."""
-        kinds = []
+    def _step_profiles(self) -> list[StepProfile]:
+        """Returns a profile for each combination of the samplers' profiles."""
+        profiles = []
         previews = [
-            [(kind, share, drawn) for share, drawn in stream.previews()]
-            for kind, stream in self.streams.items()
+            [(kind, share, batches) for share, batches in sampler.previews()]
+            for kind, sampler in self.samplers.items()
         ]
         for chosen in itertools.product(*previews):
-            seen = {
-                name: [_texts_of(draws, columns)[2] for draws in drawn]
-                for kind, _, drawn in chosen
-                for name, columns in TEXT_KINDS[kind].streams.items()
+            lengths = {
+                name: [_stream_of(sampled, texts).lengths for sampled in batches]
+                for kind, _, batches in chosen
+                for name, texts in TEXT_KINDS[kind].streams.items()
             }
             share = float(np.prod([share for _, share, _ in chosen]))
-            kinds.append(StepProfile(share, seen))
-        return kinds
+            profiles.append(StepProfile(share, lengths))
+        return profiles
 
 
 def check_row_length(
     dataset: PreparedDataset, name: str, longest: int, row_lengths: Mapping[str, int]
 ) -> None:
-    """Checks that rows have room for the longest text of a dataset.
+    """Checks that the longest text of a dataset fits a row.
+
+    Args:
+      dataset: the dataset.
+      name: the stream of the text.
+      longest: tokens of the text.
+      row_lengths: maximum tokens of a row of each stream.
 
     Raises:
-      PreparedDataError: they have not; the message names the field.
+      PreparedDataError: the text does not fit; the message names the configuration field.
     """
     if longest > row_lengths[name]:
         raise PreparedDataError(
@@ -139,41 +139,37 @@ def check_row_length(
         )
 
 
-def _fit(
-    texts: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], shape: Shape
-) -> dict[str, list[list[int]]] | None:
-    """Returns how the texts of all streams lie in the rows of a shape; None if they do not fit."""
-    if any(texts[name][2].sum() > rows.places for name, rows in shape.items()):
-        return None  # Most shapes that are too small are found out so, at no cost.
-    planned = {}
+def _fit(streams: Mapping[str, StreamPlan], shape: Shape) -> dict[str, list[list[int]]] | None:
+    """Returns the rows of all streams in a shape, or None if the texts do not fit."""
+    if any(streams[name].lengths.sum() > rows.capacity for name, rows in shape.items()):
+        return None  # A cheap test that rules out most shapes that are too small.
+    packed = {}
     for name, rows in shape.items():
-        fitting = fit_rows(texts[name][2], rows.count, rows.length)
+        fitting = fit_rows(streams[name].lengths, rows.count, rows.length)
         if fitting is None:
             return None
-        planned[name] = fitting
-    return planned
+        packed[name] = fitting
+    return packed
 
 
-def _no_draws(stream: Stream) -> SampledExamples:
-    """Returns draws as many as a batch has, without any text."""
-    examples = np.zeros(stream.batch_size, np.int64)
-    texts = np.full((stream.batch_size, 1 + stream.group_size), -1, np.int64)
+def _no_examples(sampler: Sampler) -> SampledExamples:
+    """Returns as many examples as a batch has, without any text."""
+    examples = np.zeros(sampler.batch_size, np.int64)
+    texts = np.full((sampler.batch_size, sampler.texts_per_example), -1, np.int64)
     return SampledExamples(examples, examples, examples, texts, np.zeros_like(texts, np.int32))
 
 
-def _texts_of(draws: SampledExamples, columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns of each text its example, its number in the dataset, and its length."""
-    texts = draws.texts[:, columns]
-    examples = np.repeat(np.arange(len(draws)), texts.shape[1])
-    return examples, texts.ravel(), draws.lengths[:, columns].ravel()
+def _unpacked_streams(sampled: Mapping[str, SampledExamples]) -> dict[str, StreamPlan]:
+    """Returns the texts of all streams, not yet in rows."""
+    return {
+        name: _stream_of(examples, texts)
+        for kind, examples in sampled.items()
+        for name, texts in TEXT_KINDS[kind].streams.items()
+    }
 
 
-def deduplicated_ids(
-    fingerprints: UInt64[np.ndarray, " P"], used: Sequence[bool] | np.ndarray | None = None
-) -> Int[np.ndarray, " P"]:
-    """Returns for each text the number of the first that is the same; -1 where none is used."""
-    places = np.arange(len(fingerprints)) if used is None else np.flatnonzero(used)
-    _, first, alike = np.unique(fingerprints[places], return_index=True, return_inverse=True)
-    contents = np.full(len(fingerprints), -1, np.int32)
-    contents[places] = places[first[alike]]
-    return contents
+def _stream_of(sampled: SampledExamples, columns: slice) -> StreamPlan:
+    """Returns the texts of one stream, not yet in rows: these columns of the sampled texts."""
+    texts = sampled.texts[:, columns]
+    examples = np.repeat(np.arange(len(sampled)), texts.shape[1])
+    return StreamPlan(examples, texts.ravel(), sampled.lengths[:, columns].ravel(), [])

@@ -1,6 +1,7 @@
-"""Examples dealt to batches so that every batch has nearly the same number of tokens.
+"""Assigns examples to batches so that all batches have nearly the same number of tokens.
 
-Legend of dimensions: N examples, K kinds of length (of an example's query and of its passages).
+Legend of dimensions: N examples, C streams (such as queries and passages), B batches, M examples of
+a round.
 """
 
 from jaxtyping import Float, Int
@@ -8,23 +9,23 @@ import numpy as np
 
 
 def balance_batches(
-    batches: Int[np.ndarray, " N"], groups: Int[np.ndarray, " N"], lengths: Int[np.ndarray, "N K"]
+    batches: Int[np.ndarray, " N"], groups: Int[np.ndarray, " N"], lengths: Int[np.ndarray, "N C"]
 ) -> Int[np.ndarray, " N"]:
-    """Returns a batch for each example, such that the sums of lengths of the batches are close.
+    """Returns a batch for each example, such that the batches have similar numbers of tokens.
 
-    Examples change places within their group alone, so each batch keeps its number of examples of
-    each group. They are dealt in rounds, longest first, one to each batch, and the longest of a
-    round goes to the batch that has the least so far.
+    Examples are exchanged within their group only, so each batch keeps its number of examples of
+    each group. They are assigned in rounds, longest first, at most one per batch and round; the
+    longest example of a round goes to the batch with the fewest tokens so far.
 
     Args:
-      batches: the batch that each example's place belongs to, from 0.
-      groups: number of each example's group.
-      lengths: of each example.
+      batches: the batch of each slot, from 0.
+      groups: the group of each slot, and of the example that is in it now.
+      lengths: tokens of each example in each stream.
     """
-    # Each kind of length is counted in shares of its own total.
+    # Each stream is measured as a share of its total, so that all streams count equally.
     shares = lengths / np.maximum(1, lengths.sum(axis=0, keepdims=True))
     sizes = shares.sum(axis=1)
-    # What a batch will have if all that is to come is average; the rest are differences from it.
+    # A load starts as if all examples of the batch were average, and changes by the differences.
     loads = np.zeros((batches.max(initial=0) + 1, lengths.shape[1]))
     differences = np.empty_like(shares)
     rounds = []
@@ -34,43 +35,44 @@ def balance_batches(
         np.add.at(loads, batches[members], mean)
         differences[members] = shares[members] - mean
         longest_first = members[np.argsort(-sizes[members], kind="stable")]
-        places = _rounds(batches[members])
-        ends = np.cumsum([len(each) for each in places])[:-1]
-        rounds += zip(np.split(longest_first, ends), places, strict=True)
-    # What is dealt later evens out what was dealt before, so the longest come first.
+        slots = _rounds(batches[members])
+        ends = np.cumsum([len(each) for each in slots])[:-1]
+        rounds += zip(np.split(longest_first, ends), slots, strict=True)
+    # Later rounds compensate for earlier ones, so the longest examples come first.
     rounds.sort(key=lambda each: -sizes[each[0][0]])
-    dealt = np.empty_like(batches)
-    for taken, places in rounds:
-        dealt[taken] = _match(taken, places, differences, loads)
-    return dealt
+    balanced = np.empty_like(batches)
+    for examples, slots in rounds:
+        balanced[examples] = _match(examples, slots, differences, loads)
+    return balanced
 
 
 def _rounds(batches: Int[np.ndarray, " N"]) -> list[np.ndarray]:
-    """Returns the batches in rounds; a batch is in as many rounds as it has places.
+    """Splits the slots of batches into rounds with at most one slot per batch.
 
-    One with few places is in rounds spread over all of them: it gets long and short examples.
+    The slots of a batch are spread over all rounds, so a batch with few slots gets long and short
+    examples.
     """
-    numbers, counts = np.unique(batches, return_counts=True)
-    most = int(counts.max())
+    indices, counts = np.unique(batches, return_counts=True)
+    num_rounds = int(counts.max())
     ranks = np.concatenate([np.arange(count) for count in counts])
-    rounds = (2 * ranks + 1) * most // (2 * np.repeat(counts, counts))
+    rounds = (2 * ranks + 1) * num_rounds // (2 * np.repeat(counts, counts))
     order = np.argsort(rounds, kind="stable")
-    starts = np.searchsorted(rounds[order], np.arange(1, most))
-    return np.split(np.repeat(numbers, counts)[order], starts)
+    starts = np.searchsorted(rounds[order], np.arange(1, num_rounds))
+    return np.split(np.repeat(indices, counts)[order], starts)
 
 
 def _match(
-    taken: Int[np.ndarray, " M"],
-    places: Int[np.ndarray, " M"],
-    differences: Float[np.ndarray, "N K"],
-    loads: Float[np.ndarray, "B K"],
+    examples: Int[np.ndarray, " M"],
+    slots: Int[np.ndarray, " M"],
+    differences: Float[np.ndarray, "N C"],
+    loads: Float[np.ndarray, "B C"],
 ) -> Int[np.ndarray, " M"]:
-    """Returns a batch of `places` for each example of `taken`, and adds it to the loads."""
-    own_loads = loads[places]
-    kind = np.argmax(np.ptp(own_loads, axis=0))
-    by_load = places[np.argsort(own_loads[:, kind], kind="stable")]
-    by_length = np.argsort(-differences[taken, kind], kind="stable")
-    matched = np.empty_like(places)
+    """Returns the batch of each example of a round, one per slot, and adds it to the loads."""
+    own_loads = loads[slots]
+    stream = np.argmax(np.ptp(own_loads, axis=0))
+    by_load = slots[np.argsort(own_loads[:, stream], kind="stable")]
+    by_length = np.argsort(-differences[examples, stream], kind="stable")
+    matched = np.empty_like(slots)
     matched[by_length] = by_load
-    loads[matched] += differences[taken]
+    loads[matched] += differences[examples]
     return matched

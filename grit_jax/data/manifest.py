@@ -1,12 +1,13 @@
-"""A prepared dataset on disk: its folder, its manifest, its lengths, its records.
+"""Prepared datasets on disk: manifest, lengths, records, and the tokenizer they were made with.
 
-    FOLDER/MIXTURE.json                      names, rates and splits of the datasets mixed
-    FOLDER/DATASET/SPLIT/manifest.json       what is in it and what it was made from
-    FOLDER/DATASET/SPLIT/lengths.npz         tokens of every text of every example
-    FOLDER/DATASET/SPLIT/rejected.jsonl      each line left out, with the reason
+    FOLDER/MIXTURE.json                      rates and splits of the datasets of a mixture
+    FOLDER/DATASET/SPLIT/manifest.json       what the dataset holds and what it was made from
+    FOLDER/DATASET/SPLIT/lengths.npz         number of tokens of every text of every example
+    FOLDER/DATASET/SPLIT/rejected.jsonl      each rejected line, with the reason
     FOLDER/DATASET/SPLIT/*.arrayrecord       the examples
+    FOLDER/tokenizers/HASH/*                 the files of the tokenizer
 
-The lengths stand apart, so that a whole global batch can be planned without reading an example.
+The lengths are stored apart, so that a global batch can be planned without reading an example.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,37 +22,39 @@ from etils import epath
 from jaxtyping import Int, UInt64
 import numpy as np
 
-from grit_jax.data.storage import PreparedDataError, Records, read_file
+from grit_jax.data.storage import PreparedDataError, RecordReader, read_file
 from grit_jax.text.examples import Example, Text
 from grit_jax.text.kinds import TEXT_KINDS
+from grit_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
 # Before `text_version`, manifests held a hash of the source code. This one made version 1.
 CODE_OF_TEXT_VERSION_1 = "cec6b6be94e1017baa466e05c5a9409b35e035f0ecda1bd8fba053d4c2c603f5"
+# Folder of the saved tokenizers, within a folder of prepared data.
+TOKENIZERS = "tokenizers"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prepared dataset holds and what it was made from.
+    """What a prepared dataset holds, and what it was made from.
 
     Attributes:
-      kind: "embedding" or "generative".
+      kind: a name in `text.kinds.TEXT_KINDS`.
       count: number of examples.
-      longest: tokens of its longest "query" and "passage", or "chat".
-      options: how texts were made into token ids (`TextOptions`).
-      tokenizer: name, SHA-256 and number of pieces of the tokenizer, what begins and ends a
-        text, and the files of it that are kept.
-      rejected: number of lines that could not be used, by reason.
+      longest: tokens of the longest text of each stream ("query" and "passage", or "chat").
+      options: how texts were tokenized (`TextOptions`).
+      tokenizer: name, SHA-256 and vocabulary size of the tokenizer, its BOS and EOS ids, and the
+        names of its files if they are saved.
+      rejected: number of rejected lines by reason.
       shards: names of the record files.
-      features: what a line has: "query", "pos" and "neg", or "text".
-      token_lengths: by "query" and "passage", or "chat": the number of texts, and of their tokens
-        the mean and the sum.
-      instruction_lengths: alike, with the longest: tokens that are read but neither pooled nor
-        learned (`<s>`, instructions, users' turns).
-      rejected_lines: by reason the first few lines rejected; rejected.jsonl has all of them.
-      left_out: number of lines that the dataset's `preprocess` left out.
-      source: what it was read from.
-      seed: of the choice of held-out lines.
+      features: fields of a line: "query", "pos" and "neg", or "text".
+      token_lengths: for each stream the number of texts, and the mean and sum of their tokens.
+      instruction_lengths: for each stream the same, and the longest, of the tokens that are
+        attended to but neither pooled nor predicted (BOS, instructions, user turns).
+      rejected_lines: for each reason the first few rejected lines; rejected.jsonl has all of them.
+      left_out: number of lines that the dataset's `preprocess` dropped.
+      source: what the dataset was read from.
+      seed: seed of the held-out split.
       text_version: the `TEXT_VERSION` that made the token ids; 0 if unknown.
       format_version: version of this format.
     """
@@ -78,7 +81,7 @@ def read_manifest(path: epath.Path) -> Manifest:
     """Returns the manifest in a file.
 
     Raises:
-      PreparedDataError: there is none, or it is damaged or of another version.
+      PreparedDataError: the file is missing, damaged or of another version.
     """
     stored = _read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
@@ -93,7 +96,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     content = read_file(path)
     try:
         return json.loads(content)
-    except ValueError as error:  # Cut off, or zeros in the place of what was not yet on the disk.
+    except ValueError as error:  # Truncated, or zeros that were not yet flushed to disk.
         raise PreparedDataError(
             f"{path} is damaged: copy it again, or prepare it anew, with --redo ({error})"
         ) from error
@@ -101,13 +104,13 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Tokens of every text of every example, and what tells one text from another.
+    """Number of tokens, and a fingerprint, of every text of every example.
 
     Attributes:
-      tokens: lengths of all texts, example after example.
-      first: index in `tokens` of each example's first text, and one past the last.
+      tokens: number of tokens of each text, example after example.
+      first: offset of each example's first text in `tokens`, and the total number of texts last.
       num_positives: number of positives of each example (0 for a chat).
-      fingerprints: of all texts, alike for two texts if and only if they are the same to the token.
+      fingerprints: `text_fingerprint` of each text.
     """
 
     tokens: Int[np.ndarray, " texts"]
@@ -122,7 +125,7 @@ class Lengths:
         for example in examples:
             counts.append(len(example.texts))
             tokens += [len(text) for text in example.texts]
-            fingerprints += [fingerprint(text) for text in example.texts]
+            fingerprints += [text_fingerprint(text) for text in example.texts]
             num_positives.append(example.num_positives)
         return cls(
             np.array(tokens, np.int32),
@@ -132,39 +135,39 @@ class Lengths:
         )
 
     @classmethod
-    def concatenate(cls, pieces: Sequence["Lengths"]) -> "Lengths":
-        """Returns the lengths of the examples of all pieces, one piece after the other."""
-        counts = [np.diff(piece.first) for piece in pieces]
+    def concatenate(cls, parts: Sequence["Lengths"]) -> "Lengths":
+        """Returns the lengths of the examples of all parts, in order."""
+        counts = [np.diff(part.first) for part in parts]
         return cls(
-            np.concatenate([piece.tokens for piece in pieces]),
+            np.concatenate([part.tokens for part in parts]),
             np.cumsum(np.concatenate([[0], *counts])),
-            np.concatenate([piece.num_positives for piece in pieces]),
-            np.concatenate([piece.fingerprints for piece in pieces]),
+            np.concatenate([part.num_positives for part in parts]),
+            np.concatenate([part.fingerprints for part in parts]),
         )
 
     @property
-    def fingerprint(self) -> str:
-        """What tells the texts of one dataset, and their order, from those of another."""
+    def dataset_fingerprint(self) -> str:
+        """A hash of all texts of the dataset, in order."""
         digest = hashlib.sha256(self.fingerprints.tobytes())
         digest.update(self.first.tobytes())
         return digest.hexdigest()[:16]
 
-    def __getitem__(self, example: int) -> np.ndarray:
+    def __getitem__(self, example: int) -> Int[np.ndarray, " texts"]:
         """Returns the lengths of one example's texts, in the order of its `texts`."""
         return self.tokens[self.first[example] : self.first[example + 1]]
 
 
-def fingerprint(text: Text) -> int:
-    """Returns 64 bits that depend on the tokens of a text alone, alike on every machine."""
+def text_fingerprint(text: Text) -> int:
+    """Returns a 64-bit hash of a text's tokens, the same on every machine."""
     digest = hashlib.blake2b(text.tokens.astype("<i4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 class PreparedDataset:
-    """One prepared dataset, read at random.
+    """One split of a prepared dataset, with random access to its examples.
 
     Raises:
-      PreparedDataError: a part of it is missing or was made by another version.
+      PreparedDataError: a file is missing, damaged or of another version.
     """
 
     def __init__(self, folder: epath.PathLike, name: str, split: str):
@@ -173,7 +176,7 @@ class PreparedDataset:
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.lengths = self._read_lengths()
         shards = [self.folder / shard for shard in self.manifest.shards]
-        self._records = Records(shards, self.manifest.count)
+        self._records = RecordReader(shards, self.manifest.count)
 
     def _read_lengths(self) -> Lengths:
         path = self.folder / "lengths.npz"
@@ -190,11 +193,11 @@ class PreparedDataset:
         return self.manifest.count
 
     def read(self, indices: Sequence[int]) -> list[Any]:
-        """Returns the examples of these numbers: EmbeddingExamples or ChatExamples, by its kind.
+        """Returns the examples at these indices, of the example class of the dataset's kind.
 
         Raises:
-          PreparedDataError: a shard is missing or damaged, or not of these lengths; the message
-            names it.
+          PreparedDataError: a shard is missing or damaged, or does not match lengths.npz; the
+            message names it.
         """
         from_bytes = TEXT_KINDS[self.manifest.kind].example.from_bytes
         examples = [from_bytes(record) for record in self._records.read(indices)]
@@ -207,19 +210,21 @@ class PreparedDataset:
         return examples
 
 
-def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, field: str) -> dict:
-    """Returns the datasets of a prepared mixture with their rates, as {PreparedDataset: rate}.
+def load_mixture(
+    folder: epath.PathLike, mixture: str, split: str, kind: str, field: str
+) -> dict[PreparedDataset, float]:
+    """Returns the datasets of a prepared mixture, with their rates.
 
     Args:
-      folder: the folder given to `grit-jax prepare`.
+      folder: the output folder of `grit-jax prepare`.
       mixture: name of the mixture.
       split: "train" or "held_out".
-      kind: "embedding" or "generative".
-      field: name of the configuration's field that asks for it, for messages.
+      kind: the kind of text that the mixture must hold, a name in `text.kinds.TEXT_KINDS`.
+      field: the field of `config.data` that names the mixture, for error messages.
 
     Raises:
-      PreparedDataError: it is missing, damaged or of the other kind, or none of its datasets has
-        the split.
+      PreparedDataError: the mixture is missing, damaged or of another kind, or none of its datasets
+        has the split.
     """
     path = epath.Path(folder) / f"{mixture}.json"
     try:
@@ -231,7 +236,7 @@ def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, fi
             remedy = f"there are {', '.join(others)}" if others else remedy
         raise PreparedDataError(f"config.data.{field}={mixture!r}: {error}; {remedy}") from error
     splits = stored.get("splits", {})
-    # A dataset may be without held-out examples; that it has some is not to be guessed from files.
+    # The mixture says which splits a dataset has, so that a missing file is an error.
     rates = {n: rate for n, rate in stored["rates"].items() if split in splits.get(n, [split])}
     if not rates:
         raise PreparedDataError(
@@ -246,3 +251,44 @@ def load_mixture(folder: epath.PathLike, mixture: str, split: str, kind: str, fi
                 f"{dataset.manifest.kind} examples, not {kind} ones"
             )
     return datasets
+
+
+def save_tokenizer(tokenizer: Tokenizer, output: epath.Path) -> None:
+    """Writes a tokenizer's files into a folder of prepared data, unless they are already there."""
+    folder = _tokenizer_folder(output, tokenizer.fingerprint)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:  # It may be truncated.
+            path.write_bytes(content)
+
+
+def saved_tokenizer_files(dataset: PreparedDataset) -> dict[str, bytes]:
+    """Returns the files of the tokenizer that a dataset was prepared with.
+
+    The result is empty for data that were prepared before tokenizers were saved.
+
+    Raises:
+      PreparedDataError: a file is missing.
+    """
+    described = dataset.manifest.tokenizer
+    folder = _tokenizer_folder(dataset.folder.parent.parent, described["sha256"])
+    return {name: read_file(folder / name) for name in described.get("files", ())}
+
+
+def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
+    """Returns the tokenizer that a dataset was prepared with.
+
+    For data that were prepared before tokenizers were saved, it is loaded by its name.
+
+    Raises:
+      FileNotFoundError: it is not saved, and no tokenizer is found by its name.
+      PreparedDataError: a file of it is missing.
+    """
+    files = saved_tokenizer_files(dataset)
+    name = dataset.manifest.tokenizer["name"]
+    return Tokenizer.of_files(files) if files else Tokenizer(name)
+
+
+def _tokenizer_folder(output: epath.Path, fingerprint: str) -> epath.Path:
+    return output / TOKENIZERS / fingerprint[:16]

@@ -1,8 +1,8 @@
-"""Whose turn it is, and in which order a dataset's examples come: pure functions of a number.
+"""Stateless dataset mixing and per-epoch shuffling, as functions of an index.
 
-Datasets take turns in a fixed block that holds each as often as its rate says. A dataset goes
-through a new permutation of its examples every epoch. Nothing has a state, so a run continues at
-any step without replaying those before it.
+Training slots are assigned to datasets by a fixed block that holds each dataset in proportion to
+its rate. Each dataset is shuffled anew every epoch. Nothing has state, so a run resumes at any step
+without replaying the steps before it.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,23 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 import numpy as np
 
-# Turns of a block at most: rates that need longer blocks are kept to a millionth.
-LONGEST_BLOCK = 2**20
-# An index is permuted in 32 bits.
-MOST_EXAMPLES = 2**32 - 1
+# Maximum slots of a block. Rates that need a longer block are rounded to a millionth.
+MAX_BLOCK_LENGTH = 2**20
+# grain permutes 32-bit indices.
+MAX_EXAMPLES = 2**32 - 1
 
 
 class MixtureSchedule:
-    """The order in which several datasets take turns, each at its rate.
+    """Assigns slots (one per example or per batch) to several datasets, each at its rate.
 
-    Every block of `len(self)` turns holds each dataset exactly as often as its rate says, spread
-    evenly. A dataset without its share of a block of a million turns has one turn in it.
+    Every block of `len(self)` slots holds each dataset exactly in proportion to its rate, evenly
+    spread. A dataset whose share is below one slot of the longest block still gets one.
 
     Args:
-      rates: of the datasets; only their proportions count.
+      rates: rates of the datasets; only their proportions matter.
+
+    Attributes:
+      counts: the slots of each dataset in a block.
 
     Raises:
       ValueError: a rate is not a positive number.
@@ -36,24 +39,26 @@ class MixtureSchedule:
 
     def __init__(self, rates: Sequence[float]):
         self.counts = np.array(block_counts(rates), np.int64)
-        numbers = np.repeat(np.arange(len(rates)), self.counts)
+        datasets = np.repeat(np.arange(len(rates)), self.counts)
         ranks = np.concatenate([np.arange(count) for count in self.counts])
-        # Turn r of c lies in the middle of the r-th of c equal parts of the block.
-        order = np.argsort((2 * ranks + 1) / (2 * self.counts[numbers]), kind="stable")
-        self._numbers, self._ranks = numbers[order], ranks[order]
+        # Slot r of c is in the middle of the r-th of c equal parts of the block.
+        order = np.argsort((2 * ranks + 1) / (2 * self.counts[datasets]), kind="stable")
+        self._datasets, self._ranks = datasets[order], ranks[order]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._datasets)
 
-    def __getitem__(self, turns: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns whose turns these are, and how many that dataset has had before each."""
-        blocks, places = np.divmod(turns, len(self))
-        numbers = self._numbers[places]
-        return numbers, blocks * self.counts[numbers] + self._ranks[places]
+    def __getitem__(
+        self, slots: Int[np.ndarray, " N"]
+    ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """Returns the dataset of each slot, and the number of earlier slots of that dataset."""
+        blocks, offsets = np.divmod(slots, len(self))
+        datasets = self._datasets[offsets]
+        return datasets, blocks * self.counts[datasets] + self._ranks[offsets]
 
 
 def block_counts(rates: Sequence[float]) -> list[int]:
-    """Returns how many turns each rate has in the shortest block that keeps to all of them.
+    """Returns the number of slots of each rate in the shortest block that has exact proportions.
 
     Raises:
       ValueError: a rate is not a positive number.
@@ -61,48 +66,50 @@ def block_counts(rates: Sequence[float]) -> list[int]:
     for rate in rates:
         if not (rate > 0 and math.isfinite(rate)):
             raise ValueError(f"a rate must be a positive number, not {rate}")
-    # A decimal fraction is meant as it is written: 0.8 is 4/5, and not the nearest float.
+    # A decimal fraction is taken as written: 0.8 is 4/5, not the nearest float.
     exact = [Fraction(str(float(rate))) for rate in rates]
+    # The greatest common divisor of fractions in lowest terms.
     unit = Fraction(
         math.gcd(*(rate.numerator for rate in exact)),
         math.lcm(*(rate.denominator for rate in exact)),
     )
-    # With all rates in lowest terms this is their greatest common divisor.
     counts = [int(rate / unit) for rate in exact]
-    if sum(counts) <= LONGEST_BLOCK:
+    if sum(counts) <= MAX_BLOCK_LENGTH:
         return counts
-    return [max(1, round(rate / sum(exact) * LONGEST_BLOCK)) for rate in exact]
+    return [max(1, round(rate / sum(exact) * MAX_BLOCK_LENGTH)) for rate in exact]
 
 
 class EpochShuffle:
-    """The order of a dataset's examples: all of them once an epoch, permuted anew each time.
+    """An endless order of a dataset's examples: a new permutation of all of them every epoch.
 
-    A lookup takes no memory, however large the dataset is.
+    A lookup takes constant memory, whatever the size of the dataset.
 
     Args:
       size: number of examples.
-      seed: of the permutations; any text.
+      seed: any text.
 
     Raises:
-      ValueError: there are more examples than can be permuted.
+      ValueError: the dataset has more examples than can be permuted.
     """
 
     def __init__(self, size: int, seed: str):
-        if size > MOST_EXAMPLES:
-            raise ValueError(f"{size} examples are more than {MOST_EXAMPLES}: split the dataset")
+        if size > MAX_EXAMPLES:
+            raise ValueError(f"{size} examples are more than {MAX_EXAMPLES}: split the dataset")
         self._size, self._seed = size, seed
 
-    def __getitem__(self, places: Int[np.ndarray, " N"]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the examples at these places of the endless order, and their epochs."""
-        epochs, places = np.divmod(places, self._size)
+    def __getitem__(
+        self, positions: Int[np.ndarray, " N"]
+    ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """Returns the examples at these positions of the endless order, and their epochs."""
+        epochs, offsets = np.divmod(positions, self._size)
         seeds = {epoch: stable_seed(self._seed, epoch) for epoch in np.unique(epochs).tolist()}
         permute = functools.partial(index_shuffle, max_index=self._size - 1, rounds=4)
-        pairs = zip(places.tolist(), epochs.tolist(), strict=True)
-        examples = [permute(place, seed=seeds[epoch]) for place, epoch in pairs]
+        pairs = zip(offsets.tolist(), epochs.tolist(), strict=True)
+        examples = [permute(offset, seed=seeds[epoch]) for offset, epoch in pairs]
         return np.array(examples, np.int64), epochs
 
 
 def stable_seed(*parts: int | str) -> int:
-    """Returns a 32-bit seed that depends on all of `parts`, alike on every machine."""
+    """Returns a 32-bit seed that depends on all of `parts`, and is the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -1,4 +1,4 @@
-"""Several texts to a row: which go together, and the arrays that come of it."""
+"""Packs several texts into each row: chooses which texts share a row, and builds the arrays."""
 
 import bisect
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,18 @@ from grit_jax.text.examples import Text
 def fit_rows(
     lengths: Sequence[int] | np.ndarray, num_rows: int, row_length: int
 ) -> list[list[int]] | None:
-    """Returns which texts share a row, at most `num_rows` rows; None if no way is found.
+    """Assigns texts to at most `num_rows` rows; returns None if no assignment is found.
 
-    Best fit leaves the fewest rows where short texts fill the gaps that long ones leave. Where all
-    texts are about as long, an even spread needs shorter rows.
+    Best fit is tried first: it needs the fewest rows if short texts fill the gaps that long texts
+    leave. If it needs too many rows, texts are spread evenly, which suits texts of similar length.
 
     Args:
-      lengths: tokens of each text; 0 where a number is left unused.
-      num_rows: number of rows there are.
-      row_length: tokens that fit into a row.
+      lengths: tokens of each text; 0 for an unused index.
+      num_rows: number of rows available.
+      row_length: tokens per row.
 
     Returns:
-      For each row the numbers of its texts. The same lengths give the same rows everywhere.
+      For each row the indices of its texts. The result depends on the arguments only.
 
     Raises:
       ValueError: a text is longer than a row.
@@ -34,21 +34,21 @@ def fit_rows(
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:
-    """Returns which texts share a row, in as many rows as it takes: best fit, longest first.
+    """Assigns texts to as many rows as needed: best fit, longest text first.
 
-    The arguments, the result and the errors are those of `fit_rows`.
+    Arguments, result and errors are those of `fit_rows`.
     """
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # Of each row what is left and its number, sorted.
+    free: list[tuple[int, int]] = []  # Free tokens and index of each row, sorted.
     for text, length in _longest_first(lengths):
         if length > row_length:
             raise ValueError(f"a text of {length} tokens does not fit a row of {row_length}")
-        place = bisect.bisect_left(free, (length, -1))
-        if place == len(free):
+        fullest_fit = bisect.bisect_left(free, (length, -1))
+        if fullest_fit == len(free):
             rows.append([])
             left, row = row_length, len(rows) - 1
         else:
-            left, row = free.pop(place)
+            left, row = free.pop(fullest_fit)
         rows[row].append(text)
         bisect.insort(free, (left - length, row))
     return rows
@@ -57,7 +57,7 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list
 def _spread(
     lengths: Sequence[int] | np.ndarray, num_rows: int, row_length: int
 ) -> list[list[int]] | None:
-    """Returns rows of which each text, longest first, goes to the emptiest; None if one is full."""
+    """Assigns each text, longest first, to the emptiest row; returns None if one does not fit."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     filled = [(0, row) for row in range(num_rows)]
     for text, length in _longest_first(lengths):
@@ -70,7 +70,7 @@ def _spread(
 
 
 def _longest_first(lengths: Sequence[int] | np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields numbers and lengths of texts, without those that are unused."""
+    """Yields the indices and lengths of the texts, without unused indices."""
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
     return zip(order.tolist(), lengths[order].tolist(), strict=True)
@@ -83,14 +83,14 @@ def pack(
     row_length: int,
     num_texts: int | None = None,
 ) -> PackedTexts:
-    """Returns texts laid into rows.
+    """Returns texts packed into rows.
 
     Args:
-      texts: the texts by number.
-      rows: for each row the numbers of its texts.
-      num_rows: number of rows to return; those beyond `rows` are padding.
-      row_length: tokens of a row.
-      num_texts: number of texts in the whole batch, by default those given.
+      texts: the texts by index.
+      rows: for each row the indices of its texts.
+      num_rows: number of rows to return; rows beyond `rows` are padding.
+      row_length: tokens per row.
+      num_texts: number of texts in the whole batch; by default the number of `texts`.
     """
     shape = (num_rows, row_length)
     tokens, segment_ids, positions = (np.zeros(shape, np.int32) for _ in range(3))
@@ -98,12 +98,12 @@ def pack(
     counting = np.arange(row_length, dtype=np.int32)
     for row, members in enumerate(rows):
         start = 0
-        for number in members:
-            text = texts[number]
-            place = slice(start, start + len(text))
-            tokens[row, place] = text.tokens
-            segment_ids[row, place] = number + 1
-            positions[row, place] = counting[: len(text)]
-            mask[row, place] = text.mask
+        for index in members:
+            text = texts[index]
+            span = slice(start, start + len(text))
+            tokens[row, span] = text.tokens
+            segment_ids[row, span] = index + 1
+            positions[row, span] = counting[: len(text)]
+            mask[row, span] = text.mask
             start += len(text)
     return PackedTexts(tokens, segment_ids, positions, mask, num_texts or len(texts))

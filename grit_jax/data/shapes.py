@@ -1,8 +1,8 @@
-"""The few shapes that the rows of a run have, chosen from the lengths of its texts.
+"""Chooses the few row shapes of a run from the lengths of its texts.
 
-A shape is a program to compile, and every place in it that holds no token is computed for nothing.
-So there are at most four: two for what steps usually hold, a spare one that is a little larger than
-all that was seen, and one that any step fits.
+Each shape is a program to compile, and padding is computed for nothing. So there are at most four
+shapes: two for typical steps, a spare one slightly larger than every step seen, and one that fits
+any step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,49 +13,54 @@ import numpy as np
 
 from grit_jax.data.packing import fit_rows
 
-# How many more tokens the spare shape has room for than were seen.
+# Capacity of the spare shape, relative to the largest step seen.
 HEADROOM = 1.05
-# The part of a row that may be filled when shapes are chosen: steps vary a little.
-ROOM_USED = 0.995
-# The part of the steps that a shape is made for; the fullest few may take the spare one.
-SHARE_SERVED = 0.95
-# In a layer of Mistral 7B, attention over rows of this many tokens costs as much as the matrices.
+# The part of a row that may be filled when shapes are chosen, because steps vary a little.
+USABLE_FRACTION = 0.995
+# The fraction of steps that a shape must fit; the fullest steps may use the spare shape.
+FITTING_FRACTION = 0.95
+# Row length for which attention costs as much as the matrix products in a layer of Mistral 7B.
 ATTENTION_LENGTH = 26_000
-# Most kinds of step that are told apart.
-MOST_KINDS = 48
+# Maximum number of step profiles to choose shapes for.
+MAX_PROFILES = 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of one length: their number, and the tokens that fit into each."""
+    """Rows of equal length.
+
+    Attributes:
+      count: number of rows.
+      length: tokens per row.
+    """
 
     count: int
     length: int
 
     @property
-    def places(self) -> int:
-        """Tokens that fit into all of them."""
+    def capacity(self) -> int:
+        """Tokens that fit into all rows."""
         return self.count * self.length
 
     @property
     def cost(self) -> float:
-        """What computing them costs, in places of short rows."""
-        return self.places * (1 + self.length / ATTENTION_LENGTH)
+        """Cost of computing the rows, in tokens of short rows."""
+        return self.capacity * (1 + self.length / ATTENTION_LENGTH)
 
 
 # Tokens of each text of a step.
 Lengths = Sequence[int] | np.ndarray
-# The rows of "query", "passage" and "chat", or of those that are trained.
+# The rows of each stream that is trained.
 Shape = dict[str, Rows]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowLimits:
-    """What rows may be.
+    """Limits of the rows.
 
     Attributes:
-      longest: tokens of a row at most, by stream.
-      length_multiple: row lengths are multiples of this where `longest` has room for one.
+      longest: maximum tokens of a row, by stream.
+      length_multiple: row lengths are multiples of this, if `longest` allows it.
       count_multiple: row counts are multiples of this (the number of data shards).
     """
 
@@ -64,66 +69,70 @@ class RowLimits:
     count_multiple: int
 
     def lengths(self, stream: str, longest_text: int) -> list[int]:
-        """Returns the row lengths that a stream may have, shortest first."""
-        step, most = self.length_multiple, self.longest[stream]
-        return list(range(-(-longest_text // step) * step, most + 1, step)) or [most]
+        """Returns the allowed row lengths of a stream, shortest first."""
+        step, maximum = self.length_multiple, self.longest[stream]
+        return list(range(-(-longest_text // step) * step, maximum + 1, step)) or [maximum]
 
     def round_up(self, count: int) -> int:
-        """Returns the smallest number of rows that the data shards divide and is not below."""
+        """Returns the smallest allowed row count that is at least `count`."""
         return -(-max(1, count) // self.count_multiple) * self.count_multiple
 
 
 @dataclasses.dataclass(frozen=True)
 class StepProfile:
-    """What steps are like that read from the same datasets.
+    """Example steps that sample from the same datasets.
 
     Attributes:
-      share: of the steps.
-      seen: lengths of the texts of some such steps, by stream.
+      share: fraction of all steps with this profile.
+      lengths: for each stream, the lengths of the texts of some steps.
     """
 
     share: float
-    seen: Mapping[str, Sequence[Lengths]]
+    lengths: Mapping[str, Sequence[Lengths]]
 
     @property
     def max_tokens(self) -> dict[str, int]:
-        """The most tokens that a step has in each stream."""
-        return {stream: max(map(sum, seen)) for stream, seen in self.seen.items()}
+        """Maximum number of tokens of a step in each stream."""
+        return {stream: max(map(sum, steps)) for stream, steps in self.lengths.items()}
 
 
 def choose_row_shapes(
-    kinds: Sequence[StepProfile],
+    profiles: Sequence[StepProfile],
     longest_texts: Mapping[str, int],
-    most_texts: Mapping[str, int],
+    num_texts: Mapping[str, int],
     limits: RowLimits,
 ) -> list[Shape]:
-    """Returns up to four shapes, smallest first; every step fits the last.
+    """Returns up to four shapes, smallest first; every step fits the last one.
 
     Args:
-      kinds: what steps are like.
+      profiles: the profiles of the run's steps.
       longest_texts: tokens of the longest text of each stream.
-      most_texts: number of texts of a step in each stream.
-      limits: what rows may be.
+      num_texts: maximum number of texts of a step in each stream.
+      limits: limits of the rows.
     """
-    groups = _cut(_merge_alike(kinds))
-    lengths = {stream: limits.lengths(stream, longest) for stream, longest in longest_texts.items()}
+    groups = _group(_merge_similar(profiles))
+    row_lengths = {
+        stream: limits.lengths(stream, longest) for stream, longest in longest_texts.items()
+    }
     shapes = [
         {
             stream: best_rows(
-                [texts for kind in group for texts in kind.seen[stream]], lengths[stream], limits
+                [texts for profile in group for texts in profile.lengths[stream]],
+                row_lengths[stream],
+                limits,
             )
             for stream in longest_texts
         }
         for group in groups
     ]
-    largest = _elementwise_most([kind.max_tokens for kind in kinds])
+    largest = _elementwise_max([profile.max_tokens for profile in profiles])
     spare, any_step = {}, {}
     for stream, tokens in largest.items():
         length = max(shape[stream].length for shape in shapes)
-        places = HEADROOM * max(tokens, *(shape[stream].places for shape in shapes))
-        most = limits.round_up(most_texts[stream])
-        spare[stream] = Rows(min(most, limits.round_up(-int(-places // length))), length)
-        any_step[stream] = Rows(most, length)
+        capacity = HEADROOM * max(tokens, *(shape[stream].capacity for shape in shapes))
+        max_rows = limits.round_up(num_texts[stream])
+        spare[stream] = Rows(min(max_rows, limits.round_up(-int(-capacity // length))), length)
+        any_step[stream] = Rows(max_rows, length)
     unique = []
     for shape in [*shapes, spare, any_step]:
         if shape not in unique:
@@ -131,74 +140,80 @@ def choose_row_shapes(
     return unique
 
 
-def best_rows(seen: Sequence[Lengths], lengths: Sequence[int], limits: RowLimits) -> Rows:
-    """Returns the rows with the fewest places that all of the steps seen fit.
+def best_rows(steps: Sequence[Lengths], row_lengths: Sequence[int], limits: RowLimits) -> Rows:
+    """Returns the rows with the least padding that fit nearly all of the steps.
 
     Args:
-      seen: lengths of the texts of each step.
-      lengths: the row lengths to choose from.
-      limits: what rows may be.
+      steps: lengths of the texts of each step.
+      row_lengths: allowed row lengths.
+      limits: limits of the rows.
     """
-    by_size = sorted(seen, key=sum, reverse=True)[int(len(seen) * (1 - SHARE_SERVED)) :]
-    most = int(sum(by_size[0]))
-    for rows in sorted(_candidates(most, lengths, limits), key=lambda rows: rows.cost):
-        # The largest first: rows that are too few show at once.
-        if all(_fit_with_room(texts, rows) for texts in by_size):
+    largest_first = sorted(steps, key=sum, reverse=True)
+    fitting = largest_first[int(len(steps) * (1 - FITTING_FRACTION)) :]
+    tokens = int(sum(fitting[0]))
+    candidates = _candidates(tokens, row_lengths, limits)
+    for rows in sorted(candidates, key=lambda rows: rows.cost):
+        # The largest step comes first, so rows that are too small are rejected at once.
+        if all(_fits_with_room(texts, rows) for texts in fitting):
             return rows
-    return Rows(limits.round_up(max(map(len, seen))), lengths[-1])
+    return Rows(limits.round_up(max(map(len, steps))), row_lengths[-1])
 
 
-def _fit_with_room(texts: Lengths, rows: Rows) -> bool:
-    filled = max(int(rows.length * ROOM_USED), max(texts))
-    return filled <= rows.length and fit_rows(texts, rows.count, filled) is not None
+def _fits_with_room(texts: Lengths, rows: Rows) -> bool:
+    usable = max(int(rows.length * USABLE_FRACTION), max(texts))
+    return usable <= rows.length and fit_rows(texts, rows.count, usable) is not None
 
 
-def _candidates(tokens: int, lengths: Sequence[int], limits: RowLimits) -> Iterator[Rows]:
-    """Yields rows that have places for this many tokens, and no more than twice as many."""
-    for length in lengths:
+def _candidates(tokens: int, row_lengths: Sequence[int], limits: RowLimits) -> Iterator[Rows]:
+    """Yields rows with a capacity of at least `tokens`, and at most twice as much."""
+    for length in row_lengths:
         count = limits.round_up(-(-tokens // length))
         while count * length <= max(2 * tokens, limits.count_multiple * length):
             yield Rows(count, length)
             count += limits.count_multiple
 
 
-def _merge_alike(kinds: Sequence[StepProfile]) -> list[StepProfile]:
-    """Returns at most `MOST_KINDS` kinds, smallest first; neighbours are joined for that."""
-    by_size = sorted(kinds, key=lambda kind: sum(kind.max_tokens.values()))
-    joined = []
-    for places in np.array_split(np.arange(len(by_size)), min(MOST_KINDS, len(by_size))):
-        members = [by_size[place] for place in places]
-        streams = members[0].seen
-        joined.append(
+def _merge_similar(profiles: Sequence[StepProfile]) -> list[StepProfile]:
+    """Merges profiles of similar size into at most `MAX_PROFILES`; returns them smallest first."""
+    by_size = sorted(profiles, key=lambda profile: sum(profile.max_tokens.values()))
+    merged = []
+    for indices in np.array_split(np.arange(len(by_size)), min(MAX_PROFILES, len(by_size))):
+        members = [by_size[index] for index in indices]
+        merged.append(
             StepProfile(
-                sum(kind.share for kind in members),
-                {stream: [s for kind in members for s in kind.seen[stream]] for stream in streams},
+                sum(member.share for member in members),
+                {
+                    stream: [step for member in members for step in member.lengths[stream]]
+                    for stream in members[0].lengths
+                },
             )
         )
-    return joined
+    return merged
 
 
-def _cut(kinds: Sequence[StepProfile]) -> list[Sequence[StepProfile]]:
-    """Returns the kinds in one or two groups that waste least; a third is left to the spare shape.
+def _group(profiles: Sequence[StepProfile]) -> list[Sequence[StepProfile]]:
+    """Splits profiles into one or two groups with the least padding.
+
+    The largest profiles may be in no group; their steps use the spare shape.
 
     Args:
-      kinds: smallest first.
+      profiles: the profiles, smallest first.
     """
-    tokens = [kind.max_tokens for kind in kinds]
-    largest = sum(_elementwise_most(tokens).values()) * HEADROOM
+    tokens = [profile.max_tokens for profile in profiles]
+    largest = sum(_elementwise_max(tokens).values()) * HEADROOM
 
     def cost(first: int, last: int) -> float:
-        places = sum(_elementwise_most(tokens[first:last]).values())
-        return places * sum(kind.share for kind in kinds[first:last])
+        capacity = sum(_elementwise_max(tokens[first:last]).values())
+        return capacity * sum(profile.share for profile in profiles[first:last])
 
     def total(ends: tuple[int, ...]) -> float:
         groups = sum(cost(first, last) for first, last in itertools.pairwise((0, *ends)))
-        return groups + largest * sum(kind.share for kind in kinds[ends[-1] :])
+        return groups + largest * sum(profile.share for profile in profiles[ends[-1] :])
 
-    numbers = range(1, len(kinds) + 1)
-    ends = min([*((end,) for end in numbers), *itertools.combinations(numbers, 2)], key=total)
-    return [kinds[first:last] for first, last in itertools.pairwise((0, *ends))]
+    counts = range(1, len(profiles) + 1)
+    ends = min([*((end,) for end in counts), *itertools.combinations(counts, 2)], key=total)
+    return [profiles[first:last] for first, last in itertools.pairwise((0, *ends))]
 
 
-def _elementwise_most(of_streams: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    return {stream: max(each[stream] for each in of_streams) for stream in of_streams[0]}
+def _elementwise_max(by_stream: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {stream: max(each[stream] for each in by_stream) for stream in by_stream[0]}

@@ -1,13 +1,13 @@
-"""Prepared files, wherever they lie: a local folder, or a bucket as gs://BUCKET/FOLDER.
+"""Reads prepared files from a local folder or from a bucket (gs://BUCKET/FOLDER).
 
-What fails for a moment is tried again; what is missing or damaged is an error that names the file.
+Transient failures are retried. A missing or damaged file is an error that names the file.
 """
 
-import bisect
 from collections.abc import Callable, Sequence
+import copy
+import functools
 import os
 import resource
-import threading
 import time
 from typing import Any, TypeVar
 
@@ -16,22 +16,22 @@ import tensorstore
 
 Result = TypeVar("Result")
 
-# Seconds to wait before each further try.
+# Seconds to wait before each retry.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
-# What no further try can change, in the words of the readers.
+# What error messages of the readers say when a retry cannot help.
 MISSING = ("no such file", "no such object", "not found", "status code: 404")
 DAMAGED = ("corrupted", "hash mismatch", "should be at least")
 
 
 class PreparedDataError(ValueError):
-    """Prepared data is missing or unfit; the message says which and what to do."""
+    """Prepared data is missing, damaged or unsuitable; the message names it and says what to do."""
 
 
 def read_file(path: epath.PathLike) -> bytes:
     """Returns the content of a file.
 
     Raises:
-      PreparedDataError: it is missing, or cannot be read in several tries; the message names it.
+      PreparedDataError: the file is missing, or every try to read it failed; the message names it.
     """
     address = os.fspath(path)
     read = _read_object if "://" in address else _read_local
@@ -44,10 +44,10 @@ def _read_local(path: str) -> bytes:
 
 
 def _read_object(address: str) -> bytes:
-    # Not through etils, which takes TensorFlow for gs:// wherever that is installed.
+    # Not with etils, which imports TensorFlow for gs:// if TensorFlow is installed.
     try:
         found = tensorstore.KvStore.open(address).result().read("").result()
-    except ValueError as error:  # Whatever the status is that the bucket answers with.
+    except ValueError as error:  # tensorstore raises it for every status of the bucket.
         raise OSError(str(error)) from error
     if found.state == "missing":
         raise FileNotFoundError(address)
@@ -55,7 +55,7 @@ def _read_object(address: str) -> bytes:
 
 
 def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:
-    """Returns what `action` returns, which reads `path`, and tries again where it may help.
+    """Returns the result of `action`, which reads `path`; retries transient failures.
 
     Raises:
       PreparedDataError: the file is missing or damaged, or all tries failed.
@@ -81,75 +81,85 @@ def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:
     raise AssertionError("the last try returns or raises")
 
 
-class Records:
-    """The records of several ArrayRecord files, read at random by their number in all of them.
+class RecordReader:
+    """Random access to the records of several ArrayRecord files, as if they were one.
+
+    It is grain's data source with retries, and with errors that name the file.
 
     Args:
       paths: the files, in order.
-      count: number of records that there must be.
+      count: the number of records that the files must hold together.
 
     Raises:
-      PreparedDataError: a file is missing or holds too few records; the message names it.
+      PreparedDataError: a file is missing, damaged or truncated; the message names it.
     """
 
-    def __init__(self, paths: Sequence[epath.Path], count: int):
+    def __init__(self, paths: Sequence[epath.PathLike], count: int):
         self._paths = [os.fspath(path) for path in paths]
-        self._files: list[Any] = [None] * len(paths)
-        self._lock = threading.Lock()
-        _allow_open_files()
-        counts = [len(self._open(number)) for number in range(len(paths))]
-        if sum(counts) != count:
-            # A file that was cut off has lost its index, and seems to be empty.
-            named = [path for path, found in zip(self._paths, counts, strict=True) if not found]
+        _raise_open_file_limit()
+        try:
+            self._source = _open_records(self._paths)
+        except (OSError, RuntimeError):
+            self._count_by_file()  # Raises the error that names the file, if it persists.
+            self._source = _open_records(self._paths)
+        if len(self._source) != count:
+            # A truncated file has lost its index, and appears to be empty.
+            counts = zip(self._paths, self._count_by_file(), strict=True)
+            empty = [path for path, found in counts if not found]
             raise PreparedDataError(
-                f"{', '.join(named or self._paths)}: {sum(counts)} examples are left of {count}; "
-                "copy the dataset again, or prepare it anew, with --redo"
+                f"{', '.join(empty or self._paths)}: {len(self._source)} examples are left of "
+                f"{count}; copy the dataset again, or prepare it anew, with --redo"
             )
-        self._starts = [sum(counts[:number]) for number in range(len(counts))]
 
-    def read(self, numbers: Sequence[int]) -> list[bytes]:
-        """Returns the records of these numbers.
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the records at these indices.
 
         Raises:
           PreparedDataError: a file is missing or damaged; the message names it.
         """
-        places: list[list[int]] = [[] for _ in self._paths]
-        for place, number in enumerate(numbers):
-            places[bisect.bisect_right(self._starts, number) - 1].append(place)
-        records: list[bytes] = [b""] * len(numbers)
-        for file, wanted in enumerate(places):
-            if wanted:
-                inside = [numbers[place] - self._starts[file] for place in wanted]
-                for place, record in zip(wanted, self._read(file, inside), strict=True):
-                    records[place] = record
-        return records
+        try:
+            return list(self._source.__getitems__(indices))
+        except (OSError, RuntimeError):
+            self._source = copy.copy(self._source)  # With new readers: a failed one never recovers.
+            return self._read_by_file(indices)
 
-    def _read(self, file: int, inside: list[int]) -> Sequence[bytes]:
-        def read() -> Sequence[bytes]:
-            try:
-                return self._open(file).__getitems__(inside)
-            except RuntimeError:
-                self._files[file] = None  # A reader that has failed once fails for ever.
-                raise
+    def _read_by_file(self, indices: Sequence[int]) -> list[bytes]:
+        """Returns the records at these indices, with retries for each file."""
+        records: dict[int, bytes] = {}
+        start = 0
+        for path, count in zip(self._paths, self._count_by_file(), strict=True):
+            own = [index for index in indices if start <= index < start + count]
+            if own:
+                in_file = [index - start for index in own]
+                found = with_retries(functools.partial(_read_records, path, in_file), path)
+                records |= zip(own, found, strict=True)
+            start += count
+        return [records[index] for index in indices]
 
-        return with_retries(read, self._paths[file])
-
-    def _open(self, number: int) -> Any:
-        with self._lock:
-            if self._files[number] is None:
-                import grain  # Preparing does without it, in every one of its processes.
-
-                path = self._paths[number]
-                self._files[number] = with_retries(
-                    lambda: grain.sources.ArrayRecordDataSource(path), path
-                )
-            return self._files[number]
+    def _count_by_file(self) -> list[int]:
+        """Returns the number of records of each file."""
+        return [with_retries(functools.partial(_count_records, path), path) for path in self._paths]
 
 
-def _allow_open_files() -> None:
-    """Lets this process have as many open files as it may: a shard that was read stays open.
+def _open_records(paths: Sequence[str]) -> Any:
+    import grain  # `grit-jax prepare` never reads records, and its workers start without grain.
 
-    A shell usually asks for 1,024 of them, and a large collection has more shards.
+    return grain.sources.ArrayRecordDataSource(paths)
+
+
+def _read_records(path: str, indices: Sequence[int]) -> Sequence[bytes]:
+    return _open_records([path]).__getitems__(indices)
+
+
+def _count_records(path: str) -> int:
+    return len(_open_records([path]))
+
+
+def _raise_open_file_limit() -> None:
+    """Raises this process's soft limit of open files to the hard limit.
+
+    Shards stay open once read. A shell usually allows 1,024 files, and a large dataset has more
+    shards.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,22 +1,23 @@
-"""Retrieval and perplexity on held-out data, with the model as it is being trained."""
+"""Retrieval and perplexity on held-out data, measured with the model in training."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 import numpy as np
 
 from grit_jax.data.batch import PackedTexts
-from grit_jax.data.batch_plan import check_row_length, deduplicated_ids
-from grit_jax.data.manifest import PreparedDataset, fingerprint
+from grit_jax.data.batch_plan import check_row_length
+from grit_jax.data.kinds import deduplicated_ids
+from grit_jax.data.manifest import PreparedDataset, load_saved_tokenizer, text_fingerprint
 from grit_jax.data.packing import pack, plan_rows
-from grit_jax.data.saved_tokenizer import load_saved_tokenizer
 from grit_jax.evaluation.retrieval import bm25_scores, chance_measures, retrieval_measures
-from grit_jax.objectives.embedding import embed_texts
+from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
 from grit_jax.objectives.next_token import next_token_loss, shift_targets
 from grit_jax.sharding import batch_shards
 from grit_jax.text.examples import Text
@@ -24,14 +25,83 @@ from grit_jax.training.train_step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
+class TextBatcher:
+    """Packs held-out texts into batches on the devices.
+
+    Attributes:
+      trainer: provides the model and the mesh.
+      embedding: how texts are embedded.
+      row_lengths: tokens per row of each stream.
+      batch_size: texts per batch.
+    """
+
+    trainer: Trainer
+    embedding: EmbeddingSpec
+    row_lengths: Mapping[str, int]
+    batch_size: int
+
+    def check_rows(self, dataset: PreparedDataset, stream: str, texts: Sequence[Text]) -> None:
+        """Checks that the texts of a dataset fit the rows of a stream.
+
+        Raises:
+          PreparedDataError: a text is longer than a row.
+        """
+        check_row_length(dataset, stream, max(map(len, texts)), self.row_lengths)
+
+    def batches(self, texts: Sequence[Text], stream: str) -> Iterator[PackedTexts]:
+        """Yields the texts in order, in batches of one shape; the last may have unused indices."""
+        row_length, shards = self.row_lengths[stream], batch_shards(self.trainer.mesh)
+        groups = [
+            texts[start : start + self.batch_size]
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
+        num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
+        for group, plan in zip(groups, plans, strict=True):
+            packed = pack(group, plan, num_rows, row_length, num_texts=self.batch_size)
+            yield self.trainer.to_devices(packed)
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a function, with results that every process can read."""
+        return jax.jit(function, out_shardings=NamedSharding(self.trainer.mesh, PartitionSpec()))
+
+
+class Measure(Protocol):
+    """What is measured on the held-out datasets of one kind of text."""
+
+    def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher): ...
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the measures."""
+        ...
+
+    def measure(self, parameters: nnx.State) -> dict[str, float]:
+        """Returns the measures by name."""
+        ...
+
+    def trace(self, parameters: nnx.State) -> None:
+        """Traces the programs of `measure`."""
+        ...
+
+    def chance(self) -> dict[str, float]:
+        """Returns the measures of a random answer, where they are known."""
+        ...
+
+    def bm25_baseline(self) -> dict[str, float]:
+        """Returns the measures of BM25, where it applies."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
 class RetrievalTask:
-    """The queries of a held-out dataset, and their corpus: the positives of them all.
+    """The queries of a held-out dataset, and their corpus: the positives of all queries.
 
     Attributes:
       name: name of the dataset.
       queries: the queries.
-      passages: the positives, each text once.
-      relevant: for each query the numbers of its positives among the passages.
+      passages: the positives, without duplicates.
+      relevant: for each query the indices of its positives among the passages.
     """
 
     name: str
@@ -41,26 +111,151 @@ class RetrievalTask:
 
     @classmethod
     def of(cls, dataset: PreparedDataset) -> "RetrievalTask":
-        """Returns the task that a dataset makes."""
+        """Returns the task of a dataset."""
         examples = dataset.read(range(len(dataset)))
         positives = [text for example in examples for text in example.positives]
-        first_copies = deduplicated_ids(np.array([fingerprint(text) for text in positives]))
+        fingerprints = np.array([text_fingerprint(text) for text in positives], np.uint64)
+        first_copies = deduplicated_ids(fingerprints)
         kept = np.unique(first_copies)
-        places = iter(np.searchsorted(kept, first_copies).tolist())
-        relevant = [{next(places) for _ in example.positives} for example in examples]
+        indices = iter(np.searchsorted(kept, first_copies).tolist())
+        relevant = [{next(indices) for _ in example.positives} for example in examples]
         queries = [example.query for example in examples]
-        return cls(dataset.name, queries, [positives[number] for number in kept], relevant)
+        return cls(dataset.name, queries, [positives[index] for index in kept], relevant)
+
+    def measures(self, scores: Float[np.ndarray, "Q P"]) -> dict[str, float]:
+        """Returns the measures of the scores of all queries and passages, as DATASET/MEASURE."""
+        return self._named(retrieval_measures(scores, self.relevant))
+
+    def chance(self) -> dict[str, float]:
+        """Returns the expected measures of a random order, for one positive per query."""
+        return self._named(chance_measures(len(self.passages)))
+
+    def _named(self, measures: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.name}/{measure}": value for measure, value in measures.items()}
+
+
+class Retrieval:
+    """nDCG@10 and recall@1 of retrieval, per dataset; see `Measure`."""
+
+    def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher):
+        self._batcher = batcher
+        self._datasets = datasets
+        self._tasks = [RetrievalTask.of(dataset) for dataset in datasets]
+        for dataset, task in zip(datasets, self._tasks, strict=True):
+            batcher.check_rows(dataset, "query", task.queries)
+            batcher.check_rows(dataset, "passage", task.passages)
+        self._embed = batcher.jit(self._embed_batch)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the measures."""
+        return list(self.chance())
+
+    def measure(self, parameters: nnx.State) -> dict[str, float]:
+        """Returns "DATASET/ndcg_at_10" and "DATASET/recall_at_1"."""
+        measures = {}
+        for task in self._tasks:
+            queries = self._embed_all(parameters, task.queries, "query")
+            passages = self._embed_all(parameters, task.passages, "passage")
+            measures |= task.measures(queries @ passages.T)
+        return measures
+
+    def trace(self, parameters: nnx.State) -> None:
+        """Traces the programs of `measure`; the rows of all datasets have the same lengths."""
+        task = self._tasks[0]
+        for stream, texts in (("query", task.queries), ("passage", task.passages)):
+            jax.eval_shape(self._embed, parameters, next(self._batcher.batches(texts, stream)))
+
+    def chance(self) -> dict[str, float]:
+        """Returns the expected measures of a random order of the passages."""
+        return _merged(task.chance() for task in self._tasks)
+
+    def bm25_baseline(self) -> dict[str, float]:
+        """Returns the measures of BM25 on the same queries and passages."""
+        tokenizer = load_saved_tokenizer(self._datasets[0])
+
+        def words(texts: Sequence[Text]) -> list[str]:
+            return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
+
+        return _merged(
+            task.measures(bm25_scores(words(task.queries), words(task.passages)))
+            for task in self._tasks
+        )
+
+    def _embed_all(
+        self, parameters: nnx.State, texts: Sequence[Text], stream: str
+    ) -> Float[np.ndarray, "T D"]:
+        batches = self._batcher.batches(texts, stream)
+        embeddings = [np.asarray(self._embed(parameters, batch)) for batch in batches]
+        return np.concatenate(embeddings)[: len(texts)]
+
+    def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> Float[Array, "T D"]:
+        model = self._batcher.trainer.model(parameters)
+        return embed_texts(model, texts, self._batcher.embedding)
+
+
+class Perplexity:
+    """Perplexity of the answers of all chats; see `Measure`."""
+
+    def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher):
+        self._batcher = batcher
+        self._chats: list[Text] = []
+        for dataset in datasets:
+            chats = [example.chat for example in dataset.read(range(len(dataset)))]
+            batcher.check_rows(dataset, "chat", chats)
+            self._chats += chats
+        self._cross_entropy = batcher.jit(self._cross_entropy_batch)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the measures."""
+        return ["perplexity"]
+
+    def measure(self, parameters: nnx.State) -> dict[str, float]:
+        """Returns "perplexity"."""
+        batches = self._batcher.batches(self._chats, "chat")
+        totals = [jax.device_get(self._cross_entropy(parameters, batch)) for batch in batches]
+        nats, targets = np.sum(totals, axis=0)
+        return {"perplexity": float(np.exp(nats / targets))}
+
+    def trace(self, parameters: nnx.State) -> None:
+        """Traces the program of `measure`."""
+        batch = next(self._batcher.batches(self._chats, "chat"))
+        jax.eval_shape(self._cross_entropy, parameters, batch)
+
+    def chance(self) -> dict[str, float]:
+        """Returns nothing."""
+        return {}
+
+    def bm25_baseline(self) -> dict[str, float]:
+        """Returns nothing."""
+        return {}
+
+    def _cross_entropy_batch(
+        self, parameters: nnx.State, chats: PackedTexts
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Returns the sum of the cross-entropies of all targets, and the number of targets."""
+        model = self._batcher.trainer.model(parameters)
+        hidden = model(chats.tokens, chats.positions, chats.segment_ids, is_causal=True)
+        targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+        weights = is_target.astype(jnp.float32)
+        nats = next_token_loss(hidden, model.output_projection(), targets, weights)
+        return nats, jnp.sum(weights)
+
+
+# What is measured on each kind of text, by the names in `text.kinds.TEXT_KINDS`.
+MEASURES: dict[str, type[Measure]] = {"embedding": Retrieval, "generative": Perplexity}
 
 
 class HeldOut:
     """Held-out data, and the measures of a model on it.
 
     Args:
-      trainer: the model's and the mesh's.
-      retrieval: the datasets of queries and positives; none to leave retrieval out.
-      chats: the datasets of chats; none to leave perplexity out.
-      row_lengths: tokens of a row, by stream ("query", "passage", "chat").
-      batch_size: texts to a batch.
+      trainer: provides the model and the mesh.
+      datasets: the datasets of each kind of text that is measured.
+      row_lengths: tokens per row of each stream ("query", "passage", "chat").
+      batch_size: texts per batch.
+      embedding: how texts are embedded.
 
     Raises:
       PreparedDataError: a text is longer than a row.
@@ -69,58 +264,34 @@ class HeldOut:
     def __init__(
         self,
         trainer: Trainer,
-        retrieval: Sequence[PreparedDataset],
-        chats: Sequence[PreparedDataset],
-        row_lengths: dict[str, int],
+        datasets: Mapping[str, Sequence[PreparedDataset]],
+        row_lengths: Mapping[str, int],
         batch_size: int,
+        embedding: EmbeddingSpec,
     ):
         self._trainer = trainer
-        self._row_lengths, self._batch_size = row_lengths, batch_size
-        self._retrieval = list(retrieval)
-        self._tasks = [RetrievalTask.of(dataset) for dataset in retrieval]
-        self._chats: list[Text] = []
-        for dataset, task in zip(retrieval, self._tasks, strict=True):
-            self._check_rows(dataset, "query", task.queries)
-            self._check_rows(dataset, "passage", task.passages)
-        for dataset in chats:
-            texts = [example.chat for example in dataset.read(range(len(dataset)))]
-            self._check_rows(dataset, "chat", texts)
-            self._chats += texts
-        # Every process reads all that comes out.
-        whole = NamedSharding(trainer.mesh, PartitionSpec())
-        self._embed = jax.jit(self._embed_batch, out_shardings=whole)
-        self._cross_entropy = jax.jit(self._cross_entropy_batch, out_shardings=whole)
+        batcher = TextBatcher(trainer, embedding, row_lengths, batch_size)
+        self._measures = [MEASURES[kind](own, batcher) for kind, own in datasets.items() if own]
 
     @property
     def names(self) -> list[str]:
-        """The names of what `measure` returns."""
-        return [*self.chance(), *(["perplexity"] if self._chats else [])]
+        """The names of the measures."""
+        return [name for measure in self._measures for name in measure.names]
 
     def measure(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""
-        measures = {}
         with jax.set_mesh(self._trainer.mesh):
-            for task in self._tasks:
-                queries = self._embed_all(parameters, task.queries, "query")
-                passages = self._embed_all(parameters, task.passages, "passage")
-                measures |= _named(task, queries @ passages.T)
-            if self._chats:
-                measures["perplexity"] = self._perplexity(parameters)
-        return measures
+            return _merged(measure.measure(parameters) for measure in self._measures)
 
     def trace(self) -> None:
-        """Traces the programs of `measure`, for rows of each stream.
+        """Traces the programs of `measure`.
 
         Raises:
-          AttentionError: the implementation that was asked for does not serve them.
+          AttentionError: the chosen attention implementation does not support the rows.
         """
         parameters = self._trainer.abstract_state().model_parameters
-        for task in self._tasks[:1]:  # All have rows of the same lengths.
-            for stream, texts in (("query", task.queries), ("passage", task.passages)):
-                jax.eval_shape(self._embed, parameters, next(self._batches(texts, stream)))
-        if self._chats:
-            batch = next(self._batches(self._chats, "chat"))
-            jax.eval_shape(self._cross_entropy, parameters, batch)
+        for measure in self._measures:
+            measure.trace(parameters)
 
     def bm25_baseline(self) -> dict[str, float]:
         """Returns the retrieval measures of BM25 on the same queries and passages.
@@ -128,69 +299,12 @@ class HeldOut:
         Raises:
           ImportError: the package bm25s is not installed.
         """
-        if not self._tasks:
-            return {}
-        tokenizer = load_saved_tokenizer(self._retrieval[0])
-
-        def words(texts: Sequence[Text]) -> list[str]:
-            return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
-
-        measures = {}
-        for task in self._tasks:
-            measures |= _named(task, bm25_scores(words(task.queries), words(task.passages)))
-        return measures
+        return _merged(measure.bm25_baseline() for measure in self._measures)
 
     def chance(self) -> dict[str, float]:
-        """Returns what a random order of the passages earns on average, for one answer a query."""
-        measures = {}
-        for task in self._tasks:
-            found = chance_measures(len(task.passages))
-            measures |= {f"{task.name}/{measure}": value for measure, value in found.items()}
-        return measures
-
-    def _check_rows(self, dataset: PreparedDataset, stream: str, texts: list[Text]) -> None:
-        check_row_length(dataset, stream, max(map(len, texts)), self._row_lengths)
-
-    def _embed_all(self, parameters: nnx.State, texts: list[Text], stream: str) -> np.ndarray:
-        batches = [np.asarray(self._embed(parameters, b)) for b in self._batches(texts, stream)]
-        return np.concatenate(batches)[: len(texts)]
-
-    def _perplexity(self, parameters: nnx.State) -> float:
-        batches = self._batches(self._chats, "chat")
-        totals = [jax.device_get(self._cross_entropy(parameters, batch)) for batch in batches]
-        nats, targets = np.sum(totals, axis=0)
-        return float(np.exp(nats / targets))
-
-    def _batches(self, texts: list[Text], stream: str) -> Iterator[Any]:
-        """Yields the texts in order, in batches of one shape; numbers may be unused at the end."""
-        row_length, shards = self._row_lengths[stream], batch_shards(self._trainer.mesh)
-        groups = [
-            texts[start : start + self._batch_size]
-            for start in range(0, len(texts), self._batch_size)
-        ]
-        plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
-        num_rows = -(-max(len(plan) for plan in plans) // shards) * shards
-        for group, plan in zip(groups, plans, strict=True):
-            numbered = dict(enumerate(group))
-            packed = pack(numbered, plan, num_rows, row_length, num_texts=self._batch_size)
-            yield self._trainer.to_devices(packed)
-
-    def _embed_batch(self, parameters: nnx.State, texts: PackedTexts) -> jax.Array:
-        return embed_texts(
-            self._trainer.model(parameters), texts, self._trainer.loss_config.embedding
-        )
-
-    def _cross_entropy_batch(
-        self, parameters: nnx.State, chats: PackedTexts
-    ) -> tuple[jax.Array, jax.Array]:
-        model = self._trainer.model(parameters)
-        hidden = model(chats.tokens, chats.positions, chats.segment_ids, is_causal=True)
-        targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
-        weights = is_target.astype(jnp.float32)
-        nats = next_token_loss(hidden, model.output_projection(), targets, weights)
-        return nats, jnp.sum(weights)
+        """Returns the expected retrieval measures of a random order, for one positive per query."""
+        return _merged(measure.chance() for measure in self._measures)
 
 
-def _named(task: RetrievalTask, scores: np.ndarray) -> dict[str, float]:
-    measures = retrieval_measures(scores, task.relevant)
-    return {f"{task.name}/{measure}": value for measure, value in measures.items()}
+def _merged(measures: Iterator[dict[str, float]]) -> dict[str, float]:
+    return {name: value for each in measures for name, value in each.items()}

@@ -13,7 +13,7 @@ POOLINGS = ("mean", "weightedmean", "lasttoken", "cls")
 
 def sum_by_text(
     values: Float[Array, "B S *D"], segment_ids: Int[Array | np.ndarray, "B S"], num_texts: int
-) -> Float[Array, "{num_texts} *D"]:
+) -> Float[Array, "{num_texts} *D"]:  # noqa: F821
     """Returns the sum of the values of each text.
 
     Args:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from grit_jax.config import Config, ConfigError
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
 from grit_jax.from_config import make_trainer, open_pretrained, row_limits
@@ -27,7 +27,7 @@ from grit_jax.planning.program import Collective, ProgramCost, program_cost
 from grit_jax.sharding import MeshError
 from grit_jax.text.examples import Text
 from grit_jax.training.flops import peak_flops, useful_flops
-from grit_jax.training.loop import batch_rows, count_tokens
+from grit_jax.training.loop import batch_rows, causal_streams, count_tokens
 from grit_jax.training.train_step import Trainer
 
 # The longest text of a run, in parts of the longest row that is allowed.
@@ -126,9 +126,7 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
     if compiled is None:
         return Plan(fits=False, **common)
     work = program_cost(compiled.as_text(), len(topology.devices), _rows_used(trainer))
-    useful = useful_flops(
-        trainer.model_config, batch, is_causal=trainer.loss_config.embedding.attention[1] == "c"
-    )
+    useful = useful_flops(trainer.model_config, batch, causal_streams(trainer.loss, batch))
     fits = used <= topology.chip.hbm_bytes
     return Plan(fits=fits, **common, **_speed(work, useful, topology, trainer))
 
@@ -205,14 +203,14 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
         made = [Text(np.ones(length, np.int32), np.ones(length, bool)) for length in lengths]
         return pack(made, places, rows.count, rows.length)
 
-    embedding = chats = None
+    parts = {}
     if config.mode in ("unified", "embedding"):
         positives = np.arange(0, counts["passage"], data.group_size, dtype=np.int32)
         contents = np.arange(counts["passage"], dtype=np.int32)
-        embedding = EmbeddingBatch(texts("query"), texts("passage"), positives, contents)
+        parts["embedding"] = EmbeddingBatch(texts("query"), texts("passage"), positives, contents)
     if config.mode in ("unified", "generative"):
-        chats = texts("chat")
-    return Batch(embedding, chats)
+        parts["generative"] = ChatBatch(texts("chat"))
+    return Batch(parts)
 
 
 def _compile(trainer: Trainer, batch: Batch) -> tuple[Any, float]:

@@ -24,8 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from grit_jax.data.manifest import PreparedDataError
-from grit_jax.data.saved_tokenizer import TOKENIZERS, save_tokenizer
+from grit_jax.data.manifest import TOKENIZERS, PreparedDataError, save_tokenizer
 from grit_jax.files import locked
 from grit_jax.prepare.dataset_build import DatasetBuild
 from grit_jax.prepare.datasets import Mixture, record_size

@@ -8,12 +8,13 @@ Weights that are not trained have no gradient, so that their backward pass is on
 products of low-rank updates, a hundredth of the others, are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
 from grit_jax.data.batch import Batch, PackedTexts
+from grit_jax.data.kinds import BATCH_KINDS
 from grit_jax.models import ARCHITECTURES, ModelConfig
 
 # Dense bfloat16 operations a second and device, from the makers' data sheets.
@@ -40,28 +41,27 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     return PEAK_FLOPS[max(matching, key=len)] * len(devices)
 
 
-def useful_flops(config: ModelConfig, batch: Batch, *, is_causal: bool) -> float:
+def useful_flops(config: ModelConfig, batch: Batch, causal_streams: Collection[str]) -> float:
     """Returns the operations that a training step on this batch needs.
 
     Args:
-      config: of the model.
-      batch: the step's texts, on the host. Of several hosts each has its own rows, and takes
-        those of the others to be alike.
-      is_causal: whether texts to be embedded are read causally; chats always are.
+      config: configuration of the model.
+      batch: the batch, on the host. With several hosts it has this host's rows; the rows of the
+        other hosts are assumed to be similar.
+      causal_streams: names of the streams with causal attention.
     """
-    streams: list[tuple[PackedTexts, bool]] = []
-    num_targets = 0
-    if batch.embedding is not None:
-        streams += [(batch.embedding.queries, is_causal), (batch.embedding.passages, is_causal)]
-    if batch.chats is not None:
-        streams.append((batch.chats, True))
-        num_targets = int(np.count_nonzero(batch.chats.mask) * _hosts(batch.chats))
+    num_targets = sum(
+        int(np.count_nonzero(texts.mask) * _hosts(texts))
+        for kind, part in batch.parts.items()
+        if BATCH_KINDS[kind].predicts_tokens
+        for texts in part.streams.values()
+    )
     flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
     of_weights = 2.0 * num_targets * config.hidden_size * config.vocab_size
     of_attention = 0.0
-    for texts, causal in streams:
+    for name, texts in batch.streams.items():
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
-        visible = np.sum(lengths**2) / (2 if causal else 1)
+        visible = np.sum(lengths**2) / (2 if name in causal_streams else 1)
         hosts = _hosts(texts)
         width = config.num_attention_heads * config.head_dim
         of_weights += hosts * np.sum(lengths) * flops_per_token

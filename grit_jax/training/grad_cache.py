@@ -1,15 +1,14 @@
-"""The gradient of the joint loss, a part of the batch at a time (GradCache, arXiv 2101.06983).
+"""The gradient of a loss, computed in chunks of the batch (GradCache, arXiv 2101.06983).
 
-The contrastive loss needs all embeddings at once, but not all activations:
+A contrastive loss needs the embeddings of all texts at once, but not all activations:
 
-    1. read the texts in chunks, keeping their pooled states      no gradient
-    2. the contrastive loss and its gradient with respect to them
-    3. read chunk by chunk again; the gradient of (pooled states x their gradient), and of the
-       chunk's share of the generative loss, is the chunk's share of the gradient
+    1. Forward pass of each chunk without gradient, which keeps the chunk's summary.
+    2. Batch losses of the summary of the whole batch, and their gradient.
+    3. Forward and backward pass of each chunk. The gradient of (the chunk's summary times the
+       gradient of step 2) plus the chunk's row losses is the chunk's share of the total gradient.
 
-It is the gradient of the undivided batch, at the price of a second forward pass of the embedding
-stream. The load-balancing loss of a Mixtral is a product of two means over all chats; the one that
-has no gradient is taken in the first pass, in which the chats are then read as well.
+The result equals the gradient of the undivided batch. It costs a second forward pass of the texts
+with batch losses: the embedding texts, and the chats of a model with a router.
 """
 
 from collections.abc import Callable
@@ -18,141 +17,113 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from grit_jax.data.batch import Batch
+from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import Decoder
-from grit_jax.objectives.router import load_balancing_loss
 from grit_jax.sharding import microbatch
-from grit_jax.training.joint_loss import (
-    LossConfig,
-    batch_streams,
-    chat_weights,
-    embedding_loss,
-    generative_loss,
-    pool_pairs,
-    weighted_sum,
-)
+from grit_jax.training.loss import Loss, Losses
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A chunk's rows, as a batch, and the weights of its chats' targets."""
+    """A chunk's rows as a batch, and the weights of their tokens in the row losses."""
 
     batch: Batch
-    weights: Float[Array, "B S"] | None
+    token_weights: dict[str, Any]
 
 
 def chunked_value_and_grad(
     model_of: Callable[[Any], Decoder],
     trained: dict[str, Any],
     batch: Batch,
-    config: LossConfig,
+    loss: Loss,
     num_chunks: int,
-    lay_out: Callable[[Any], Any],
-) -> tuple[dict[str, Float[Array, ""]], Any]:
-    """Returns the parts of the joint loss, and its gradient with respect to `trained`.
+    constrain: Callable[[Any], Any],
+) -> tuple[Losses, Any]:
+    """Returns the losses by name, and the gradient of the total with respect to `trained`.
 
     Args:
-      model_of: makes the model of trained parameters.
-      trained: the parameters: "model", and "loss", those of the loss itself.
-      batch: of which the rows of each stream are a multiple of `num_chunks` times the shards.
-      config: of the joint loss.
-      num_chunks: number of parts.
-      lay_out: lays a gradient on the mesh as the parameters are.
+      model_of: returns the model with given trained parameters.
+      trained: the trained parameters: "model", and "loss" for those of the loss itself.
+      batch: the batch; the rows of each stream are a multiple of `num_chunks` times the shards.
+      loss: the loss.
+      num_chunks: number of chunks.
+      constrain: constrains the sharding of a gradient to that of the parameters.
     """
-    chunks = _divide(batch, config, num_chunks)
-    has_router = model_of(trained).config.has_experts and batch.chats is not None
-    pooled, router = _sum_over(
-        chunks, lambda chunk: _read(model_of(trained), chunk.batch, config, has_router)
-    )
-    parts: dict[str, Float[Array, ""]] = {}
-    gradient, of_pooled = None, None
-    if batch.embedding is not None:
+    chunks = _divide(batch, loss, num_chunks)
+    config = model_of(trained).config
+    summarized = [kind for kind in batch.parts if loss.terms[kind].has_batch_losses(config)]
+    losses: Losses = {}
+    summary_gradient: dict[str, Any] = {}
+    initial_gradient = None
+    if summarized:
 
-        def of_embeddings(trained: dict[str, Any], pooled: Any) -> tuple[Array, Array]:
-            assert batch.embedding is not None
-            model = model_of(trained)
-            loss = embedding_loss(model, trained["loss"], pooled, batch.embedding, config)
-            return config.embedding_weight * loss, loss
+        def summary_of(chunk: _Chunk) -> dict[str, Any]:
+            parts = {kind: chunk.batch.parts[kind] for kind in summarized}
+            return _summary(model_of(trained), loss, Batch(parts))
 
-        grad = jax.grad(of_embeddings, argnums=(0, 1), has_aux=True)
-        (gradient, of_pooled), parts["embedding_loss"] = grad(trained, pooled)
+        def total_of_summary(
+            trained: dict[str, Any], summary: dict[str, Any]
+        ) -> tuple[Array, Losses]:
+            losses = loss.batch_losses(model_of(trained), trained["loss"], summary, batch)
+            return loss.weighted_sum(losses, config), losses
 
-    def share(trained: dict[str, Any], chunk: _Chunk) -> tuple[Array, dict[str, Array]]:
+        gradient_of = jax.grad(total_of_summary, argnums=(0, 1), has_aux=True)
+        summary = _sum_over(chunks, summary_of)
+        (initial_gradient, summary_gradient), losses = gradient_of(trained, summary)
+
+    def share(trained: dict[str, Any], chunk: _Chunk) -> tuple[Array, Losses]:
         model = model_of(trained)
-        hidden, statistics = model.forward_streams(batch_streams(chunk.batch, config.embedding))
-        shares: dict[str, Array] = {}
-        if chunk.batch.chats is not None and chunk.weights is not None:
-            shares["generative_loss"] = generative_loss(
-                model, hidden["chats"], chunk.batch.chats, chunk.weights
-            )
-        if has_router:
-            shares["router_loss"] = load_balancing_loss(
-                router.choices, statistics["chats"].probabilities, router.tokens
-            )
-        loss = weighted_sum(shares, model, config)
-        if chunk.batch.embedding is not None:
-            pooled = pool_pairs(hidden, chunk.batch.embedding, config)
-            products = jax.tree.map(jnp.vdot, pooled, of_pooled)
-            loss += sum(jax.tree.leaves(products))
-        return loss, shares
+        hidden, statistics = model.forward_streams(loss.streams(chunk.batch))
+        losses = loss.row_losses(model, hidden, chunk.batch, chunk.token_weights)
+        summary = loss.summarize(model, hidden, statistics, chunk.batch)
+        products = jax.tree.map(jnp.vdot, summary, summary_gradient)
+        total = loss.weighted_sum(losses, config) + sum(jax.tree.leaves(products))
+        return total, losses
 
-    def gradient_of(chunk: _Chunk) -> tuple[Any, dict[str, Array]]:
-        gradient, shares = jax.grad(share, has_aux=True)(trained, chunk)
-        return lay_out(gradient), shares
+    def gradient_of_chunk(chunk: _Chunk) -> tuple[Any, Losses]:
+        gradient, losses = jax.grad(share, has_aux=True)(trained, chunk)
+        return constrain(gradient), losses
 
-    of_chunks, shares = _sum_over(chunks, gradient_of)
-    parts |= shares
-    if gradient is not None:
-        of_chunks = jax.tree.map(jnp.add, gradient, of_chunks)
-    loss = weighted_sum(parts, model_of(trained), config)
-    return {"loss": loss, **parts}, of_chunks
+    gradient, row_losses = _sum_over(chunks, gradient_of_chunk)
+    losses |= row_losses
+    if initial_gradient is not None:
+        gradient = jax.tree.map(jnp.add, initial_gradient, gradient)
+    return {"loss": loss.weighted_sum(losses, config), **losses}, gradient
 
 
-def _read(model: Decoder, batch: Batch, config: LossConfig, has_router: bool) -> tuple[Any, Any]:
-    """Returns the pooled texts of a chunk, and the router's statistics on its chats."""
-    if not has_router:
-        batch = dataclasses.replace(batch, chats=None)
-    streams = batch_streams(batch, config.embedding)
-    if not streams:
-        return None, None
-    hidden, statistics = model.forward_streams(streams)
-    pooled = None
-    if batch.embedding is not None:
-        pooled = pool_pairs(hidden, batch.embedding, config)
-    return pooled, statistics["chats"] if has_router else None
+def _summary(model: Decoder, loss: Loss, batch: Batch) -> dict[str, Any]:
+    hidden, statistics = model.forward_streams(loss.streams(batch))
+    return loss.summarize(model, hidden, statistics, batch)
 
 
-def _divide(batch: Batch, config: LossConfig, num_chunks: int) -> _Chunk:
-    """Returns the batch as chunks: each array of rows [B, S] as [chunks, B / chunks, S]."""
+def _divide(batch: Batch, loss: Loss, num_chunks: int) -> _Chunk:
+    """Returns the batch as chunks: rows [B, S] as [chunks, B / chunks, S], others repeated."""
 
     def divide(array: jax.Array) -> jax.Array:
         return microbatch(array, num_chunks)
 
-    def whole(array: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(array, (num_chunks, *array.shape))
+    def divide_rows(node: Any) -> Any:
+        if isinstance(node, PackedTexts):
+            return jax.tree.map(divide, node)
+        return jnp.broadcast_to(node, (num_chunks, *node.shape))
 
-    embedding = batch.embedding
-    if embedding is not None:
-        embedding = dataclasses.replace(
-            jax.tree.map(whole, embedding),
-            queries=jax.tree.map(divide, embedding.queries),
-            passages=jax.tree.map(divide, embedding.passages),
-        )
-    weights = None if batch.chats is None else divide(chat_weights(batch.chats, config))
-    return _Chunk(Batch(embedding, jax.tree.map(divide, batch.chats)), weights)
+    parts = jax.tree.map(
+        divide_rows, batch.parts, is_leaf=lambda node: isinstance(node, PackedTexts)
+    )
+    return _Chunk(Batch(parts), jax.tree.map(divide, loss.token_weights(batch)))
 
 
 def _sum_over(chunks: _Chunk, function: Callable[[_Chunk], Any]) -> Any:
-    """Returns the sum of a function's values of all chunks."""
+    """Returns the sum of a function's results over all chunks."""
     first = jax.tree.map(lambda array: array[0], chunks)
     shapes = jax.eval_shape(function, first)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def add(total: Any, chunk: _Chunk) -> tuple[Any, None]:
-        # The compiler for TPUs fails where it moves a reduction out of the loop, behind the sum.
+        # XLA for TPUs fails if it moves a reduction out of the loop, past the sum.
         values = jax.lax.optimization_barrier(function(chunk))
         return jax.tree.map(jnp.add, total, values), None
 

@@ -1,17 +1,17 @@
-"""The joint loss of GRIT: both streams of texts through the same weights, once.
+"""The joint loss of GRIT: a contrastive and a next-token loss through the same weights.
 
 Legend of dimensions: B rows, S positions, Q queries, P passages, D hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import ChatBatch, EmbeddingBatch
 from grit_jax.fields import NonNegativeFloat
-from grit_jax.models import Decoder, Stream
+from grit_jax.models import Decoder, ModelConfig, RouterStatistics, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.next_token import (
@@ -21,26 +21,25 @@ from grit_jax.objectives.next_token import (
     target_weights,
 )
 from grit_jax.objectives.router import load_balancing_loss
-
-LossParameters = dict[str, Array]
+from grit_jax.training.loss import Hidden, Loss, Losses, LossParameters, LossTerm, Statistics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """How the two losses are taken and added.
+    """Configuration of the joint loss.
 
     Attributes:
-      embedding_weight: factor of the contrastive loss.
-      generative_weight: factor of the next-token loss.
-      temperature: of the contrastive loss, or its first value.
-      learn_temperature: whether it is learned with the model.
-      is_symmetric: whether positives are to find their queries too (see `contrastive_loss`).
+      embedding_weight: weight of the contrastive loss.
+      generative_weight: weight of the next-token loss.
+      temperature: temperature of the contrastive loss, or its initial value if it is learned.
+      learn_temperature: whether the temperature is trained with the model.
+      is_symmetric: whether positives are also scored against all queries (see `contrastive_loss`).
       generative_reduction: "mixed", "token" or "mean" (see `objectives.next_token`).
-      generative_group_size: texts in a group of "mixed".
-      embedding: attention pattern and pooling.
+      generative_group_size: texts per group of the reduction "mixed".
+      embedding: attention pattern and pooling of embeddings.
 
     Raises:
-      ValueError: a name is unknown or a number impossible; the message names the field.
+      ValueError: a name is unknown or a number is out of range; the message names the field.
     """
 
     embedding_weight: NonNegativeFloat = 1.0
@@ -63,123 +62,144 @@ class LossConfig:
                 raise ValueError(f"config.loss.{name}={getattr(self, name)} must be positive")
 
 
-def initial_loss_parameters(config: LossConfig) -> dict[str, Float[Array, ""]]:
-    """Returns what the loss itself learns: the logarithm of the temperature, or nothing."""
-    if not config.learn_temperature:
-        return {}
-    return {"log_temperature": jnp.log(jnp.float32(config.temperature))}
+class ContrastiveTerm(LossTerm):
+    """InfoNCE of pooled queries and passages: `embedding_loss`."""
 
+    def __init__(self, config: LossConfig):
+        self.config = config
 
-def joint_loss(
-    model: Decoder, loss_parameters: LossParameters, batch: Batch, config: LossConfig
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the loss to be minimised, and its parts by name.
+    def initial_parameters(self) -> LossParameters:
+        """Returns the logarithm of the temperature, if it is learned."""
+        if not self.config.learn_temperature:
+            return {}
+        return {"log_temperature": jnp.log(jnp.float32(self.config.temperature))}
 
-    The parts are `loss`, and where the batch has the stream `embedding_loss`, `generative_loss`
-    (both unweighted) and, for a Mixtral, `router_loss` (on the generative stream alone; unweighted
-    by its coefficient).
-    """
-    hidden, statistics = model.forward_streams(batch_streams(batch, config.embedding))
-    parts = {}
-    if batch.embedding is not None:
-        pooled = pool_pairs(hidden, batch.embedding, config)
-        parts["embedding_loss"] = embedding_loss(
-            model, loss_parameters, pooled, batch.embedding, config
+    def loss_weights(self, config: ModelConfig) -> dict[str, float]:
+        """Returns the weight of the contrastive loss."""
+        return {"embedding_loss": self.config.embedding_weight}
+
+    def streams(self, part: EmbeddingBatch) -> dict[str, Stream]:
+        """Returns queries and passages as input of the decoder."""
+        return {name: self.config.embedding.stream(rows) for name, rows in part.streams.items()}
+
+    def has_batch_losses(self, config: ModelConfig) -> bool:
+        """Every query is scored against the passages of the whole batch."""
+        return True
+
+    def summarize(
+        self, model: Decoder, hidden: Hidden, statistics: Statistics, part: EmbeddingBatch
+    ) -> dict[str, Float[Array, "_ D"]]:
+        """Returns the pooled hidden states of each text, zeros for a text not in the rows."""
+        streams = part.streams
+        return {name: self.config.embedding.pool(hidden[name], streams[name]) for name in streams}
+
+    def batch_losses(
+        self,
+        model: Decoder,
+        loss_parameters: LossParameters,
+        summary: dict[str, Float[Array, "_ D"]],
+        part: EmbeddingBatch,
+    ) -> Losses:
+        """Returns the contrastive loss of pooled queries and passages."""
+        temperature = self.config.temperature
+        if self.config.learn_temperature:
+            temperature = jnp.exp(loss_parameters["log_temperature"])
+        loss = contrastive_loss(
+            self.config.embedding.project(model, summary["query"]),
+            self.config.embedding.project(model, summary["passage"]),
+            part.positives,
+            part.passage_ids,
+            temperature,
+            is_symmetric=self.config.is_symmetric,
         )
-    if batch.chats is not None:
-        weights = chat_weights(batch.chats, config)
-        parts["generative_loss"] = generative_loss(model, hidden["chats"], batch.chats, weights)
-        if router := statistics.get("chats"):
-            parts["router_loss"] = load_balancing_loss(
-                router.choices, router.probabilities, router.tokens
-            )
-    loss = weighted_sum(parts, model, config)
-    return loss, {"loss": loss, **parts}
+        return {"embedding_loss": loss}
 
 
-def weighted_sum(
-    parts: dict[str, Float[Array, ""]], model: Decoder, config: LossConfig
-) -> Float[Array, ""]:
-    """Returns the parts of the loss, added up with their weights."""
-    weights = {
-        "embedding_loss": config.embedding_weight,
-        "generative_loss": config.generative_weight,
-        "router_loss": model.config.router_aux_loss_coef,
-    }
-    return sum((weights[name] * part for name, part in parts.items()), jnp.zeros(()))
+class NextTokenTerm(LossTerm):
+    """Cross-entropy of the answers of chats, `generative_loss`.
 
-
-def batch_streams(batch: Batch, embedding: EmbeddingSpec) -> dict[str, Stream]:
-    """Returns the streams of a batch by name: "queries" and "passages", and "chats"."""
-    streams = {}
-    if batch.embedding is not None:
-        streams["queries"] = embedding.stream(batch.embedding.queries)
-        streams["passages"] = embedding.stream(batch.embedding.passages)
-    if batch.chats is not None:
-        chats = batch.chats
-        streams["chats"] = Stream(chats.tokens, chats.segment_ids, chats.positions, is_causal=True)
-    return streams
-
-
-def pool_pairs(
-    hidden: Mapping[str, Float[Array, "_ _ D"]], batch: EmbeddingBatch, config: LossConfig
-) -> tuple[Float[Array, "Q D"], Float[Array, "P D"]]:
-    """Returns the pooled hidden states of queries and passages; zeros for a text not in the rows.
-
-    So the pooled texts of parts of a batch add up to those of the whole.
+    A model with a router also has the load-balancing loss of its experts on the chats,
+    `router_loss`.
     """
-    return (
-        config.embedding.pool(hidden["queries"], batch.queries),
-        config.embedding.pool(hidden["passages"], batch.passages),
-    )
+
+    def __init__(self, config: LossConfig):
+        self.config = config
+
+    def loss_weights(self, config: ModelConfig) -> dict[str, float]:
+        """Returns the weights of the next-token and the load-balancing loss."""
+        return {
+            "generative_loss": self.config.generative_weight,
+            "router_loss": config.router_aux_loss_coef,
+        }
+
+    def streams(self, part: ChatBatch) -> dict[str, Stream]:
+        """Returns chats as input of the decoder."""
+        return {
+            name: Stream(rows.tokens, rows.segment_ids, rows.positions, is_causal=True)
+            for name, rows in part.streams.items()
+        }
+
+    def has_batch_losses(self, config: ModelConfig) -> bool:
+        """The load-balancing loss is a product of two means over all chats."""
+        return config.has_experts
+
+    def summarize(
+        self, model: Decoder, hidden: Hidden, statistics: Statistics, part: ChatBatch
+    ) -> RouterStatistics | None:
+        """Returns the router's statistics on the chats, or None for a model without a router."""
+        return statistics.get("chat")
+
+    def batch_losses(
+        self,
+        model: Decoder,
+        loss_parameters: LossParameters,
+        summary: RouterStatistics,
+        part: ChatBatch,
+    ) -> Losses:
+        """Returns the load-balancing loss."""
+        loss = load_balancing_loss(summary.choices, summary.probabilities, summary.tokens)
+        return {"router_loss": loss}
+
+    def token_weights(self, part: ChatBatch) -> Float[Array, "B S"]:
+        """Returns the weight of the token that follows each token of the chats."""
+        chats = part.chats
+        _, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+        return target_weights(
+            self.config.generative_reduction,
+            is_target,
+            chats.segment_ids,
+            chats.num_texts,
+            self.config.generative_group_size,
+        )
+
+    def row_losses(
+        self,
+        model: Decoder,
+        hidden: Hidden,
+        part: ChatBatch,
+        token_weights: Float[Array, "B S"] | None,
+    ) -> Losses:
+        """Returns the weighted sum of the cross-entropies of the target tokens."""
+        assert token_weights is not None
+        chats = part.chats
+        targets, _ = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
+        loss = next_token_loss(
+            hidden["chat"],
+            model.output_projection(),
+            targets,
+            token_weights,
+            logits_dtype=model.config.logits_dtype,
+        )
+        return {"generative_loss": loss}
 
 
-def embedding_loss(
-    model: Decoder,
-    loss_parameters: LossParameters,
-    pooled: tuple[Float[Array, "Q D"], Float[Array, "P D"]],
-    batch: EmbeddingBatch,
-    config: LossConfig,
-) -> Float[Array, ""]:
-    """Returns the contrastive loss of pooled queries and passages."""
-    temperature = config.temperature
-    if config.learn_temperature:
-        temperature = jnp.exp(loss_parameters["log_temperature"])
-    queries, passages = (config.embedding.project(model, texts) for texts in pooled)
-    return contrastive_loss(
-        queries,
-        passages,
-        batch.positives,
-        batch.passage_ids,
-        temperature,
-        is_symmetric=config.is_symmetric,
-    )
+# The term of each kind of text, by the names in `text.kinds.TEXT_KINDS`.
+JOINT_LOSS_TERMS: dict[str, Callable[[LossConfig], LossTerm]] = {
+    "embedding": ContrastiveTerm,
+    "generative": NextTokenTerm,
+}
 
 
-def chat_weights(chats: PackedTexts, config: LossConfig) -> Float[Array, "B S"]:
-    """Returns the weight of what follows each token of the chats in the generative loss."""
-    _, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
-    return target_weights(
-        config.generative_reduction,
-        is_target,
-        chats.segment_ids,
-        chats.num_texts,
-        config.generative_group_size,
-    )
-
-
-def generative_loss(
-    model: Decoder,
-    hidden: Float[Array, "B S D"],
-    chats: PackedTexts,
-    weights: Float[Array, "B S"],
-) -> Float[Array, ""]:
-    """Returns the weighted sum of the cross-entropies of the tokens to be learned."""
-    targets, _ = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
-    return next_token_loss(
-        hidden,
-        model.output_projection(),
-        targets,
-        weights,
-        logits_dtype=model.config.logits_dtype,
-    )
+def make_joint_loss(config: LossConfig) -> Loss:
+    """Returns the joint loss of GRIT."""
+    return Loss({kind: make_term(config) for kind, make_term in JOINT_LOSS_TERMS.items()})

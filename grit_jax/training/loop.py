@@ -1,4 +1,4 @@
-"""The loop: batches in, steps made, and hooks that look on."""
+"""The training loop: takes a step per batch and calls hooks after each."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -10,19 +10,21 @@ import numpy as np
 
 from grit_jax.data.batch import Batch
 from grit_jax.training.flops import useful_flops
+from grit_jax.training.loss import Loss
 from grit_jax.training.train_step import Trainer, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a hook is told after a step.
+    """The argument of a hook.
 
     Attributes:
-      step: number of steps made.
-      state: the state after it.
-      metrics: values of the step on the device, `tokens`, the real tokens it read,
-        `useful_flops`, the operations that they need (see `flops`), `data_wait_seconds`, for
-        which the devices waited for the next batch, and `compile_seconds`.
+      step: number of steps taken.
+      state: the state after the step.
+      metrics: the losses and other values of the step, on the devices; `tokens`, the number of
+        tokens without padding; `useful_flops`, the operations that these tokens need (see `flops`);
+        `data_wait_seconds`, the time that the devices waited for the next batch; and
+        `compile_seconds`.
     """
 
     step: int
@@ -38,44 +40,44 @@ def train(
     state: TrainState,
     batches: Iterator[Batch],
     hooks: Sequence[Hook],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> TrainState:
-    """Makes a step of every batch and returns the last state.
+    """Takes a step for every batch and returns the last state.
 
     Args:
-      trainer: makes the steps.
-      state: the state to go on from; its memory is given to the steps.
+      trainer: the trainer.
+      state: the state to continue from; its memory is donated.
       batches: the batches from the state's step on.
       hooks: called after each step, in order.
-      say: told of each shape that has to be compiled.
+      log: called with a message for each shape of rows that is compiled.
     """
     step = int(state.step)
-    is_causal = trainer.loss_config.embedding.attention[1] == "c"
     compiled = set()
     with jax.set_mesh(trainer.mesh):
-        coming = next(batches, None)
-        placed = trainer.to_devices(coming)
-        while coming is not None:
-            batch = coming
-            rows = {name: shape for name, shape in batch_rows(batch).items() if shape}
-            is_new = tuple(rows.items()) not in compiled
+        next_batch = next(batches, None)
+        on_devices = trainer.to_devices(next_batch)
+        while next_batch is not None:
+            batch = next_batch
+            rows = ", ".join(f"{name} {shape}" for name, shape in batch_rows(batch).items())
+            is_new = rows not in compiled
             if is_new:
-                say(f"compiling for rows of {', '.join(f'{k} {v}' for k, v in rows.items())} ...")
-                compiled.add(tuple(rows.items()))
+                log(f"compiling for rows of {rows} ...")
+                compiled.add(rows)
             started = time.perf_counter()
-            state, metrics = trainer.step(state, placed)
+            state, metrics = trainer.step(state, on_devices)
             compile_seconds = time.perf_counter() - started if is_new else 0.0
             if is_new:
-                say(f"compiled in {compile_seconds:.1f} s")
+                log(f"compiled in {compile_seconds:.1f} s")
             step += 1
-            # The next batch is read and goes to the devices while they make this step.
+            # The next batch is read and sent to the devices while they compute this step.
             started = time.perf_counter()
-            coming = next(batches, None)
+            next_batch = next(batches, None)
             waited = time.perf_counter() - started if metrics["loss"].is_ready() else 0.0
-            placed = trainer.to_devices(coming)
+            on_devices = trainer.to_devices(next_batch)
+            causal = causal_streams(trainer.loss, batch)
             counts = {
                 "tokens": count_tokens(batch),
-                "useful_flops": useful_flops(trainer.model_config, batch, is_causal=is_causal),
+                "useful_flops": useful_flops(trainer.model_config, batch, causal),
                 "data_wait_seconds": waited,
                 "compile_seconds": compile_seconds,
             }
@@ -86,59 +88,55 @@ def train(
 
 
 def batch_rows(batch: Batch) -> dict[str, str]:
-    """Returns the shape of each stream's rows on all hosts, as words."""
+    """Returns the number and length of each stream's rows on all hosts, as ROWSxLENGTH."""
     return {
         name: f"{texts.num_rows or len(texts.tokens)}x{texts.tokens.shape[1]}"
-        for name, texts in _streams(batch)
+        for name, texts in batch.streams.items()
     }
 
 
 def count_tokens(batch: Batch) -> int:
-    """Returns the number of tokens on all hosts that are not padding."""
+    """Returns the number of tokens on all hosts, without padding."""
     if batch.num_tokens is not None:
         return int(batch.num_tokens)
-    return sum(int(np.count_nonzero(texts.segment_ids)) for _, texts in _streams(batch))
+    return sum(int(np.count_nonzero(texts.segment_ids)) for texts in batch.streams.values())
 
 
-def _streams(batch: Batch):
-    if batch.embedding is not None:
-        yield "queries", batch.embedding.queries
-        yield "passages", batch.embedding.passages
-    if batch.chats is not None:
-        yield "chats", batch.chats
-
-
-IN_A_ROW = "steps_skipped_in_a_row"
+def causal_streams(loss: Loss, batch: Batch) -> set[str]:
+    """Returns the streams of a batch that have causal attention."""
+    return {name for name, stream in loss.streams(batch).items() if stream.is_causal}
 
 
 class NotFiniteError(Exception):
-    """The gradient was not finite too many steps in a row."""
+    """The gradient was not finite in too many consecutive steps."""
 
 
 class SkipGuard:
-    """A hook that stops a run whose steps are skipped, because their gradient is not finite.
+    """A hook that stops a run if too many consecutive steps are skipped (see `make_optimizer`).
 
-    It looks at the step before, which is over: waiting for the last would leave the devices idle.
+    It checks the step before the last: waiting for the last one would leave the devices idle.
 
     Args:
-      most: how many in a row are borne.
+      max_consecutive_skips: number of consecutive skipped steps that are allowed.
     """
 
-    def __init__(self, most: int):
-        self._most = most
-        self._before: tuple[int, Any] | None = None
+    def __init__(self, max_consecutive_skips: int):
+        self._max_consecutive_skips = max_consecutive_skips
+        self._previous: tuple[int, Any] | None = None
 
     def __call__(self, report: StepReport) -> None:
-        """Takes note of a step.
+        """Checks the previous step and remembers this one.
 
         Raises:
-          NotFiniteError: there were more than `most` in a row.
+          NotFiniteError: more than `max_consecutive_skips` consecutive steps were skipped.
         """
-        before, self._before = self._before, (report.step, report.metrics[IN_A_ROW])
-        if before is None or int(before[1]) <= self._most:
+        previous = self._previous
+        self._previous = report.step, report.metrics["steps_skipped_in_a_row"]
+        if previous is None or int(previous[1]) <= self._max_consecutive_skips:
             return
         raise NotFiniteError(
-            f"the gradients of the last {self._most + 1} steps up to step {before[0]} are not "
-            "finite, and were skipped: lower config.optimizer.learning_rate, or look at the data "
-            "of these steps. The parameters are those from before"
+            f"the gradients of the last {self._max_consecutive_skips + 1} steps up to step "
+            f"{previous[0]} are not finite, and the steps were skipped: lower "
+            "config.optimizer.learning_rate, or look at the data of these steps. The parameters "
+            "are those from before"
         )

@@ -1,4 +1,4 @@
-"""AdamW with the schedules of GritLM; a step whose gradient is not finite changes nothing."""
+"""AdamW with a learning rate schedule, which skips steps whose gradient is not finite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import optax
 
 SCHEDULES = ("linear", "cosine", "constant")
 
-# Keys in the tree of trained parameters.
+# Paths in the tree of trained parameters.
 TOKEN_EMBEDDING = "model/embedding"
 LOSS_PARAMETERS = "loss"
 
@@ -17,22 +17,22 @@ LOSS_PARAMETERS = "loss"
 def learning_rate_schedule(
     learning_rate: float, warmup_ratio: float, steps: int, schedule: str = "linear"
 ) -> optax.Schedule:
-    """Returns linear warm-up to `learning_rate`, then a decay to 0 at `steps`.
+    """Returns a linear warm-up to `learning_rate`, followed by a decay to 0 at `steps`.
 
     Args:
-      learning_rate: the highest.
-      warmup_ratio: share of the steps that the warm-up takes.
-      steps: of the run.
-      schedule: how it decays: "linear", "cosine", or "constant" (it does not).
+      learning_rate: the peak learning rate.
+      warmup_ratio: fraction of the steps that are warm-up.
+      steps: number of steps of the run.
+      schedule: the decay: "linear", "cosine", or "constant" for none.
 
     Raises:
       ValueError: the schedule is unknown.
     """
     warmup_steps = int(warmup_ratio * steps)
-    left = max(steps - warmup_steps, 1)
+    decay_steps = max(steps - warmup_steps, 1)
     decays = {
-        "linear": optax.schedules.linear_schedule(learning_rate, 0.0, left),
-        "cosine": optax.schedules.cosine_decay_schedule(learning_rate, left),
+        "linear": optax.schedules.linear_schedule(learning_rate, 0.0, decay_steps),
+        "cosine": optax.schedules.cosine_decay_schedule(learning_rate, decay_steps),
         "constant": optax.schedules.constant_schedule(learning_rate),
     }
     if schedule not in decays:
@@ -54,17 +54,24 @@ def make_optimizer(
     embedding_lr_multiplier: float,
     mu_dtype: str,
 ) -> optax.GradientTransformation:
-    """Returns AdamW (arXiv 1711.05101) behind a clip of the gradient's global norm.
+    """Returns AdamW (arXiv 1711.05101) with clipping of the gradient's global norm.
 
-    It moves a tree with the keys "model" and "loss", what the loss itself learns; only the model's
-    weights decay. The token embeddings move by `embedding_lr_multiplier` times the schedule's rate.
-    Adam's updates are about a learning rate large whatever the parameter's size, and from random
-    weights the embeddings are far larger than the layers' matrices (as in arXiv 2203.03466).
+    It updates a tree with the keys "model" and "loss" (the loss's own parameters). A gradient that
+    is not finite changes neither parameters nor moments, and is counted.
 
-    A gradient that is not finite changes neither parameters nor moments, and is counted.
-
-    `mu_dtype` is the type of the first moment. The second is in float32 whatever the
-    parameters are: it changes by a thousandth at a time, which bfloat16 would round away.
+    Args:
+      schedule: learning rate by step.
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      epsilon: added to the square root of the second moment.
+      weight_decay: weight decay of the model's parameters; the loss's parameters do not decay.
+      max_grad_norm: maximum global norm of the gradient.
+      embedding_lr_multiplier: learning rate of the token embeddings, relative to the schedule.
+        Adam's updates are about as large as the learning rate, whatever the parameter's scale, and
+        randomly initialized embeddings are far larger than the layers' matrices (see arXiv
+        2203.03466).
+      mu_dtype: dtype of the first moment. The second moment is float32 whatever the dtype of the
+        parameters: it changes by a thousandth per step, which bfloat16 would round away.
     """
     adamw = optax.adamw(
         schedule,
@@ -73,19 +80,19 @@ def make_optimizer(
         eps=epsilon,
         weight_decay=weight_decay,
         mu_dtype=mu_dtype,
-        mask=_is_of_model,
+        mask=_is_model_parameter,
     )
     chain = optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         adamw,
         optax.masked(optax.scale(embedding_lr_multiplier), _is_token_embedding),
     )
-    # Never to give up and take such a gradient all the same: who trains decides when to stop.
+    # Never apply such a gradient, however many follow each other: `SkipGuard` stops the run.
     return optax.apply_if_finite(_in_float32(chain), jnp.iinfo(jnp.int32).max)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `inner` as it would be if gradients and parameters were of type float32."""
+    """Wraps `inner` to compute in float32, whatever the dtype of gradients and parameters."""
 
     def init(params: Any) -> Any:
         return inner.init(optax.tree.cast(params, jnp.float32))
@@ -93,7 +100,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         wide: Any = optax.tree.cast((updates, params), jnp.float32)
         updates, state = inner.update(wide[0], state, wide[1])
-        # Of the type of a step that is skipped: optax takes either in one program.
+        # A skipped step returns updates of the parameters' dtype; both branches must agree.
         narrow: Any = optax.tree.cast_like(updates, params)
         return narrow, state
 
@@ -101,14 +108,16 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _is_token_embedding(parameters: Any) -> Any:
-    return _by_key(parameters, lambda key: key.startswith(f"{TOKEN_EMBEDDING}/"))
+    return _map_keys(parameters, lambda key: key.startswith(f"{TOKEN_EMBEDDING}/"))
 
 
-def _is_of_model(parameters: Any) -> Any:
-    return _by_key(parameters, lambda key: not key.startswith(f"{LOSS_PARAMETERS}/"))
+def _is_model_parameter(parameters: Any) -> Any:
+    return _map_keys(parameters, lambda key: not key.startswith(f"{LOSS_PARAMETERS}/"))
 
 
-def _by_key(parameters: Any, predicate: Callable[[str], bool]) -> Any:
+def _map_keys(parameters: Any, predicate: Callable[[str], bool]) -> Any:
+    """Returns a tree with the result of `predicate` for the path of each parameter."""
+
     def of_leaf(path: Any, _: Any) -> bool:
         return predicate(f"{jax.tree_util.keystr(path, simple=True, separator='/')}/")
 

@@ -1,4 +1,4 @@
-"""The state of training, made on the mesh, and the step that advances it."""
+"""The state of a training run, created on the mesh, and the train step."""
 
 from collections.abc import Callable
 import dataclasses
@@ -16,9 +16,9 @@ from grit_jax.models import Decoder, ModelConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY
 from grit_jax.sharding import MeshError, check_sizes_fit_mesh, partition_spec, variable_shardings
 from grit_jax.training.grad_cache import chunked_value_and_grad
-from grit_jax.training.joint_loss import LossConfig, initial_loss_parameters, joint_loss
+from grit_jax.training.loss import Loss, Losses
 
-# Metrics, and the fields of the optimizer's state that hold them (`optax.apply_if_finite`).
+# Metric -> the field of the optimizer's state that holds it (`optax.apply_if_finite`).
 SKIP_METRICS = {
     "steps_skipped": "total_notfinite",
     "steps_skipped_in_a_row": "notfinite_count",
@@ -28,14 +28,14 @@ SKIP_METRICS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on.
+    """The state of a run between two steps.
 
     Attributes:
-      step: number of steps made.
-      parameters: NNX state of what is trained of the model.
-      loss_parameters: what the loss itself learns, by name; empty if nothing.
-      optimizer_state: optax's state.
-      frozen: NNX state of the rest of the model; empty if all of it is trained.
+      step: number of steps taken.
+      parameters: NNX state of the model's trained parameters.
+      loss_parameters: parameters that the loss itself learns, by name; may be empty.
+      optimizer_state: state of the optax optimizer.
+      frozen: NNX state of the model's other parameters; empty if all are trained.
     """
 
     step: Any
@@ -46,7 +46,7 @@ class TrainState:
 
     @property
     def trained(self) -> dict[str, Any]:
-        """All that the optimizer moves: "model" and "loss"."""
+        """All parameters that the optimizer updates: "model" and "loss"."""
         return {"model": self.parameters, "loss": self.loss_parameters}
 
     @property
@@ -56,14 +56,18 @@ class TrainState:
 
 
 class Trainer:
-    """A model, a loss and an optimizer, bound to a mesh: makes states, and steps from one on.
+    """Creates and advances training states, for a model, a loss and an optimizer on a mesh.
 
     Args:
-      model_config: sizes of the model.
-      loss_config: of the joint loss.
-      optimizer: an optax optimizer.
+      model_config: configuration of the model.
+      loss: the loss to minimize.
+      optimizer: an optax optimizer of the tree {"model": ..., "loss": ...}.
       mesh: the devices.
-      grad_cache_chunks: number of parts in which a batch is read, see `grad_cache`.
+      grad_cache_chunks: number of chunks in which a batch is processed, see `grad_cache`.
+
+    Attributes:
+      step: the compiled train step, from a state and a batch on the devices to the next state and
+        the metrics. It donates the memory of the state.
 
     Raises:
       MeshError: the mesh does not divide the model.
@@ -72,14 +76,14 @@ class Trainer:
     def __init__(
         self,
         model_config: ModelConfig,
-        loss_config: LossConfig,
+        loss: Loss,
         optimizer: optax.GradientTransformation,
         mesh: Mesh,
         grad_cache_chunks: int = 1,
     ):
         check_model_fits_mesh(model_config, mesh)
         self.model_config = model_config
-        self.loss_config = loss_config
+        self.loss = loss
         self.optimizer = optimizer
         self.mesh = mesh
         self.grad_cache_chunks = grad_cache_chunks
@@ -91,7 +95,7 @@ class Trainer:
         )
 
     def abstract_state(self) -> TrainState:
-        """Returns the shapes, types and shardings of the state, taking no memory."""
+        """Returns the shapes, dtypes and shardings of the state, without allocating it."""
         shapes = jax.eval_shape(lambda: self._initial_state(0))
         return jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(
@@ -102,19 +106,20 @@ class Trainer:
         )
 
     def initial_state(self, seed: int) -> TrainState:
-        """Returns a state with random parameters, each made where it belongs."""
+        """Returns a state with random parameters, initialized with their shardings."""
         with jax.set_mesh(self.mesh):
             return jax.jit(self._initial_state, static_argnums=0, out_shardings=self.shardings)(
                 seed
             )
 
     def state_from(self, load: Callable[[dict[str, Any]], dict[str, Any]], seed: int) -> TrainState:
-        """Returns the first state of a run that starts from given parameters.
+        """Returns the initial state of a run that starts from given parameters.
 
         Args:
           load: returns the parameters as nested dictionaries of global arrays, given a
-            `jax.ShapeDtypeStruct` with a sharding for each; those that it leaves out are random.
-          seed: of the random ones.
+            `jax.ShapeDtypeStruct` with a sharding for each. Parameters that it leaves out are
+            initialized at random.
+          seed: seed of the random parameters.
         """
         parameters = self.abstract_state().model_parameters
         given = flatten_dict(load(nnx.to_pure_dict(parameters)))
@@ -133,19 +138,21 @@ class Trainer:
             return start(parameters)
 
     def model(self, parameters: nnx.State) -> Decoder:
-        """Returns the model with these parameters, which are all that it has."""
+        """Returns the model with these parameters, trained and frozen."""
         return nnx.merge(self.model_graph, parameters)
 
     def to_devices(self, batch: Any) -> Any:
-        """Returns a tree of host arrays as global arrays: rows over data shards, the rest whole.
+        """Returns host arrays as global arrays: rows split over data shards, others replicated.
 
-        Of rows each process gives those of its own devices (`local_shards`), or all of them.
+        Args:
+          batch: a tree of arrays, in which rows are `PackedTexts`. Each process passes the rows of
+            its own devices (`local_shards`), or all rows.
         """
         rows = NamedSharding(self.mesh, partition_spec("batch"))
-        whole = NamedSharding(self.mesh, PartitionSpec())
+        replicated = NamedSharding(self.mesh, PartitionSpec())
 
-        def place(node: Any) -> Any:
-            sharding, shape = whole, None
+        def to_global(node: Any) -> Any:
+            sharding, shape = replicated, None
             if isinstance(node, PackedTexts):
                 sharding, shape = rows, (node.num_rows or len(node.tokens), node.tokens.shape[1])
             return jax.tree.map(
@@ -155,7 +162,7 @@ class Trainer:
                 node,
             )
 
-        return jax.tree.map(place, batch, is_leaf=lambda node: isinstance(node, PackedTexts))
+        return jax.tree.map(to_global, batch, is_leaf=lambda node: isinstance(node, PackedTexts))
 
     def _initial_state(self, seed: int) -> TrainState:
         _, parameters = nnx.split(make_model(self.model_config, seed))
@@ -163,12 +170,12 @@ class Trainer:
 
     def _state_of(self, parameters: nnx.State) -> TrainState:
         trained, frozen = nnx.split_state(parameters, self._is_trained, ...)
-        loss_parameters = initial_loss_parameters(self.loss_config)
+        loss_parameters = self.loss.initial_parameters()
         state = TrainState(jnp.zeros((), jnp.int32), trained, loss_parameters, None, frozen)
         return dataclasses.replace(state, optimizer_state=self.optimizer.init(state.trained))
 
     def _state_shardings(self) -> TrainState:
-        """Returns the shardings of the state: moments lie as their parameters do."""
+        """Returns the shardings of the state; moments are sharded like their parameters."""
         shapes = jax.eval_shape(lambda: self._initial_state(0))
         replicated = NamedSharding(self.mesh, PartitionSpec())
         state = TrainState(
@@ -189,14 +196,14 @@ class Trainer:
         return dataclasses.replace(state, optimizer_state=of_optimizer)
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        parts, gradient = self._loss_and_gradient(state.trained, state.frozen, batch)
+        losses, gradient = self._losses_and_gradient(state.trained, state.frozen, batch)
         updates, optimizer_state = self.optimizer.update(
             gradient, state.optimizer_state, state.trained
         )
         trained: dict[str, Any] = optax.apply_updates(state.trained, updates)  # pyright: ignore[reportAssignmentType]
-        # Squares of bfloat16 would be added up in bfloat16.
+        # optax would sum squares of bfloat16 in bfloat16.
         gradient_norm = optax.tree.norm(optax.tree.cast(gradient, jnp.float32))
-        metrics = {**parts, "gradient_norm": gradient_norm}
+        metrics = {**losses, "gradient_norm": gradient_norm}
         for name, field in SKIP_METRICS.items():
             if (count := optax.tree.get(optimizer_state, field)) is not None:
                 metrics[name] = count
@@ -205,33 +212,33 @@ class Trainer:
         )
         return next_state, metrics
 
-    def _loss_and_gradient(
+    def _losses_and_gradient(
         self, trained: dict[str, Any], frozen: nnx.State, batch: Batch
-    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    ) -> tuple[Losses, dict[str, Any]]:
         def model_of(trained: dict[str, Any]) -> Decoder:
             return self.model(nnx.merge_state(trained["model"], frozen))
 
-        def loss(trained: dict[str, Any]):
-            return joint_loss(model_of(trained), trained["loss"], batch, self.loss_config)
+        def value(trained: dict[str, Any]) -> tuple[jax.Array, Losses]:
+            return self.loss.value(model_of(trained), trained["loss"], batch)
 
         if self.grad_cache_chunks == 1:
-            (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
-            return parts, gradient
+            gradient, losses = jax.grad(value, has_aux=True)(trained)
+            return losses, gradient
         return chunked_value_and_grad(
             model_of,
             trained,
             batch,
-            self.loss_config,
+            self.loss,
             self.grad_cache_chunks,
             lambda gradient: jax.lax.with_sharding_constraint(gradient, self.shardings.trained),
         )
 
 
 def trained_parameters(config: ModelConfig) -> Any:
-    """Returns NNX's filter of the parameters that are trained.
+    """Returns the NNX filter of the trained parameters.
 
-    These are all, or of a model with low-rank updates those alone, and the layer that makes
-    embeddings, which a base model has not learned.
+    Without LoRA these are all parameters. With LoRA these are its matrices and the embedding
+    projection, which the base model has not learned.
     """
     if config.lora is None:
         return nnx.Param
@@ -239,19 +246,19 @@ def trained_parameters(config: ModelConfig) -> Any:
 
 
 def check_model_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Checks that the mesh can split the model so, and has the memory that the model names.
+    """Checks that the mesh divides the model, and that its devices have the memory it needs.
 
     Raises:
-      MeshError: it cannot; the message names the model's field and the mesh's.
+      MeshError: a check fails; the message names the configuration fields.
     """
     if config.remat == "offload":
-        # Those of other processes tell of no memory.
+        # Devices of other processes list no memories.
         memories = [m.kind for device in mesh.devices.flat for m in device.addressable_memories()]
         if HOST_MEMORY not in memories:
             raise MeshError(
-                f"config.model.remat='offload' needs devices with the memory {HOST_MEMORY}, which "
-                f"a {mesh.devices.flat[0].platform} has not; 'save_matmuls' saves the same on the "
-                "device"
+                f"config.model.remat='offload' requires devices with `{HOST_MEMORY}` memory; "
+                f"{mesh.devices.flat[0].platform} has none: use 'save_matmuls', which saves the "
+                "same arrays on the device"
             )
     ways = mesh.shape["expert"]
     if ways > 1 and not config.has_experts:

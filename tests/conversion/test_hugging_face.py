@@ -26,7 +26,7 @@ from grit_jax.text.formats import turns_of_messages
 from grit_jax.text.templates import chat_prompt, embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
 NAMES = ("mistral", "mixtral", "llama")
@@ -238,7 +238,7 @@ def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_mod
     stored = open_model(saved_models["mistral"])
     config = dataclasses.replace(stored.config, embedding_projection_size=12)
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = Trainer(config, LossConfig(), optax.sgd(0.1), mesh)
+    trainer = Trainer(config, make_joint_loss(LossConfig()), optax.sgd(0.1), mesh)
     state = trainer.state_from(stored.load, seed=0)
     state.parameters["embedding_projection"]["bias"][...] = jnp.arange(12.0)
     folder = epath.Path(tmp_path / "checkpoints")

@@ -19,7 +19,7 @@ from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import LoraConfig
 from grit_jax.sharding import make_mesh
 from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
 LORA = LoraConfig(rank=2, alpha=3.0, targets="*")
@@ -28,7 +28,8 @@ LORA = LoraConfig(rank=2, alpha=3.0, targets="*")
 def save_updates(base, folder, **sizes):
     """Saves updates that are not 0 of a stored model, as a run does; returns its Flax module."""
     config = dataclasses.replace(base.config, lora=LORA, **sizes)
-    trainer = Trainer(config, LossConfig(), optax.sgd(0.1), make_mesh(devices=jax.devices()[:1]))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    trainer = Trainer(config, make_joint_loss(LossConfig()), optax.sgd(0.1), mesh)
     with jax.default_prng_impl("rbg"):  # Compiled in a fifth of the time.
         state = trainer.state_from(base.load, seed=0)
     random = np.random.default_rng(0)

@@ -1,5 +1,6 @@
-"""Batches: each step holds the texts that its plan names, the same wherever it is read."""
+"""Batches: each step holds the texts of its plan, identically on every host."""
 
+import dataclasses
 import hashlib
 import struct
 
@@ -10,9 +11,10 @@ import numpy as np
 from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
 
-from grit_jax.data.batch_plan import deduplicated_ids
+from grit_jax.data.batch import Batch, ChatBatch
 from grit_jax.data.batches import Batches, read_ahead
-from grit_jax.data.manifest import Lengths, PreparedDataError, fingerprint
+from grit_jax.data.kinds import deduplicated_ids
+from grit_jax.data.manifest import Lengths, PreparedDataError, text_fingerprint
 from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
 from grit_jax.text.examples import EmbeddingExample, Text
@@ -50,17 +52,17 @@ def make_batches(
 ):
     rates = {"short": 0.6, "long": 0.4} if rates is None else rates
     chat_rates = {"chats": 1.0} if chat_rates is None else chat_rates
-    streams = {}
+    samplers = {}
     if rates:
-        streams["embedding"] = embedding(
+        samplers["embedding"] = embedding(
             open_datasets(folder, rates), batch_sizes[0], group_size, seed
         )
     if chat_rates:
-        streams["generative"] = generative(
+        samplers["generative"] = generative(
             open_datasets(folder, chat_rates), batch_sizes[1], 0, seed + 1
         )
     limits = RowLimits(longest=row_lengths, length_multiple=8, count_multiple=shards)
-    return Batches(streams, limits, **changes)
+    return Batches(samplers, limits, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,12 @@ def any_batches(request, folder):
 
 
 def texts_of(packed):
-    """The texts of packed rows by number, each as (tokens, mask); None where there is none."""
+    """The texts of packed rows, each as (tokens, mask); None for an unused index."""
     found = []
-    for number in range(packed.num_texts):
-        place = packed.segment_ids == number + 1
-        tokens, mask = packed.tokens[place].tolist(), packed.mask[place].tolist()
-        found.append((tokens, mask) if place.any() else None)
+    for index in range(packed.num_texts):
+        is_own = packed.segment_ids == index + 1
+        tokens, mask = packed.tokens[is_own].tolist(), packed.mask[is_own].tolist()
+        found.append((tokens, mask) if is_own.any() else None)
     return found
 
 
@@ -94,17 +96,17 @@ def to_bytes(batch):
 
 
 def examples_of(batches, kind, step):
-    """The examples that a step draws, in order."""
-    drawn = batches.plans[step].drawn[kind]
-    datasets = batches._streams[kind].datasets
-    pairs = zip(drawn.datasets, drawn.examples, strict=True)
+    """The examples that a step samples, in order."""
+    sampled = batches.plans[step].sampled[kind]
+    datasets = batches.samplers[kind].datasets
+    pairs = zip(sampled.datasets, sampled.examples, strict=True)
     return [datasets[dataset].read([int(example)])[0] for dataset, example in pairs]
 
 
 def test_queries_meet_their_own_positive_and_their_own_negatives(any_batches):
     sizes = set()
     for step in range(25):
-        batch = any_batches[step].embedding
+        batch = any_batches[step].parts["embedding"]
         examples = examples_of(any_batches, "embedding", step)
         assert texts_of(batch.queries) == as_lists([example.query for example in examples])
         passages = texts_of(batch.passages)
@@ -123,43 +125,45 @@ def test_chats_are_those_of_the_plan(any_batches):
     for step in range(10):
         examples = examples_of(any_batches, "generative", step)
         chats = [example.chat for example in examples]
-        assert texts_of(any_batches[step].chats) == as_lists(chats)
+        assert texts_of(any_batches[step].parts["generative"].chats) == as_lists(chats)
 
 
 def test_tokens_are_counted(any_batches):
     for step in range(5):
         batch = any_batches[step]
-        packed = (batch.embedding.queries, batch.embedding.passages, batch.chats)
+        packed = batch.streams.values()
+        assert len(packed) == 3
         assert batch.num_tokens == sum(np.count_nonzero(texts.segment_ids) for texts in packed)
 
 
-def test_contents_are_equal_just_where_passages_are(any_batches):
+def test_passage_ids_are_equal_exactly_for_equal_passages(any_batches):
     copies = 0
     for step in range(25):
-        batch = any_batches[step].embedding
+        batch = any_batches[step].parts["embedding"]
         passages = texts_of(batch.passages)
-        contents = batch.passage_ids.tolist()
-        assert [content == -1 for content in contents] == [p is None for p in passages]
-        pairs = [(p[0], c) for p, c in zip(passages, contents, strict=True) if p is not None]
-        for tokens, content in pairs:
-            for other_tokens, other_content in pairs:
-                assert (content == other_content) == (tokens == other_tokens)
-        copies += len(pairs) - len({content for _, content in pairs})
+        ids = batch.passage_ids.tolist()
+        assert [passage_id == -1 for passage_id in ids] == [p is None for p in passages]
+        pairs = [(p[0], i) for p, i in zip(passages, ids, strict=True) if p is not None]
+        for tokens, passage_id in pairs:
+            for other_tokens, other_id in pairs:
+                assert (passage_id == other_id) == (tokens == other_tokens)
+        copies += len(pairs) - len({passage_id for _, passage_id in pairs})
     assert copies
 
 
 def test_copies_may_be_negatives_as_in_the_original(folder, batches):
     other = make_batches(folder, duplicate_positives_are_negatives=True)
     for step in range(5):
-        masked, plain = (b[step].embedding.passage_ids for b in (batches, other))
+        masked, plain = (b[step].parts["embedding"].passage_ids for b in (batches, other))
         np.testing.assert_array_equal(masked == -1, plain == -1)
         used = plain[plain >= 0]
         assert len(set(used.tolist())) == len(used)
 
 
-def test_texts_that_begin_alike_have_different_contents():
+def test_texts_with_a_common_prefix_have_different_fingerprints():
     texts = [Text(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in ([1, 2], [1, 2, 3])]
-    fingerprints = np.array([fingerprint(text) for text in [*texts, texts[0], texts[0]]], np.uint64)
+    copies = [*texts, texts[0], texts[0]]
+    fingerprints = np.array([text_fingerprint(text) for text in copies], np.uint64)
     np.testing.assert_array_equal(deduplicated_ids(fingerprints), [0, 1, 0, 0])
     used = [False, True, True, True]
     np.testing.assert_array_equal(deduplicated_ids(fingerprints, used), [-1, 1, 2, 2])
@@ -167,20 +171,13 @@ def test_texts_that_begin_alike_have_different_contents():
 
 def test_fingerprints_are_the_same_on_every_machine():
     text = Text(np.array([1, 500, 70_000], np.int32), np.zeros(3, bool))
-    assert fingerprint(text) == int.from_bytes(
+    assert text_fingerprint(text) == int.from_bytes(
         hashlib.blake2b(struct.pack("<3i", 1, 500, 70_000), digest_size=8).digest(), "big"
     )
 
 
 def shape_of(batch):
-    return tuple(
-        None if texts is None else texts.tokens.shape
-        for texts in (
-            batch.embedding and batch.embedding.queries,
-            batch.embedding and batch.embedding.passages,
-            batch.chats,
-        )
-    )
+    return tuple(texts.tokens.shape for texts in batch.streams.values())
 
 
 def test_a_run_has_at_most_four_shapes_and_row_counts_that_shards_divide(any_batches):
@@ -194,27 +191,27 @@ def test_a_run_has_at_most_four_shapes_and_row_counts_that_shards_divide(any_bat
             assert length <= most
 
 
-def test_short_texts_do_not_pay_for_rows_of_long_ones(folder):
+def test_steps_of_short_texts_have_smaller_rows(folder):
     batches = make_batches(folder, shards=1)
-    places = {0: set(), 1: set()}
+    sizes = {0: set(), 1: set()}
     for step in range(20):
-        (dataset,) = set(batches.plans[step].drawn["embedding"].datasets.tolist())
-        places[dataset].add(batches[step].embedding.passages.tokens.size)
-    assert max(places[0]) < min(places[1])
+        (dataset,) = set(batches.plans[step].sampled["embedding"].datasets.tolist())
+        sizes[dataset].add(batches[step].streams["passage"].tokens.size)
+    assert max(sizes[0]) < min(sizes[1])
 
 
-def test_a_step_fuller_than_all_that_were_looked_at_still_fits(folder, monkeypatch):
+def test_a_step_larger_than_all_previewed_steps_still_fits(folder, monkeypatch):
     plain = MixedSampler.previews
-    # Only the first dataset's batches are looked at.
+    # Only batches of the first dataset are previewed.
     monkeypatch.setattr(
-        SingleDatasetSampler, "previews", lambda self: plain(self._streams[0], windows=1)
+        SingleDatasetSampler, "previews", lambda self: plain(self.samplers[0], windows=1)
     )
     batches = make_batches(folder, {"short": 0.9, "full": 0.1})
     steps = range(40)
-    full = [s for s in steps if batches.plans[s].drawn["embedding"].datasets[0] == 1]
+    full = [s for s in steps if batches.plans[s].sampled["embedding"].datasets[0] == 1]
     assert full
     for step in full:
-        queries = texts_of(batches[step].embedding.queries)
+        queries = texts_of(batches[step].streams["query"])
         assert [len(tokens) for tokens, _ in queries] == [ROW_LENGTHS["query"]] * 8
     assert len({shape_of(batches[step]) for step in steps}) <= 4
 
@@ -225,28 +222,25 @@ def test_an_empty_batch_has_the_rows_of_all_hosts_and_no_text(folder):
         batch = host.empty(shape)
         rows = zip(shape.values(), shape_of(batch), strict=True)
         assert all((each.count, each.length) == found for each, found in rows)
-        assert not np.any(batch.embedding.queries.segment_ids)
+        assert not np.any(batch.streams["query"].segment_ids)
         assert batch.num_tokens == 0
 
 
-def joined(parts):
-    """The batch that hosts hold together, rows by host and all else from any of them."""
-    for part in parts[1:]:
-        np.testing.assert_array_equal(part.embedding.positives, parts[0].embedding.positives)
-        np.testing.assert_array_equal(part.embedding.passage_ids, parts[0].embedding.passage_ids)
-        assert part.num_tokens == parts[0].num_tokens
+def joined(hosts):
+    """The whole batch: the rows of all hosts, and all else from the first host."""
+    first, pairs = hosts[0], [host.parts["embedding"] for host in hosts]
+    for host, own in zip(hosts[1:], pairs[1:], strict=True):
+        np.testing.assert_array_equal(own.positives, pairs[0].positives)
+        np.testing.assert_array_equal(own.passage_ids, pairs[0].passage_ids)
+        assert host.num_tokens == first.num_tokens
 
-    def rows(texts):
+    def rows(name):
+        texts = [host.streams[name] for host in hosts]
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *texts)
 
-    whole = parts[0]
-    embedding = type(whole.embedding)(
-        rows([part.embedding.queries for part in parts]),
-        rows([part.embedding.passages for part in parts]),
-        whole.embedding.positives,
-        whole.embedding.passage_ids,
-    )
-    return type(whole)(embedding, rows([part.chats for part in parts]), whole.num_tokens)
+    embedding = dataclasses.replace(pairs[0], queries=rows("query"), passages=rows("passage"))
+    chats = ChatBatch(rows("chat"))
+    return Batch({"embedding": embedding, "generative": chats}, first.num_tokens)
 
 
 @settings(deadline=None, max_examples=12)
@@ -260,42 +254,42 @@ def test_hosts_and_threads_give_the_same_bytes_at_any_step(folder, step, hosts, 
     embedding = MixedSampler if mixed else SingleDatasetSampler
     arguments = {"embedding": embedding, "batch_sizes": (24, 24)}
     whole = make_batches(folder, **arguments)[step]
-    assert whole.chats.num_rows > SHARDS
+    assert whole.streams["chat"].num_rows > SHARDS
     share = SHARDS // hosts
     parts = []
     for host in range(hosts):
         held = range(host * share, (host + 1) * share)
         own = make_batches(folder, **arguments, local_shards=held)
-        # A run that continues reads nothing of the steps before.
+        # A resumed run reads no earlier steps.
         *_, part = read_ahead(own, max(0, step - 1), step + 1, threads=threads)
         parts.append(part)
-        assert len(part.chats.tokens) == part.chats.num_rows // hosts
+        assert len(part.streams["chat"].tokens) == part.streams["chat"].num_rows // hosts
     assert to_bytes(joined(parts)) == to_bytes(whole)
 
 
-def test_a_host_reads_no_example_but_for_its_rows(folder, monkeypatch):
+def test_a_host_reads_only_the_examples_of_its_rows(folder, monkeypatch):
     host = make_batches(folder, local_shards=[2])
     for step in range(10):
         read = {"embedding": 0, "generative": 0}
-        for kind, stream in host._streams.items():
-            for dataset in stream.datasets:
+        for kind, sampler in host.samplers.items():
+            for dataset in sampler.datasets:
                 plain = type(dataset).read.__get__(dataset)
 
-                def counting(numbers, kind=kind, plain=plain, read=read):
-                    read[kind] += len(numbers)
-                    return plain(numbers)
+                def counting(indices, kind=kind, plain=plain, read=read):
+                    read[kind] += len(indices)
+                    return plain(indices)
 
                 monkeypatch.setattr(dataset, "read", counting)
         batch = host[step]
         monkeypatch.undo()
-        queries, passages = batch.embedding.queries, batch.embedding.passages
-        own = {number - 1 for number in np.unique(queries.segment_ids).tolist() if number}
-        own |= {(n - 1) // GROUP_SIZE for n in np.unique(passages.segment_ids).tolist() if n}
+        texts = {name: np.unique(rows.segment_ids) for name, rows in batch.streams.items()}
+        own = {number - 1 for number in texts["query"].tolist() if number}
+        own |= {(number - 1) // GROUP_SIZE for number in texts["passage"].tolist() if number}
         assert read["embedding"] == len(own)
-        assert read["generative"] == len(set(np.unique(batch.chats.segment_ids)) - {0})
+        assert read["generative"] == len(set(texts["chat"]) - {0})
 
 
-def test_another_seed_draws_other_examples(folder, batches):
+def test_another_seed_samples_other_examples(folder, batches):
     other = make_batches(folder, seed=5)
     assert to_bytes(other[0]) != to_bytes(batches[0])
 
@@ -312,17 +306,13 @@ def test_every_thread_that_is_asked_for_reads(folder, batches, caplog):
     assert "limit the number of threads" not in caplog.text
 
 
-def test_a_run_on_one_stream_has_no_other(folder):
-    only_embedding = make_batches(folder, chat_rates={})[0]
-    only_chats = make_batches(folder, rates={})[0]
-    assert only_embedding.chats is None
-    assert only_embedding.embedding is not None
-    assert only_chats.embedding is None
-    assert only_chats.chats is not None
+def test_a_run_on_one_kind_of_text_has_no_other(folder):
+    assert make_batches(folder, chat_rates={})[0].parts.keys() == {"embedding"}
+    assert make_batches(folder, rates={})[0].parts.keys() == {"generative"}
 
 
 def test_groups_of_one_have_no_negatives(folder):
-    batch = make_batches(folder, group_size=1)[0].embedding
+    batch = make_batches(folder, group_size=1)[0].parts["embedding"]
     np.testing.assert_array_equal(batch.positives, np.arange(8))
     assert batch.passages.num_texts == 8
 
@@ -339,28 +329,27 @@ def test_a_text_longer_than_its_row_names_field_and_folder(folder, stream):
 def sample_batches(prepared_sample):
     pairs = {"wordnet_senses": 0.8, "jargon_entries": 0.2}
     chats = {"wordnet_chat": 0.75, "jargon_chat": 0.25}
-    streams = {
+    samplers = {
         "embedding": SingleDatasetSampler(open_datasets(prepared_sample, pairs), 128, 2, seed=0),
         "generative": MixedSampler(open_datasets(prepared_sample, chats), 8, 0, seed=1),
     }
     longest = dict.fromkeys(("query", "passage", "chat"), 512)
-    return Batches(streams, RowLimits(longest=longest, length_multiple=8, count_multiple=1))
+    return Batches(samplers, RowLimits(longest=longest, length_multiple=8, count_multiple=1))
 
 
-def test_of_the_embedded_sample_95_percent_of_the_places_hold_a_token(prepared_sample):
+def test_rows_of_the_embedded_sample_have_at_most_5_percent_padding(prepared_sample):
     batches = sample_batches(prepared_sample)
     plans = [batches.plans[step] for step in range(500, 700)]
     for name in ("query", "passage", "chat"):
         tokens = sum(plan.streams[name].lengths.sum() for plan in plans)
-        places = sum(plan.shape[name].places for plan in plans)
-        assert tokens / places >= 0.95, name
+        capacity = sum(plan.shape[name].capacity for plan in plans)
+        assert tokens / capacity >= 0.95, name
 
 
 def test_texts_of_the_embedded_sample_are_whole(prepared_sample):
     batches = sample_batches(prepared_sample)
     for step in range(3):
-        batch = batches[step].embedding
-        for tokens, mask in texts_of(batch.queries):
+        for tokens, mask in texts_of(batches[step].streams["query"]):
             assert tokens[0] == 1, "<s> comes first"
             assert 0 < sum(mask) < len(tokens)
 

@@ -1,4 +1,4 @@
-"""Dealing: every batch keeps its places, and has nearly as many tokens as the others."""
+"""Length balancing: every batch keeps its slots, and has about as many tokens as the others."""
 
 from collections import Counter
 
@@ -16,13 +16,14 @@ def test_batches_keep_their_number_of_examples_of_each_group(data):
     count = data.draw(st.integers(1, 60), "examples")
     small = st.lists(st.integers(0, 4), min_size=count, max_size=count)
     batches, groups = (np.array(data.draw(small)) for _ in range(2))
-    kinds = data.draw(st.integers(1, 2), "kinds")
-    longs = st.lists(st.integers(0, 99), min_size=count * kinds, max_size=count * kinds)
-    lengths = np.array(data.draw(longs)).reshape(count, kinds)
-    dealt = balance_batches(batches, groups, lengths)
+    streams = data.draw(st.integers(1, 2), "streams")
+    size = count * streams
+    longs = st.lists(st.integers(0, 99), min_size=size, max_size=size)
+    lengths = np.array(data.draw(longs)).reshape(count, streams)
+    balanced = balance_batches(batches, groups, lengths)
     before = Counter(zip(batches.tolist(), groups.tolist(), strict=True))
-    assert Counter(zip(dealt.tolist(), groups.tolist(), strict=True)) == before
-    np.testing.assert_array_equal(dealt, balance_batches(batches, groups, lengths))
+    assert Counter(zip(balanced.tolist(), groups.tolist(), strict=True)) == before
+    np.testing.assert_array_equal(balanced, balance_batches(batches, groups, lengths))
 
 
 def totals(batches, lengths):
@@ -30,7 +31,7 @@ def totals(batches, lengths):
 
 
 @pytest.mark.parametrize(("num_batches", "batch_size", "factor"), [(60, 8, 3), (8, 256, 20)])
-def test_long_tailed_lengths_come_out_even_in_each_kind(num_batches, batch_size, factor):
+def test_long_tailed_lengths_are_balanced_in_each_stream(num_batches, batch_size, factor):
     random = np.random.default_rng(0)
     count = num_batches * batch_size
     lengths = np.stack(
@@ -58,8 +59,8 @@ def test_a_group_of_some_batches_alone_gets_no_more_than_the_others():
     assert abs(after[:5].mean() / after.mean() - 1) < 0.05
 
 
-def test_a_batch_with_few_places_gets_long_and_short_examples():
-    # The last batch has half of the places of the others, and should have half of the tokens.
+def test_a_batch_with_few_slots_gets_long_and_short_examples():
+    # The last batch has half of the slots of the others, and should have half of the tokens.
     batches = np.array([0] * 40 + [1] * 40 + [2] * 20)
     lengths = np.arange(1, 101)[:, None]
     after = totals(balance_batches(batches, np.zeros(100, int), lengths), lengths)[:, 0]

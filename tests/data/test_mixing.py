@@ -1,4 +1,4 @@
-"""Turns and orders: what comes when depends on a number and a seed, and on nothing before it."""
+"""Mixing and shuffling: what an index gets depends on the rates and the seed only."""
 
 from collections import Counter
 from fractions import Fraction
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grit_jax.data.mixing import (
-    LONGEST_BLOCK,
+    MAX_BLOCK_LENGTH,
     EpochShuffle,
     MixtureSchedule,
     block_counts,
@@ -26,41 +26,42 @@ def as_decimals(weights):
 @settings(deadline=None)
 @given(weights=rates, block=st.integers(0, 2**40))
 def test_every_block_holds_each_dataset_exactly_as_often_as_its_rate_says(weights, block):
-    turns = MixtureSchedule(as_decimals(weights))
-    numbers, _ = turns[np.arange(block * len(turns), (block + 1) * len(turns))]
-    for number, weight in enumerate(weights):
-        share = Fraction(Counter(numbers.tolist())[number], len(turns))
+    schedule = MixtureSchedule(as_decimals(weights))
+    datasets, _ = schedule[np.arange(block * len(schedule), (block + 1) * len(schedule))]
+    for dataset, weight in enumerate(weights):
+        share = Fraction(Counter(datasets.tolist())[dataset], len(schedule))
         assert share == Fraction(weight, sum(weights))
 
 
 @settings(deadline=None)
 @given(weights=rates, start=st.integers(0, 500))
-def test_turns_are_spread_evenly(weights, start):
-    turns = MixtureSchedule(as_decimals(weights))
+def test_slots_of_a_dataset_are_spread_evenly(weights, start):
+    schedule = MixtureSchedule(as_decimals(weights))
     for length in (1, 7, 30):
-        numbers, _ = turns[np.arange(start, start + length)]
-        for number, weight in enumerate(weights):
+        datasets, _ = schedule[np.arange(start, start + length)]
+        for dataset, weight in enumerate(weights):
             expected = length * weight / sum(weights)
-            assert abs(np.count_nonzero(numbers == number) - expected) <= len(weights)
+            assert abs(np.count_nonzero(datasets == dataset) - expected) <= len(weights)
 
 
 @settings(deadline=None)
 @given(weights=rates)
-def test_a_dataset_goes_on_where_its_own_last_turn_stopped(weights):
-    numbers, ranks = (turns := MixtureSchedule(as_decimals(weights)))[np.arange(3 * sum(weights))]
-    assert len(turns) <= sum(weights)
-    for number in range(len(weights)):
-        own = ranks[numbers == number]
+def test_a_dataset_continues_where_its_last_slot_stopped(weights):
+    schedule = MixtureSchedule(as_decimals(weights))
+    datasets, ranks = schedule[np.arange(3 * sum(weights))]
+    assert len(schedule) <= sum(weights)
+    for dataset in range(len(weights)):
+        own = ranks[datasets == dataset]
         np.testing.assert_array_equal(own, np.arange(len(own)))
 
 
-def test_a_turn_is_the_same_whichever_turns_are_asked_for():
-    turns = MixtureSchedule([0.6, 0.3, 0.1])
-    steps = np.array([999_999_999, 3, 1_000_000])
-    together = turns[steps]
-    for place, step in enumerate(steps):
-        number, rank = MixtureSchedule([0.6, 0.3, 0.1])[np.array([step])]
-        assert (number[0], rank[0]) == (together[0][place], together[1][place])
+def test_a_slot_does_not_depend_on_the_other_slots_of_a_lookup():
+    schedule = MixtureSchedule([0.6, 0.3, 0.1])
+    slots = np.array([999_999_999, 3, 1_000_000])
+    together = schedule[slots]
+    for index, slot in enumerate(slots):
+        dataset, rank = MixtureSchedule([0.6, 0.3, 0.1])[np.array([slot])]
+        assert (dataset[0], rank[0]) == (together[0][index], together[1][index])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_blocks_are_the_shortest_that_keep_to_the_rates(given_rates, counts):
 def test_rates_that_no_block_keeps_to_are_kept_to_a_millionth():
     wanted = [np.pi, np.e, 1e-9]
     counts = block_counts(wanted)
-    assert abs(sum(counts) - LONGEST_BLOCK) <= len(counts)
+    assert abs(sum(counts) - MAX_BLOCK_LENGTH) <= len(counts)
     assert counts[2] == 1
     assert counts[0] / counts[1] == pytest.approx(np.pi / np.e, abs=1e-5)
 

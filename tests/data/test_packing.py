@@ -1,4 +1,4 @@
-"""Packing: every text lies whole in one row, and can be taken out again as it was."""
+"""Packing: every text is whole in one row, and can be extracted unchanged."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ lengths_of_texts = st.lists(st.integers(0, ROW_LENGTH), max_size=60)
 
 
 def make_texts(lengths, seed=0):
-    """Texts of random tokens, none of which is 0: that is what padding must look like."""
+    """Texts of random tokens without 0, the token of padding."""
     random = np.random.default_rng(seed)
     return {
         number: Text(random.integers(1, 1000, length).astype(np.int32), random.random(length) < 0.5)
@@ -38,7 +38,7 @@ def test_every_text_is_in_one_row_and_no_row_is_too_full(lengths):
 @given(lengths=lengths_of_texts)
 def test_rows_are_few_and_the_same_for_the_same_lengths(lengths):
     rows = plan_rows(lengths, ROW_LENGTH)
-    # Any two rows together hold more than one would: else they would be one.
+    # Any two rows together exceed one row: otherwise best fit would have merged them.
     assert len(rows) <= 2 * sum(lengths) / ROW_LENGTH + 1
     assert rows == plan_rows(np.array(lengths, np.int64), ROW_LENGTH)
 
@@ -56,7 +56,7 @@ def test_what_fits_is_whole_and_within_the_rows_there_are(lengths, num_rows):
 
 
 def test_a_text_goes_where_it_leaves_the_least():
-    # Longest first: 7 leaves 3 and 6 leaves 4; 3 fits exactly beside 7, 2 only beside 6.
+    # Longest first: 7 leaves 3 and 6 leaves 4; 3 fits exactly after 7, and 2 only after 6.
     assert plan_rows([2, 3, 6, 7], 10) == [[3, 1], [2, 0]]
 
 
@@ -84,11 +84,11 @@ def test_texts_come_out_of_their_rows_as_they_went_in(lengths, spare_rows):
     assert packed.num_texts == len(lengths)
     assert packed.tokens.shape == (len(rows) + spare_rows, ROW_LENGTH)
     for number, text in texts.items():
-        place = packed.segment_ids == number + 1
-        assert len(np.unique(np.nonzero(place)[0])) == 1
-        np.testing.assert_array_equal(packed.tokens[place], text.tokens)
-        np.testing.assert_array_equal(packed.mask[place], text.mask)
-        np.testing.assert_array_equal(packed.positions[place], np.arange(len(text)))
+        is_own = packed.segment_ids == number + 1
+        assert len(np.unique(np.nonzero(is_own)[0])) == 1
+        np.testing.assert_array_equal(packed.tokens[is_own], text.tokens)
+        np.testing.assert_array_equal(packed.mask[is_own], text.mask)
+        np.testing.assert_array_equal(packed.positions[is_own], np.arange(len(text)))
 
     padding = packed.segment_ids == 0
     assert padding.sum() == packed.tokens.size - sum(lengths)
@@ -98,7 +98,7 @@ def test_texts_come_out_of_their_rows_as_they_went_in(lengths, spare_rows):
     assert padding[len(rows) :].all()
 
 
-def test_an_unused_number_keeps_the_numbers_behind_it_in_place():
+def test_an_unused_index_does_not_shift_the_indices_after_it():
     texts = make_texts([2, 0, 3])
     packed = pack(texts, [[2, 0]], 1, 6, num_texts=3)
     np.testing.assert_array_equal(packed.segment_ids, [[3, 3, 3, 1, 1, 0]])

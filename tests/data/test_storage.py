@@ -9,7 +9,7 @@ import pytest
 
 from grit_jax.data import storage
 from grit_jax.data.manifest import PreparedDataset, load_mixture
-from grit_jax.data.storage import PreparedDataError, Records, read_file, with_retries
+from grit_jax.data.storage import PreparedDataError, RecordReader, read_file, with_retries
 
 
 @pytest.fixture
@@ -130,12 +130,12 @@ def test_a_shard_that_went_missing_is_named(folder):
 def test_a_shard_too_few_is_an_error(folder):
     path = folder / "examples-00000.arrayrecord"
     with pytest.raises(PreparedDataError, match=r"4000 examples are left of 4001"):
-        Records([path], 4001)
+        RecordReader([path], 4001)
 
 
 def test_records_are_numbered_through_all_shards(folder):
     path = folder / "examples-00000.arrayrecord"
-    records = Records([path, path], 8000)
+    records = RecordReader([path, path], 8000)
     assert records.read([4000, 3999, 7, 4007]) == records.read([0, 7999, 7, 7])
 
 

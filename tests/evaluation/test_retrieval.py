@@ -9,11 +9,12 @@ from prepared_data import chat_examples, embedding_examples, open_datasets, writ
 import pytest
 
 from grit_jax.data.manifest import PreparedDataError
-from grit_jax.evaluation.held_out import HeldOut
+from grit_jax.evaluation.held_out import HeldOut, TextBatcher
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_measures
 from grit_jax.models import ModelConfig
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import make_mesh
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
 
@@ -75,18 +76,23 @@ def test_bm25_finds_shared_words_and_gives_nothing_for_unknown_ones():
     assert not bm25_scores(["the vessel", "A"], ["A", "the"]).any()  # Passages without a word.
 
 
+def make_trainer():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return Trainer(ModelConfig(), make_joint_loss(LossConfig()), optax.sgd(0.1), mesh)
+
+
 @pytest.fixture
 def held_out(tmp_path):
-    """Makes held-out data of pairs and chats, to be read in rows of some length."""
-    random, mesh = np.random.default_rng(0), make_mesh(devices=jax.devices()[:1])
+    """Makes held-out data of pairs and chats, in rows of some length."""
+    random, trainer = np.random.default_rng(0), make_trainer()
     write_prepared(tmp_path, "pairs", embedding_examples(random, 20, 12))
     write_prepared(tmp_path, "chats", chat_examples(random, 20, 24))
-    trainer = Trainer(ModelConfig(), LossConfig(), optax.sgd(0.1), mesh)
 
     def make(query=12, passage=12, chat=24):
-        pairs, chats = (list(open_datasets(tmp_path, {name: 1.0})) for name in ("pairs", "chats"))
+        names = {"embedding": "pairs", "generative": "chats"}
+        datasets = {kind: list(open_datasets(tmp_path, {n: 1.0})) for kind, n in names.items()}
         lengths = {"query": query, "passage": passage, "chat": chat}
-        return HeldOut(trainer, pairs, chats, lengths, batch_size=4)
+        return HeldOut(trainer, datasets, lengths, 4, EmbeddingSpec())
 
     return make
 
@@ -97,9 +103,11 @@ def test_a_text_that_is_longer_than_a_row_is_named_at_the_start(held_out, stream
         held_out(**{stream: 5})
 
 
-def test_one_batch_at_a_time_is_on_the_devices(held_out):
+def test_one_batch_at_a_time_is_on_the_devices():
+    chats = [example.chat for example in chat_examples(np.random.default_rng(0), 20, 24)]
+    batcher = TextBatcher(make_trainer(), EmbeddingSpec(), {"chat": 24}, batch_size=4)
     before, counts = len(jax.live_arrays()), []
-    for batch in held_out()._batches(held_out()._chats, "chat"):
+    for batch in batcher.batches(chats, "chat"):
         counts.append(len(jax.live_arrays()) - before)
         arrays = len(jax.tree.leaves(batch))
         del batch

@@ -9,7 +9,7 @@ import reference_values
 
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
 from grit_jax.sharding import make_mesh
-from grit_jax.training.joint_loss import LossConfig, joint_loss
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.optimizer import make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -82,10 +82,11 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
         generative_weight=factor,
         embedding_weight=1.0,
     )
+    joint_loss = make_joint_loss(config)
     batch = reference_values.training_batch(values)
     graph, state = nnx.split(model)
     compute = jax.value_and_grad(
-        lambda state: joint_loss(nnx.merge(graph, state), {}, batch, config), has_aux=True
+        lambda state: joint_loss.value(nnx.merge(graph, state), {}, batch), has_aux=True
     )
     (loss, parts), gradient = compute(state)
     assert_close(loss, values[f"train_{reduction}_loss"])
@@ -105,7 +106,7 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
 def test_five_steps_of_adamw(reference):
     values, model = reference
     is_mixtral = model.config.has_experts
-    loss_config = LossConfig(generative_reduction="token" if is_mixtral else "mixed")
+    loss = make_joint_loss(LossConfig(generative_reduction="token" if is_mixtral else "mixed"))
     optimizer = make_optimizer(
         lambda step: 1e-3 * (10 - step) / 10,
         beta1=0.9,
@@ -117,7 +118,7 @@ def test_five_steps_of_adamw(reference):
         mu_dtype="float32",
     )
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainer = Trainer(model.config, loss_config, optimizer, mesh)
+    trainer = Trainer(model.config, loss, optimizer, mesh)
     parameters = nnx.to_pure_dict(nnx.state(model))
     state = trainer.state_from(lambda _: jax.tree.map(jnp.copy, parameters), seed=0)
     batch = trainer.to_devices(reference_values.training_batch(values))

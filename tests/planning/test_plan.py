@@ -279,7 +279,7 @@ def test_the_command_prints_one_object(tmp_path):
         "mfu_bound",
     ):
         assert plan[name], name
-    assert plan["rows"] == {"chats": "4x2048"} and plan["tokens_per_step"] == 16 * 256
+    assert plan["rows"] == {"chat": "4x2048"} and plan["tokens_per_step"] == 16 * 256
 
     wrong = grit_jax("plan", f"--config={config}", "--topology=v9:2x2", cwd=tmp_path)
     assert_fails_in_one_line(wrong, "--topology=v9:2x2", "v5e, v5p, v6e")

@@ -21,8 +21,7 @@ from command_line import (
 import pytest
 from tokenizer_files import write_sentencepiece, write_tokenizer
 
-from grit_jax.data.manifest import PreparedDataset, load_mixture
-from grit_jax.data.saved_tokenizer import load_saved_tokenizer
+from grit_jax.data.manifest import PreparedDataset, load_mixture, load_saved_tokenizer
 from grit_jax.text.jsonl import is_held_out
 from grit_jax.text.tokenizer import Tokenizer
 

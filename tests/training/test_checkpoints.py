@@ -31,7 +31,7 @@ from grit_jax.training.checkpoints import (
     RetentionPolicy,
     describe_differences,
 )
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
 CONFIG = ModelConfig(
@@ -49,7 +49,7 @@ DESCRIPTION = {"data": {"seed": 0, "embedding": {"senses": {"rate": 0.5}}}}
 @pytest.fixture(scope="module")
 def trainer():
     mesh = make_mesh(devices=jax.devices()[:1])
-    loss = LossConfig(learn_temperature=True)
+    loss = make_joint_loss(LossConfig(learn_temperature=True))
     return Trainer(CONFIG, loss, optax.adam(0.1), mesh)
 
 
@@ -211,7 +211,7 @@ def steps_in(folder):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_one_that_cannot_be_read_for_now_stays_and_ends_the_run(trainer, states, tmp_path):
     save_all(tmp_path, {step: states[step] for step in (1, 2)})
-    of_sgd = Trainer(CONFIG, trainer.loss_config, optax.sgd(0.1), trainer.mesh)
+    of_sgd = Trainer(CONFIG, trainer.loss, optax.sgd(0.1), trainer.mesh)
     for abstract, context, named in (
         (trainer.abstract_state(), no_more_files(), "Too many open files"),
         (of_sgd.abstract_state(), contextlib.nullcontext(), "tree structures do not match"),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from grit_jax.data.batch import Batch, EmbeddingBatch
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch
 from grit_jax.data.packing import pack, plan_rows
 from grit_jax.models import LoraConfig, ModelConfig, make_config
 from grit_jax.text.examples import Text
@@ -55,37 +55,39 @@ def test_it_counts_the_products_of_real_tokens(config, is_causal):
     queries, passages, chats = [3, 5], [7, 4, 16, 9], [6, 11, 2]
     numbers = np.arange(4, dtype=np.int32)
     embedding = EmbeddingBatch(packed(queries), packed(passages), numbers[:2], numbers)
-    batch = Batch(embedding, packed(chats))
+    batch = Batch({"embedding": embedding, "generative": ChatBatch(packed(chats))})
+    causal = {"query", "passage", "chat"} if is_causal else {"chat"}
     expected = 3 * sum(
         forward_by_hand(config, lengths, causal)
         for lengths, causal in ((queries, is_causal), (passages, is_causal), (chats, True))
     )
     targets = sum(n - 2 for n in chats)
     expected += 3 * product(targets, D, V)
-    np.testing.assert_allclose(useful_flops(config, batch, is_causal=is_causal), expected)
+    np.testing.assert_allclose(useful_flops(config, batch, causal), expected)
     # One of two hosts sees half of the rows, and counts for both.
     halves = {
         name: jax.tree.map(lambda rows: rows[:4], dataclasses.replace(texts, num_rows=8))
         for name, texts in (("queries", packed([5, 5] * 12)), ("passages", packed([9] * 8)))
     }
-    whole = Batch(EmbeddingBatch(packed([5, 5] * 12), packed([9] * 8), numbers, numbers), None)
-    half = Batch(dataclasses.replace(whole.embedding, **halves), None)
+    embedding = EmbeddingBatch(packed([5, 5] * 12), packed([9] * 8), numbers, numbers)
+    whole = Batch({"embedding": embedding})
+    half = Batch({"embedding": dataclasses.replace(embedding, **halves)})
     np.testing.assert_allclose(
-        useful_flops(config, half, is_causal=is_causal),
-        useful_flops(config, whole, is_causal=is_causal),
+        useful_flops(config, half, causal),
+        useful_flops(config, whole, causal),
     )
     # More padding is no more work.
-    padded = dataclasses.replace(batch, chats=packed(chats, num_rows=20))
-    np.testing.assert_allclose(useful_flops(config, padded, is_causal=is_causal), expected)
+    padded = Batch(batch.parts | {"generative": ChatBatch(packed(chats, num_rows=20))})
+    np.testing.assert_allclose(useful_flops(config, padded, causal), expected)
 
 
 def test_weights_that_are_not_trained_have_no_gradient():
-    batch = Batch(None, packed([6, 11, 2]))
+    batch = Batch({"generative": ChatBatch(packed([6, 11, 2]))})
     adapted = dataclasses.replace(MISTRAL, lora=LoraConfig(rank=2, alpha=1.0, targets="*"))
     attention = sum(L * N * 2 * product(n, n, H) / 2 for n in [6, 11, 2])
-    of_weights = useful_flops(MISTRAL, batch, is_causal=True) - 3 * attention
+    of_weights = useful_flops(MISTRAL, batch, {"chat"}) - 3 * attention
     expected = of_weights * 2 / 3 + 3 * attention
-    np.testing.assert_allclose(useful_flops(adapted, batch, is_causal=True), expected)
+    np.testing.assert_allclose(useful_flops(adapted, batch, {"chat"}), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from grit_jax.config_flags import parse_flags
-from grit_jax.data.batch import Batch, EmbeddingBatch, PackedTexts
+from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.from_config import make_trainer
 
 FOLDER = Path(__file__).parent / "golden"
@@ -55,7 +55,8 @@ def test_a_step_takes_over_the_memory_of_the_state_and_of_nothing_else(name):
     rows = jax.ShapeDtypeStruct((8, 256), np.int32)
     texts = PackedTexts(rows, rows, rows, jax.ShapeDtypeStruct((8, 256), np.bool_), num_texts=16)
     numbers = jax.ShapeDtypeStruct((16,), np.int32)
-    batch = Batch(EmbeddingBatch(texts, texts, numbers, numbers), texts)
+    embedding = EmbeddingBatch(texts, texts, numbers, numbers)
+    batch = Batch({"embedding": embedding, "generative": ChatBatch(texts)})
     with jax.set_mesh(trainer.mesh):
         lowered = trainer.step.lower(trainer.abstract_state(), batch)
     of_state, of_batch = lowered.args_info[0]

@@ -1,4 +1,4 @@
-"""The loop: batches come in order and ahead of their step, and waiting for them is noticed."""
+"""The training loop: it prefetches batches in order and reports the time spent waiting for them."""
 
 import functools
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 from prepared_data import chat_examples, embedding_examples, open_datasets, write_prepared
 import pytest
@@ -20,7 +21,7 @@ from grit_jax.models import ModelConfig
 from grit_jax.sharding import local_shards, make_mesh
 from grit_jax.training.flops import useful_flops
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.loop import NotFiniteError, SkipGuard, StepReport, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
@@ -56,13 +57,13 @@ def folder(tmp_path_factory):
 
 
 def make_batches(folder, held=None):
-    streams = {
+    samplers = {
         "embedding": MixedSampler(open_datasets(folder, {"pairs": 1.0}), 8, 2, seed=0),
         "generative": MixedSampler(open_datasets(folder, {"chats": 1.0}), 8, 0, seed=1),
     }
     longest = dict.fromkeys(("query", "passage", "chat"), 24)
     limits = RowLimits(longest=longest, length_multiple=8, count_multiple=8)
-    return Batches(streams, limits, held)
+    return Batches(samplers, limits, held)
 
 
 @functools.cache
@@ -75,11 +76,11 @@ def make_trainer():
         generative_reduction="mean",
         generative_group_size=8,
     )
-    return Trainer(MODEL, loss, optimizer, make_mesh())
+    return Trainer(MODEL, make_joint_loss(loss), optimizer, make_mesh())
 
 
 def run(batches, steps):
-    """Makes steps from these batches, and returns what is reported at the end of each."""
+    """Trains on these batches, and returns the metrics reported after each step."""
     lines = []
     trainer = make_trainer()
     receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
@@ -92,7 +93,7 @@ def run(batches, steps):
 def test_every_batch_is_a_step_and_the_next_one_is_fetched_before_the_hooks(folder):
     batches, events = make_batches(folder), []
 
-    def coming():
+    def fetched():
         for step in range(4):
             events.append(f"batch {step}")
             yield batches[step]
@@ -101,7 +102,7 @@ def test_every_batch_is_a_step_and_the_next_one_is_fetched_before_the_hooks(fold
     state = train(
         trainer,
         trainer.initial_state(0),
-        coming(),
+        fetched(),
         [lambda report: events.append(f"step {report.step}")],
         lambda _: None,
     )
@@ -113,28 +114,34 @@ def test_every_batch_is_a_step_and_the_next_one_is_fetched_before_the_hooks(fold
     ]
 
 
-def test_tokens_are_those_of_the_batch_that_the_step_read(folder):
+def test_tokens_are_counted_in_the_batch_of_the_step(folder):
     batches = make_batches(folder)
     lines = run((batches[step] for step in range(3)), 3)
     assert [line["tokens"] for line in lines] == [int(batches[s].num_tokens) for s in range(3)]
 
 
-def test_useful_work_is_that_of_the_batch_over_the_seconds_of_its_step(folder):
+def test_useful_work_is_that_of_the_batch_divided_by_the_seconds_of_its_step(folder):
     batches = [make_batches(folder)[step] for step in range(3)]
     for line, batch in zip(run(iter(batches), 3), batches, strict=True):
-        needed = useful_flops(MODEL, batch, is_causal=False)
+        needed = useful_flops(MODEL, batch, causal_streams={"chat"})
         speed = needed / line["step_seconds"]
         np.testing.assert_allclose(line["useful_tflops_per_second"], speed / 1e12)
         np.testing.assert_allclose(line["mfu"], speed / 1e9)
         assert "useful_flops" not in line
 
 
-def test_waiting_for_slow_batches_is_noticed_and_for_ready_ones_is_not(folder):
+def test_waiting_for_slow_batches_is_reported(folder, monkeypatch):
     ready = [make_batches(folder)[step] for step in range(5)]
+    clock, waited = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited[0])
+    # Waiting counts only if the devices have finished the step.
+    trainer = make_trainer()
+    step = trainer.step
+    monkeypatch.setattr(trainer, "step", lambda *args: jax.block_until_ready(step(*args)))
 
     def slow():
-        for number, batch in enumerate(ready):
-            time.sleep(2 if number in (3, 4) else 0)
+        for index, batch in enumerate(ready):
+            waited[0] += 100 if index in (3, 4) else 0
             yield batch
 
     # The second step and those after it are compiled; the last has no batch to wait for.
@@ -154,14 +161,14 @@ def test_one_process_holds_all_rows():
         assert local_shards(mesh) == list(range(8 // axes.get("tensor", 1)))
 
 
-def test_rows_of_a_batch_go_over_the_devices_in_order(folder):
+def test_rows_of_a_batch_are_split_over_the_devices_in_order(folder):
     trainer, batch = make_trainer(), make_batches(folder)[0]
     placed = trainer.to_devices(batch)
     for name in ("tokens", "segment_ids", "positions", "mask"):
-        array, host = getattr(placed.chats, name), getattr(batch.chats, name)
+        array, host = (getattr(b.parts["generative"].chats, name) for b in (placed, batch))
         np.testing.assert_array_equal(array, host)
         assert array.addressable_shards[0].data.shape[0] == len(host) // 8
-    assert placed.embedding.positives.is_fully_replicated
+    assert placed.parts["embedding"].positives.is_fully_replicated
 
 
 HOST = """
@@ -185,14 +192,15 @@ own = test_loop.make_batches(folder, [8 // batch_shards(mesh) * s + n for s in h
                                       for n in range(8 // batch_shards(mesh))])
 for step in (0, 17):
     expected, placed = whole[step], trainer.to_devices(own[step])
+    expected, placed = expected.parts["embedding"], placed.parts["embedding"]
     for name in ("queries", "passages"):
-        array = getattr(placed.embedding, name).tokens
-        rows = getattr(expected.embedding, name).tokens
+        array = getattr(placed, name).tokens
+        rows = getattr(expected, name).tokens
         assert array.shape == rows.shape, (array.shape, rows.shape)
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, rows[shard.index])
-    np.testing.assert_array_equal(placed.embedding.positives.addressable_data(0),
-                                  expected.embedding.positives)
+    np.testing.assert_array_equal(placed.positives.addressable_data(0),
+                                  expected.positives)
 print(json.dumps(held))
 """
 
@@ -201,7 +209,7 @@ print(json.dumps(held))
 @pytest.mark.parametrize(
     ("tensor", "held"), [(1, [range(4), range(4, 8)]), (2, [range(2), range(2, 4)])]
 )
-def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
+def test_two_hosts_combine_the_rows_that_each_has_read(folder, tensor, held):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -228,8 +236,8 @@ def test_two_hosts_place_the_rows_that_each_has_read(folder, tensor, held):
 
 
 def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
-    hook = SkipGuard(most=2)
-    # Skipped in a row after each step; a step is looked at when the next has been made.
+    hook = SkipGuard(max_consecutive_skips=2)
+    # Consecutive skips after each step; a step is checked after the next one.
     for step, count in enumerate([0, 1, 2, 0, 1, 2, 3], 1):
         hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))
     with pytest.raises(NotFiniteError, match="last 3 steps up to step 7"):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small_batches import SIZES, make_batch
+from small_batches import SIZES, make_batch, only
 
 from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import LoraCheckpoint, open_model
@@ -24,12 +24,12 @@ from grit_jax.run import run
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RetentionPolicy
 from grit_jax.training.hooks.metrics import read_metrics
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
 ROOT = Path(__file__).parents[2]
 LORA = LoraConfig(rank=3, alpha=6.0, targets="*")
-LOSS = LossConfig(temperature=0.1, learn_temperature=True)
+LOSS = make_joint_loss(LossConfig(temperature=0.1, learn_temperature=True))
 
 
 def is_update(path):
@@ -90,7 +90,7 @@ def one_step(trainer, state, step):
 
 def embedding_batch(seed, shards=1):
     """Returns a batch without chats, whose step is compiled in half of the time."""
-    return dataclasses.replace(make_batch(seed, shards)[0], chats=None)
+    return only(make_batch(seed, shards)[0], "embedding")
 
 
 def open_checkpoints(folder, trainer):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_batches import SIZES, make_batch
+from small_batches import SIZES, make_batch, only
 
 from grit_jax.models import ModelConfig, make_config
 from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.training.joint_loss import LossConfig
+from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
@@ -44,7 +44,7 @@ MIXTRAL = make_config("mixtral", **SIZES, num_local_experts=4)
 def make_trainer(config, mesh, loss=LOSS):
     """Returns a trainer with the optimizer of `hand_adamw`."""
     optimizer = make_optimizer(learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER)
-    return Trainer(config, loss, optimizer, mesh)
+    return Trainer(config, make_joint_loss(loss), optimizer, mesh)
 
 
 # The step by hand: one text at a time, no packing, no scan, no library of layers or optimizers.
@@ -248,7 +248,7 @@ def test_eight_devices_compute_in_bfloat16_what_one_does():
     losses = []
     for mesh in (make_mesh(devices=jax.devices()[:1]), make_mesh(slice=2, fsdp=2, tensor=2)):
         batch, _ = make_batch(seed=0, shards=batch_shards(mesh))
-        batch = dataclasses.replace(batch, embedding=None)  # It is compiled in half of the time.
+        batch = only(batch, "generative")  # It compiles in half of the time.
         metrics, _, _ = gradient_of(config, LOSS, mesh, batch, 1)
         losses.append([metrics[name] for name in ("loss", "gradient_norm")])
     np.testing.assert_allclose(*losses, rtol=1e-2)
@@ -256,7 +256,7 @@ def test_eight_devices_compute_in_bfloat16_what_one_does():
 
 def gradient_of(config, loss_config, mesh, batch, num_chunks):
     """Returns the metrics and the gradient of a step: what plain descent at a rate of 1 takes."""
-    trainer = Trainer(config, loss_config, optax.sgd(1.0), mesh, num_chunks)
+    trainer = Trainer(config, make_joint_loss(loss_config), optax.sgd(1.0), mesh, num_chunks)
     state = trainer.initial_state(0)
     before = jax.tree.map(jnp.copy, state.trained)
     with jax.set_mesh(mesh):
@@ -298,7 +298,7 @@ def test_a_batch_in_chunks_has_the_gradient_of_the_whole(config, axes):
 
 def test_a_single_stream_in_chunks():
     batch, _ = make_batch(seed=0, shards=2)
-    batch = dataclasses.replace(batch, chats=None)
+    batch = only(batch, "embedding")
     mesh = make_mesh(devices=jax.devices()[:1])
     config = ModelConfig(**SIZES)
     whole, expected, _ = gradient_of(config, LOSS, mesh, batch, 1)
@@ -340,7 +340,7 @@ def test_parameters_in_bfloat16_have_a_second_moment_in_float32():
     optimizer = make_optimizer(
         learning_rate_schedule(0.01, 0.0, 10), **OPTIMIZER | {"mu_dtype": "bfloat16"}
     )
-    trainer = Trainer(config, LOSS, optimizer, mesh)
+    trainer = Trainer(config, make_joint_loss(LOSS), optimizer, mesh)
     batch, _ = make_batch(seed=0)
     state = trainer.initial_state(0)
     with jax.set_mesh(mesh):
@@ -365,9 +365,8 @@ def test_a_single_stream_trains_with_the_same_step(mode):
     both = trainer.initial_state(0)
     with jax.set_mesh(mesh):
         _, expected = trainer.step(both, trainer.to_devices(batch))
-        dropped = "chats" if mode == "embedding" else "embedding"
-        alone = dataclasses.replace(batch, **{dropped: None})
-        _, metrics = trainer.step(trainer.initial_state(0), trainer.to_devices(alone))
+        alone = trainer.to_devices(only(batch, mode))
+        _, metrics = trainer.step(trainer.initial_state(0), alone)
     name = f"{mode}_loss"
     np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-6)
     skipped = {"steps_skipped", "steps_skipped_in_a_row"}

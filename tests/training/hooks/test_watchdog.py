@@ -1,6 +1,7 @@
 """The watchdog ends a process without progress, and no other."""
 
 import os
+import threading
 import time
 
 from command_line import ROOT, run_python
@@ -40,10 +41,13 @@ def test_a_run_with_progress_goes_on_and_may_end_right_after_a_step(monkeypatch)
         for _ in range(4):
             time.sleep(0.2)
             watchdog(REPORT)
-    for _ in range(200):  # The end may come while the watchdog handles the step.
-        with Watchdog(0.1) as watchdog:
+    for _ in range(20):  # The end may come while the watchdog handles the step.
+        with Watchdog(0.05) as watchdog:
             watchdog(REPORT)
-    time.sleep(0.5)
+    threads = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
     assert not ended
 
 
