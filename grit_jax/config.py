@@ -296,8 +296,8 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def default_config() -> ConfigDict:
-    """Returns the configuration with every field at its default, to be changed."""
+def default_config() -> Any:
+    """Returns a `ConfigDict` with every field at its default, to be changed."""
     return ConfigDict(Config().to_dict())
 
 

@@ -48,7 +48,7 @@ def _parse(values: flags.FlagValues, argv: Sequence[str], *, known_only: bool) -
         raise ConfigError(_one_line(error)) from None
 
 
-def _load(path: Path) -> ConfigDict:
+def _load(path: Path) -> Any:
     # Not by `config_flags.DEFINE_config_file`, whose errors are tracebacks.
     if not path.is_file():
         raise ConfigError(f"--config={path}: there is no such file")
@@ -65,7 +65,7 @@ def _load(path: Path) -> ConfigDict:
     return config
 
 
-def _complete_sizes(config: ConfigDict) -> None:
+def _complete_sizes(config: Any) -> None:
     """Adds the architecture's default sizes, so that the command line can override each of them."""
     if config.model.architecture not in ARCHITECTURES:
         return  # `make_config` raises the error.
