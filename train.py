@@ -1,4 +1,4 @@
-"""Trains a model: python train.py --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]."""
+"""Trains a model: python train.py --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]"""
 
 from grit_jax.cli import train
 

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from grit_jax.config import default_config
+from grit_jax.config import default_config, parse_config
 from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.from_config import make_trainer
 
@@ -49,7 +49,7 @@ def temporary_bytes(batch_size: int, chunks: int) -> int:
     config.model.sizes = SIZES
     config.model.dtype = "float32"
     config.grad_cache_chunks = chunks
-    trainer = make_trainer(config)
+    trainer = make_trainer(parse_config(config))
     with jax.set_mesh(trainer.mesh):
         compiled = trainer.step.lower(trainer.abstract_state(), make_batch(batch_size)).compile()
     return compiled.memory_analysis().temp_size_in_bytes

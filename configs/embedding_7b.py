@@ -1,4 +1,4 @@
-"""Mistral 7B on the contrastive loss alone: the paper's embedding-only model."""
+"""The paper's embedding-only model: trains Mistral 7B on the contrastive loss."""
 
 from grit_jax.config import default_config
 

@@ -1,4 +1,4 @@
-"""Mistral 7B on the next-token loss alone: the paper's generation-only model."""
+"""The paper's generation-only model: trains Mistral 7B on the next-token loss."""
 
 from grit_jax.config import default_config
 

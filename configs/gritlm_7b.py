@@ -1,4 +1,4 @@
-"""GritLM 7B: Mistral 7B on both losses, with the released run's hyperparameters."""
+"""GritLM 7B: trains Mistral 7B on both losses, with the released hyperparameters."""
 
 from grit_jax.config import default_config
 
@@ -11,8 +11,8 @@ def get_config():
     config.model.attention = "bbcc"
     config.model.pooling = "mean"
 
-    # The original gathered passages over 8 GPUs and averaged their gradients, which left an eighth
-    # of the contrastive gradient: 1/8 repeats its run, 1.0 is the loss as the paper states it.
+    # The original gathered passages from 8 GPUs and averaged the gradients, which scaled the
+    # contrastive gradient by 1/8. 1/8 reproduces that run; 1.0 is the loss in the paper.
     config.loss.embedding_weight = 1 / 8
     config.loss.generative_weight = 1.0
     config.loss.temperature = 0.02

@@ -1,4 +1,4 @@
-"""GritLM 8x7B: Mixtral 8x7B on both losses, with the released run's hyperparameters."""
+"""GritLM 8x7B: trains Mixtral 8x7B on both losses, with the released hyperparameters."""
 
 from grit_jax.config import default_config
 
@@ -9,8 +9,8 @@ def get_config():
     config.steps = 1253
     config.model.architecture = "mixtral"
 
-    # The original left 1/256 of the contrastive gradient on 256 GPUs (see gritlm_7b.py), and
-    # summed the generative loss over tokens, with a factor to match.
+    # The original scaled the contrastive gradient by 1/256 on 256 GPUs (see gritlm_7b.py), and
+    # summed the generative loss over tokens, with a small weight.
     config.loss.embedding_weight = 1 / 256
     config.loss.generative_weight = 0.003
     config.loss.temperature = 0.02

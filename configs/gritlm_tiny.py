@@ -1,4 +1,4 @@
-"""A small Mistral from scratch on the embedded sample: minutes on two cores."""
+"""Trains a small Mistral from scratch on the embedded sample, in minutes on two CPU cores."""
 
 from grit_jax.config import default_config
 
@@ -22,14 +22,14 @@ def get_config():
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.loss.temperature = 0.05
-    # From random weights the next-token gradient is by far the larger of the two.
+    # With random weights, the gradient of the next-token loss is much the larger one.
     config.loss.generative_weight = 0.1
 
     config.optimizer.learning_rate = 5e-4
-    # The embeddings start at a standard deviation of 3, the layers' matrices at 1/16.
+    # The initial standard deviation is 3 for the embeddings and 1/16 for the layers.
     config.optimizer.embedding_lr_multiplier = 180.0
     config.optimizer.warmup_ratio = 0.1
-    # A rare word's first gradients would move it far if they counted as a thousandth of its past.
+    # With 0.999, the first gradients of a rare token would move its embedding too far.
     config.optimizer.beta2 = 0.95
 
     config.data.folder = "data/sample"

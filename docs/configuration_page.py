@@ -1,7 +1,7 @@
 """Writes the tables of docs/configuration.md: python docs/configuration_page.py
 
-Names, types and defaults are those of `default_config()`. What a field is stands beside it there,
-in the comment above it and the one behind it.
+The tables show the sections of `grit_jax.config.Config`: their fields, types and defaults, and the
+`Attributes` in their docstrings.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from grit_jax.config import default_config
+from grit_jax.config import SECTIONS, Config, default_config
+from grit_jax.fields import field_type, plain_fields
 from grit_jax.models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- fields -->", "<!-- /fields -->"
 CONFIGS = ("gritlm_tiny", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
-FIELD = re.compile(r"    (config[\w.]*\.\w+) = [^#\"]*(?:\"[^\"]*\")?[^#\"]*(?:# (.*))?$")
 
 
 def main() -> None:
-    """Writes the page with the tables as they have to be."""
+    """Updates the tables of the page."""
     PAGE.write_text(with_tables(PAGE.read_text()))
 
 
 def with_tables(page: str) -> str:
-    """Returns the page with new tables between its marks."""
+    """Returns the page with new tables between its markers."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     tables = [*_fields(), *_sizes(), *_files()]
@@ -37,55 +37,57 @@ def with_tables(page: str) -> str:
 
 
 def descriptions() -> dict[str, str]:
-    """Returns what stands above and behind each field and section, by its full name."""
+    """Returns the description of each field, by its full name."""
+    sections = {"config": Config}
+    sections |= {f"config.{name}": section for name, section in SECTIONS.items()}
+    return {
+        f"{name}.{field}": attributes[field]
+        for name, section in sections.items()
+        for attributes in [_attributes(section)]
+        for field in plain_fields(section)
+        if field in attributes
+    }
+
+
+def _attributes(section: type) -> dict[str, str]:
+    """Returns the `Attributes` in the docstrings of a dataclass and its bases."""
     found: dict[str, str] = {}
-    above: list[str] = []
-    for line in inspect.getsource(default_config).splitlines():
-        if line.startswith("    # "):
-            above.append(line.removeprefix("    # "))
-            continue
-        if field := FIELD.match(line):
-            behind = [field[2]] if field[2] else []
-            found[field[1]] = " ".join([*above, *behind])
-        above = []
+    for base in reversed(section.__mro__[:-1]):
+        _, _, rest = (inspect.getdoc(base) or "").partition("\nAttributes:\n")
+        attributes = rest.partition("\n\n")[0]
+        for name, text in re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE):
+            text = " ".join(text.split())
+            found[name] = text[0].upper() + text[1:]
     return found
 
 
 def _fields() -> Iterator[str]:
-    """Yields a table for each section, in the order of `default_config`."""
-    described = descriptions()
-    defaults = {name: _default(name) for name in described}
-    sections = {"config": ""}
-    sections |= {name: described[name] for name, value in defaults.items() if _is_full(value)}
-    for section, description in sections.items():
-        yield from ("", f"## {section}", "", *([description, ""] if description else []))
-        yield from ("| Field | Type | Default | |", "|---|---|---|---|")
-        for name, value in defaults.items():
-            before, _, field = name.rpartition(".")
-            if before == section and name not in sections:
-                anchor = f'<a id="{name}"></a>`{field}`'
-                yield f"| {anchor} | {_type_and_value(value)} | {described[name]} |"
+    """Yields a table for each section."""
+    yield from _section("config", Config, "")
+    for name, section in SECTIONS.items():
+        yield from _section(f"config.{name}", section, _summary(section))
 
 
-def _default(name: str) -> Any:
-    """Returns the default of a field, or a section, by its full name."""
-    value = default_config().to_dict()
-    for key in name.split(".")[1:]:
-        value = value[key]
-    return value
+def _summary(section: type) -> str:
+    """Returns the paragraphs of a docstring before its first list."""
+    paragraphs = re.split(r"\n\n(?=\w+:\n)", inspect.getdoc(section) or "")[0]
+    return "\n".join(" ".join(part.split()) for part in re.split(r"\n(?=\n)", paragraphs))
 
 
-def _is_full(value: Any) -> bool:
-    """Whether it is a section; that of the sizes is empty, and treated as a field."""
-    return isinstance(value, Mapping) and bool(value)
-
-
-def _type_and_value(value: Any) -> str:
-    return "section |" if value == {} else f"{type(value).__name__} | `{_shown(value)}`"
+def _section(name: str, section: type, summary: str) -> Iterator[str]:
+    defaults, described = section(), descriptions()
+    yield from ("", f"## {name}", "", *([summary, ""] if summary else []))
+    yield from ("| Field | Type | Default | |", "|---|---|---|---|")
+    for field, annotation in plain_fields(section).items():
+        anchor = f'<a id="{name}.{field}"></a>`{field}`'
+        kind = field_type(annotation)
+        default = "" if kind is dict else f" `{_shown(getattr(defaults, field))}`"
+        kind_name = "section" if kind is dict else kind.__name__
+        yield f"| {anchor} | {kind_name} |{default} | {described[f'{name}.{field}']} |"
 
 
 def _sizes() -> Iterator[str]:
-    """Yields the table of sizes, which are those of the architectures."""
+    """Yields the table of the architectures' sizes."""
     defaults = {name: architecture.sizes for name, architecture in ARCHITECTURES.items()}
     yield from ("", "## config.model.sizes", "")
     yield from ("The defaults are those of Mistral 7B and Mixtral 8x7B.", "")
@@ -100,7 +102,7 @@ def _files() -> Iterator[str]:
     defaults = flatten_dict(default_config().to_dict(), sep=".")
     files = {name: _changes(name, defaults) for name in CONFIGS}
     yield from ("", "## What the files set", "")
-    yield from ("An empty place is the default.", "")
+    yield from ("An empty cell means the default.", "")
     yield from (f"| Field | {' | '.join(files)} |", f"|---|{'---|' * len(files)}")
     fields = dict.fromkeys(field for changes in files.values() for field in changes)
     for field in fields:

@@ -1,4 +1,4 @@
-"""Settings shared by all runs of the experiment; `experiments.claim` sets the rest."""
+"""The configuration shared by all runs of the experiment; `experiments.claim` overrides fields."""
 
 from grit_jax.config import default_config
 

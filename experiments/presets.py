@@ -1,4 +1,4 @@
-"""Sizes and runs of the experiment."""
+"""Presets of the experiment, and its training runs."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,15 +7,15 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """The size of the experiment.
+    """A scale of the experiment.
 
     Attributes:
-      title: title in the report.
-      layers: indices of the SmolLM2 layers to keep; None for all 30.
+      title: title in tables.
+      layers: indices of the layers of SmolLM2 that are kept; None keeps all 30.
       lengths: maximum tokens of a query, a passage and a chat; longer texts are truncated.
-      overrides: config fields to set, by name.
-      most_measured: maximum number of queries, choices, chats and tasks per dataset in the
-        evaluation; None for all held-out ones.
+      overrides: values of configuration fields, by name.
+      most_measured: maximum number of held-out queries, choices, chats and tasks per dataset; None
+        evaluates on all.
     """
 
     title: str
@@ -30,7 +30,7 @@ PRESETS = {
         "all 30 layers, 40 steps, texts cut at 64 tokens",
         layers=None,
         lengths=(64, 64, 128),
-        # The activations of all layers do not fit in 16 GB of memory.
+        # The activations of all layers do not fit in 16 GB.
         overrides={"steps": 40, "optimizer.learning_rate": 2e-4, "model.remat": "full"},
         most_measured=250,
     ),
@@ -38,7 +38,7 @@ PRESETS = {
         "8 of 30 layers, 60 steps, texts cut at 64 tokens",
         layers=(0, 1, 2, 3, 4, 5, 28, 29),
         lengths=(64, 64, 128),
-        # Better than 1e-4 within 60 steps: see RESULTS.md.
+        # Better than 1e-4 after 60 steps: see RESULTS.md.
         overrides={"steps": 60, "optimizer.learning_rate": 4e-4},
         most_measured=250,
     ),
@@ -57,7 +57,7 @@ PRESETS = {
         },
         most_measured=None,
     ),
-    # For the tests: one layer, two steps.
+    # For tests: two steps with one layer.
     "tiny": Preset(
         "tiny",
         layers=(0,),
@@ -79,7 +79,7 @@ class Run:
 
     Attributes:
       name: name in folders and tables.
-      overrides: config fields to set, by name; None for the untrained base model.
+      overrides: values of configuration fields, by name; None evaluates the base model untrained.
     """
 
     name: str
@@ -92,7 +92,7 @@ MAIN = (
     Run("generation only", {"mode": "generative"}),
     Run("unified", {}),
 )
-# The paper's ablations of "unified".
+# The paper's ablations, each compared with "unified".
 ABLATIONS = (
     Run("causal, last token", {"model.attention": "cccc", "model.pooling": "lasttoken"}),
     Run("causal, weighted mean", {"model.attention": "cccc", "model.pooling": "weightedmean"}),

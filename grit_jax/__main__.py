@@ -1,4 +1,4 @@
-"""python -m grit_jax: the command grit-jax, of a given Python."""
+"""Runs the command `grit-jax` as `python -m grit_jax`."""
 
 from grit_jax.cli import main
 

@@ -1,7 +1,6 @@
-"""Whether all processes of a run were started alike: one that was not would train another model.
+"""Checks that all processes of a run have the same devices, code, packages, settings and data.
 
-They would go on together for hours, or wait for each other for ever. So they compare what they
-are about to do before they do anything.
+Otherwise they would train a wrong model without an error, or wait for each other forever.
 """
 
 from collections import Counter
@@ -23,26 +22,25 @@ from grit_jax.files import json_sha256
 from grit_jax.processes import ProcessError, is_primary
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Bytes of a host's name that are told to the others.
+# Maximum bytes of a host name in messages.
 NAME_BYTES = 64
-# Most differences that a message lists.
-MOST_LISTED = 5
+# Maximum number of differences in a message.
+MAX_LISTED = 5
 
 
-def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Checks that all processes have as many devices, the same code, packages and facts.
+def check_agreement(settings: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same number of devices, code, packages and settings.
 
     Args:
-      facts: values that JSON can hold, by names fit for a message; the same names everywhere
-        where the code is the same.
+      settings: JSON values, keyed by names for error messages.
 
     Raises:
-      ProcessError: they differ; the message names what does, and the hosts.
+      ProcessError: they differ; the message names what differs and the hosts.
     """
     _check_devices()
-    # Where the code differs, so may the names of the facts: the code goes first.
+    # The code first: with other code, the processes could have other settings.
     _check({"the code of grit-jax": _code(), "the versions of packages": _versions()})
-    _check(facts)
+    _check(settings)
 
 
 def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -59,65 +57,65 @@ def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 def _check_devices() -> None:
-    """The devices of all processes are known to each of them, without asking."""
+    """Checks the number of devices, which JAX knows for all processes."""
     counts = Counter(device.process_index for device in jax.devices())
     usual, _ = Counter(counts.values()).most_common(1)[0]
     if unusual := {process: count for process, count in counts.items() if count != usual}:
         named = ", ".join(f"process {process} has {count}" for process, count in unusual.items())
         raise ProcessError(
-            f"{named} devices, the others {usual} each: look at that host's devices, and that "
-            "nothing else runs on them"
+            f"{named} devices, the others {usual} each: check that host's devices, and that no "
+            "other program uses them"
         )
 
 
 def check_shared(folder: epath.Path) -> None:
-    """Checks that a folder is the same one for all processes; each saves its part of a checkpoint.
+    """Checks that a folder is shared by all processes, each of which saves a part of a checkpoint.
 
     Raises:
-      ProcessError: it is not; the message names the hosts that have another.
+      ProcessError: it is not; the message names the hosts that have another folder.
     """
-    # A name that no host has looked for before: a disk over a network remembers what was not there.
+    # A random name, since network file systems cache that a file does not exist.
     number = multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32))
-    mark = folder / f".shared-{number}"
+    marker = folder / f".shared-{number}"
     if is_primary():
-        mark.write_text("")
-    multihost_utils.sync_global_devices("the mark is there")
-    (seen,), names = _of_all([mark.exists()])
+        marker.write_text("")
+    multihost_utils.sync_global_devices("shared folder marker")
+    (seen,), names = _gather([marker.exists()])
     if is_primary():
-        mark.unlink()
+        marker.unlink()
     if others := [process for process, digest in enumerate(seen) if digest != seen[0]]:
         raise ProcessError(
             f"{_named(others, names)} has another folder {folder} than process 0: --workdir must "
-            "be on a file system that all share, or in a bucket"
+            "be on a file system that all processes share, or in a bucket"
         )
 
 
-def _check(facts: Mapping[str, Any]) -> None:
-    of_all, names = _of_all(list(facts.values()))
+def _check(settings: Mapping[str, Any]) -> None:
+    gathered, names = _gather(list(settings.values()))
     differing = {}
-    for fact, digests in zip(facts, of_all, strict=True):
+    for setting, digests in zip(settings, gathered, strict=True):
         if unusual := _unusual(digests):
-            differing[fact] = unusual
+            differing[setting] = unusual
     if not differing:
         return
     processes = sorted({process for unusual in differing.values() for process in unusual})
-    listed = list(differing)[:MOST_LISTED]
-    more = f" and {len(differing) - MOST_LISTED} more" if len(differing) > MOST_LISTED else ""
+    listed = list(differing)[:MAX_LISTED]
+    more = f" and {len(differing) - MAX_LISTED} more" if len(differing) > MAX_LISTED else ""
     raise ProcessError(
         f"{_named(processes, names)} differs from the other processes in "
         f"{', '.join(listed)}{more}: start all with the same command, code, packages and data"
     )
 
 
-def _of_all(values: list[Any]) -> tuple[list[list[bytes]], list[str]]:
-    """Returns for each value its digests in all processes, and the names of their hosts."""
+def _gather(values: list[Any]) -> tuple[list[list[bytes]], list[str]]:
+    """Returns the digests of each value in all processes, and the names of their hosts."""
     digests = np.stack([_digest(value) for value in values])
     name = np.zeros(NAME_BYTES, np.uint8)
     encoded = socket.gethostname().encode()[:NAME_BYTES]
     name[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    # Of all processes: [processes, values, bytes of a digest] and [processes, bytes of a name].
-    of_all, names = multihost_utils.process_allgather((digests, name))
-    by_value = [[digest.tobytes() for digest in of_all[:, n]] for n in range(len(values))]
+    # [processes, values, bytes of a digest] and [processes, bytes of a name].
+    gathered, names = multihost_utils.process_allgather((digests, name))
+    by_value = [[digest.tobytes() for digest in gathered[:, n]] for n in range(len(values))]
     return by_value, [each.tobytes().rstrip(bytes(1)).decode() for each in names]
 
 
@@ -126,7 +124,7 @@ def _named(processes: list[int], names: list[str]) -> str:
 
 
 def _unusual(values: list[bytes]) -> list[int]:
-    """Returns the numbers of the values that differ from the most common one, the first of them."""
+    """Returns the indices of the values that differ from the most common one."""
     usual, _ = Counter(values).most_common(1)[0]
     return [number for number, value in enumerate(values) if value != usual]
 

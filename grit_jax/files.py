@@ -1,4 +1,4 @@
-"""Files and folders on disk: atomic JSON files, a hash of JSON, and a lock on a folder."""
+"""Atomic writes and hashes of JSON, and locks on folders."""
 
 from collections.abc import Iterator
 import contextlib
@@ -26,13 +26,13 @@ def json_sha256(value: Any) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], refusal: Exception | None = None) -> Iterator[None]:
-    """Keeps a folder's lock until the end of the `with`; it is let go with the process, too.
+    """A context manager that holds the lock of a folder, also released when the process ends.
 
-    A file system without locks keeps nobody out.
+    File systems without locks are not locked.
 
     Args:
-      folder: is there, on a disk; the lock is the file `.lock` in it.
-      refusal: is raised where another process has the lock; None waits for it.
+      folder: an existing folder on a disk. The lock is on the file `.lock` in it.
+      refusal: raised if another process holds the lock; None waits for the lock.
 
     Raises:
       OSError: the folder cannot be written to.

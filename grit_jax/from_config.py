@@ -1,6 +1,6 @@
-"""What a configuration asks for: model, trainer, batches, held-out data, checkpoints.
+"""Makes the parts of a training run from its configuration.
 
-Nothing here computes. What is wrong with a configuration or its data shows here, in one line.
+Mistakes in the configuration or the data raise errors here, before anything is compiled.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import optax
 
 from grit_jax.bucket import in_bucket
-from grit_jax.config import NOT_TRAINED_WITH, Config, ConfigError
+from grit_jax.config import Config, ConfigError
 from grit_jax.conversion import ConversionError, StoredModel, open_model
 from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.data.batches import Batches
@@ -30,93 +30,31 @@ from grit_jax.data.sampling import MixedSampler, Sampler, SingleDatasetSampler
 from grit_jax.data.shapes import RowLimits
 from grit_jax.evaluation.held_out import HeldOut
 from grit_jax.models import (
+    ARCHITECTURES,
     AttentionError,
     LoraConfig,
     ModelConfig,
     lora_layers,
     make_config,
 )
-from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
-from grit_jax.text.kinds import STREAMS, TEXT_KINDS
+from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
-from grit_jax.training.checkpoints import Checkpoints, RetentionPolicy
-from grit_jax.training.joint_loss import LossConfig, make_joint_loss
+from grit_jax.training.checkpoints import Checkpoints
+from grit_jax.training.joint_loss import make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from grit_jax.training.train_step import Trainer
 
-Datasets = dict[PreparedDataset, float]
-
-# Fields of `config.model` that are the model's own, whatever weights it starts from.
-MODEL_SETTINGS = (
-    "dtype",
-    "param_dtype",
-    "logits_dtype",
-    "remat",
-    "attention_implementation",
-    "splash_block_size",
-)
-# Two tokenizers that make the same tokens of it are taken for one in two formats.
+# Two tokenizers are taken for the same if they encode this text to the same tokens.
 SAMPLE_TEXT = "What 3 words mean, in 2026: na\u00efve, \u0441\u043b\u043e\u0432\u043e, \u8a9e."
 
 
-def make_checkpoints(
-    config: Config,
-    trainer: Trainer,
-    batches: Batches,
-    folder: epath.Path,
-    pretrained: StoredModel | None = None,
-) -> Checkpoints:
-    """Returns the checkpoints of a run, which only a run on the same data continues.
-
-    Low-rank updates are continued only on top of the weights that they were trained on, wherever
-    those lie by then. Each checkpoint says how the model embeds, and has the tokenizer that the
-    data were prepared with.
-
-    Raises:
-      CheckpointError: the folder cannot be written to.
-      PreparedDataError: a file of the tokenizer is missing.
-    """
-    settings = config.checkpoint.to_dict()
-    every_steps = settings.pop("every_steps")
-    trained = {
-        "param_dtype": config.model.param_dtype,
-        "mu_dtype": config.optimizer.mu_dtype,
-        "learn_temperature": config.loss.learn_temperature,
-    }
-    data = {"seed": config.seed, **batches.description}
-    description = {"data": data, "trained": trained}
-    base_folder = None
-    if trainer.model_config.lora is not None and pretrained is not None:
-        updates = dataclasses.asdict(trainer.model_config.lora)
-        description["lora"] = {**updates, "base": pretrained.weights_fingerprint()}
-        base_folder = str(pretrained.folder.resolve())
-    dataset = batches.datasets[0]
-    described = dataset.manifest.tokenizer
-    usage = {
-        **embedding_spec(config).to_fields(),
-        "bos_token_id": described.get("bos_id", 1),
-        "eos_token_id": described.get("eos_id", 2),
-    }
-    tokenizer = saved_tokenizer_files(dataset)
-    return Checkpoints(
-        folder,
-        trainer.model_config,
-        description,
-        every_steps,
-        RetentionPolicy(**settings),
-        base_folder,
-        usage,
-        tokenizer if broadcast_from_primary(bool(tokenizer)) else None,
-    )
-
-
 def open_pretrained(config: Config) -> StoredModel | None:
-    """Opens the weights that a configuration starts from, None if it starts at random.
+    """Opens the weights to start from; returns None to start from random weights.
 
     Raises:
-      ConfigError: there is no model, or one of another architecture; the message names it.
+      ConfigError: there is no model, or it has another architecture.
     """
     if not config.model.weights:
         return None
@@ -127,8 +65,8 @@ def open_pretrained(config: Config) -> StoredModel | None:
     architecture = pretrained.config.architecture
     if config.model.architecture != architecture:
         raise ConfigError(
-            f"config.model.architecture={config.model.architecture!r}, but of "
-            f"{config.model.weights} it is {architecture!r}"
+            f"config.model.architecture={config.model.architecture!r}, but the architecture of "
+            f"{config.model.weights} is {architecture!r}"
         )
     return pretrained
 
@@ -138,123 +76,121 @@ def make_trainer(
     pretrained: StoredModel | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Trainer:
-    """Returns the trainer of a configuration.
+    """Returns the trainer.
 
     Args:
       config: the configuration.
-      pretrained: the model that it starts from, whose sizes count.
-      devices: those of the mesh, by default all there are.
+      pretrained: the model to start from.
+      devices: devices of the mesh, by default all devices.
 
     Raises:
       ConfigError, MeshError: the message names the field.
     """
-    settings = config.optimizer.to_dict()
-    for of_the_run in ("learning_rate", "warmup_ratio", "schedule", "max_consecutive_skips"):
-        settings.pop(of_the_run)
+    optimizer = config.optimizer
     return Trainer(
         model_config(config, pretrained),
-        make_joint_loss(loss_config(config)),
-        make_optimizer(make_schedule(config), **settings),
-        make_mesh(**config.mesh.to_dict(), devices=devices),
+        make_joint_loss(config.loss),
+        make_optimizer(
+            make_schedule(config),
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            epsilon=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            embedding_lr_multiplier=optimizer.embedding_lr_multiplier,
+            mu_dtype=optimizer.mu_dtype,
+        ),
+        make_mesh(**dataclasses.asdict(config.mesh), devices=devices),
         config.grad_cache_chunks,
     )
 
 
+def make_schedule(config: Config) -> optax.Schedule:
+    """Returns the learning rate as a function of the step."""
+    optimizer = config.optimizer
+    return learning_rate_schedule(
+        optimizer.learning_rate, optimizer.warmup_ratio, config.steps, optimizer.schedule
+    )
+
+
 def model_config(config: Config, pretrained: StoredModel | None = None) -> ModelConfig:
-    """Returns the model's configuration, with the sizes of the model it starts from.
+    """Returns the model's configuration, with the sizes of the model to start from.
 
     Raises:
-      ConfigError: a size is unknown, impossible or not the pretrained model's; the message names
-        the field.
+      ConfigError: a size is unknown, impossible, or not that of `pretrained`.
     """
-    settings = {name: config.model[name] for name in MODEL_SETTINGS}
-    sizes = config.model.sizes.to_dict()
-    projection = config.model.embedding_projection_size
-    if projection:
-        settings["embedding_projection_size"] = projection
+    model = config.model
+    settings: dict[str, Any] = {
+        "dtype": model.dtype,
+        "param_dtype": model.param_dtype,
+        "logits_dtype": model.logits_dtype,
+        "remat": model.remat,
+        "attention_implementation": model.attention_implementation,
+        "splash_block_size": model.splash_block_size,
+    }
+    if model.embedding_projection_size:
+        settings["embedding_projection_size"] = model.embedding_projection_size
+    if model.architecture in ARCHITECTURES:
+        unknown = model.sizes.keys() - ARCHITECTURES[model.architecture].sizes.keys()
+        if unknown:
+            raise ConfigError(
+                f"config.model.sizes: a {model.architecture} has no {', '.join(sorted(unknown))}"
+            )
     try:
         settings["lora"] = _lora_config(config, pretrained)
-        if misplaced := ", ".join(sorted(settings.keys() & sizes.keys())):
-            raise ConfigError(f"config.model.sizes.{misplaced}: a field outside of sizes sets it")
-        if not_trained := ", ".join(name for name in NOT_TRAINED_WITH if sizes.get(name)):
-            raise ConfigError(f"config.model.sizes.{not_trained} is of models that are not trained")
         if pretrained is None:
-            return make_config(config.model.architecture, **sizes, **settings)
-        _check_sizes(sizes, pretrained)
-        stored = pretrained.config.embedding_projection_size
-        if projection and stored not in (None, projection):
-            raise ConfigError(
-                f"config.model.embedding_projection_size={projection}, but {pretrained.folder} "
-                f"has a projection to {stored}; leave it at 0 to keep that"
-            )
+            return make_config(model.architecture, **model.sizes, **settings)
+        _check_sizes(config, pretrained)
         adapted = dataclasses.replace(pretrained.config, **settings)
-        lora_layers(adapted)  # Raises if a pattern of targets matches no layer.
+        lora_layers(adapted)  # Raises if a pattern of config.lora.targets matches no layer.
         return adapted
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
 def _lora_config(config: Config, pretrained: StoredModel | None) -> LoraConfig | None:
-    """Returns the configuration of the low-rank updates, None if all parameters are trained."""
+    """Returns the configuration of LoRA, None to train all parameters."""
     if not config.lora.rank:
         return None
     if pretrained is None:
-        # Random weights would have to be saved with each checkpoint, and there is nothing in them
-        # that is worth keeping.
+        # Random weights would have to be saved with each checkpoint, and are not worth keeping.
         raise ConfigError(
-            f"config.lora.rank={config.lora.rank} needs config.model.weights: what the updates "
-            "are added to is not trained, nor saved with them"
+            f"config.lora.rank={config.lora.rank} needs config.model.weights: LoRA neither trains "
+            "nor saves the weights that its updates are added to"
         )
     if in_bucket(pretrained.folder):
         raise ConfigError(
-            f"config.lora.rank={config.lora.rank} needs config.model.weights on a disk of each "
-            f"host, not {pretrained.folder}: gcloud storage cp -r copies them"
+            f"config.lora.rank={config.lora.rank} needs config.model.weights on a local disk of "
+            f"each host, not {pretrained.folder}: copy them with gcloud storage cp -r"
         )
-    return LoraConfig(**config.lora.to_dict())
+    return LoraConfig(**dataclasses.asdict(config.lora))
 
 
-def _check_sizes(sizes: dict[str, Any], pretrained: StoredModel) -> None:
-    """Checks that no size was asked for that the pretrained model does not have.
+def _check_sizes(config: Config, pretrained: StoredModel) -> None:
+    """Checks that the configuration sets no size to another value than the pretrained model's.
 
-    A size at its default was not asked for: the command line fills them in.
+    A size at the architecture's default counts as not set, since the command line fills it in.
     """
-    defaults = type(pretrained.config)()
-    for name, size in sizes.items():
-        theirs = getattr(pretrained.config, name, None)
-        if size not in (theirs, getattr(defaults, name, None)):
+    defaults = ARCHITECTURES[config.model.architecture].sizes
+    for name, size in config.model.sizes.items():
+        stored = getattr(pretrained.config, name)
+        if size not in (stored, defaults[name]):
             raise ConfigError(
-                f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {theirs!r}; with "
-                "config.model.weights, leave sizes out, in the --config file, too (as "
+                f"config.model.sizes.{name}={size!r}, but {pretrained.folder} has {stored!r}: with "
+                "config.model.weights, leave sizes out, also in the --config file (as "
                 "configs/gritlm_7b.py does)"
             )
-
-
-def loss_config(config: Config) -> LossConfig:
-    """Returns the joint loss's configuration.
-
-    Raises:
-      ConfigError: a name is unknown or a number impossible; the message names the field.
-    """
-    try:
-        return LossConfig(**config.loss.to_dict(), embedding=embedding_spec(config))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def embedding_spec(config: Config) -> EmbeddingSpec:
-    """Returns how a configuration's model embeds.
-
-    Raises:
-      ConfigError: the pattern or the pooling is unknown.
-    """
-    try:
-        return EmbeddingSpec(attention=config.model.attention, pooling=config.model.pooling)
-    except ValueError as error:
-        raise ConfigError(f"config.model.{error}") from None
+    projection = config.model.embedding_projection_size
+    stored = pretrained.config.embedding_projection_size
+    if projection and stored not in (None, projection):
+        raise ConfigError(
+            f"config.model.embedding_projection_size={projection}, but {pretrained.folder} has a "
+            f"projection to {stored}: leave it at 0 to keep that"
+        )
 
 
 def make_batches(config: Config, trainer: Trainer) -> Batches:
-    """Returns the batches of a configuration.
+    """Returns the batches.
 
     Raises:
       PreparedDataError: data is missing or does not fit; the message names it.
@@ -262,32 +198,58 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
     data = config.data
 
     def sampler(kind: str, group_size: int) -> Sampler:
-        datasets = load_mixture(data.folder, data[kind], "train", kind, kind)
-        _check_vocabulary(datasets, trainer.model_config)
-        make = SingleDatasetSampler if data[f"{kind}_batches"] == "homogeneous" else MixedSampler
-        seed = stable_seed(config.seed, kind)
-        return make(datasets, data[f"{kind}_batch_size"], group_size, seed)
+        datasets = load_mixture(data.folder, getattr(data, kind), "train", kind, kind)
+        is_homogeneous = getattr(data, f"{kind}_batches") == "homogeneous"
+        make = SingleDatasetSampler if is_homogeneous else MixedSampler
+        batch_size, seed = getattr(data, f"{kind}_batch_size"), stable_seed(config.seed, kind)
+        return make(datasets, batch_size, group_size, seed)
 
     group_sizes = {"embedding": data.group_size, "generative": 0}
-    # Each chunk of a step has an even share of the rows of every data shard.
+    # Each GradCache chunk has the same share of the rows of every data shard.
     chunks = config.grad_cache_chunks
-    held = [shard * chunks + c for shard in local_shards(trainer.mesh) for c in range(chunks)]
+    shards = [shard * chunks + c for shard in local_shards(trainer.mesh) for c in range(chunks)]
     batches = Batches(
         {k: sampler(k, size) for k, size in group_sizes.items() if config.mode in ("unified", k)},
         row_limits(config, trainer.mesh),
-        held,
+        shards,
         data.duplicate_positives_are_negatives,
     )
-    _check_tokenizers(batches.datasets)
+    _check_datasets(batches.datasets, trainer.model_config)
     return batches
 
 
+def _check_datasets(datasets: Sequence[PreparedDataset], model: ModelConfig) -> None:
+    """Checks that datasets were prepared with one tokenizer, which fits the model's vocabulary."""
+    first = datasets[0]
+    for dataset in datasets:
+        tokenizer = dataset.manifest.tokenizer
+        if tokenizer["vocab_size"] > model.vocab_size:
+            raise PreparedDataError(
+                f"{dataset.folder} was prepared with a tokenizer of {tokenizer['vocab_size']} "
+                f"tokens, but config.model.sizes.vocab_size={model.vocab_size}"
+            )
+        if tokenizer["sha256"] != first.manifest.tokenizer["sha256"]:
+            raise PreparedDataError(
+                f"{first.folder} and {dataset.folder} were prepared with different tokenizers: "
+                "prepare them again with the same --tokenizer"
+            )
+
+
+def row_limits(config: Config, mesh: Mesh) -> RowLimits:
+    """Returns the limits on rows. Every GradCache chunk has as many rows on every data shard."""
+    return RowLimits(
+        longest=config.data.row_lengths,
+        length_multiple=config.data.row_length_multiple,
+        count_multiple=batch_shards(mesh) * config.grad_cache_chunks,
+    )
+
+
 def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
-    """Returns the held-out data of a configuration, None if it evaluates nothing.
+    """Returns the held-out data, None if evaluation is disabled.
 
     Raises:
       PreparedDataError: data is missing or does not fit; the message names it.
-      ConfigError: the best checkpoint is to be kept by what is not measured on them.
+      ConfigError: `config.checkpoint.best_metric` is not a metric of this data.
     """
     if not config.evaluation.enabled:
         return None
@@ -299,10 +261,10 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
 
     held_out = HeldOut(
         trainer,
-        {kind: datasets(kind, config.data[kind]) for kind in TEXT_KINDS},
-        row_lengths(config),
+        {kind: datasets(kind, getattr(config.data, kind)) for kind in TEXT_KINDS},
+        config.data.row_lengths,
         config.evaluation.batch_size,
-        embedding_spec(config),
+        config.loss.embedding,
     )
     best = config.checkpoint.best_metric
     if best and best not in held_out.names:
@@ -312,76 +274,75 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
     return held_out
 
 
-def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate by step.
+def make_checkpoints(
+    config: Config,
+    trainer: Trainer,
+    batches: Batches,
+    folder: epath.Path,
+    pretrained: StoredModel | None = None,
+) -> Checkpoints:
+    """Returns the checkpoints of the run, which refuse to continue a run on other data.
+
+    A run with LoRA is continued only with the weights that it started from, whose folder may have
+    moved. Each checkpoint stores how the model embeds and the tokenizer of the data.
 
     Raises:
-      ConfigError: the schedule is unknown.
+      CheckpointError: the folder cannot be written to.
+      PreparedDataError: a file of the tokenizer is missing.
     """
-    optimizer = config.optimizer
-    try:
-        return learning_rate_schedule(
-            optimizer.learning_rate, optimizer.warmup_ratio, config.steps, optimizer.schedule
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def row_lengths(config: Config) -> dict[str, int]:
-    """Returns the longest that rows of "query", "passage" and "chat" may be, in tokens."""
-    return {stream: config.data[f"{stream}_row_length"] for stream in STREAMS}
-
-
-def row_limits(config: Config, mesh: Mesh) -> RowLimits:
-    """Returns what the rows of a run may be: every chunk of a step has as many on every shard."""
-    return RowLimits(
-        longest=row_lengths(config),
-        length_multiple=config.data.row_length_multiple,
-        count_multiple=batch_shards(mesh) * config.grad_cache_chunks,
+    description: dict[str, Any] = {
+        "data": {"seed": config.seed, **batches.description},
+        "trained": {
+            "param_dtype": config.model.param_dtype,
+            "mu_dtype": config.optimizer.mu_dtype,
+            "learn_temperature": config.loss.learn_temperature,
+        },
+    }
+    base_folder = None
+    if trainer.model_config.lora is not None and pretrained is not None:
+        lora = dataclasses.asdict(trainer.model_config.lora)
+        description["lora"] = {**lora, "base": pretrained.weights_fingerprint()}
+        base_folder = str(pretrained.folder.resolve())
+    dataset = batches.datasets[0]
+    tokenizer = saved_tokenizer_files(dataset)
+    special_tokens = dataset.manifest.tokenizer
+    return Checkpoints(
+        folder,
+        trainer.model_config,
+        description,
+        config.checkpoint.every_steps,
+        config.checkpoint,
+        base_folder,
+        usage={
+            **config.loss.embedding.to_fields(),
+            "bos_token_id": special_tokens.get("bos_id", 1),
+            "eos_token_id": special_tokens.get("eos_id", 2),
+        },
+        tokenizer=tokenizer if broadcast_from_primary(bool(tokenizer)) else None,
     )
 
 
 def cross_process_settings(
     config: Config, batches: Batches, pretrained: StoredModel | None
 ) -> dict[str, Any]:
-    """Returns what must be alike in all processes of a run, by names fit for a message."""
-    fields: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
+    """Returns the settings that every process must agree on, keyed by names for error messages."""
+    settings: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
         config.to_dict(), sep=".", is_leaf=lambda path, _: path == ("model", "sizes")
     )
-    # A host may have its copies of data and weights in another place, but for those in a bucket.
-    fields["data.folder"] = batches.description
+    # Hosts may have local copies of data and weights in different folders.
+    settings["data.folder"] = batches.description
     if pretrained is not None and not in_bucket(pretrained.folder):
-        fields["model.weights"] = pretrained.weights_fingerprint()
-    return {f"config.{name}": value for name, value in fields.items()}
-
-
-def _check_vocabulary(datasets: Datasets, model: ModelConfig) -> None:
-    for dataset in datasets:
-        pieces = dataset.manifest.tokenizer["vocab_size"]
-        if pieces > model.vocab_size:
-            raise PreparedDataError(
-                f"{dataset.folder} was made with a tokenizer of {pieces} pieces, "
-                f"but config.model.sizes.vocab_size={model.vocab_size}"
-            )
-
-
-def _check_tokenizers(datasets: Sequence[PreparedDataset]) -> None:
-    first, *others = datasets
-    for other in others:
-        if other.manifest.tokenizer["sha256"] != first.manifest.tokenizer["sha256"]:
-            raise PreparedDataError(
-                f"{first.folder} and {other.folder} were made with different tokenizers: prepare "
-                "them again with the same --tokenizer"
-            )
+        settings["model.weights"] = pretrained.weights_fingerprint()
+    return {f"config.{name}": value for name, value in settings.items()}
 
 
 def check_tokenizer(batches: Batches, pretrained: StoredModel | None) -> None:
-    """Checks that the data's tokens are those of the tokenizer that lies beside given weights.
+    """Checks that the data was prepared with the tokenizer of the weights to start from.
 
-    Where there is none, or one that cannot be read here, nothing is compared.
+    Nothing is checked if the weights come without a tokenizer, or it cannot be loaded.
 
     Raises:
-      PreparedDataError: the two make other tokens of the same text.
+      PreparedDataError: the two tokenizers encode a sample text differently.
     """
     if pretrained is None:
         return
@@ -393,19 +354,19 @@ def check_tokenizer(batches: Batches, pretrained: StoredModel | None) -> None:
         return
     if own is not None and own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
         raise PreparedDataError(
-            f"{batches.datasets[0].folder} was prepared with another tokenizer than {path}, which "
-            f"the weights were trained with: prepare it again with --tokenizer {path}"
+            f"{batches.datasets[0].folder} was prepared with another tokenizer than {path}, the "
+            f"one of config.model.weights: prepare it again with --tokenizer {path}"
         )
 
 
 def check_attention(trainer: Trainer, batches: Batches, held_out: HeldOut | None) -> None:
-    """Checks that the implementation of attention serves all rows of a run: it traces programs.
+    """Checks by tracing that the attention implementation supports all rows of the run.
 
     Raises:
       ConfigError: it does not; the message names the case.
     """
     if trainer.model_config.attention_implementation == "auto":
-        return  # It serves all, and tracing takes seconds.
+        return  # It supports all rows, and tracing takes seconds.
     try:
         with jax.set_mesh(trainer.mesh):
             for shape in batches.shapes:

@@ -1,4 +1,4 @@
-"""The processes of a run, one a machine: how they find each other, and what one does for all."""
+"""The processes of a distributed run, usually one per machine."""
 
 import importlib.util
 import os
@@ -11,24 +11,24 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# JAX ends a process that the others have not joined after 300 seconds, with a dump of its stack.
+# JAX waits 300 seconds for the other processes, then aborts with a stack trace.
 PATIENCE_SECONDS = 270.0
 
 
 class ProcessError(Exception):
-    """The processes of a run cannot find each other; the message says what to set."""
+    """The processes of a run cannot connect, or differ. The message says what to do."""
 
 
 def connect() -> None:
-    """Joins the other processes of this run, before any device is touched.
+    """Connects this process to the others of the run; to be called before JAX uses any device.
 
-    Where the environment has JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES
-    and JAX_PROCESS_ID, it says who they are; on TPUs the machine does, unless JAX_NUM_PROCESSES is
-    1; elsewhere this process is alone. If the others do not come, JAX ends it after five minutes;
-    before that, a line says what it waits for.
+    The environment variables JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID configure the run. Without them, TPU machines configure themselves, and other
+    machines run a single process. JAX_NUM_PROCESSES=1 alone also runs a single process. A process
+    that waits for the others prints what it waits for before JAX aborts it.
 
     Raises:
-      ProcessError: the environment is incomplete or wrong.
+      ProcessError: the environment is incomplete or wrong, or the connection failed.
     """
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)}
     if given == {COUNT: "1"} or not (given or _has_tpu()):
@@ -38,37 +38,37 @@ def connect() -> None:
             jax.distributed.initialize()
         else:
             address, count, number = _check_environment(given)
-            overdue = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, (address, count))
+            overdue = threading.Timer(PATIENCE_SECONDS, _report_waiting, (address, count))
             overdue.daemon = True
             overdue.start()
             try:
                 jax.distributed.initialize(address, count, number)
             finally:
                 overdue.cancel()
-    except (RuntimeError, ValueError, OSError) as error:  # What JAX and its look at the machine do.
+    except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ProcessError(
-            f"the processes of this run cannot find each other: {reason}. Set {ADDRESS} (HOST:PORT "
-            f"of process 0), {COUNT} and {NUMBER} for each, or {COUNT}=1 for this one alone"
+            f"the processes of this run cannot connect: {reason}. Set {ADDRESS} (HOST:PORT of "
+            f"process 0), {COUNT} and {NUMBER} for each process, or {COUNT}=1 for a single one"
         ) from None
 
 
 def is_primary() -> bool:
-    """Returns whether this process prints, and writes what is not written by all."""
+    """Returns whether this process prints and writes the files that only one process writes."""
     return jax.process_index() == 0
 
 
 def broadcast_from_primary(value: bool) -> bool:
-    """Returns what the process that writes has for `value`, in all processes."""
+    """Broadcasts the primary process's `value` to every process."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def exit_now(exit_code: int) -> NoReturn:
-    """Ends this process, at once if there are others.
+    """Exits, without a clean shutdown if there are other processes.
 
-    They wait for it in the middle of a step, and it would wait for them at its end.
+    A clean shutdown waits for the others, which may be blocked in a step that waits for this one.
     """
     if jax.process_count() > 1:
         sys.stdout.flush()
@@ -77,11 +77,11 @@ def exit_now(exit_code: int) -> NoReturn:
     raise SystemExit(exit_code)
 
 
-def _say_what_is_missing(address: str, count: int) -> None:
+def _report_waiting(address: str, count: int) -> None:
     print(
-        f"the processes of this run have not found each other for {PATIENCE_SECONDS:.0f} seconds, "
-        f"and will not be waited for much longer: {COUNT}={count} of them must be running, and all "
-        f"reach {ADDRESS}={address}, which is HOST:PORT of process 0",
+        f"the processes of this run have not connected for {PATIENCE_SECONDS:.0f} seconds, and JAX "
+        f"is about to give up: {COUNT}={count} of them must run, and all must reach "
+        f"{ADDRESS}={address}, which is HOST:PORT of process 0",
         file=sys.stderr,
         flush=True,
     )
@@ -97,15 +97,15 @@ def _check_environment(given: dict[str, str]) -> tuple[str, int, int]:
         raise ValueError(f"{ADDRESS}={address} is not of the form HOST:PORT")
     for name in (COUNT, NUMBER):
         if not given[name].isdecimal():
-            raise ValueError(f"{name}={given[name]} is no number")
+            raise ValueError(f"{name}={given[name]} is not a number")
     count, number = int(given[COUNT]), int(given[NUMBER])
     if number >= count:
-        raise ValueError(f"{NUMBER}={number}, but with {COUNT}={count} they go from 0")
+        raise ValueError(f"{NUMBER}={number}, but with {COUNT}={count} they are 0 to {count - 1}")
     return address, count, number
 
 
 def _has_tpu() -> bool:
-    # JAX sets the variable where it finds no TPU. No device may be touched to see.
+    # JAX sets the variable if there is no TPU. Asking for devices would initialize JAX too early.
     return importlib.util.find_spec("libtpu") is not None and not os.environ.get(
         "TPU_SKIP_MDS_QUERY"
     )

@@ -1,17 +1,18 @@
-"""From a configuration to a finished run: state, loop, and the table at the end."""
+"""A training run: makes its parts from the configuration, trains, and shows the results."""
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import errno
 import os
+from typing import Any
 
 from etils import epath
 import jax
 from rich.console import Console
 
 from grit_jax.bucket import check_writing, in_bucket, one_line
-from grit_jax.config import Config, check_fields
+from grit_jax.config import Config
 from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
@@ -33,10 +34,10 @@ from grit_jax.models import ModelConfig, lora_layers
 from grit_jax.processes import broadcast_from_primary, is_primary
 from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RestartRequired
 from grit_jax.training.flops import peak_flops
-from grit_jax.training.hooks.bucket_mirror import Mirror
+from grit_jax.training.hooks.bucket_mirror import BucketMirror
 from grit_jax.training.hooks.metrics import METRICS, MetricsWriter, draw_curves, read_metrics
 from grit_jax.training.hooks.preemption import Preempted, Preemption
-from grit_jax.training.hooks.profiler import Profile
+from grit_jax.training.hooks.profiler import Profiler
 from grit_jax.training.hooks.progress import ProgressReport
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
 from grit_jax.training.hooks.watchdog import Watchdog
@@ -45,22 +46,22 @@ from grit_jax.training.train_step import Trainer, TrainState
 
 
 def run(config: Config, workdir: epath.Path) -> None:
-    """Trains as the configuration says, from the newest checkpoint in `workdir` if there is one.
+    """Trains a model, from the newest checkpoint in `workdir` if there is one.
 
-    All that can be wrong with the configuration or the data shows before anything is compiled.
-    The working directory, which all processes share, ends up with `config.json`, `metrics.jsonl`,
-    `tensorboard/`, `curves.png`, `checkpoints/` and `compiled/`, programs for the next start.
+    Mistakes in the configuration or the data raise errors before anything is compiled. All
+    processes share the working directory. The run writes `config.json`, `metrics.jsonl`,
+    `tensorboard/`, `curves.png`, `checkpoints/` and `compiled/` (compiled programs for the next
+    start).
 
     Raises:
-      ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message names
-        what is wrong.
-      ProcessError: the processes of the run were not started alike, or share no `workdir`.
-      RestartRequired: another run is at work in `workdir`.
-      NotFiniteError: too many steps in a row had a gradient that is not finite.
-      Preempted: the machine is to go, and the state is saved.
+      ConfigError, MeshError, PreparedDataError, CheckpointError, BucketError: the message says what
+        is wrong.
+      ProcessError: the processes of the run differ in their settings, or do not share `workdir`.
+      RestartRequired: another run uses `workdir`.
+      NotFiniteError: too many consecutive steps had a gradient that is not finite.
+      Preempted: the machine is about to be shut down, and the state is saved.
     """
-    console = Console(quiet=not is_primary(), markup=False)  # A folder may be named [so].
-    check_fields(config.to_dict())
+    console = Console(quiet=not is_primary(), markup=False)  # Paths may contain [brackets].
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
@@ -70,40 +71,52 @@ def run(config: Config, workdir: epath.Path) -> None:
     if jax.process_count() > 1:
         check_agreement(cross_process_settings(config, batches, pretrained))
     with (
-        _own_folder(workdir),
-        contextlib.ExitStack() as until_closed,
-        _compiled_programs(workdir / "compiled"),
-        make_checkpoints(config, trainer, batches, workdir / "checkpoints", pretrained) as saved,
+        _exclusive(workdir),
+        contextlib.ExitStack() as after_checkpoints,
+        _compilation_cache(workdir / "compiled"),
+        make_checkpoints(
+            config, trainer, batches, workdir / "checkpoints", pretrained
+        ) as checkpoints,
     ):
-        state = _first_state(config, trainer, pretrained, saved, console)
+        state = _first_state(config, trainer, pretrained, checkpoints, console)
         if is_primary():
-            _keep_config(config, trainer.model_config, workdir / "config.json")
-        with MetricsWriter(workdir, int(state.step), is_primary()) as record:
-            is_measured = any(name.startswith("held_out/") for line in record.kept for name in line)
-            if held_out is not None and not broadcast_from_primary(is_measured):
-                _measure(held_out, state, record, console.print)
+            _write_config(config, trainer.model_config, workdir / "config.json")
+        with MetricsWriter(workdir, int(state.step), is_primary()) as metrics:
+            is_evaluated = any(
+                name.startswith("held_out/") for line in metrics.kept for name in line
+            )
+            if held_out is not None and not broadcast_from_primary(is_evaluated):
+                _evaluate(held_out, state, metrics, console.print)
             if int(state.step) < config.steps:
-                # The last checkpoint is written when `saved` is closed.
-                preemption = until_closed.enter_context(Preemption())
+                # SIGTERM must not end the process until `checkpoints` has written the last one.
+                preemption = after_checkpoints.enter_context(Preemption())
                 _train(
-                    config, trainer, state, batches, saved, record, held_out, preemption, console
+                    config,
+                    trainer,
+                    state,
+                    batches,
+                    checkpoints,
+                    metrics,
+                    held_out,
+                    preemption,
+                    console,
                 )
     if is_primary():
         _show_results(workdir, held_out, console)
 
 
 @contextlib.contextmanager
-def _own_folder(workdir: epath.Path) -> Iterator[None]:
-    """Makes the working directory; a context in which no other run on its disk is at work there.
+def _exclusive(workdir: epath.Path) -> Iterator[None]:
+    """Makes the working directory and locks it. Folders in a bucket have no lock.
 
     Raises:
       BucketError, CheckpointError: it cannot be written to, or its disk is full.
-      ProcessError: it is not the same for all processes.
-      RestartRequired: another run is at work there.
+      ProcessError: the processes do not share it.
+      RestartRequired: another run uses it.
     """
     check_writing(workdir)
     busy = RestartRequired(
-        f"{workdir}: another run is at work there; wait for its end, or take another --workdir"
+        f"{workdir}: another run uses this folder; wait until it ends, or choose another --workdir"
     )
     with contextlib.ExitStack() as until_the_end:
         is_free = True
@@ -125,24 +138,23 @@ def _own_folder(workdir: epath.Path) -> Iterator[None]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise CheckpointError(
-                f"{workdir} has no room left: make some, and the same command goes on from the "
-                "newest checkpoint, which is whole"
+                f"{workdir}: the disk is full; free some space, and the same command continues "
+                "from the newest checkpoint, which is intact"
             ) from error
 
 
-def _keep_config(config: Config, model: ModelConfig, path: epath.Path) -> None:
-    resolved = config.to_dict()
-    sizes = resolved["model"]["sizes"]
-    resolved["model"]["sizes"] = {name: getattr(model, name) for name in sizes}
-    write_json(path, resolved)
+def _write_config(config: Config, model: ModelConfig, path: epath.Path) -> None:
+    fields = config.to_dict()
+    fields["model"]["sizes"] = {name: getattr(model, name) for name in config.model.sizes}
+    write_json(path, fields)
 
 
 @contextlib.contextmanager
-def _compiled_programs(folder: epath.Path) -> Iterator[None]:
-    """A context in which programs are kept for the next start, unless JAX is told where itself."""
+def _compilation_cache(folder: epath.Path) -> Iterator[None]:
+    """Keeps compiled programs in `folder`, unless JAX is configured to keep them elsewhere."""
     options = {"jax_compilation_cache_dir": os.fspath(folder)}
     if in_bucket(folder):
-        # What XLA keeps there itself, on GPUs, it could write to disks alone.
+        # XLA's own caches, on GPUs, can only be on a disk.
         options["jax_persistent_cache_enable_xla_caches"] = "none"
     before = {name: getattr(jax.config, name) for name in options}
     if not before["jax_compilation_cache_dir"]:
@@ -162,14 +174,17 @@ def _first_state(
     config: Config,
     trainer: Trainer,
     pretrained: StoredModel | None,
-    saved: Checkpoints,
+    checkpoints: Checkpoints,
     console: Console,
 ) -> TrainState:
-    restored = saved.restore(trainer.abstract_state())
+    """Returns the state to start with: the newest checkpoint, else the weights to start from."""
+    restored = checkpoints.restore(trainer.abstract_state())
     if trainer.model_config.lora is not None:
-        console.print(_say_what_is_trained(trainer), highlight=False, soft_wrap=True)
+        console.print(_describe_lora(trainer), highlight=False, soft_wrap=True)
     if restored is not None:
-        console.print(f"continuing from step {restored.step} of {saved.folder}", highlight=False)
+        console.print(
+            f"continuing from step {restored.step} of {checkpoints.folder}", highlight=False
+        )
         if trainer.model_config.lora is None or pretrained is None:
             return restored
         start = trainer.state_from(pretrained.load, config.seed)
@@ -177,20 +192,22 @@ def _first_state(
     if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
         return trainer.state_from(pretrained.load, config.seed)
-    count = sum(leaf.size for leaf in jax.tree.leaves(trainer.abstract_state().parameters))
-    console.print(f"{count:,} parameters, at random", highlight=False)
+    count = _count_parameters(trainer.abstract_state().parameters)
+    console.print(f"starting from {count:,} random parameters", highlight=False)
     return trainer.initial_state(config.seed)
 
 
-def _say_what_is_trained(trainer: Trainer) -> str:
+def _describe_lora(trainer: Trainer) -> str:
     model, state = trainer.model_config, trainer.abstract_state()
-    assert model.lora is not None
-    trained, frozen = (
-        sum(leaf.size for leaf in jax.tree.leaves(parameters))
-        for parameters in (state.parameters, state.frozen)
-    )
     layers = ", ".join(lora_layers(model))
-    return f"training {trained:,} parameters beside {frozen:,} that stay: updates of {layers}"
+    return (
+        f"training {_count_parameters(state.parameters):,} parameters with "
+        f"{_count_parameters(state.frozen):,} frozen: LoRA of {layers}"
+    )
+
+
+def _count_parameters(parameters: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))
 
 
 def _train(
@@ -198,8 +215,8 @@ def _train(
     trainer: Trainer,
     state: TrainState,
     batches: Batches,
-    saved: Checkpoints,
-    record: MetricsWriter,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
     held_out: HeldOut | None,
     preemption: Preemption,
     console: Console,
@@ -208,50 +225,49 @@ def _train(
     with (
         ProgressReport(start, config.steps, console) as progress,
         Watchdog(config.watchdog_timeout_seconds) as watchdog,
-        Mirror(record.workdir / "profile") as traces,
-        Profile(traces.local, **config.profile.to_dict()) as profile,
+        BucketMirror(metrics.workdir / "profile") as traces,
+        Profiler(traces.local, config.profile.first_step, config.profile.num_steps) as profiler,
     ):
-        stopwatch = StepTimer(
+        step_timer = StepTimer(
             config.log_every_steps,
             config.steps,
             make_schedule(config),
-            [record.write, progress.show],
-            Goodput(record.kept),
+            [metrics.write, progress.show],
+            Goodput(metrics.kept),
             peak_flops(list(trainer.mesh.devices.flat)),
         )
 
-        def measure_and_save(report: StepReport) -> None:
-            is_last, measures = report.step == config.steps, None
+        def evaluate_and_save(report: StepReport) -> None:
+            is_last, measured = report.step == config.steps, None
             every = config.evaluation.every_steps
             if held_out is not None and (is_last or (every and report.step % every == 0)):
-                with stopwatch.pause(report):
-                    measures = _measure(held_out, report.state, record, progress.say)
+                with step_timer.pause(report):
+                    measured = _evaluate(held_out, report.state, metrics, progress.say)
             is_preempted = preemption.is_due(report.step)
-            if is_last or is_preempted or saved.is_due(report.step):
-                with stopwatch.pause(report):
-                    record.flush()
-                    seconds = saved.save(report.step, report.state, measures)
-                record.write(report.step, {"checkpoint_seconds": seconds})
+            if is_last or is_preempted or checkpoints.is_due(report.step):
+                with step_timer.pause(report):
+                    metrics.flush()
+                    seconds = checkpoints.save(report.step, report.state, measured)
+                metrics.write(report.step, {"checkpoint_seconds": seconds})
             if is_preempted and not is_last:
-                raise Preempted(f"the machine is to go: saved after step {report.step}")
+                raise Preempted(f"preempted: saved after step {report.step}")
 
-        most_skipped = SkipGuard(config.optimizer.max_consecutive_skips)
-        coming = read_ahead(batches, start, config.steps, config.data.data_threads)
-        hooks = [watchdog, stopwatch, most_skipped, measure_and_save, profile]
-        train(trainer, state, coming, hooks, progress.say)
+        skip_guard = SkipGuard(config.optimizer.max_consecutive_skips)
+        upcoming = read_ahead(batches, start, config.steps, config.data.data_threads)
+        hooks = [watchdog, step_timer, skip_guard, evaluate_and_save, profiler]
+        train(trainer, state, upcoming, hooks, progress.say)
 
 
-def _measure(
+def _evaluate(
     held_out: HeldOut,
     state: TrainState,
-    record: MetricsWriter,
+    metrics: MetricsWriter,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    say("measuring on held-out data ...")
-    measures = held_out.measure(state.model_parameters)
-    prefixed = {f"held_out/{name}": value for name, value in measures.items()}
-    record.write(int(state.step), prefixed)
-    return measures
+    say("evaluating on held-out data ...")
+    measured = held_out.measure(state.model_parameters)
+    metrics.write(int(state.step), {f"held_out/{name}": value for name, value in measured.items()})
+    return measured
 
 
 def _show_results(workdir: epath.Path, held_out: HeldOut | None, console: Console) -> None:

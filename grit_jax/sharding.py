@@ -5,6 +5,7 @@ from `LOGICAL_AXIS_RULES`; no other module names a mesh axis in a sharding.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -44,22 +45,36 @@ class MeshError(ValueError):
     """The mesh does not fit the devices, or the model does not fit the mesh."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices per mesh axis. One size may be -1, for the devices that the others leave.
+
+    Attributes:
+      slice: number of TPU slices, joined by the data center network. Each has all weights, and a
+        share of the batch.
+      fsdp: ways in which the batch and the weights are split (fully sharded data parallelism).
+      tensor: ways in which heads, feed-forward columns and the vocabulary are split (tensor
+        parallelism).
+      expert: ways in which the batch and Mixtral's experts are split (expert parallelism).
+    """
+
+    slice: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+
+
 def make_mesh(
-    slice: int = 1,  # noqa: A002  the name in the configuration
-    fsdp: int = -1,
-    tensor: int = 1,
-    expert: int = 1,
+    slice: int = MeshShape.slice,  # noqa: A002  the axis is called so in every configuration
+    fsdp: int = MeshShape.fsdp,
+    tensor: int = MeshShape.tensor,
+    expert: int = MeshShape.expert,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
-    One size may be -1, for all devices that the other axes leave.
-
     Args:
-      slice: number of TPU slices, with plain data parallelism between them.
-      fsdp: shards of fully sharded data parallelism.
-      tensor: shards of heads, feed-forward columns and vocabulary.
-      expert: shards of the experts, if the model has any.
+      slice, fsdp, tensor, expert: see `MeshShape`.
       devices: the devices of the mesh, by default all of them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Python modules of a user's own, which --module names."""
+"""Imports of users' own Python modules, given by --module."""
 
 import importlib
 import sys
@@ -6,15 +6,15 @@ from types import ModuleType
 
 
 class ModuleError(ValueError):
-    """There is no module of that name."""
+    """There is no module of this name."""
 
 
 def import_named(name: str) -> ModuleType:
-    """Imports a module that lies in the current folder or is installed.
+    """Imports a module from the current folder or an installed package.
 
     Raises:
-      ModuleError: there is none of that name.
-      ModuleNotFoundError: there is, and it imports another that is not there.
+      ModuleError: there is no module of this name.
+      ModuleNotFoundError: the module imports another one that does not exist.
     """
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -9,12 +9,12 @@ import pytest
 from small_run import SMALL
 from storage_server import StorageServer
 
-REACH = """
+OPEN = """
 import sys
-from grit_jax.bucket import BucketError, check_writing, reach
+from grit_jax.bucket import BucketError, check_writing, open_bucket
 sys.modules |= {name: None for name in sys.argv[2:]}  # Those are not installed.
 try:
-    check_writing(reach(sys.argv[1]))
+    check_writing(open_bucket(sys.argv[1]))
 except BucketError as error:
     print(error)
 """
@@ -29,7 +29,7 @@ def server():
 def ask(*arguments, **settings):
     """What is wrong with a bucket, asked in a process."""
     finished = subprocess.run(
-        [sys.executable, "-c", REACH, *arguments],
+        [sys.executable, "-c", OPEN, *arguments],
         env=environment() | settings,
         capture_output=True,
         text=True,

@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 import shutil
 
+from etils import epath
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 import reference_values
 from tokenizer_files import write_tokenizer
 
-from grit_jax.config import ConfigError, check_fields, default_config
+from grit_jax.config import RENAMED, ConfigError, default_config, parse_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.from_config import (
@@ -25,6 +27,8 @@ from grit_jax.from_config import (
 )
 from grit_jax.models import config_to_hugging_face, lora_layers, make_config, weights_of
 from grit_jax.models.weights import linear_layers
+from grit_jax.run import run
+from grit_jax.sharding import MeshError
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.optimizer import learning_rate_schedule
 
@@ -65,10 +69,9 @@ def test_the_papers_runs_and_a_tiny_one_are_there():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_configuration_is_short_and_has_every_field(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 120
+def test_a_configuration_has_every_field(path):
     config, workdir = parse_flags([f"--config={path}"])
-    check_fields(config.to_dict())
+    assert config.to_dict().keys() == default_config().to_dict().keys()
     assert workdir == f"runs/{path.stem}"
 
 
@@ -99,7 +102,7 @@ def test_a_configuration_describes_a_whole_training_state(path):
     ],
 )
 def test_a_flag_overrides_a_field_and_no_other(flag, section, field, value):
-    config, expected = parse(TINY, flag), parse(TINY)
+    config, expected = parse(TINY, flag).to_dict(), parse(TINY).to_dict()
     changed, holder = config, expected
     for name in section:
         changed, holder = changed[name], holder[name]
@@ -107,7 +110,7 @@ def test_a_flag_overrides_a_field_and_no_other(flag, section, field, value):
     assert type(changed[field]) is type(value)
     assert holder[field] != value
     holder[field] = value
-    assert config.to_dict() == expected.to_dict()
+    assert config == expected
 
 
 def test_sizes_of_the_command_line_reach_the_model():
@@ -141,8 +144,8 @@ def test_the_working_directory_can_be_chosen():
         ([TINY, "--config.optimizer.learning_rat=1"], "learning_rat"),
         ([TINY, "--config.optimiser.learning_rate=1"], "optimiser"),
         ([TINY, "--config.model.sizes.hidden_siz=1"], "hidden_siz"),
-        ([TINY, "--config.lr=1"], "there is no field 'lr'"),
-        ([TINY, "--config.optimizer.adam.beta=1"], "there is no field 'adam'"),
+        ([TINY, "--config.lr=1"], "config.lr: there is no such field"),
+        ([TINY, "--config.optimizer.adam.beta=1"], "config.optimizer.adam: there is no such field"),
         ([TINY, "--config.steps=abc"], "config.steps=abc"),
         ([TINY, "--config.steps=1.5"], "config.steps=1.5"),
         ([TINY, "--config.optimizer.learning_rate=abc"], "config.optimizer.learning_rate=abc"),
@@ -160,7 +163,7 @@ def test_the_working_directory_can_be_chosen():
         (["--config=configs"], "configs"),
         (["--workdir=x"], "--config=FILE is missing"),
         ([], "--config=FILE is missing"),
-        (["--config"], "--config=FILE is missing"),
+        (["--config"], "Missing value for flag --config"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_in_one_line(argv, named):
@@ -174,6 +177,15 @@ def test_a_misspelt_field_is_said_in_words():
         parse(TINY, "--config.optimizer.learning_rat=1")
     assert "learning_rate" in one_line(error)
     assert "\\" not in one_line(error), "escapes of a message within a message"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_field_is_refused_with_its_new_name(own_file, old, new):
+    assert RENAMED.keys().isdisjoint(RENAMED.values())
+    for argv in ([TINY, f"--{old}=1"], [TINY, f"--{old}", "1"], [own_file(f"{old} = 1")]):
+        with pytest.raises(ConfigError) as error:
+            parse_flags(argv)
+        assert one_line(error) == f"{old} is now {new}"
 
 
 # ---- A user's own file ----
@@ -235,7 +247,7 @@ def test_a_file_that_gives_no_configuration_is_named(tmp_path, content):
 
 
 def test_the_default_configuration_has_its_own_fields():
-    check_fields(default_config().to_dict())
+    assert parse_config(default_config()).to_dict() == default_config().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -258,19 +270,20 @@ def test_a_value_of_the_wrong_type_or_size_names_its_field(section, field, value
     config = default_config().to_dict()
     config[section][field] = value
     with pytest.raises(ConfigError) as error:
-        check_fields(config)
+        parse_config(ConfigDict(config))
     assert named in one_line(error)
 
 
 def test_a_whole_number_will_do_for_a_float():
     config = default_config().to_dict()
     config["optimizer"]["weight_decay"] = 0
-    check_fields(config)
+    decay = parse_config(ConfigDict(config)).optimizer.weight_decay
+    assert decay == 0 and type(decay) is float
 
 
 def test_a_section_that_is_a_number_names_itself():
     with pytest.raises(ConfigError, match=r"config\.loss must be a section, not 3"):
-        check_fields(default_config().to_dict() | {"loss": 3})
+        parse_config(ConfigDict(default_config().to_dict() | {"loss": 3}))
 
 
 @pytest.mark.parametrize(
@@ -286,8 +299,8 @@ def test_a_section_that_is_a_number_names_itself():
         ("--config.model.architecture=llama", "config.model.architecture='llama'"),
         ("--config.model.pooling=max", "config.model.pooling='max'"),
         ("--config.model.attention=bbcb", "config.model.attention='bbcb' must be one of bbcc, c"),
-        ("--config.model.attention=bbbc", "a chat is generated one token after the other"),
-        ("--config.model.attention=bccc", "an instruction that sees its text would show it"),
+        ("--config.model.attention=bbbc", "generation must be causal"),
+        ("--config.model.attention=bccc", "a bidirectional instruction would leak"),
         ("--config.model.attention=bb", "four letters"),
         ("--config.loss.generative_reduction=sum", "config.loss.generative_reduction='sum'"),
         ("--config.loss.temperature=0", "config.loss.temperature=0"),
@@ -354,9 +367,8 @@ def test_schedules_of_the_learning_rate(schedule, halfway):
 
 
 def test_an_unknown_schedule_is_named():
-    config = parse(TINY, "--config.optimizer.schedule=square")
     with pytest.raises(ConfigError, match=r"config\.optimizer\.schedule='square' must be one of"):
-        make_trainer(config)
+        parse(TINY, "--config.optimizer.schedule=square")
 
 
 # ---- Weights to start from ----
@@ -376,7 +388,7 @@ def test_an_unknown_schedule_is_named():
                 f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}",
                 "--config.model.architecture=llama",
             ],
-            ["config.model.architecture='llama', but of", "it is 'mistral'"],
+            ["config.model.architecture='llama', but the architecture of", "is 'mistral'"],
         ),
         (
             [
@@ -430,7 +442,7 @@ def test_low_rank_updates_are_of_all_layers_but_the_router_and_not_in_config_jso
         config = parse(config_flag(config), weights, "--config.mesh.expert=1")
         plain = model_config(config, open_pretrained(config))
         assert plain.lora is None
-        config.lora.rank = 4
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=4))
         adapted = model_config(config, open_pretrained(config))
         layers = linear_layers(weights_of(adapted))
         assert set(layers) - set(lora_layers(adapted)) <= {"feed_forward.router"}
@@ -481,8 +493,7 @@ def test_data_of_another_tokenizer_than_the_weights_have_are_refused(prepared_sa
     folder = shutil.copytree(TINY_MODELS / "tiny-mistral", tmp_path / "model")
     config = parse(TINY, f"--config.data.folder={prepared_sample}")
     batches = make_batches(config, make_trainer(config))
-    config.model.weights = str(folder)
-    pretrained = open_pretrained(config)
+    pretrained = open_pretrained(parse(TINY, f"--config.model.weights={folder}"))
     check_tokenizer(batches, None)
     check_tokenizer(batches, pretrained)  # It has none.
     path = write_tokenizer(folder, "smollm", size=300)
@@ -495,6 +506,28 @@ def test_data_of_another_tokenizer_than_the_weights_have_are_refused(prepared_sa
     for name, content in Tokenizer().files.items():
         (folder / name).write_bytes(content)
     check_tokenizer(batches, pretrained)
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.model.sizes.num_attention_heads=3", "num_attention_heads=3"),
+        ("--config.mesh.fsdp=3", "fsdp=3"),
+        ("--config.data.folder=nowhere", "nowhere/sample_embedding.json"),
+        ("--config.data.query_row_length=16", "config.data.query_row_length=16"),
+        ("--config.model.sizes.vocab_size=1000", "vocab_size=1000"),
+        ("--config.model.attention_implementation=cudnn", "float32"),
+    ],
+)
+def test_a_mistake_about_data_or_devices_is_named_before_anything_is_compiled(
+    prepared_sample, tmp_path, flag, named
+):
+    workdir = tmp_path / "run"
+    config = parse(TINY, f"--config.data.folder={prepared_sample}", flag)
+    with pytest.raises((ConfigError, MeshError, PreparedDataError)) as error:
+        run(config, epath.Path(workdir))
+    assert named in one_line(error)
+    assert not workdir.exists()
 
 
 def test_the_best_checkpoint_is_kept_by_what_is_measured(prepared_sample):

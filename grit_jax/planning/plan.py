@@ -153,9 +153,12 @@ def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterat
         for remat in ("save_matmuls", "full"):
             chunks = 1
             while chunks <= 64:
-                tried = config.copy_and_resolve_references()
-                tried.mesh.tensor, tried.mesh.fsdp = tensor, -1
-                tried.model.remat, tried.grad_cache_chunks = remat, chunks
+                tried = dataclasses.replace(
+                    config,
+                    mesh=dataclasses.replace(config.mesh, tensor=tensor, fsdp=-1),
+                    model=dataclasses.replace(config.model, remat=remat),
+                    grad_cache_chunks=chunks,
+                )
                 try:
                     plan = make_plan(tried, topology, tokens)
                 except MeshError as error:  # This mesh does not divide the model.

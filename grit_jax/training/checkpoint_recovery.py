@@ -1,4 +1,4 @@
-"""Damaged checkpoints: told from those that cannot be read for now, and moved out of the way."""
+"""Recovery from damaged checkpoints: detects them and moves them out of the way."""
 
 import contextlib
 import itertools
@@ -9,65 +9,65 @@ from etils import epath
 
 from grit_jax.bucket import is_transient_storage_error, one_line
 
-# Where checkpoints that cannot be read are moved to: nothing is deleted.
+# Folder that damaged checkpoints are moved to. Nothing is deleted.
 DAMAGED = "damaged"
-# What Orbax and Python raise where a file is missing, cut off or garbled.
-OF_FILES = (FileNotFoundError, KeyError, UnicodeDecodeError, json.JSONDecodeError)
-# What tensorstore puts beside an error: what it was to open, and the number of a system's error.
-OPENED, OF_SYSTEM = "tensorstore_spec", "os_error_code"
+# Raised by Orbax and Python for missing, truncated or corrupted files.
+FILE_ERRORS = (FileNotFoundError, KeyError, UnicodeDecodeError, json.JSONDecodeError)
+# In messages of tensorstore: the array that could not be opened, and an error of the system.
+ARRAY_MARK, SYSTEM_ERROR_MARK = "tensorstore_spec", "os_error_code"
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint could not be read, and an older one is taken."""
+    """A damaged checkpoint was skipped, and an older one is used."""
 
 
 def is_damage(error: Exception) -> bool:
-    """Returns whether an error at reading a checkpoint is about what lies in its files.
+    """Returns whether an error from reading a checkpoint means that its files are damaged.
 
-    Others are about the machine (no memory, no permission, too many open files, a disk or a bucket
-    that does not answer) or about the program (an optimizer whose state has another form).
+    Other errors come from the machine (out of memory, permissions, too many open files, storage
+    that does not respond) or from the program (an optimizer with another state).
     """
     if is_transient_storage_error(error):
         return False
-    # An array or a tree of another shape is a ValueError as well, of other libraries.
-    is_of_arrays = isinstance(error, ValueError) and OPENED in str(error)
-    return isinstance(error, OF_FILES) or (is_of_arrays and OF_SYSTEM not in str(error))
+    # Other libraries raise ValueError for arrays and trees of another shape.
+    is_of_array = isinstance(error, ValueError) and ARRAY_MARK in str(error)
+    return isinstance(error, FILE_ERRORS) or (is_of_array and SYSTEM_ERROR_MARK not in str(error))
 
 
 def quarantine(checkpoint: epath.Path, failure: Exception) -> epath.Path:
-    """Moves a checkpoint to `damaged`, with a warning, and returns where it is then."""
-    destination = _free_place(checkpoint)
+    """Moves a checkpoint to the folder `damaged`, warns, and returns the new path."""
+    destination = _unused_path(checkpoint)
     message = (
-        f"the checkpoint of step {checkpoint.name} cannot be read and is now {destination}: "
+        f"the checkpoint of step {checkpoint.name} cannot be read and was moved to {destination}: "
         f"{one_line(failure)}"
     )
-    # Another process may be moving it, too.
+    # Other processes may be moving it at the same time.
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         destination.parent.mkdir(exist_ok=True)
-        # In a bucket a folder is there when something is in it.
+        # This also creates the folder in a bucket, where empty folders do not exist.
         destination.with_suffix(".txt").write_text(f"{message}\n")
         checkpoint.rename(destination)
     warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
     return destination
 
 
-def forget_garbled_measures(checkpoints: epath.Path) -> None:
-    """Removes measures that cannot be read: Orbax reads all when it opens a folder of checkpoints.
+def remove_unreadable_metrics(checkpoints: epath.Path) -> None:
+    """Deletes metrics files that cannot be parsed; Orbax would fail to open the folder.
 
-    The best is then chosen among the others.
+    The best checkpoint is then chosen among the others.
     """
     for checkpoint in checkpoints.glob("*"):
-        measures = checkpoint / "metrics" / "metrics"
+        metrics = checkpoint / "metrics" / "metrics"
         try:
-            json.loads(measures.read_bytes())
+            json.loads(metrics.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            continue  # It has none, or another process has removed them.
+            continue  # No metrics, or another process has deleted them.
         except ValueError:
-            measures.unlink(missing_ok=True)
+            metrics.unlink(missing_ok=True)
 
 
-def _free_place(checkpoint: epath.Path) -> epath.Path:
+def _unused_path(checkpoint: epath.Path) -> epath.Path:
     step = checkpoint.name
     names = itertools.chain([step], (f"{step}-{n}" for n in itertools.count(2)))
-    places = (checkpoint.parent / DAMAGED / name for name in names)
-    return next(place for place in places if not place.exists())
+    paths = (checkpoint.parent / DAMAGED / name for name in names)
+    return next(path for path in paths if not path.exists())

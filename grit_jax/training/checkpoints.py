@@ -1,11 +1,11 @@
-"""Checkpoints of a run, with Orbax: saved in the background, whole or not there."""
+"""Checkpoints of a training run, saved in the background with Orbax."""
 
 from collections.abc import Mapping
 import dataclasses
 import math
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 from flax import nnx
@@ -15,49 +15,53 @@ from orbax.checkpoint import checkpoint_managers
 
 from grit_jax.bucket import one_line
 from grit_jax.consistency import describe_differences
+from grit_jax.fields import NonNegativeInt, PositiveInt
 from grit_jax.models import ModelConfig, config_to_hugging_face
 from grit_jax.objectives.embedding import GRIT_FIELD
-from grit_jax.training.checkpoint_recovery import forget_garbled_measures, is_damage, quarantine
+from grit_jax.training.checkpoint_recovery import is_damage, quarantine, remove_unreadable_metrics
 from grit_jax.training.orbax_files_handler import Files
 from grit_jax.training.train_step import TrainState
 
-# Fields of config.json that say how a model is used.
-USAGE = (GRIT_FIELD, "bos_token_id", "eos_token_id")
+# Fields of config.json that describe how a model is used. Parameters do not depend on them.
+USAGE_FIELDS = (GRIT_FIELD, "bos_token_id", "eos_token_id")
+# Former names of settings in the stored description of a run.
+RENAMED_SETTINGS = {"moment_dtype": "mu_dtype"}
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be written, or is of another run; the message says what to do."""
+    """A checkpoint cannot be written or read, or is of another run. The message says what to do."""
 
 
 class RestartRequired(CheckpointError):
-    """This process cannot go on, but the same command, started again, can."""
+    """This process cannot continue the run, but a restart with the same command can."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetentionPolicy:
-    """Which checkpoints are kept; one is if any of these says so.
+    """Which checkpoints are kept: those that any of the fields selects.
 
     Attributes:
-      keep: how many of the newest.
-      keep_every_steps: those of steps that are multiples of it; 0 for none.
-      best_metric: the best by this measure on held-out data, "" for none.
-      best_mode: "max" or "min", whether more of it is better.
+      keep: number of newest checkpoints to keep.
+      keep_every_steps: also keep checkpoints whose step is a multiple of this; 0 disables it.
+      best_metric: also keep the best checkpoint by this held-out metric, such as "perplexity" or
+        "faq/ndcg_at_10"; "" disables it.
+      best_mode: whether a "max" or a "min" value of the metric is best.
     """
 
-    keep: int
-    keep_every_steps: int = 0
+    keep: PositiveInt = 2
+    keep_every_steps: NonNegativeInt = 0
     best_metric: str = ""
-    best_mode: str = "max"
+    best_mode: Literal["max", "min"] = "max"
 
-    def policy(self) -> checkpoint_managers.PreservationPolicy:
-        """Returns it as Orbax puts it."""
+    def to_orbax(self) -> checkpoint_managers.PreservationPolicy:
+        """Returns the policy as Orbax's `CheckpointManager` takes it."""
         policies: list[Any] = [checkpoint_managers.LatestN(self.keep)]
         if self.keep_every_steps:
             policies.append(checkpoint_managers.EveryNSteps(self.keep_every_steps))
         if self.best_metric:
             policies.append(
                 checkpoint_managers.BestN(
-                    get_metric_fn=self.measured,
+                    get_metric_fn=self.metric_value,
                     reverse=self.best_mode == "min",
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -65,35 +69,37 @@ class RetentionPolicy:
             )
         return checkpoint_managers.AnyPreservationPolicy(policies)
 
-    def measured(self, measures: Mapping[str, float]) -> float:
-        """Returns what the best is chosen by: the worst there is where it is no number or missing.
+    def metric_value(self, metrics: Mapping[str, float]) -> float:
+        """Returns the value of `best_metric`, or the worst possible value if it is NaN or missing.
 
-        A checkpoint from before this run was continued may have been measured on other data.
+        It is missing in checkpoints of an earlier start of the run that evaluated on other data.
         """
-        value = measures.get(self.best_metric, math.nan)
+        value = metrics.get(self.best_metric, math.nan)
         if math.isnan(value):
             return math.inf if self.best_mode == "min" else -math.inf
         return value
 
 
 class Checkpoints:
-    """The checkpoints below a folder; a context, at whose end the last one is on disk.
+    """The checkpoints of a run, in a folder. A context manager that waits for the last one.
 
-    Each holds `parameters` (those that are trained, as a plain tree of arrays), `model_config` (the
-    model's sizes, as Hugging Face's config.json holds them), `tokenizer` (its files, if they are
-    known), `optimizer_state`, all that the model can be read without, and `description`, what a run
-    must share to go on from it. One of low-rank updates holds `base_model` besides, which says
-    where the other parameters lie.
+    A checkpoint has these items:
+      parameters: the trained parameters, as a tree of arrays.
+      model_config: the model's sizes, as Hugging Face's config.json stores them.
+      tokenizer: the tokenizer's files, if known.
+      optimizer_state: the state of the optimizer and of the loss. Inference does not need it.
+      description: what must be the same for another start to continue the run.
+      base_model: the folder of the frozen weights, in LoRA checkpoints only.
 
     Args:
-      folder: where they lie.
-      model_config: the model's.
-      description: what else makes a run another one: its data and what is trained.
-      every_steps: steps between two.
-      retention: which are kept.
-      base_folder: where the model of low-rank updates lies.
-      usage: what else config.json says: how the model embeds, and what begins and ends a text.
-      tokenizer: names and contents of the tokenizer's files, None where it is not known.
+      folder: the folder of the checkpoints.
+      model_config: the configuration of the model.
+      description: what identifies the run besides the model: its data and what is trained.
+      every_steps: steps between checkpoints.
+      retention: which checkpoints are kept.
+      base_folder: the folder of the weights that LoRA updates belong to.
+      usage: further fields of config.json: how the model embeds, and its BOS and EOS tokens.
+      tokenizer: names and contents of the tokenizer's files, None if unknown.
 
     Raises:
       CheckpointError: the folder cannot be written to.
@@ -117,15 +123,15 @@ class Checkpoints:
         self._every_steps = every_steps
         self._base_model = {"folder": base_folder} if base_folder else None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=retention.policy(),
-            # Orbax writes measures down only where it has this: a run that is continued reads them.
-            best_fn=retention.measured if retention.best_metric else None,
+            preservation_policy=retention.to_orbax(),
+            # Without it, Orbax does not store the metrics that a continued run needs.
+            best_fn=retention.metric_value if retention.best_metric else None,
             enable_async_checkpointing=True,
         )
         try:
-            forget_garbled_measures(folder)
+            remove_unreadable_metrics(folder)
             self._manager = ocp.CheckpointManager(folder, options=options)
-        except Exception as error:  # Whatever the file system's library makes of it.
+        except Exception as error:  # Orbax and file systems raise many types.
             raise CheckpointError(f"{folder} cannot be written to: {one_line(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
@@ -141,32 +147,31 @@ class Checkpoints:
             self._manager.close()
         except Exception as failure:
             if error is None:
-                raise self._not_saved(failure) from failure
+                raise self._write_error(failure) from failure
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint, None without one."""
+        """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def is_due(self, step: int) -> bool:
-        """Returns whether the state after `step` steps is to be saved."""
+        """Returns whether the state after `step` steps should be saved."""
         return step % self._every_steps == 0 or self.latest_step is None
 
     def save(
-        self, step: int, state: TrainState, measures: Mapping[str, float] | None = None
+        self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None
     ) -> float:
-        """Begins to save the state; returns the seconds for which it held the caller up.
+        """Starts to save a state in the background; returns the seconds for which this blocked.
 
-        It waits for the checkpoint before to be on disk, and for the copy of the state that is
-        written in the background.
+        This blocks until the previous checkpoint is on disk and the state has been copied.
 
         Args:
           step: number of steps made.
-          state: what to save.
-          measures: on held-out data, if there are any of this step.
+          state: the state to save.
+          metrics: held-out metrics of this step, if there are any.
 
         Raises:
-          CheckpointError: this checkpoint, or the one before, cannot be written.
+          CheckpointError: this checkpoint or the previous one cannot be written.
         """
         started = time.perf_counter()
         if step == self.latest_step:
@@ -174,28 +179,31 @@ class Checkpoints:
         items = ocp.args.Composite(
             parameters=ocp.args.StandardSave(nnx.to_pure_dict(state.parameters)),
             model_config=ocp.args.JsonSave(self._model_config),
-            optimizer_state=ocp.args.StandardSave(_besides_model(state)),
+            optimizer_state=ocp.args.StandardSave(_optimizer_item(state)),
             description=ocp.args.JsonSave(self._description),
             **({"base_model": ocp.args.JsonSave(self._base_model)} if self._base_model else {}),
             **({} if self._tokenizer is None else {"tokenizer": Files(self._tokenizer)}),
         )
         try:
-            self._manager.save(step, args=items, metrics=measures and dict(measures), force=True)
-        except Exception as failure:  # Whatever the file system's library makes of it.
-            raise self._not_saved(failure) from failure
+            self._manager.save(step, args=items, metrics=metrics and dict(metrics), force=True)
+        except Exception as failure:  # Orbax and file systems raise many types.
+            raise self._write_error(failure) from failure
         return time.perf_counter() - started
 
     def restore(self, abstract: TrainState) -> TrainState | None:
-        """Returns the newest checkpoint's state, laid out as `abstract` says, or None.
+        """Returns the state in the newest checkpoint, or None if there is no checkpoint.
 
-        What is frozen is not in a checkpoint, and stays as it is in `abstract`.
+        A damaged checkpoint is moved to the folder `damaged` with a warning, and the next older one
+        is used.
 
-        A damaged checkpoint is moved to `damaged`, with a warning, and the one before is taken.
+        Args:
+          abstract: shapes, types and shardings of the state. Frozen parameters are not stored in
+            checkpoints; those of `abstract` are returned.
 
         Raises:
-          CheckpointError: the checkpoint is of another model or of other data; or it cannot be
-            read, but not because it is damaged; or all of them are. It stays where it is.
-          RestartRequired: a damaged one was moved, which other processes may be reading.
+          CheckpointError: the checkpoint is of another model or other data, cannot be read for a
+            reason other than damage, or all checkpoints are damaged. None is moved.
+          RestartRequired: a damaged checkpoint was moved while other processes may be reading it.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, Exception] = {}
@@ -205,78 +213,86 @@ class Checkpoints:
                 state = self._restore(step, abstract)
             except CheckpointError:
                 raise
-            except Exception as failure:  # Whatever the libraries below make of it.
+            except Exception as failure:  # Orbax and file systems raise many types.
                 if not is_damage(failure):
-                    raise self._not_read(step, failure) from failure
+                    raise self._read_error(step, failure) from failure
                 damaged[step] = failure
                 if jax.process_count() > 1 and step != steps[-1]:
-                    self._set_aside(step, failure)
+                    self._quarantine(step, failure)
                 continue
             for damaged_step, failure in damaged.items():
-                self._set_aside(damaged_step, failure)
+                self._quarantine(damaged_step, failure)
             return state
         if damaged:
-            raise self._none_read(damaged[steps[0]])
+            raise CheckpointError(
+                f"none of the checkpoints in {self.folder} can be read: replace them by intact "
+                "copies, or start a new run with another --workdir. Error of the newest: "
+                f"{one_line(damaged[steps[0]])}"
+            )
         return None
 
     def _restore(self, step: int, abstract: TrainState) -> TrainState:
         items = ocp.args.Composite(
             parameters=ocp.args.StandardRestore(nnx.to_pure_dict(abstract.parameters)),
-            optimizer_state=ocp.args.StandardRestore(_besides_model(abstract)),
+            optimizer_state=ocp.args.StandardRestore(_optimizer_item(abstract)),
         )
         restored = self._manager.restore(step, args=items)
         parameters = jax.tree.map(lambda leaf: leaf, abstract.parameters)
         nnx.replace_by_pure_dict(parameters, restored["parameters"])
         step_array = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        besides = restored["optimizer_state"]
-        return TrainState(
-            step_array, parameters, besides["loss"], besides["optimizer"], abstract.frozen
-        )
+        item = restored["optimizer_state"]
+        return TrainState(step_array, parameters, item["loss"], item["optimizer"], abstract.frozen)
 
     def _check_description(self, step: int) -> None:
         items = ocp.args.Composite(
             model_config=ocp.args.JsonRestore(), description=ocp.args.JsonRestore()
         )
         stored = self._manager.restore(step, args=items)
-        theirs = {"model": _sizes(stored["model_config"]), **stored["description"]}
+        theirs = {"model": _sizes(stored["model_config"]), **_renamed(stored["description"])}
         ours = {"model": _sizes(self._model_config), **self._description}
         if differences := describe_differences(theirs, ours):
             raise CheckpointError(
                 f"{self.folder / str(step)} is of another run: {'; '.join(differences)}. Give the "
-                "new run a --workdir of its own, or start it from these weights with "
+                "new run its own --workdir, or start it from these weights with "
                 "--config.model.weights"
             )
 
-    def _set_aside(self, step: int, failure: Exception) -> None:
+    def _quarantine(self, step: int, failure: Exception) -> None:
         destination = quarantine(self.folder / str(step), failure)
         if jax.process_count() > 1:
-            # The others may be waiting for this process in the middle of reading.
-            raise RestartRequired(f"{destination} is damaged: start again, from the one before")
+            # Other processes may be blocked in a collective read.
+            raise RestartRequired(
+                f"{destination} is damaged: restart to continue from the checkpoint before it"
+            )
         self._manager.reload()
 
-    def _not_read(self, step: int, failure: Exception) -> CheckpointError:
+    def _read_error(self, step: int, failure: Exception) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder / str(step)} cannot be read: {one_line(failure)}. It stays where it is: "
-            "the same command goes on from it when that is mended"
+            f"{self.folder / str(step)} cannot be read: {one_line(failure)}. It was not moved: the "
+            "same command continues from it once the cause is fixed"
         )
 
-    def _none_read(self, failure: Exception) -> CheckpointError:
+    def _write_error(self, failure: Exception) -> CheckpointError:
         return CheckpointError(
-            f"none of the checkpoints in {self.folder} can be read; put whole ones in their place, "
-            f"or begin anew with another --workdir. Of the newest: {one_line(failure)}"
-        )
-
-    def _not_saved(self, failure: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"a checkpoint could not be written to {self.folder}; those already there are whole "
+            f"a checkpoint could not be written to {self.folder}; the earlier ones are intact "
             f"(newest: step {self.latest_step}). {one_line(failure)}"
         )
 
 
+def _renamed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored description with the current names of the settings of training."""
+    trained = description.get("trained", {})
+    renamed = {RENAMED_SETTINGS.get(name, name): value for name, value in trained.items()}
+    return {**description, **({"trained": renamed} if renamed else {})}
+
+
 def _sizes(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a model's parameters depend on; older checkpoints know no more of it."""
-    return {name: value for name, value in model_config.items() if name not in USAGE}
+    """Returns the fields of config.json that parameters depend on.
+
+    Older checkpoints store no others.
+    """
+    return {name: value for name, value in model_config.items() if name not in USAGE_FIELDS}
 
 
-def _besides_model(state: TrainState) -> dict[str, Any]:
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
     return {"optimizer": state.optimizer_state, "loss": state.loss_parameters}

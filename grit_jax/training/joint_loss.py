@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grit_jax.data.batch import ChatBatch, EmbeddingBatch
+from grit_jax.fields import NonNegativeFloat
 from grit_jax.models import Decoder, ModelConfig, RouterStatistics, Stream
 from grit_jax.objectives.contrastive import contrastive_loss
 from grit_jax.objectives.embedding import EmbeddingSpec
@@ -41,8 +42,8 @@ class LossConfig:
       ValueError: a name is unknown or a number is out of range; the message names the field.
     """
 
-    embedding_weight: float = 1.0
-    generative_weight: float = 1.0
+    embedding_weight: NonNegativeFloat = 1.0
+    generative_weight: NonNegativeFloat = 1.0
     temperature: float = 0.02
     learn_temperature: bool = False
     is_symmetric: bool = False

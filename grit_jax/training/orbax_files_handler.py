@@ -1,4 +1,4 @@
-"""An item of a checkpoint that is plain files, such as those of a tokenizer."""
+"""An Orbax handler for plain files in a checkpoint, such as those of a tokenizer."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -11,10 +11,10 @@ from orbax.checkpoint import future
 
 
 class FilesHandler(ocp.AsyncCheckpointHandler):
-    """Writes files into the folder of an item, with the rest of a checkpoint; one process does."""
+    """Saves files as an item of a checkpoint, in the background, from the primary process."""
 
     async def async_save(self, directory: epath.Path, args: "Files") -> list[future.Future]:
-        """Begins to write the files."""
+        """Starts to write the files."""
         write = self._write(directory, args.files)
         return [future.CommitFutureAwaitingContractedSignals(write, name="files")]
 
@@ -24,11 +24,11 @@ class FilesHandler(ocp.AsyncCheckpointHandler):
                 (directory / name).write_bytes(content)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Is not used: checkpoints are saved in the background."""
+        """Is not supported: checkpoints are saved with `async_save`."""
         raise NotImplementedError
 
     def restore(self, directory: epath.Path, args: "Files | None" = None) -> dict[str, bytes]:
-        """Returns names and contents of the files."""
+        """Returns the names and contents of the files."""
         del args
         return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -36,6 +36,6 @@ class FilesHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class Files(ocp.args.CheckpointArgs):
-    """Names and contents of the files."""
+    """Arguments of `FilesHandler`: names and contents of the files."""
 
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)

@@ -124,6 +124,6 @@ def test_the_table_needs_no_harness(monkeypatch, capsys):
 def test_what_the_system_refuses_is_said_in_a_line(tmp_path, capsys):
     (tmp_path / "scores.json").mkdir()
     with pytest.raises(SystemExit):
-        cli.evaluate(["table", "--output", str(tmp_path)])
+        cli.main(["evaluate", "table", "--output", str(tmp_path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert "IsADirectoryError" in line and "scores.json" in line

@@ -211,7 +211,7 @@ def test_a_missing_folder_and_a_damaged_model_are_one_line_errors(
 
 def test_presets_set_existing_fields():
     from experiments.config import get_config
-    from grit_jax.config import check_fields
+    from grit_jax.config import parse_config
 
     for preset in presets.PRESETS.values():
         for run in (*MAIN, *ABLATIONS):
@@ -221,7 +221,7 @@ def test_presets_set_existing_fields():
                 holder = config[section] if section else config
                 assert field in holder
                 holder[field] = value
-            check_fields(config.to_dict())
+            parse_config(config)
 
 
 def test_a_failing_command_is_reported_with_the_end_of_its_log(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference_values
 
-from grit_jax.config import ConfigError, default_config
+from grit_jax.config import ConfigError, default_config, parse_config
 from grit_jax.planning import plan as plan_module
 from grit_jax.planning.chips import CHIPS, describe_topology, dimensions_spanned
 from grit_jax.planning.plan import fastest, make_plan, search
@@ -158,7 +158,7 @@ def test_the_step_compiles_for_each_chip(monkeypatch, name, architecture, mesh, 
     monkeypatch.setattr(
         plan_module, "program_cost", lambda *a: programs.append(a[0]) or program_cost(*a)
     )
-    plan = make_plan(config, describe_topology(name), TOKENS)
+    plan = make_plan(parse_config(config), describe_topology(name), TOKENS)
     for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
         assert kernel in programs[0]
     assert plan.fits and plan.num_chips == 4
@@ -187,12 +187,12 @@ def test_the_weights_that_a_run_starts_from_have_the_say_about_sizes(monkeypatch
     config.data.embedding_batch_size, config.data.generative_batch_size = 8, 8
     config.model.weights = str(reference_values.FOLDER / "tiny-mistral")
     topology = describe_topology("v5e:2x2")
-    whole = make_plan(config, topology, TOKENS)
+    whole = make_plan(parse_config(config), topology, TOKENS)
     parameters = jax.tree.leaves(nnx.state(reference_values.load_model("mistral"), nnx.Param))
     least = sum(leaf.nbytes for leaf in parameters) / 4
     assert least <= whole.parameter_bytes_per_chip < 1.1 * least
     config.lora.rank = 2
-    adapted = make_plan(config, topology, TOKENS)
+    adapted = make_plan(parse_config(config), topology, TOKENS)
     assert adapted.parameter_bytes_per_chip > whole.parameter_bytes_per_chip
     assert adapted.optimizer_bytes_per_chip < whole.optimizer_bytes_per_chip / 2
 
@@ -224,7 +224,7 @@ def test_the_search_finds_what_fits(monkeypatch):
         )
 
     monkeypatch.setattr(plan_module, "make_plan", pretend)
-    plans = list(search(small_config(), describe_topology("v5e:2x2"), TOKENS))
+    plans = list(search(parse_config(small_config()), describe_topology("v5e:2x2"), TOKENS))
     tried = [(plan.mesh["tensor"], plan.remat, plan.grad_cache_chunks) for plan in plans]
     assert tried[:5] == [
         (1, "save_matmuls", 1),
@@ -242,16 +242,16 @@ def test_the_search_does_not_pass_over_a_mistake():
     # Nor does it say that nothing fits.
     topology = describe_topology("v5e:2x2")
     with pytest.raises(ConfigError, match=r"config\.data\.chat_row_length=512 is below"):
-        list(search(small_config(), topology, TOKENS | {"chat": 4000}))
+        list(search(parse_config(small_config()), topology, TOKENS | {"chat": 4000}))
     with pytest.raises(MeshError, match=r"config\.mesh\.expert=4 is for a Mixtral"):
-        list(search(small_config(expert=4), topology, TOKENS))
+        list(search(parse_config(small_config(expert=4)), topology, TOKENS))
 
 
 def test_attention_that_does_not_serve_a_step_is_named():
     config = small_config()
     config.model.attention_implementation = "cudnn"
     with pytest.raises(ConfigError, match="'cudnn' does not support the platform tpu"):
-        make_plan(config, describe_topology("v5e:2x2"), TOKENS)
+        make_plan(parse_config(config), describe_topology("v5e:2x2"), TOKENS)
 
 
 @pytest.mark.slow

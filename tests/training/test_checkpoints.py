@@ -71,7 +71,7 @@ def save_all(folder, states, **retention):
         for step, state in states.items():
             recall = -abs(step - 3)
             unsteady = math.nan if step == 4 else recall
-            checkpoints.save(step, state, measures={"recall": recall, "unsteady": unsteady})
+            checkpoints.save(step, state, metrics={"recall": recall, "unsteady": unsteady})
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
@@ -107,6 +107,21 @@ def test_how_a_model_is_used_makes_no_other_run_of_it(trainer, states, tmp_path)
     assert fields | usage == fields
     assert (tmp_path / "2" / "tokenizer" / "another").read_bytes() == b"2"
     assert not (tmp_path / "1" / "tokenizer").exists()
+
+
+def test_a_run_of_an_older_version_is_continued(trainer, states, tmp_path):
+    before = {**DESCRIPTION, "trained": {"param_dtype": "float32", "moment_dtype": "float32"}}
+    with open_folder(tmp_path, before) as checkpoints:
+        checkpoints.save(1, states[1])
+    now = {**DESCRIPTION, "trained": {"param_dtype": "float32", "mu_dtype": "float32"}}
+    with open_folder(tmp_path, now) as checkpoints:
+        assert_same(checkpoints.restore(trainer.abstract_state()), states[1])
+    now["trained"]["mu_dtype"] = "bfloat16"
+    with (
+        open_folder(tmp_path, now) as checkpoints,
+        pytest.raises(CheckpointError, match=r"trained\.mu_dtype was 'float32' and is 'bfloat16'"),
+    ):
+        checkpoints.restore(trainer.abstract_state())
 
 
 def test_without_one_there_is_none(trainer, tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -22,7 +21,6 @@ from grit_jax.models import ModelConfig
 from grit_jax.sharding import local_shards, make_mesh
 from grit_jax.training.flops import useful_flops
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
-from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.loop import NotFiniteError, SkipGuard, StepReport, train
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -244,21 +242,3 @@ def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():
         hook(StepReport(step, None, {"steps_skipped_in_a_row": count}))
     with pytest.raises(NotFiniteError, match="last 3 steps up to step 7"):
         hook(StepReport(8, None, {"steps_skipped_in_a_row": 4}))
-
-
-def test_a_run_that_has_ended_is_not_taken_for_stuck(monkeypatch):
-    exits = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    for _ in range(100):  # The end of a run races with the note of its last step.
-        with Watchdog(1.0) as watchdog:
-            watchdog(StepReport(1, None, {}))
-    assert wait_for_threads_named("watchdog")
-    assert not exits
-
-
-def wait_for_threads_named(name):
-    """Waits for the end of threads; returns whether all of them ended."""
-    threads = [thread for thread in threading.enumerate() if thread.name == name]
-    for thread in threads:
-        thread.join(timeout=30)
-    return not any(thread.is_alive() for thread in threads)

@@ -226,14 +226,21 @@ def test_a_run_resumes_only_with_the_base_model_it_started_from(prepared_sample,
             run_on(base, prepared_sample, tmp_path / "stopped", **settings)
 
 
-def small_config(prepared_sample):
-    config, _ = parse_flags([f"--config={ROOT / 'configs' / 'gritlm_tiny.py'}"])
-    config.model.sizes.update(hidden_size=32, intermediate_size=32, head_dim=8)
-    config.mode = "generative"  # One kind of text compiles in half of the time.
-    config.data.folder = str(prepared_sample)
-    config.optimizer.warmup_ratio = 0.0
-    config.steps, config.log_every_steps, config.checkpoint.every_steps = 2, 1, 1
-    return config
+def small_config(prepared_sample, **fields):
+    config = [
+        f"--config={ROOT / 'configs' / 'gritlm_tiny.py'}",
+        "--config.model.sizes.hidden_size=32",
+        "--config.model.sizes.intermediate_size=32",
+        "--config.model.sizes.head_dim=8",
+        "--config.mode=generative",  # One stream is compiled in half of the time.
+        f"--config.data.folder={prepared_sample}",
+        "--config.optimizer.warmup_ratio=0.0",
+        "--config.steps=2",
+        "--config.log_every_steps=1",
+        "--config.checkpoint.every_steps=1",
+    ]
+    config += [f"--config.{name}={value}" for name, value in fields.items()]
+    return parse_flags(config)[0]
 
 
 def save_bases(folder):
@@ -249,8 +256,6 @@ def save_bases(folder):
 
 
 def run_on(base, prepared_sample, workdir, **settings):
-    config = small_config(prepared_sample)
-    config.model.weights = str(base)
-    config.lora.rank = 2
-    config.lora.update(settings)
+    lora = {f"lora.{name}": value for name, value in {"rank": 2, **settings}.items()}
+    config = small_config(prepared_sample, **{"model.weights": base, **lora})
     run(config, epath.Path(workdir))

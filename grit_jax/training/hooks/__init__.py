@@ -1,1 +1,1 @@
-"""What the training loop calls after each step: metrics, progress, profiling, preemption."""
+"""Hooks of the training loop: metrics, progress, profiling, preemption, a watchdog."""

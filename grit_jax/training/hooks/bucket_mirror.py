@@ -1,6 +1,6 @@
-"""A run's files that grow, in a bucket: kept on this machine, and copied there whole.
+"""Mirrors a local folder to a bucket, for files that a run appends to.
 
-An object in a bucket cannot be added to, nor be written more than about once a second.
+Objects in a bucket cannot be appended to, and can be overwritten only about once a second.
 """
 
 import contextlib
@@ -14,32 +14,33 @@ from etils import epath
 
 from grit_jax.bucket import BucketError, in_bucket, one_line
 
-SECONDS = 5.0
+COPY_SECONDS = 5.0
 
 
-class Mirror:
-    """A folder to write to, which a folder in a bucket follows within seconds.
+class BucketMirror:
+    """A local folder whose changed files are copied to a bucket every few seconds.
 
-    A context, at whose end the bucket has all of it. Of a folder on a disk it is that folder.
+    A context manager that copies the last changes at its end. If `folder` is on a disk, it is used
+    directly, and nothing is copied.
 
     Attributes:
       local: the folder to write to.
 
     Args:
-      folder: the folder that follows.
+      folder: the folder to copy to.
     """
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        self._aside = tempfile.TemporaryDirectory() if in_bucket(folder) else None
-        self.local = epath.Path(self._aside.name) if self._aside else folder
+        self._temporary = tempfile.TemporaryDirectory() if in_bucket(folder) else None
+        self.local = epath.Path(self._temporary.name) if self._temporary else folder
         self._copied: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread = threading.Thread(target=self._copy_repeatedly, daemon=True)
 
-    def __enter__(self) -> "Mirror":
-        if self._aside:
+    def __enter__(self) -> "BucketMirror":
+        if self._temporary:
             self._thread.start()
         return self
 
@@ -49,7 +50,7 @@ class Mirror:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._aside is None:
+        if self._temporary is None:
             return
         self._is_over.set()
         self._thread.join()
@@ -59,24 +60,24 @@ class Mirror:
             if error is None:
                 raise
         finally:
-            self._aside.cleanup()
+            self._temporary.cleanup()
 
     def flush(self) -> None:
-        """Returns when the bucket has all that has been written.
+        """Copies all changed files and returns when they are in the bucket.
 
         Raises:
-          BucketError: it cannot be written to.
+          BucketError: the bucket cannot be written to.
         """
-        if self._aside is None:
+        if self._temporary is None:
             return
         try:
-            self._copy_changed(Path(self._aside.name))
-        except Exception as error:  # Whatever the libraries below make of it.
+            self._copy_changed(Path(self._temporary.name))
+        except Exception as error:  # gcsfs raises many types.
             raise BucketError(f"{self._folder} cannot be written to: {one_line(error)}") from error
 
-    def _follow(self) -> None:
-        while not self._is_over.wait(SECONDS):
-            # It is tried again, and whoever calls `flush` is told if that fails, too.
+    def _copy_repeatedly(self) -> None:
+        while not self._is_over.wait(COPY_SECONDS):
+            # The copy is tried again. The next caller of `flush` gets the error if it persists.
             with contextlib.suppress(BucketError):
                 self.flush()
 

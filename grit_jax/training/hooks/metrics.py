@@ -1,4 +1,4 @@
-"""What a run writes down: a JSON object a line, the same for TensorBoard, and a picture."""
+"""The metrics of a run: `metrics.jsonl`, TensorBoard events, and a plot of the curves."""
 
 from collections.abc import Mapping
 import contextlib
@@ -12,39 +12,39 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from grit_jax.arithmetic import ceil_div
-from grit_jax.training.hooks.bucket_mirror import Mirror
+from grit_jax.training.hooks.bucket_mirror import BucketMirror
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class MetricsWriter:
-    """The files `metrics.jsonl` and `tensorboard` of a run; steps only grow in them.
+    """Writes metrics to `metrics.jsonl` and `tensorboard/` in the working directory.
 
-    A context, at whose end all of it is there. In a bucket they are some seconds behind until then.
+    A context manager. In a bucket, the files are a few seconds behind until its end.
 
     Attributes:
-      workdir: the run's folder.
-      kept: the lines that were there before, as far as they are kept.
+      workdir: the working directory.
+      kept: the earlier lines of `metrics.jsonl` that are kept.
 
     Args:
-      workdir: the run's folder.
-      from_step: lines of later steps are dropped: a run that was stopped makes them again. At 0
-        all are: the run begins anew, maybe from other weights.
-      is_written: whether this process writes it; if not, nothing is.
+      workdir: the working directory.
+      from_step: the step that the run continues from. Lines of later steps are dropped, since the
+        run repeats these steps. At 0 all lines are dropped.
+      is_enabled: whether this process writes the files.
     """
 
-    def __init__(self, workdir: epath.Path, from_step: int, is_written: bool = True):
+    def __init__(self, workdir: epath.Path, from_step: int, is_enabled: bool = True):
         self.workdir = workdir
         before = read_metrics(workdir / METRICS) if from_step else []
         self.kept = [line for line in before if line["step"] <= from_step]
-        self._from_step, self._is_written = from_step, is_written
-        self._mirror, self._opened = Mirror(workdir), contextlib.ExitStack()
+        self._from_step, self._is_enabled = from_step, is_enabled
+        self._mirror, self._opened = BucketMirror(workdir), contextlib.ExitStack()
         self._path = self._mirror.local / METRICS
 
     def __enter__(self) -> "MetricsWriter":
-        if not self._is_written:
+        if not self._is_enabled:
             return self
-        # Where torch is installed it takes seconds.
+        # This import takes seconds if torch is installed.
         from tensorboardX.event_file_writer import EventsWriter
 
         incomplete = self._path.with_name(f".incomplete-{METRICS}")
@@ -53,11 +53,11 @@ class MetricsWriter:
         self._opened.enter_context(self._mirror)
         events = self._mirror.local / TENSORBOARD / "events"
         events.parent.mkdir(exist_ok=True)
-        # Not in the background, as by SummaryWriter, which waits for ever when its thread has
-        # ended, as on a disk that is full. The suffix: else a file of the same second is lost.
+        # SummaryWriter writes in a thread, and hangs after that thread fails on a full disk.
+        # Without a suffix, a file of the same second would be overwritten.
         self._events = EventsWriter(os.fspath(events), f".from-{self._from_step}")
         self._opened.enter_context(contextlib.closing(self._events))
-        # Events from here on that a run before has left do not count any more.
+        # TensorBoard discards earlier events of this and later steps.
         first = self._from_step + 1 if self._from_step else 0
         self._events.write_event(_event(first, session_log={"status": "START"}))
         return self
@@ -71,12 +71,12 @@ class MetricsWriter:
         self._opened.__exit__(kind, error, trace)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line with `step` and the values, and the events.
+        """Writes the values of a step.
 
         Raises:
-          OSError: the disk is full, for example.
+          OSError: the file cannot be written, for example because the disk is full.
         """
-        if not self._is_written:
+        if not self._is_enabled:
             return
         from tensorboardX.summary import scalar
 
@@ -87,27 +87,30 @@ class MetricsWriter:
         self._events.flush()
 
     def flush(self) -> None:
-        """Returns when all lines are in place: a checkpoint of a later step would leave a gap.
+        """Waits until all lines are in the bucket.
+
+        Called before a checkpoint is saved: a run that continues from it does not write earlier
+        lines again.
 
         Raises:
           BucketError: the bucket cannot be written to.
         """
-        if self._is_written:
+        if self._is_enabled:
             self._mirror.flush()
 
 
 def _event(step: int, **content: Any) -> Any:
-    """Returns an event of TensorBoard's."""
+    """Returns a TensorBoard event."""
     from tensorboardX.proto import event_pb2
 
-    messages: Any = event_pb2  # Made when it is imported, so that no type checker knows them.
+    messages: Any = event_pb2  # Its classes are made at import: type checkers do not know them.
     return messages.Event(wall_time=time.time(), step=step, **content)
 
 
 def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl`, none if there is no such file.
+    """Returns the lines of a `metrics.jsonl`, or an empty list if there is no such file.
 
-    Lines that were cut off or garbled when the machine stopped are left out.
+    Lines that are incomplete because the machine stopped are skipped.
     """
     if not path.exists():
         return []
@@ -120,7 +123,7 @@ def read_metrics(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(lines: list[dict[str, Any]], path: epath.Path) -> None:
-    """Draws the losses and the held-out measures of a run over its steps."""
+    """Plots the losses and the held-out metrics over the steps, as a PNG file."""
     losses = ("embedding_loss", "generative_loss")
     panels = [name for name in losses if any(name in line for line in lines)]
     panels += sorted({name for line in lines for name in line if name.startswith("held_out/")})

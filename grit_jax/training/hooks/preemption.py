@@ -1,4 +1,4 @@
-"""A machine that is about to be taken away says so with SIGTERM: time to save and go."""
+"""Preemption: SIGTERM announces that a machine shuts down, and the run saves and exits."""
 
 import signal
 from types import FrameType
@@ -7,40 +7,40 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# What a process ends with that has saved and is to be started again (EX_TEMPFAIL of sysexits.h).
+# Exit code of a process that has saved its state and should be restarted (EX_TEMPFAIL).
 EXIT_CODE = 75
 
 
 class Preempted(Exception):
-    """The run has saved its state because its machine is to go; the same command continues it."""
+    """The run has saved its state before a shutdown; the same command continues it."""
 
 
 class Preemption:
-    """A context in which SIGTERM does not end the process, but is told of.
+    """A context manager in which SIGTERM is noted instead of ending the process.
 
-    Several processes agree on one step after the signal has reached any of them, by JAX's own
-    means. They ask after every step.
+    With several processes, JAX makes all of them stop after the same step once any of them has
+    received the signal. All must call `is_due` after every step.
     """
 
     def __init__(self):
-        self._is_told = False
-        self._before: Any = None
+        self._is_signaled = False
+        self._previous_handler: Any = None
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1:  # Else JAX listens.
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if jax.process_count() == 1:  # With several, JAX handles the signal.
+            self._previous_handler = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether to save after `step` steps and go."""
+        """Returns whether to save and exit after `step` steps."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._is_told
+        return self._is_signaled
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._is_told = True
+        self._is_signaled = True

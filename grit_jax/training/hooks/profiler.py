@@ -1,4 +1,4 @@
-"""A trace of some steps: what host and devices do, for TensorBoard's profiler or Perfetto."""
+"""Profiler traces of host and devices, for TensorBoard or Perfetto."""
 
 from etils import epath
 import jax
@@ -6,13 +6,15 @@ import jax
 from grit_jax.training.loop import StepReport
 
 
-class Profile:
-    """A hook, and a context, that records a trace of a range of steps.
+class Profiler:
+    """A hook and context manager that records a trace of consecutive steps.
+
+    Nothing is recorded if the run continues from `first_step` or later.
 
     Args:
-      folder: where the trace is written, under `plugins/profile`.
-      first_step: the first step that is recorded; the one before it is made in this run as well.
-      num_steps: how many are; 0 for none.
+      folder: folder of the trace, which is written under `plugins/profile`.
+      first_step: first step in the trace.
+      num_steps: number of steps in the trace; 0 disables it.
     """
 
     def __init__(self, folder: epath.Path, first_step: int, num_steps: int):
@@ -21,7 +23,7 @@ class Profile:
         self._last = self._before + num_steps
         self._is_recording = False
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -29,7 +31,7 @@ class Profile:
             jax.profiler.stop_trace()
 
     def __call__(self, report: StepReport) -> None:
-        """Takes note of a step."""
+        """Starts or stops the trace after a step."""
         if report.step == self._before < self._last:
             jax.block_until_ready(report.metrics)
             jax.profiler.start_trace(self._folder)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
 import datetime
@@ -8,12 +8,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class ProgressReport:
-    """A context that shows step, losses, tokens a second and time left.
+    """A context manager that shows the step, losses, tokens per second and remaining time.
 
     Args:
-      start: number of steps made before.
-      stop: number of steps of the whole run.
-      console: where to show it, by default standard output.
+      start: the step that the run starts from.
+      stop: the last step of the run.
+      console: the console to print to, by default standard output.
     """
 
     def __init__(self, start: int, stop: int, console: Console | None = None):
@@ -36,7 +36,7 @@ class ProgressReport:
         self._bar.stop()
 
     def say(self, message: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:

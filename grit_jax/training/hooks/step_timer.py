@@ -1,4 +1,4 @@
-"""How fast a run is, and how much of its time it is making steps."""
+"""The speed of a run, and the share of its time that goes into steps (goodput)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
@@ -9,18 +9,18 @@ import jax
 
 from grit_jax.training.loop import StepReport
 
-# What is summed over the steps between two reports.
+# Metrics that are summed over the steps between two reports.
 SUMMED = ("tokens", "useful_flops", "data_wait_seconds", "compile_seconds")
 
 
 class Goodput:
-    """The share of the time since a run was first started in which it made the steps that it kept.
+    """The share of the time since the first start of a run that went into its steps.
 
-    What is no step: starting, compiling, measuring, being held up by a checkpoint, steps that are
-    lost with their process and made again, and the time until the next start.
+    The rest is startup, compilation, evaluation, waiting for checkpoints, steps that were lost and
+    repeated, and the time between a stop and the next start.
 
     Args:
-      lines: of `metrics.jsonl`, those of the steps that are kept.
+      lines: the lines of `metrics.jsonl` from earlier starts.
     """
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]):
@@ -31,7 +31,7 @@ class Goodput:
                 self._in_steps = line["goodput"] * line["wall_seconds"]
 
     def add(self, seconds: float) -> dict[str, float]:
-        """Takes note of seconds in steps; returns "goodput" and what it takes to go on from it."""
+        """Adds seconds spent in steps; returns "goodput", "time" and "wall_seconds" as metrics."""
         self._in_steps += seconds
         now = time.time()
         wall_seconds = max(now - self._first_start, self._in_steps)
@@ -43,18 +43,19 @@ class Goodput:
 
 
 class StepTimer:
-    """A hook that turns every n-th step's metrics into numbers, with speed, and hands them on.
+    """A hook that reports metrics and speed every `every_steps` steps.
 
-    The speed is that of the steps: compiling, and what is done in `pause`, is left out.
+    The speed covers steps only, without compilation and without the time in `pause`.
 
     Args:
-      every_steps: n.
-      stop: the last step, which is reported in any case.
-      learning_rate: learning rate by the number of steps before that were not skipped.
-      receivers: called with the step and its metrics as numbers.
-      goodput: told of the seconds in steps.
-      peak_flops: operations a second of all devices, for the model's FLOPs utilization ("mfu");
-        None to leave it out.
+      every_steps: steps between reports.
+      stop: the last step, which is always reported.
+      learning_rate: learning rate as a function of the number of earlier steps that were not
+        skipped.
+      receivers: called with the step and its metrics as Python floats.
+      goodput: the goodput of the run.
+      peak_flops: peak FLOPs per second of all devices, for the model FLOPs utilization ("mfu"),
+        or None to leave it out.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def pause(self, report: StepReport) -> Iterator[None]:
-        """A context whose time is no step's; the step that is being made is waited for first."""
+        """A context manager whose time is left out, after waiting for the current step."""
         jax.block_until_ready(report.metrics)
         since = time.perf_counter()
         try:
@@ -86,21 +87,21 @@ class StepTimer:
             self._paused += time.perf_counter() - since
 
     def __call__(self, report: StepReport) -> None:
-        """Takes note of a step."""
+        """Adds a step, and reports it if it is due."""
         self._steps += 1
         for name in SUMMED:
             self._sums[name] += report.metrics[name]
         if report.step % self._every_steps and report.step != self._stop:
             return
-        # Fetching the loss waits for the step: the time covers the work, not its dispatch.
+        # Converting to float waits for the step, so that the time covers its computation.
         metrics = {name: float(value) for name, value in report.metrics.items()}
         for name in ("data_wait_seconds", "useful_flops", "compile_seconds"):
             del metrics[name]
         elapsed = time.perf_counter() - self._since
         seconds = elapsed - self._paused - self._sums["compile_seconds"]
-        # A step that is skipped does not move the schedule on.
-        moved = report.step - 1 - int(metrics.get("steps_skipped", 0))
-        metrics["learning_rate"] = float(self._learning_rate(moved))
+        # Skipped steps do not advance the schedule.
+        advanced = report.step - 1 - int(metrics.get("steps_skipped", 0))
+        metrics["learning_rate"] = float(self._learning_rate(advanced))
         metrics["step_seconds"] = seconds / self._steps
         metrics["tokens_per_second"] = self._sums["tokens"] / seconds
         metrics["data_wait_fraction"] = self._sums["data_wait_seconds"] / seconds

@@ -1,7 +1,7 @@
-"""A run in which nothing moves any more ends, and says what each of its threads is waiting for.
+"""A watchdog that ends a process without progress and prints a stack trace of each thread.
 
-A process that is gone is missed by JAX, which ends the others after 100 seconds without a sign of
-it. One that is there, but stuck, keeps all of them waiting for ever.
+JAX ends all processes of a run about 100 seconds after one of them has died. If one hangs instead,
+the others would wait for it forever.
 """
 
 import faulthandler
@@ -14,22 +14,22 @@ import jax
 
 from grit_jax.training.loop import StepReport
 
-# What a process ends with that is to be started again: that of those whom JAX ends (SIGABRT).
+# The exit code of processes that JAX ends (SIGABRT), so that a supervisor restarts both.
 EXIT_CODE = 134
 
 
 class Watchdog:
-    """A hook, and a context, that ends the process when no step follows for too long.
+    """A hook and context manager that ends the process if no step completes for too long.
 
     Args:
-      seconds: the time within which the next step must follow, with what is done after a step;
-        0: any time.
+      seconds: the maximum time between steps, including evaluation and checkpoints; 0 disables the
+        watchdog.
     """
 
     def __init__(self, seconds: float):
         self._seconds = seconds
         self._step: int | None = None
-        self._has_moved = threading.Event()
+        self._progress = threading.Event()
         self._is_over = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -40,23 +40,23 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         self._is_over = True
-        self._has_moved.set()
+        self._progress.set()
 
     def __call__(self, report: StepReport) -> None:
-        """Takes note of a step."""
+        """Restarts the timeout after a step."""
         self._step = report.step
-        self._has_moved.set()
+        self._progress.set()
 
     def _watch(self) -> None:
-        while self._has_moved.wait(self._seconds):
-            self._has_moved.clear()  # Before the look, or the end that follows it could be lost.
+        while self._progress.wait(self._seconds):
+            self._progress.clear()  # Before the check below, which could miss the end otherwise.
             if self._is_over:
                 return
         where = "since the start" if self._step is None else f"after step {self._step}"
         print(
             f"process {jax.process_index()} on {socket.gethostname()}: no step for "
-            f"{self._seconds:g} s {where}. The process that does not wait for its devices below is "
-            "the one that is stuck; config.watchdog_timeout_seconds sets the time",
+            f"{self._seconds:g} s {where}. The process whose stack trace does not wait for its "
+            "devices is the one that hangs. config.watchdog_timeout_seconds sets this timeout",
             file=sys.stderr,
             flush=True,
         )

@@ -73,7 +73,7 @@ def test_a_process_that_does_not_write_changes_nothing(workdir):
     with MetricsWriter(workdir, from_step=0) as record:
         record.write(1, {"loss": 1.0})
         before = (workdir / METRICS).read_text()
-        with MetricsWriter(workdir, from_step=0, is_written=False) as other:
+        with MetricsWriter(workdir, from_step=0, is_enabled=False) as other:
             other.write(1, {"loss": 2.0})
         assert (workdir / METRICS).read_text() == before
     assert len(list((workdir / TENSORBOARD).iterdir())) == 1

@@ -1,0 +1,90 @@
+"""The command `grit-jax convert`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
+from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.objectives.pooling import POOLINGS
+
+
+def run(argv: Sequence[str]) -> None:
+    """Converts weights between Hugging Face folders, GGUF files and Orbax checkpoints.
+
+    Raises:
+      BucketError, ConversionError, TokenizerError: the message says what is wrong.
+    """
+    arguments = _parser().parse_args(argv)
+
+    if arguments.direction == "from-hf":
+        model = HuggingFaceModel(arguments.source, arguments.head)
+        write_orbax(model, arguments.destination)
+    elif arguments.direction == "from-gguf":
+        model = GgufModel(arguments.source, arguments.tokenizer)
+        write_orbax(model, arguments.destination)
+    else:
+        write_hugging_face(
+            open_model(arguments.source, base=arguments.base),
+            arguments.destination,
+            tokenizer=arguments.tokenizer,
+            dtype=arguments.dtype,
+            attention=arguments.attention,
+            pooling=arguments.pooling,
+        )
+    print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grit-jax convert",
+        description="Converts weights between Hugging Face folders, GGUF files and Orbax "
+        "checkpoints.",
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
+    from_gguf = directions.add_parser("from-gguf", help="GGUF file to Orbax checkpoint")
+    to_hf = directions.add_parser("to-hf", help="checkpoint or run to Hugging Face folder")
+    from_hf.add_argument("source", type=_local_path, help="folder of the model")
+    from_gguf.add_argument("source", type=_local_path, help="GGUF file")
+    from_gguf.add_argument(
+        "--tokenizer",
+        help="path of a tokenizer.model or tokenizer.json (default: the one in the file)",
+    )
+    to_hf.add_argument("source", help="folder of the checkpoint or run; may be gs://BUCKET/FOLDER")
+    for direction in (from_hf, from_gguf, to_hf):
+        direction.add_argument("destination", type=_local_path, help="output folder")
+    from_hf.add_argument(
+        "--head",
+        help="output projection of a checkpoint without lm_head: 'tied' for its token embeddings, "
+        "or the folder of a base model to take it from",
+    )
+    to_hf.add_argument(
+        "--base", help="current folder of the model that LoRA was trained on, if it has moved"
+    )
+    to_hf.add_argument(
+        "--tokenizer",
+        help="'mistral' or the path of a tokenizer.model or tokenizer.json (default: the one "
+        "stored with the model, else 'mistral')",
+    )
+    to_hf.add_argument("--dtype", choices=tuple(DTYPES), help="type (default: as stored)")
+    to_hf.add_argument(
+        "--attention",
+        choices=EXPORTED_PATTERNS,
+        help="attention pattern of training (default: as stored with the model, else bbcc)",
+    )
+    to_hf.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="pooling of embeddings (default: as stored with the model, else mean)",
+    )
+    return parser
+
+
+def _local_path(path: str) -> Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(
+            f"{path} must be on a local disk: copy it with gcloud storage cp -r"
+        )
+    return Path(path)

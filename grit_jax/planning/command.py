@@ -1,0 +1,78 @@
+"""The command `grit-jax plan`."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from grit_jax.config import ConfigError
+from grit_jax.config_flags import parse_flags
+from grit_jax.planning.chips import describe_topology, quiet
+from grit_jax.planning.plan import fastest, make_plan, search
+from grit_jax.planning.report import as_json, show_plan, show_tried
+
+# Average tokens of a text in each stream.
+AVERAGE_TOKENS = {"query": 64, "passage": 256, "chat": 1024}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Compiles a training step for TPUs without having any, and prints whether it fits.
+
+    Raises:
+      BucketError, ConfigError, MeshError, TopologyError: the message says what is wrong.
+    """
+    arguments, rest = _parser().parse_known_args(argv)
+    tokens = {stream: getattr(arguments, f"{stream}_tokens") for stream in AVERAGE_TOKENS}
+    jax.config.update("jax_platforms", "cpu")  # Nothing runs: do not look for devices.
+    if arguments.slices > 1:
+        rest.append(f"--config.mesh.slice={arguments.slices}")
+    config, _ = parse_flags(rest)
+    with quiet():
+        topology = describe_topology(arguments.topology, arguments.slices)
+    plan: Any = None
+    if not arguments.search:
+        plan = make_plan(config, topology, tokens)
+    else:
+        tried = []
+        for one in search(config, topology, tokens):
+            tried.append(one)
+            if not arguments.json:
+                show_tried(one)
+        plan = fastest(tried)
+    if plan is None:
+        raise ConfigError("no plan fits: use more chips or a smaller batch")
+    if arguments.json:
+        print(as_json(plan))
+    else:
+        show_plan(plan)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grit-jax plan",
+        description="Compiles a training step for TPUs without having any, and reports its memory "
+        "use and speed.",
+        epilog="--config FILE and --config.FIELD=VALUE are those of grit-jax train.",
+    )
+    parser.add_argument(
+        "--topology", required=True, help="chips of a slice, such as v5e:4x4, v6e:16x16, v5p:4x4x4"
+    )
+    parser.add_argument("--slices", type=_positive, default=1, help="number of slices (default 1)")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and GradCache chunks, and recommend the fastest that fits",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for stream, tokens in AVERAGE_TOKENS.items():
+        help_text = f"average tokens of a {stream} (default {tokens})"
+        parser.add_argument(f"--{stream}-tokens", type=_positive, default=tokens, help=help_text)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
