@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
                     statistics[name] = routed
             return (hidden, caches), statistics
 
-        tokens = [stream.tokens.reshape(-1) for stream in streams.values()]
+        tokens = [jnp.asarray(stream.tokens).reshape(-1) for stream in streams.values()]
         embedded = dict(zip(streams, self.embed(tokens), strict=True))
         start = (embedded, dict(caches))
         (hidden, updated_caches), statistics = self._scan_layers(apply_layer, start)

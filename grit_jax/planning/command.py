@@ -8,9 +8,9 @@ import jax
 
 from grit_jax.config import ConfigError
 from grit_jax.config_flags import parse_flags
-from grit_jax.planning.chips import describe_topology, quiet
+from grit_jax.planning.chips import describe_topology, suppress_stderr
 from grit_jax.planning.plan import fastest, make_plan, search
-from grit_jax.planning.report import as_json, show_plan, show_tried
+from grit_jax.planning.report import as_json, show_line, show_plan
 
 # Average tokens of a text in each stream.
 AVERAGE_TOKENS = {"query": 64, "passage": 256, "chat": 1024}
@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.slices > 1:
         rest.append(f"--config.mesh.slice={arguments.slices}")
     config, _ = parse_flags(rest)
-    with quiet():
+    with suppress_stderr():
         topology = describe_topology(arguments.topology, arguments.slices)
     plan: Any = None
     if not arguments.search:
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> None:
         for one in search(config, topology, tokens):
             tried.append(one)
             if not arguments.json:
-                show_tried(one)
+                show_line(one)
         plan = fastest(tried)
     if plan is None:
         raise ConfigError("no plan fits: use more chips or a smaller batch")
