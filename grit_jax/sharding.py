@@ -74,7 +74,10 @@ def make_mesh(
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
     Args:
-      slice, fsdp, tensor, expert: see `MeshShape`.
+      slice: size of the axis "slice", see `MeshShape`.
+      fsdp: size of the axis "fsdp".
+      tensor: size of the axis "tensor".
+      expert: size of the axis "expert".
       devices: the devices of the mesh, by default all of them.
 
     Raises:
