@@ -40,7 +40,7 @@ DATA = [
 EVAL = ["bm25s>=0.3.16"]
 # The harnesses of `grit-jax evaluate`, which require torch.
 HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
-# etils reads and writes gs:// with gcsfs; grit-jax and Orbax query buckets with google-cloud-storage.
+# gcsfs reads and writes gs:// for etils; google-cloud-storage queries buckets for Orbax and us.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
 # Builds the documentation site.
 DOCS = [
