@@ -74,7 +74,10 @@ def make_mesh(
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
     Args:
-      slice, fsdp, tensor, expert: see `MeshShape`.
+      slice: number of TPU slices; one size may be -1, for the devices that the others leave.
+      fsdp: ways in which the batch and the weights are split.
+      tensor: ways in which heads, feed-forward columns and the vocabulary are split.
+      expert: ways in which the batch and Mixtral's experts are split.
       devices: the devices of the mesh, by default all of them.
 
     Raises:
