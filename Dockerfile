@@ -1,11 +1,11 @@
-# What a worker runs on GKE (docs/pods.md): grit-jax, with the pinned set for TPUs.
+# Image of a worker on GKE (docs/pods.md): grit-jax with pinned versions, for TPUs.
 FROM python:3.12-slim
 WORKDIR /grit-jax
 COPY setup.py pyproject.toml constraints.txt README.md LICENSE train.py ./
 COPY configs configs
 COPY grit_jax grit_jax
 RUN pip install --no-cache-dir --constraint constraints.txt --editable ".[tpu]"
-# A worker whose TPU is dead is to fail, and not to train on its CPU.
+# Without a working TPU, fail instead of training on the CPU.
 ENV JAX_PLATFORMS=tpu,cpu
 ENTRYPOINT ["grit-jax"]
 CMD ["--help"]

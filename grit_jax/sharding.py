@@ -74,10 +74,10 @@ def make_mesh(
     """Returns a mesh over all devices, with the axes `MESH_AXES`.
 
     Args:
-      slice: size of the axis "slice", see `MeshShape`.
-      fsdp: size of the axis "fsdp".
-      tensor: size of the axis "tensor".
-      expert: size of the axis "expert".
+      slice: number of TPU slices; one size may be -1, for the devices that the others leave.
+      fsdp: ways in which the batch and the weights are split.
+      tensor: ways in which heads, feed-forward columns and the vocabulary are split.
+      expert: ways in which the batch and Mixtral's experts are split.
       devices: the devices of the mesh, by default all of them.
 
     Raises:

@@ -208,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     embedding.add_argument(
         "--instructions", type=Path, help="JSON file of instructions by task, replacing MTEB's"
     )
-    embedding.add_argument("--max-length", type=int, default=512, help="most tokens per text (512)")
+    embedding.add_argument(
+        "--max-length", type=int, default=512, help="maximum tokens per text (512)"
+    )
     embedding.add_argument("--batch-size", type=int, default=256, help="texts per batch (256)")
     generation.add_argument("--task-folder", type=Path, help="folder with YAML tasks of your own")
     generation.add_argument(
