@@ -1,4 +1,4 @@
-"""grit-jax evaluate: MTEB and lm-eval scores of a model, next to the paper's."""
+"""The command `grit-jax evaluate`: MTEB and lm-eval scores of a model, next to the paper's."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from grit_jax.user_modules import import_named
 
 
 def run(argv: Sequence[str]) -> None:
-    """Evaluates a model with MTEB or lm-eval, or prints the paper's tables with its scores
+    """Evaluates a model with MTEB or lm-eval, or prints the paper's tables with its scores.
 
     Raises:
       InputError, ModuleError, ResultsError, ConversionError: an argument or a file is wrong.
@@ -208,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     embedding.add_argument(
         "--instructions", type=Path, help="JSON file of instructions by task, replacing MTEB's"
     )
-    embedding.add_argument("--max-length", type=int, default=512, help="most tokens per text (512)")
+    embedding.add_argument(
+        "--max-length", type=int, default=512, help="maximum tokens per text (512)"
+    )
     embedding.add_argument("--batch-size", type=int, default=256, help="texts per batch (256)")
     generation.add_argument("--task-folder", type=Path, help="folder with YAML tasks of your own")
     generation.add_argument(

@@ -85,7 +85,7 @@ class MtebModel(AbsEncoder):
           **options: `batch_size`, see `GritLM.encode`; others are not used.
         """
         texts = [text for batch in inputs for text in batch["text"]]
-        empty = [number for number, text in enumerate(texts) if not text.strip()]
+        empty = [index for index, text in enumerate(texts) if not text.strip()]
         if empty:
             logging.warning(
                 "%s: %d texts are empty and embedded as %r",
@@ -93,8 +93,8 @@ class MtebModel(AbsEncoder):
                 len(empty),
                 EMPTY_TEXT,
             )
-        for number in empty:
-            texts[number] = EMPTY_TEXT
+        for index in empty:
+            texts[index] = EMPTY_TEXT
         return self.model.encode_query(
             texts,
             self.instruction(task_metadata, prompt_type),

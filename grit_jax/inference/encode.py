@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import round_up
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
@@ -83,7 +83,7 @@ class Encoder:
         shards = batch_shards(self._mesh)
         row_length = row_length_for(max(len(text) for text in texts))
         num_rows = max(1, tokens_per_device // row_length) * shards
-        num_rows = min(num_rows, ceil_div(len(texts), shards) * shards)
+        num_rows = min(num_rows, round_up(len(texts), shards))
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
         caches: dict[int, KVCache] = {}
         for instruction_length, members in _group_by_instruction(texts, spec, num_rows):
@@ -129,8 +129,8 @@ class Encoder:
     ) -> tuple[Float[Array, "B P"], KVCache]:
         """Returns the embeddings and the cache of rows that hold one text each.
 
-        The first `instruction_length` tokens get a call of their own, with their own attention: in
-        a call with a cache, all tokens are causal or all are bidirectional.
+        The first `instruction_length` tokens are processed in a separate call: in a call with a
+        cache, all tokens are causal or all are bidirectional.
         """
         model = nnx.merge(self._graph, state)
         B, S = texts.tokens.shape
@@ -153,9 +153,9 @@ class Encoder:
 def _group_by_instruction(
     texts: Sequence[Text], spec: EmbeddingSpec, group_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields groups of texts for one call: the tokens of their instruction, and their indices.
+    """Yields groups of texts for one call: the length of their instruction, and their indices.
 
-    The length is 0 if the instruction needs no attention of its own. Instruction lengths can differ
+    The length is 0 if instruction and text have the same attention. Instruction lengths can differ
     by text, because a token that spans the boundary counts as text.
     """
     lengths = [0] * len(texts)

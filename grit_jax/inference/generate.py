@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import round_up
 from grit_jax.inference.cache_utils import place_cache, stack_caches
 from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
@@ -279,8 +279,3 @@ def row_keys(seed: int, indices: Sequence[int], num_rows: int) -> Key[Array, " B
     """Returns the random key of each row, which depends on the index of its prompt alone."""
     padded = jnp.array([*indices, *[0] * (num_rows - len(indices))], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), padded)
-
-
-def round_up(number: int, multiple: int) -> int:
-    """Returns the smallest multiple of `multiple` that is at least `number`."""
-    return ceil_div(number, multiple) * multiple
