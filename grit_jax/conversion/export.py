@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
-from grit_jax.conversion.layout import DENSE, ParamSpec
+from grit_jax.conversion.layout import ParamSpec
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE
 from grit_jax.conversion.sidecar_files import (
     copy_tokenizer,
@@ -18,6 +18,7 @@ from grit_jax.conversion.sidecar_files import (
     write_tokenizer,
 )
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
 from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
@@ -89,8 +90,9 @@ class _Tensor:
 
     Attributes:
       name: its name in Hugging Face's checkpoints.
-      stack_index: the layer (and expert) of the parameter that it is; () if there is no stack.
-      parameter: the parameter.
+      stack_index: index of its layer (and expert) in the stacked parameter; () if the parameter is
+        not stacked.
+      parameter: the parameter that it is a part of.
       dtype: the type to write.
     """
 
