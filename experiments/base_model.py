@@ -90,7 +90,7 @@ def from_package(downloads: Path) -> Path:
 
 
 class FewerLayers(StoredModel):
-    """Some layers of a stored model, in the place of all: what `write_orbax` reads.
+    """A stored model with only some of its layers, for `write_orbax`.
 
     Args:
       model: the full model.

@@ -13,7 +13,7 @@ These modules and names are public:
     grit_jax.prepare.prepare                prepare_mixtures
     grit_jax.prepare.datasets               add_dataset, add_mixture, by_size
     grit_jax.prepare.seqio_tasks            the same for seqio Tasks and Mixtures
-    grit_jax.config                         default_config, check_fields
+    grit_jax.config                         default_config, parse_config
     grit_jax.run                            run
     grit_jax.evaluation                     mteb_model.MtebModel, lm_eval_model.LmEvalModel
 

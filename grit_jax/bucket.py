@@ -18,8 +18,8 @@ PERMISSIONS = [f"storage.objects.{verb}" for verb in ("create", "delete", "get",
 # Timeouts in seconds: for finding the bucket, and for any later request.
 FIND_TIMEOUT, REQUEST_TIMEOUT = 30, 300
 
-# Storage errors that may go away come from these libraries, or their messages contain these words:
-# of tensorstore, of gcsfs, and of the system for a network disk that was disconnected.
+# Storage errors that may disappear after a restart come from these libraries, or their messages
+# contain these words (of tensorstore, of gcsfs, or of the system for a disconnected network disk).
 LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")
 TRANSIENT_ERRORS = (
     *("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "Forbidden"),

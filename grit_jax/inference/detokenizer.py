@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from grit_jax.text.tokenizer import Tokenizer
 
-# The character that stands for one whose bytes are not complete.
+# Tokenizers decode the incomplete bytes of a character to the replacement character, U+FFFD.
 INCOMPLETE = "\ufffd"
 # Tokens are decoded after this text, because SentencePiece drops the space before a first word.
 # Byte-level tokens decode to the same bytes after it.

@@ -73,11 +73,11 @@ def as_continuations(
     if not len(prompts):
         raise InputError("no prompts were given: give at least one")
     pairs = []
-    for number, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
-        pair = _continuation(encoder, prompt, text, number, add_bos)
+    for index, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
+        pair = _continuation(encoder, prompt, text, index, add_bos)
         if len(pair.input_tokens) > context_length:
             raise InputError(
-                f"prompt and continuation {number} have {len(pair.input_tokens) + 1} tokens, but "
+                f"prompt and continuation {index} have {len(pair.input_tokens) + 1} tokens, but "
                 f"this model supports {context_length}: shorten the prompt"
             )
         pairs.append(pair)
@@ -85,10 +85,10 @@ def as_continuations(
 
 
 def _continuation(
-    encoder: PromptEncoder, prompt: TextLike, text: TextLike, number: int, add_bos: bool
+    encoder: PromptEncoder, prompt: TextLike, text: TextLike, index: int, add_bos: bool
 ) -> Continuation:
-    name = f"continuation {number}"
-    prompt_ids = encoder.encode(prompt, add_bos=add_bos, name=f"prompt {number}").tokens
+    name = f"continuation {index}"
+    prompt_ids = encoder.encode(prompt, add_bos=add_bos, name=f"prompt {index}").tokens
     if isinstance(prompt, str) and isinstance(text, str):
         pair = encoder.encode_pair(prompt, text, add_bos=add_bos, name=name)
         prompt_ids, tokens = pair.tokens[~pair.mask], pair.tokens[pair.mask]

@@ -170,8 +170,8 @@ def collection(
 ) -> list[Mixture]:
     """Returns mixtures of the files in a folder: each file is a dataset, with a rate by its size.
 
-    The examples of a file are of one kind. If the folder has files of several kinds, there is a
-    mixture for each, `NAME_embedding` and `NAME_chat`. Files in a subfolder `held_out` are the
+    All examples of a file are of one kind. If the folder has files of both kinds, each kind has a
+    mixture, `NAME_embedding` and `NAME_chat`. Files in a subfolder `held_out` are the
     held-out split of the files of the same name in the subfolder `train`.
 
     Args:
@@ -198,7 +198,7 @@ def collection(
         )
         for kind, members in datasets.items()
     ]
-    remedy = f"say OTHER_NAME={path}"
+    remedy = f"use OTHER_NAME={path}"
     _check_free("mixture", [mixture.name for mixture in mixtures], mixture_names(), remedy)
     for members in datasets.values():
         _check_free("dataset", [member.name for member in members], dataset_names(), remedy)

@@ -52,8 +52,8 @@ def prepare_mixtures(
 ) -> list[str]:
     """Prepares all splits of every dataset of these mixtures in `output`.
 
-    A dataset that is up to date is left alone. Another one is replaced when its successor is
-    complete. If a dataset cannot be prepared, the others still are.
+    A dataset that is up to date is not prepared again. An outdated dataset is replaced when its new
+    version is complete. If a dataset cannot be prepared, the others still are.
 
     Args:
       names: declared mixtures, or folders and files as PATH or NAME=PATH.
@@ -122,7 +122,7 @@ def _must_build(build: DatasetBuild, redo: bool) -> bool:
 
 @contextlib.contextmanager
 def _work_folder(output: epath.Path) -> Iterator[Path]:
-    """Yields a folder for incomplete datasets, which no other run has at the same time.
+    """Yields a folder for incomplete datasets, locked against other runs.
 
     It is in `output`, so that a complete dataset is moved in one step. For a bucket it is a local
     temporary folder.

@@ -58,7 +58,7 @@ def _find(name: str, held_out: float, seed: int) -> list[Mixture]:
         given = given or re.sub(r"[^\w.]+", "_", _stem(path))
         return collection(given, path, held_out, seed)
     if name in COLLECTIONS:
-        raise PreparedDataError(f"{name!r} is read from files: say {name}=FOLDER")
+        raise PreparedDataError(f"{name!r} is read from files: use {name}=FOLDER")
     raise PreparedDataError(
         f"unknown mixture {name!r}, and no such file or folder; there are: "
         f"{', '.join(sorted(mixture_names()))}"
@@ -89,4 +89,4 @@ def _check_unique(mixtures: Sequence[Mixture]) -> None:
             if files.setdefault(dataset.name, dataset.source.files) != dataset.source.files:
                 taken.append(dataset.name)
         if taken:
-            raise SourceError(f"two sources are both called {taken[0]!r}: say OTHER_NAME=PATH")
+            raise SourceError(f"two sources are both called {taken[0]!r}: use OTHER_NAME=PATH")

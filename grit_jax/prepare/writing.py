@@ -1,4 +1,4 @@
-"""Writes a prepared dataset: shards by many processes, then the manifest, then its final place."""
+"""Writes a prepared dataset: the shards, then the manifest, and moves it to its final folder."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

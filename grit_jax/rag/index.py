@@ -52,7 +52,7 @@ class DocumentIndex:
       model: the model that the index was built with.
 
     Attributes:
-      documents: all documents; their positions in this list are their ids.
+      documents: all documents; the index of a document in this list is its ID.
 
     Raises:
       DocumentIndexError: there is no index, or it was built with another model.

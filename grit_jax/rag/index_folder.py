@@ -1,8 +1,8 @@
 """The files of an index: `index.json`, which has its settings, and parts.
 
 Each part, `part-00000/` and so on, has `documents.jsonl`, `embeddings.npy` and optional KV caches
-(see `cache_store`). A part appears complete and never changes, so building can be interrupted at
-any time and continued later.
+(see `cache_store`). A part is renamed to its final name when it is complete and never changes, so
+building can be interrupted at any time and continued later.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def load_documents(part: Path) -> list[Document]:
 
 @contextlib.contextmanager
 def named_damage(part: Path) -> Iterator[None]:
-    """Names the part in errors of reading its files.
+    """A context manager that names the part in errors from reading its files.
 
     Raises:
       DocumentIndexError: a file is missing or damaged.
