@@ -164,7 +164,7 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     assert losses(server, "stopped").keys() >= set(range(1, max(whole) + 1))
 
     # Two processes that share the bucket alone go on, and save when one of them gets SIGTERM.
-    # Their data lies there, too.
+    # Their data is there, too.
     server.failures = 2
     processes = start(server, *common, "--config.data.folder=gs://bucket/data", count=2)
     wait_until(processes, lambda: max(checkpoints(server, "stopped")[0]) > max(whole))
