@@ -180,6 +180,11 @@ def batch_shards(mesh: Mesh) -> int:
     return shards(mesh, "batch")
 
 
+def shard_rows(arrays: Any, mesh: Mesh) -> Any:
+    """Returns a tree of arrays on the devices of `mesh`, with the rows split over data shards."""
+    return jax.device_put(arrays, NamedSharding(mesh, partition_spec("batch")))
+
+
 def local_shards(mesh: Mesh) -> list[int]:
     """Returns the indices of the row shards that this process's devices hold."""
     count = batch_shards(mesh)

@@ -14,7 +14,7 @@ from grit_jax.data.batch_plan import BatchPlan, BatchPlanner, StreamPlan
 from grit_jax.data.kinds import BATCH_KINDS, SampledExamples
 from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.packing import pack
-from grit_jax.data.sampling import Sampler, describe
+from grit_jax.data.sampling import Sampler, describe_sampler
 from grit_jax.data.shapes import RowLimits, Shape
 from grit_jax.text.examples import Text
 from grit_jax.text.kinds import TEXT_KINDS
@@ -52,7 +52,7 @@ class Batches:
     @property
     def description(self) -> dict[str, Any]:
         """What the batches depend on, except the seed and the shape of the rows."""
-        return {kind: describe(sampler) for kind, sampler in self.samplers.items()}
+        return {kind: describe_sampler(sampler) for kind, sampler in self.samplers.items()}
 
     @property
     def datasets(self) -> list[PreparedDataset]:

@@ -208,7 +208,7 @@ def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> Mi
     return MixtureSchedule(list(datasets.values()))
 
 
-def describe(sampler: Sampler) -> dict[str, Any]:
+def describe_sampler(sampler: Sampler) -> dict[str, Any]:
     """Returns what the batches of a sampler depend on, except the seed.
 
     Checkpoints store it, and a run resumes only if it is unchanged; its keys and values must stay.

@@ -20,7 +20,7 @@ from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_
 from grit_jax.inference.cache_utils import copy_row
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
-from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.examples import Text
 
 # Calls that are dispatched to the devices before the results of the first are awaited.
@@ -92,7 +92,7 @@ class Encoder:
             packed = pack(group, rows, num_rows, row_length, num_rows)
             with jax.set_mesh(self._mesh):
                 embedded, cache = self._program_with_cache(
-                    self.parameters, self._place(packed), spec, instruction_length
+                    self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
                 )
             embeddings[members] = np.asarray(embedded)[: len(members)]
             cache = jax.tree.map(np.asarray, cache)
@@ -110,14 +110,11 @@ class Encoder:
         for call in plan_calls(lengths, batch_shards(self._mesh), tokens_per_device):
             members, packed = _pack_call(texts, call)
             with jax.set_mesh(self._mesh):
-                rows = self.program(self.parameters, self._place(packed), spec)
+                rows = self.program(self.parameters, shard_rows(packed, self._mesh), spec)
             in_flight.append((members, rows))
             if len(in_flight) > CALLS_IN_FLIGHT:
                 yield in_flight.pop(0)
         yield from in_flight
-
-    def _place(self, packed: PackedTexts) -> PackedTexts:
-        return jax.device_put(packed, NamedSharding(self._mesh, partition_spec("batch")))
 
     def _embed_packed(
         self, state: Any, texts: PackedTexts, spec: EmbeddingSpec
@@ -147,7 +144,7 @@ class Encoder:
                     cache=cache,
                 )
                 hidden.append(hidden_of_span)
-        return spec.project(model, spec.pool(jnp.concatenate(hidden, axis=1), texts)), cache
+        return spec.embed_pooled(model, spec.pool(jnp.concatenate(hidden, axis=1), texts)), cache
 
 
 def _group_by_instruction(

@@ -39,7 +39,7 @@ from grit_jax.inference.results import (
     GenerationResult,
     batches_by_length,
     check_fits_context,
-    complete,
+    generate_results,
     stream_text,
 )
 from grit_jax.inference.sampling import Sampling, as_sampling
@@ -531,7 +531,7 @@ class GritLM:
         results = [self._result(is_string, stop) for is_string in are_strings]
         for members in batches_by_length(prompts, batch_size):
             batch = request.select(members, min(batch_size, len(prompts)))
-            complete(self._generator, batch, [results[member] for member in members])
+            generate_results(self._generator, batch, [results[member] for member in members])
         return results
 
     def _stream(

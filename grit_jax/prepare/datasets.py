@@ -113,8 +113,11 @@ def add_mixture(name: str, rates: Mapping[str, Rate]) -> str:
 def add_collection(
     name: str, path: epath.PathLike, held_out: float = 0.0, seed: int = 0
 ) -> list[str]:
-    """Declares the mixtures of a folder of files, and returns their names. See `collection`."""
-    mixtures = collection(name, path, held_out, seed)
+    """Declares the mixtures of a folder of files, and returns their names.
+
+    See `mixtures_of_files`.
+    """
+    mixtures = mixtures_of_files(name, path, held_out, seed)
     for mixture in mixtures:
         MIXTURES[mixture.name] = mixture
         DATASETS.update({dataset.name: dataset for dataset in mixture.rates})
@@ -165,7 +168,7 @@ def by_size(dataset: Any) -> float:
     return float(count)
 
 
-def collection(
+def mixtures_of_files(
     name: str, path: epath.PathLike, held_out: float = 0.0, seed: int = 0
 ) -> list[Mixture]:
     """Returns mixtures of the files in a folder: each file is a dataset, with a rate by its size.

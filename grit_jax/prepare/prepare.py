@@ -25,13 +25,13 @@ from rich.progress import (
 )
 
 from grit_jax.data.manifest import TOKENIZERS, PreparedDataError, save_tokenizer
-from grit_jax.files import locked
+from grit_jax.files import locked, write_atomically
 from grit_jax.prepare.dataset_build import DatasetBuild
 from grit_jax.prepare.datasets import Mixture, record_size
 from grit_jax.prepare.resolve import find_mixtures
 from grit_jax.prepare.sources import ITEMS_PER_PROCESS
 from grit_jax.prepare.worker import WorkerPlan, WorkItem, start_worker, tokenize
-from grit_jax.prepare.writing import is_remote, write_atomically
+from grit_jax.prepare.writing import is_remote
 from grit_jax.text.examples import TextOptions
 from grit_jax.text.jsonl import SourceError
 from grit_jax.text.tokenizer import Tokenizer
@@ -271,7 +271,11 @@ def _write_mixture(
             for dataset in mixture.rates
         },
     }
-    write_atomically(output / f"{mixture.name}.json", json.dumps(stored) + "\n")
+    path, text = output / f"{mixture.name}.json", json.dumps(stored) + "\n"
+    if is_remote(path):  # In a bucket a file appears when it is closed.
+        path.write_text(text)
+    else:
+        write_atomically(path, text)
 
 
 def _failure(failed: dict[str, str]) -> str:

@@ -13,8 +13,8 @@ from grit_jax.prepare.datasets import (
     MIXTURES,
     SEQIO_MIXTURES,
     Mixture,
-    collection,
     mixture_names,
+    mixtures_of_files,
 )
 from grit_jax.text.jsonl import SUFFIXES, JsonlFiles, SourceError
 from grit_jax.user_modules import import_named
@@ -56,7 +56,7 @@ def _find(name: str, held_out: float, seed: int) -> list[Mixture]:
                 return [mixture]
     if given or "/" in name or name.endswith(SUFFIXES) or epath.Path(name).exists():
         given = given or re.sub(r"[^\w.]+", "_", _stem(path))
-        return collection(given, path, held_out, seed)
+        return mixtures_of_files(given, path, held_out, seed)
     if name in COLLECTIONS:
         raise PreparedDataError(f"{name!r} is read from files: use {name}=FOLDER")
     raise PreparedDataError(

@@ -151,7 +151,7 @@ def add_collection(
 ) -> list[str]:
     """Declares the mixtures of a folder, also as seqio Mixtures, and returns their names.
 
-    See `grit_jax.prepare.datasets.collection`.
+    See `grit_jax.prepare.datasets.mixtures_of_files`.
     """
     names = datasets.add_collection(name, path, held_out, seed)
     for mixture in names:

@@ -67,7 +67,7 @@ def load_documents(part: Path) -> list[Document]:
     Raises:
       DocumentIndexError: a file is missing or damaged.
     """
-    with named_damage(part):
+    with as_index_errors(part):
         lines = (part / "documents.jsonl").read_text().splitlines()
         documents = [json.loads(line) for line in lines]
         num_embeddings = len(load_embeddings(part))
@@ -77,8 +77,8 @@ def load_documents(part: Path) -> list[Document]:
 
 
 @contextlib.contextmanager
-def named_damage(part: Path) -> Iterator[None]:
-    """A context manager that names the part in errors from reading its files.
+def as_index_errors(part: Path) -> Iterator[None]:
+    """A context manager that turns errors from reading a part's files into `DocumentIndexError`s.
 
     Raises:
       DocumentIndexError: a file is missing or damaged.

@@ -105,8 +105,8 @@ class ContrastiveTerm(LossTerm):
         if self.config.learn_temperature:
             temperature = jnp.exp(loss_parameters["log_temperature"])
         loss = contrastive_loss(
-            self.config.embedding.project(model, summary["query"]),
-            self.config.embedding.project(model, summary["passage"]),
+            self.config.embedding.embed_pooled(model, summary["query"]),
+            self.config.embedding.embed_pooled(model, summary["passage"]),
             part.positives,
             part.passage_ids,
             temperature,
