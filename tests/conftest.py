@@ -12,9 +12,15 @@ import functools
 from pathlib import Path
 
 from command_line import ROOT, grit_jax
+from hypothesis import settings
 import pytest
 
 REFERENCE = Path(__file__).parent / "reference"
+
+
+# How long an example takes depends on the machine.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 def pytest_configure(config):

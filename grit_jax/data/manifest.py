@@ -29,8 +29,6 @@ from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2
-# Before `text_version`, manifests held a hash of the source code. This one made version 1.
-CODE_OF_TEXT_VERSION_1 = "cec6b6be94e1017baa466e05c5a9409b35e035f0ecda1bd8fba053d4c2c603f5"
 # Folder of the saved tokenizers, within a folder of prepared data.
 TOKENIZERS = "tokenizers"
 
@@ -57,7 +55,7 @@ class Manifest:
       left_out: number of lines that the dataset's `preprocess` dropped.
       source: what the dataset was read from.
       seed: seed of the held-out split.
-      text_version: the `TEXT_VERSION` that made the token ids; 0 if unknown.
+      text_version: the `TEXT_VERSION` that made the token ids; 0 before there was one.
       format_version: version of this format.
     """
 
@@ -88,9 +86,7 @@ def read_manifest(path: epath.Path) -> Manifest:
     stored = _read_json(path)
     if stored.get("format_version") != FORMAT_VERSION:
         raise PreparedDataError(f"{path} is of another version: prepare it again")
-    code = stored.pop("fingerprints", {}).get("templates")
-    if code is not None:
-        stored["text_version"] = 1 if code == CODE_OF_TEXT_VERSION_1 else 0
+    stored.pop("fingerprints", None)  # Stored before there was `text_version`.
     return Manifest(**stored)
 
 

@@ -3,4 +3,4 @@
 # Version of the token ids, masks and bytes that `grit-jax prepare` writes for a line. Raise it when
 # they change; data of another version are then prepared again. tests/text/test_golden.py fails
 # until it is raised.
-TEXT_VERSION = 1
+TEXT_VERSION = 2

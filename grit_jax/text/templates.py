@@ -55,7 +55,8 @@ def turns_of_messages(messages: Any) -> list[str]:
       messages: a list of `{"role": "system" | "user" | "assistant", "content": ...}`.
 
     Raises:
-      ChatError: `messages` is not a list of messages, or user and assistant do not alternate.
+      ChatError: `messages` is not a list of messages, user and assistant do not alternate, or a
+        system message is not followed by a user message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ChatError("'messages' is not a list")
@@ -70,7 +71,11 @@ def turns_of_messages(messages: Any) -> list[str]:
             raise ChatError("user and assistant do not alternate")
         if role == "user":
             content, system = "\n\n".join([*system, content]), []
+        elif system:
+            break
         turns.append(content)
+    if system:
+        raise ChatError("a system message is not followed by a user message")
     return turns
 
 

@@ -1,7 +1,11 @@
 """The text formats: chats, and the template that exported models render them with."""
 
+import functools
+from pathlib import Path
+
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 import pytest
 
@@ -29,12 +33,20 @@ def conversations(draw):
     return messages + [message("system", text) for text in draw(st.lists(TEXTS, max_size=1))]
 
 
-def rendered(messages, add_generation_prompt):
-    """Returns what transformers renders; its environment has these settings."""
+def raise_exception(text):
+    raise TemplateError(text)
+
+
+@functools.cache
+def exported_template():
+    """The template in an environment with the settings of transformers."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    with open(TEMPLATE, encoding="utf-8") as file:
-        template = environment.from_string(file.read())
-    return template.render(
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(Path(TEMPLATE).read_text(encoding="utf-8"))
+
+
+def rendered(messages, add_generation_prompt):
+    return exported_template().render(
         messages=messages,
         bos_token="<s>",
         eos_token="</s>",
@@ -46,7 +58,12 @@ def rendered(messages, add_generation_prompt):
 @example([message("user", " Hi "), message("assistant", " Hello.\n")], True)
 @example([message("user", "a"), message("system", "b"), message("assistant", "c")], False)
 def test_exported_models_render_the_same_chat(messages, add_generation_prompt):
-    segments = chat_segments(messages, add_generation_prompt=add_generation_prompt)
+    try:
+        segments = chat_segments(messages, add_generation_prompt=add_generation_prompt)
+    except ChatError as error:
+        with pytest.raises(TemplateError, match=str(error)):
+            rendered(messages, add_generation_prompt)
+        return
     assert rendered(messages, add_generation_prompt) == "<s>" + "</s>".join(segments)
 
 
@@ -75,6 +92,11 @@ def test_segments_have_the_tokens_of_training(texts):
         ([message("assistant", "a")], "do not alternate"),
         ([message("user", "a")] * 2, "do not alternate"),
         ([message("tool", "a")], "do not alternate"),
+        ([message("user", "a"), message("system", "b")], "not followed by a user message"),
+        (
+            [message("user", "a"), message("system", "b"), message("assistant", "c")],
+            "not followed by a user message",
+        ),
     ],
 )
 def test_messages_that_are_not_a_chat_are_refused(messages, reason):
