@@ -57,7 +57,7 @@ def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 def _check_devices() -> None:
-    """Checks the number of devices, which JAX knows for all processes."""
+    """Checks that all processes have the same number of devices."""
     counts = Counter(device.process_index for device in jax.devices())
     usual, _ = Counter(counts.values()).most_common(1)[0]
     if unusual := {process: count for process, count in counts.items() if count != usual}:

@@ -27,7 +27,7 @@ def server():
 
 
 def ask(*arguments, **settings):
-    """What is wrong with a bucket, asked in a process."""
+    """Opens a bucket in a process, and returns the error message."""
     finished = subprocess.run(
         [sys.executable, "-c", OPEN, *arguments],
         env=environment() | settings,

@@ -1,4 +1,4 @@
-"""Processes that cannot find each other say what is missing, before anything else is done."""
+"""Processes that cannot connect fail first, with an error that names what is missing."""
 
 from command_line import assert_fails_in_one_line, grit_jax, run_python
 import pytest

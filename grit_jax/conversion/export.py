@@ -179,7 +179,7 @@ def _write_tokenizer(model: StoredModel, folder: Path, name: str | None) -> None
     if name is None:
         copy_tokenizer(model.tokenizer_folder, folder)
         if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
-            return  # The model brings the settings of transformers for its tokenizer.
+            return  # The copied files include the settings of transformers.
     own = tokenizer_in(folder)
     tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
     if tokenizer.vocab_size > model.config.vocab_size:

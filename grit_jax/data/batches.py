@@ -51,7 +51,7 @@ class Batches:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the batches depend on, except the seed and the shape of the rows."""
+        """Everything that the batches depend on, except the seed and the shape of the rows."""
         return {kind: describe_sampler(sampler) for kind, sampler in self.samplers.items()}
 
     @property

@@ -209,9 +209,10 @@ def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> Mi
 
 
 def describe_sampler(sampler: Sampler) -> dict[str, Any]:
-    """Returns what the batches of a sampler depend on, except the seed.
+    """Returns everything that the batches of a sampler depend on, except the seed.
 
-    Checkpoints store it, and a run resumes only if it is unchanged; its keys and values must stay.
+    Checkpoints store the result, and a run resumes only if it is unchanged. So its keys and values
+    must not change between versions.
     """
     counts = sampler.schedule.counts.tolist()
     return {

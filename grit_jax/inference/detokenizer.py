@@ -1,4 +1,4 @@
-"""Decodes token ids one at a time into text that can be shown at once."""
+"""Decodes token ids one at a time, for streaming."""
 
 from collections.abc import Sequence
 
@@ -50,7 +50,7 @@ class IncrementalDetokenizer:
         return self._tokenizer.decode([*self._context, *self._ids])[self._context_length :]
 
     def _release(self, text: str) -> str:
-        """Returns the text up to a stop string, or up to what may become one."""
+        """Returns the text up to a stop string, or up to a possible beginning of one."""
         self._ids = []
         if self.is_stopped:
             return ""

@@ -1,4 +1,4 @@
-"""What sets one architecture apart from another, in one record."""
+"""The record of an architecture: its sizes, weights, feed-forward network and config.json."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HuggingFaceFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """An architecture: its sizes, weights, feed-forward network and config.json.
+    """Everything in which an architecture differs from the others.
 
     Attributes:
       name: value of `config.model.architecture`.

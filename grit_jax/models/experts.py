@@ -29,7 +29,7 @@ from grit_jax.sharding import mesh_axes, partition_spec
 EXPERT_UP_AXES = ("experts", "embed", "mlp")
 EXPERT_DOWN_AXES = ("experts", "mlp", "embed")
 
-# Names (`checkpoint_name`) of what a rematerialization policy may save.
+# Names (`checkpoint_name`) of the arrays that a rematerialization policy may save.
 EXPERT_PRODUCTS = ("expert_inputs", "expert_gate", "expert_up", "expert_outputs")
 
 
@@ -240,7 +240,7 @@ def plan_all_to_all(
     device, num_devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     sizes = jax.lax.all_gather(group_sizes, axis)  # [devices, E]: from each device to each expert
     sent = exclusive_cumsum(sizes)
-    # [from, E] -> [to, own experts, from]: the order in which a device keeps what it receives.
+    # [from, E] -> [to, own experts, from]: the order of the rows that a device receives.
     by_receiver = sizes.reshape(num_devices, num_devices, -1).transpose(1, 2, 0)
     kept = exclusive_cumsum(by_receiver.reshape(num_devices, -1)).reshape(by_receiver.shape)
     kept = kept.transpose(2, 0, 1).reshape(sizes.shape)

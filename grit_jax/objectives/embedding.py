@@ -76,7 +76,7 @@ class EmbeddingSpec:
         return cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
 
     def to_fields(self) -> dict[str, dict[str, str]]:
-        """Returns what config.json stores of the spec."""
+        """Returns the fields of config.json that store the spec."""
         return {GRIT_FIELD: {"attention": self.attention, "pooling": self.pooling}}
 
     def stream(self, texts: PackedTexts) -> Stream:

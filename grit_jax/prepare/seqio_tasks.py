@@ -186,7 +186,7 @@ class SeqioSource(Source):
         return tuple(self._task.splits)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what is known of the Task's source, functions and files."""
+        """Returns a description of the Task's source, functions and files."""
         source = self._task.source
         shown = repr(source)
         if isinstance(source, seqio.TfdsDataSource):  # Its repr omits slices such as train[:5].

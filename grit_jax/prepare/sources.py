@@ -27,7 +27,7 @@ GZIP_RATIO = 4
 
 
 class Source(abc.ABC):
-    """What a dataset is read from.
+    """The data that a dataset is prepared from.
 
     Attributes:
       files: its files of lines, or None for another source.

@@ -58,7 +58,7 @@ class Example(abc.ABC):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What is stored besides the texts, as values for msgpack."""
+        """The fields that are stored in addition to the texts, as values for msgpack."""
         return {}
 
     def to_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""MTEB's own package, with a `GritLM` in it."""
+"""Runs MTEB with a `GritLM`."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Compares each measure with a value computed by hand or in another way."""
+"""Compares each measure with an independently computed value."""
 
 import importlib.util
 import math

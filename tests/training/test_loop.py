@@ -1,4 +1,4 @@
-"""The training loop: it prefetches batches in order and reports the time spent waiting for them."""
+"""The training loop prefetches batches in order, and reports the time spent waiting for them."""
 
 import functools
 import json
