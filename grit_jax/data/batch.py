@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import jax
 from jaxtyping import Bool, Int
+
+from grit_jax.pytree import pytree_dataclass
 
 # NumPy arrays on the host, global JAX arrays in a step.
 Array = Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class PackedTexts:
     """Rows of fixed length, each of which holds several texts.
 
@@ -38,8 +38,7 @@ class PackedTexts:
     num_rows: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class EmbeddingBatch:
     """Queries, and the passages that every query is scored against.
 
@@ -62,8 +61,7 @@ class EmbeddingBatch:
         return {"query": self.queries, "passage": self.passages}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class ChatBatch:
     """Conversations, whose answers the model learns to predict."""
 
@@ -75,8 +73,7 @@ class ChatBatch:
         return {"chat": self.chats}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Batch:
     """The texts of one step.
 

@@ -21,6 +21,7 @@ from grit_jax.inference.cache_utils import place_cache, stack_caches
 from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
 from grit_jax.models import Decoder, KVCache
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import batch_shards, shard_rows
 
 # Prompts are left-padded to one of these lengths, or to a multiple of the last, which is the
@@ -32,8 +33,7 @@ SLOT_MULTIPLE = 128
 DECODE_STEPS = 32
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class GenerationState:
     """The state of generation after each token.
 

@@ -191,9 +191,10 @@ class ModelConfig:
     def sharded_sizes(self) -> dict[str, tuple[str, int]]:
         """Returns the logical axis and the size of every field that a mesh may split, by field."""
         return {
-            field: (axis, self.size(axis))
+            field: (axis, size)
             for axis, field in AXIS_FIELDS.items()
-            if self.size(axis) is not None and axis not in ("norm", "router", "layers")
+            if axis not in ("norm", "router", "layers")
+            and (size := getattr(self, field)) is not None
         }
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.models.architecture import Architecture
 from grit_jax.models.attention import AttentionMask
 from grit_jax.models.config import ModelConfig
@@ -27,8 +28,7 @@ from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import all_gather_fsdp, mesh_axes, partition_spec, with_logical_constraint
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Stream:
     """Rows of tokens with one attention pattern.
 

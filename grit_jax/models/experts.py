@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.models.grouped_matmul import exclusive_cumsum, grouped_matmul
 from grit_jax.models.linear import LinearLayers, Weight, linear
 from grit_jax.sharding import mesh_axes, partition_spec
@@ -33,8 +34,7 @@ EXPERT_DOWN_AXES = ("experts", "mlp", "embed")
 EXPERT_PRODUCTS = ("expert_inputs", "expert_gate", "expert_up", "expert_outputs")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class RouterStatistics:
     """Sums over the tokens of a stream, for the load-balancing loss.
 

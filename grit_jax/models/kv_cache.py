@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from grit_jax.pytree import pytree_dataclass
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+
+@pytree_dataclass
 class KVCache:
     """Keys and values of earlier tokens, in a fixed number of slots.
 

@@ -12,7 +12,6 @@ with batch losses: the embedding texts, and the chats of a model with a router.
 """
 
 from collections.abc import Callable
-import dataclasses
 from typing import Any
 
 import jax
@@ -21,12 +20,12 @@ from jaxtyping import Array
 
 from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import Decoder
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import microbatch
 from grit_jax.training.loss import Loss, Losses
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class _Chunk:
     """A chunk's rows as a batch, and the weights of their tokens in the row losses."""
 

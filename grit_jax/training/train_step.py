@@ -14,6 +14,7 @@ import optax
 from grit_jax.data.batch import Batch, PackedTexts
 from grit_jax.models import Decoder, ModelConfig, make_model
 from grit_jax.models.remat import HOST_MEMORY
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import MeshError, check_sizes_fit_mesh, partition_spec, variable_shardings
 from grit_jax.training.grad_cache import chunked_value_and_grad
 from grit_jax.training.loss import Loss, Losses
@@ -25,8 +26,7 @@ SKIP_METRICS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class TrainState:
     """The state of a run between two steps.
 
