@@ -77,8 +77,8 @@ class JaxSide:
             stacked: Any = ours
             for key in parameter.path:
                 stacked = stacked[key]
-            for place, name in parameter.tensors():
-                tensors[name] = parameter.to_tensor(np.asarray(stacked[place]))
+            for index, name in parameter.tensors():
+                tensors[name] = parameter.to_tensor(np.asarray(stacked[index]))
         return tensors
 
     def profile(self, case: str) -> dict[str, float]:

@@ -18,8 +18,8 @@ PERMISSIONS = [f"storage.objects.{verb}" for verb in ("create", "delete", "get",
 # Timeouts in seconds: for finding the bucket, and for any later request.
 FIND_TIMEOUT, REQUEST_TIMEOUT = 30, 300
 
-# Storage errors that may go away come from these libraries, or their messages contain these words:
-# of tensorstore, of gcsfs, and of the system for a network disk that was disconnected.
+# Storage errors that may disappear after a restart come from these libraries, or their messages
+# contain these words (of tensorstore, of gcsfs, or of the system for a disconnected network disk).
 LIBRARIES = ("aiohttp", "gcsfs", "google", "requests")
 TRANSIENT_ERRORS = (
     *("DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "Forbidden"),
@@ -46,7 +46,7 @@ def open_bucket(path: epath.PathLike) -> epath.Path:
     if not bucket:
         raise BucketError(f"{path} names no bucket: use gs://BUCKET/FOLDER")
     _use_gcsfs(path)
-    with _in_one_line(bucket):
+    with _as_bucket_errors(bucket):
         _find(bucket)
     return epath.Path(path)
 
@@ -60,7 +60,7 @@ def check_writing(folder: epath.Path) -> None:
     if not in_bucket(folder):
         return
     name = folder.parts[2]
-    with _in_one_line(name):
+    with _as_bucket_errors(name):
         allowed = _find(name).test_iam_permissions(PERMISSIONS, timeout=FIND_TIMEOUT)
     if missing := sorted(set(PERMISSIONS) - set(allowed)):
         raise BucketError(
@@ -93,8 +93,8 @@ def _find(name: str):
 
 
 @contextlib.contextmanager
-def _in_one_line(bucket: str) -> Iterator[None]:
-    """A context manager that turns errors about a bucket into a `BucketError`."""
+def _as_bucket_errors(bucket: str) -> Iterator[None]:
+    """A context manager that turns errors about a bucket into `BucketError`s."""
     from google.api_core import exceptions
     from google.auth.exceptions import GoogleAuthError
 

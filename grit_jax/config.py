@@ -340,10 +340,10 @@ def _embedding_spec(model: ModelSection) -> EmbeddingSpec:
 
 def _check_best_metric(config: Config) -> None:
     every = config.evaluation.every_steps
-    is_measured = config.evaluation.enabled and every > 0
+    is_evaluated = config.evaluation.enabled and every > 0
     if not config.checkpoint.best_metric:
         return
-    if not is_measured or config.checkpoint.every_steps % every:
+    if not is_evaluated or config.checkpoint.every_steps % every:
         raise ConfigError(
             f"config.checkpoint.best_metric={config.checkpoint.best_metric!r} needs an evaluation "
             "at every checkpoint: set config.evaluation.enabled, and config.checkpoint.every_steps "

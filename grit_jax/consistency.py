@@ -57,7 +57,7 @@ def describe_differences(stored: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 def _check_devices() -> None:
-    """Checks the number of devices, which JAX knows for all processes."""
+    """Checks that all processes have the same number of devices."""
     counts = Counter(device.process_index for device in jax.devices())
     usual, _ = Counter(counts.values()).most_common(1)[0]
     if unusual := {process: count for process, count in counts.items() if count != usual}:
@@ -75,15 +75,15 @@ def check_shared(folder: epath.Path) -> None:
       ProcessError: it is not; the message names the hosts that have another folder.
     """
     # A random name, since network file systems cache that a file does not exist.
-    number = multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32))
-    marker = folder / f".shared-{number}"
+    suffix = multihost_utils.broadcast_one_to_all(np.array(secrets.randbits(31), np.int32))
+    marker = folder / f".shared-{suffix}"
     if is_primary():
         marker.write_text("")
     multihost_utils.sync_global_devices("shared folder marker")
-    (seen,), names = _gather([marker.exists()])
+    (found,), names = _gather([marker.exists()])
     if is_primary():
         marker.unlink()
-    if others := [process for process, digest in enumerate(seen) if digest != seen[0]]:
+    if others := [process for process, digest in enumerate(found) if digest != found[0]]:
         raise ProcessError(
             f"{_named(others, names)} has another folder {folder} than process 0: --workdir must "
             "be on a file system that all processes share, or in a bucket"
@@ -126,7 +126,7 @@ def _named(processes: list[int], names: list[str]) -> str:
 def _unusual(values: list[bytes]) -> list[int]:
     """Returns the indices of the values that differ from the most common one."""
     usual, _ = Counter(values).most_common(1)[0]
-    return [number for number, value in enumerate(values) if value != usual]
+    return [index for index, value in enumerate(values) if value != usual]
 
 
 def _digest(value: Any) -> np.ndarray:
@@ -135,7 +135,7 @@ def _digest(value: Any) -> np.ndarray:
 
 def _code() -> dict[str, str]:
     folder = Path(__file__).parent
-    files = sorted(path for part in (folder, folder / "models") for path in part.rglob("*.py"))
+    files = sorted(folder.rglob("*.py"))
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 

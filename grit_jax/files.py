@@ -13,9 +13,14 @@ from etils import epath
 
 
 def write_json(path: Path | epath.Path, content: Any) -> None:
-    """Writes an indented JSON file atomically: readers see the old file or the new one."""
+    """Writes an indented JSON file atomically."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_atomically(path: Path | epath.Path, text: str) -> None:
+    """Writes a file such that readers see either the whole new file or the old one."""
     unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    unfinished.write_text(text)
     unfinished.replace(path)
 
 

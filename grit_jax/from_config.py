@@ -267,10 +267,9 @@ def make_held_out(config: Config, trainer: Trainer) -> HeldOut | None:
         config.loss.embedding,
     )
     best = config.checkpoint.best_metric
-    if best and best not in held_out.names:
-        raise ConfigError(
-            f"config.checkpoint.best_metric={best!r} must be one of {', '.join(held_out.names)}"
-        )
+    if best and best not in held_out.metric_names:
+        names = ", ".join(held_out.metric_names)
+        raise ConfigError(f"config.checkpoint.best_metric={best!r} must be one of {names}")
     return held_out
 
 

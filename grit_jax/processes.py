@@ -10,9 +10,11 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from grit_jax.bucket import one_line
+
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # JAX waits 300 seconds for the other processes, then aborts with a stack trace.
-PATIENCE_SECONDS = 270.0
+CONNECTION_WARNING_SECONDS = 270.0
 
 
 class ProcessError(Exception):
@@ -38,7 +40,7 @@ def connect() -> None:
             jax.distributed.initialize()
         else:
             address, count, number = _check_environment(given)
-            overdue = threading.Timer(PATIENCE_SECONDS, _report_waiting, (address, count))
+            overdue = threading.Timer(CONNECTION_WARNING_SECONDS, _report_waiting, (address, count))
             overdue.daemon = True
             overdue.start()
             try:
@@ -46,10 +48,10 @@ def connect() -> None:
             finally:
                 overdue.cancel()
     except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise ProcessError(
-            f"the processes of this run cannot connect: {reason}. Set {ADDRESS} (HOST:PORT of "
-            f"process 0), {COUNT} and {NUMBER} for each process, or {COUNT}=1 for a single one"
+            f"the processes of this run cannot connect: {one_line(error)}. Set {ADDRESS} "
+            f"(HOST:PORT of process 0), {COUNT} and {NUMBER} for each process, or {COUNT}=1 for a "
+            "single one"
         ) from None
 
 
@@ -79,9 +81,9 @@ def exit_now(exit_code: int) -> NoReturn:
 
 def _report_waiting(address: str, count: int) -> None:
     print(
-        f"the processes of this run have not connected for {PATIENCE_SECONDS:.0f} seconds, and JAX "
-        f"is about to give up: {COUNT}={count} of them must run, and all must reach "
-        f"{ADDRESS}={address}, which is HOST:PORT of process 0",
+        f"the processes of this run have not connected for {CONNECTION_WARNING_SECONDS:.0f} "
+        f"seconds, and JAX is about to give up: {COUNT}={count} of them must run, and all must "
+        f"reach {ADDRESS}={address}, which is HOST:PORT of process 0",
         file=sys.stderr,
         flush=True,
     )

@@ -238,16 +238,16 @@ def _train(
         )
 
         def evaluate_and_save(report: StepReport) -> None:
-            is_last, measured = report.step == config.steps, None
+            is_last, held_out_metrics = report.step == config.steps, None
             every = config.evaluation.every_steps
             if held_out is not None and (is_last or (every and report.step % every == 0)):
                 with step_timer.pause(report):
-                    measured = _evaluate(held_out, report.state, metrics, progress.say)
+                    held_out_metrics = _evaluate(held_out, report.state, metrics, progress.log)
             is_preempted = preemption.is_due(report.step)
             if is_last or is_preempted or checkpoints.is_due(report.step):
                 with step_timer.pause(report):
                     metrics.flush()
-                    seconds = checkpoints.save(report.step, report.state, measured)
+                    seconds = checkpoints.save(report.step, report.state, held_out_metrics)
                 metrics.write(report.step, {"checkpoint_seconds": seconds})
             if is_preempted and not is_last:
                 raise Preempted(f"preempted: saved after step {report.step}")
@@ -255,19 +255,19 @@ def _train(
         skip_guard = SkipGuard(config.optimizer.max_consecutive_skips)
         upcoming = read_ahead(batches, start, config.steps, config.data.data_threads)
         hooks = [watchdog, step_timer, skip_guard, evaluate_and_save, profiler]
-        train(trainer, state, upcoming, hooks, progress.say)
+        train(trainer, state, upcoming, hooks, progress.log)
 
 
 def _evaluate(
     held_out: HeldOut,
     state: TrainState,
     metrics: MetricsWriter,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, float]:
-    say("evaluating on held-out data ...")
-    measured = held_out.measure(state.model_parameters)
-    metrics.write(int(state.step), {f"held_out/{name}": value for name, value in measured.items()})
-    return measured
+    log("evaluating on held-out data ...")
+    values = held_out.evaluate(state.model_parameters)
+    metrics.write(int(state.step), {f"held_out/{name}": value for name, value in values.items()})
+    return values
 
 
 def _show_results(workdir: epath.Path, held_out: HeldOut | None, console: Console) -> None:

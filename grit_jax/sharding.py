@@ -52,10 +52,10 @@ class MeshShape:
     Attributes:
       slice: number of TPU slices, joined by the data center network. Each has all weights, and a
         share of the batch.
-      fsdp: ways in which the batch and the weights are split (fully sharded data parallelism).
-      tensor: ways in which heads, feed-forward columns and the vocabulary are split (tensor
+      fsdp: number of shards of the batch and the weights (fully sharded data parallelism).
+      tensor: number of shards of heads, feed-forward columns and the vocabulary (tensor
         parallelism).
-      expert: ways in which the batch and Mixtral's experts are split (expert parallelism).
+      expert: number of shards of the batch and of Mixtral's experts (expert parallelism).
     """
 
     slice: int = 1
@@ -129,7 +129,7 @@ def check_sizes_fit_mesh(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> No
       mesh: the mesh.
 
     Raises:
-      MeshError: it does not; the message names the field of the model and that of the mesh.
+      MeshError: the mesh does not divide a size; the message names the fields of both.
     """
     for field, (logical_axis, size) in sizes.items():
         if size % shards(mesh, logical_axis):
@@ -183,6 +183,11 @@ def batch_shards(mesh: Mesh) -> int:
     return shards(mesh, "batch")
 
 
+def shard_rows(arrays: Any, mesh: Mesh) -> Any:
+    """Returns a tree of arrays on the devices of `mesh`, with the rows split over data shards."""
+    return jax.device_put(arrays, NamedSharding(mesh, partition_spec("batch")))
+
+
 def local_shards(mesh: Mesh) -> list[int]:
     """Returns the indices of the row shards that this process's devices hold."""
     count = batch_shards(mesh)
@@ -192,7 +197,7 @@ def local_shards(mesh: Mesh) -> list[int]:
 
 
 def platform() -> str:
-    """Returns the platform that is compiled for: the current mesh's, else the default device's.
+    """Returns the platform to compile for: the current mesh's, else the default device's.
 
     They differ when a program is compiled for devices that are not attached.
     """

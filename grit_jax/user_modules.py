@@ -1,4 +1,4 @@
-"""Imports of users' own Python modules, given by --module."""
+"""Imports the Python modules that users name with --module."""
 
 import importlib
 import sys

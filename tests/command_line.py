@@ -1,4 +1,4 @@
-"""The command line as a user types it, in a process of its own or, faster, in this one."""
+"""Runs `grit-jax` commands in a new process or, faster, in this process."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from grit_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "grit_jax"]
-MAIN = "from grit_jax.cli import main; main()"  # The same in a script, for what comes before it.
+MAIN = "from grit_jax.cli import main; main()"  # The same command in a script, after other code.
 
 
 def environment():
@@ -54,13 +54,16 @@ def _run(command, cwd):
 
 
 def with_full_disk(script, num_bytes):
-    """Returns a script that may write files of so many bytes; Python ignores the signal."""
+    """Returns a script that cannot write files larger than `num_bytes`, as on a full disk."""
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes}, {num_bytes}))"
     return f"import resource; {limit}; {script}"
 
 
 def assert_fails_in_one_line(finished, *named):
-    """The last line of standard error names the cause; TensorFlow may print lines before it."""
+    """Checks that the last line of standard error has all of `named`.
+
+    TensorFlow may print lines before it.
+    """
     assert finished.returncode == 2, finished.stderr
     assert "Traceback" not in finished.stderr
     message = finished.stderr.splitlines()[-1]

@@ -1,8 +1,8 @@
-"""What all tests share: eight devices, and the embedded sample prepared once."""
+"""Fixtures for all tests: eight CPU devices, small models, and the prepared embedded sample."""
 
 import os
 
-# Before jax is imported: a CPU stands for eight devices, and compiling takes half the time.
+# Set before jax is imported: eight devices on one CPU, and half the compile time.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -24,10 +24,10 @@ settings.load_profile("tests")
 
 
 def pytest_configure(config):
-    """Keeps what is compiled, most of the tests' time, for other tests and for the next run."""
+    """Caches compiled programs on disk: compiling takes most of the tests' time."""
     import jax
 
-    # Both for this process, whose other conftest.py may have imported jax, and for its children.
+    # The variables are for child processes; another conftest.py may have imported jax already.
     folder = str(config.cache.mkdir("compiled"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -37,7 +37,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def prepared_sample(tmp_path_factory):
-    """The folder of the embedded sample, prepared by the command that a user types."""
+    """The folder of the embedded sample, prepared with `grit-jax prepare`."""
     folder = tmp_path_factory.mktemp("prepared") / "sample"
     sources = ("sample_embedding", "sample_chat")
     finished = grit_jax("prepare", *sources, "--output", folder, cwd=ROOT)
@@ -47,9 +47,9 @@ def prepared_sample(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reference_model():
-    """Makes the original's tiny model, which reads token ids; options go to `GritLM`.
+    """A function that loads a tiny model of the original, which takes token ids.
 
-    What has been made, and compiled, is returned again.
+    Its options are those of `GritLM.from_pretrained`. Models and compiled programs are cached.
     """
     from small_model import one_device
 
@@ -67,7 +67,7 @@ def reference_model():
 
 @pytest.fixture(scope="session")
 def count_compilations():
-    """A context manager that yields a list, to which each compiled program adds its name."""
+    """A context manager that yields a list of the names of the programs compiled in it."""
     import jax
 
     lists = []
@@ -90,7 +90,7 @@ def count_compilations():
 
 @pytest.fixture(scope="session")
 def model():
-    """A small random model that reads strings, as Mistral's tokenizer does."""
+    """A small random model with Mistral's tokenizer."""
     from small_model import small_model
 
     return small_model()

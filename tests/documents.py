@@ -33,8 +33,8 @@ class Block:
     """A fenced block.
 
     Attributes:
-      page: its file.
-      line: line number of its opening fence.
+      page: the file of the block.
+      line: line number of the opening fence.
       language: language after the opening fence.
       text: content.
       mark: comment on the line above the fence, or ""; see test_blocks.py.
@@ -68,8 +68,8 @@ class Reader:
     """Runs sh blocks in one shell and python blocks in one interpreter, in a folder.
 
     Args:
-      folder: is turned into a clone.
-      environment: variables of both.
+      folder: the folder, which gets links to the files of a clone.
+      environment: environment variables of the shell and the interpreter.
     """
 
     def __init__(self, folder, environment):
@@ -82,7 +82,7 @@ class Reader:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         grit_jax = f"{sys.executable} -m grit_jax"
-        # The tests' own interpreter, in which nothing may be installed.
+        # The interpreter of the tests: documented commands must not install packages in it.
         refusal = 'case "$*" in *"-m pip"*) echo "pip is disabled here" >&2; exit 1;; esac'
         for name, command in {"python": sys.executable, "grit-jax": grit_jax}.items():
             (programs / name).write_text(f'#!/bin/sh\n{refusal}\nexec {command} "$@"\n')

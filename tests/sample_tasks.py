@@ -1,4 +1,4 @@
-"""MTEB tasks made from the embedded sample, declared as a user would."""
+"""MTEB tasks made from the embedded sample, declared as in a user's module."""
 
 import gzip
 import json

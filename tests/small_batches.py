@@ -24,7 +24,8 @@ ROW_LENGTH = 24
 def random_texts(generator, count, unpooled):
     texts = []
     for _ in range(count):
-        length = int(generator.choice([4, 7, 11]))  # Few, because the step by hand compiles each.
+        # Few lengths: the reference step is compiled for each.
+        length = int(generator.choice([4, 7, 11]))
         tokens = generator.integers(3, SIZES["vocab_size"], length).astype(np.int32)
         texts.append(Text(tokens, np.arange(length) >= unpooled))
     return texts

@@ -1,4 +1,4 @@
-"""The fields of a run whose model is so small that it is over in seconds."""
+"""Configuration fields of a run with a model so small that it takes seconds."""
 
 SMALL = [
     "--config=configs/gritlm_tiny.py",

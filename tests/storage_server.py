@@ -1,7 +1,7 @@
-"""A server that answers as Google's storage does, with one bucket, in memory: gs://bucket.
+"""A fake Google Cloud Storage server with one bucket in memory, gs://bucket.
 
-It has what tensorstore, gcsfs, google-cloud-storage and ArrayRecord ask for, conditions on the
-generation of an object among it. Requests can be made to fail.
+It implements the requests of tensorstore, gcsfs, google-cloud-storage and ArrayRecord, including
+conditions on the generation of an object. Requests can be made to fail.
 """
 
 import base64
@@ -21,13 +21,13 @@ PERMISSIONS = {f"storage.objects.{verb}" for verb in ("create", "delete", "get",
 
 
 class StorageServer(http.server.ThreadingHTTPServer):
-    """A context in which it runs.
+    """A server, and a context manager in which it runs.
 
     Attributes:
-      objects: by name, content and generation of each object.
-      failures: so many further requests are answered with 503.
-      permissions: what the caller may do, on objects.
-      sees_bucket: whether the caller may read what the bucket is.
+      objects: content and generation of each object, by name.
+      failures: number of further requests to answer with 503.
+      permissions: the caller's permissions on objects.
+      can_get_bucket: whether the caller may read the metadata of the bucket.
     """
 
     daemon_threads = True
@@ -37,7 +37,7 @@ class StorageServer(http.server.ThreadingHTTPServer):
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.failures = 0
         self.permissions = set(PERMISSIONS)
-        self.sees_bucket = True
+        self.can_get_bucket = True
         self.lock = threading.RLock()
         self.generations = itertools.count(1)
         self.uploads: dict[str, tuple[str, bytearray]] = {}
@@ -51,11 +51,11 @@ class StorageServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_):
-        """Clients leave as soon as they have what they want."""
+        """Ignores clients that close the connection early."""
 
     @property
     def environment(self):
-        """What tells the libraries of a process that gs:// is this server."""
+        """Environment variables that make the libraries of a process use this server for gs://."""
         address = f"http://localhost:{self.server_port}"
         return {
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # ArrayRecord
@@ -67,14 +67,14 @@ class StorageServer(http.server.ThreadingHTTPServer):
         }
 
     def put_folder(self, folder, name):
-        """Puts the files of a local folder into the bucket, below a name."""
+        """Copies the files of a local folder into the folder `name` of the bucket."""
         for path in Path(folder).rglob("*"):
             if path.is_file():
                 key = os.path.join(name, path.relative_to(folder))
                 self.objects[key] = (path.read_bytes(), next(self.generations))
 
     def names(self, prefix=""):
-        """The objects whose names begin so, without it."""
+        """The names of the objects that begin with `prefix`, without the prefix."""
         with self.lock:
             return {n.removeprefix(prefix) for n in self.objects if n.startswith(prefix)}
 
@@ -95,7 +95,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_GET
 
     def log_message(self, *_):
-        """Says nothing."""
+        """Logs nothing."""
 
     def handle_one(self):
         url = urlsplit(self.path)
@@ -125,10 +125,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return body
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    # Answers, each with the arguments of its route.
+    # The answer to each route, with the groups of the route's pattern as arguments.
 
     def get_bucket(self, body):
-        if not self.server.sees_bucket:
+        if not self.server.can_get_bucket:
             return self.fail(403, "the caller does not have storage.buckets.get access")
         return self.send_json({"kind": "storage#bucket", "id": "bucket", "name": "bucket"})
 
@@ -163,7 +163,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content, generation = self.server.objects[name]
         if not self.condition_holds(generation):
             return self.fail(304 if self.one("ifGenerationNotMatch", "") else 412, "condition")
-        # ArrayRecord leaves out what it wants, and means the content.
+        # ArrayRecord sends no `alt` and expects the content.
         if self.one("alt", "media" if self.headers.get("Range") else "json") == "json":
             return self.send_json(self.describe(name))
         return self.send_content(content, generation)
@@ -208,7 +208,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         status = self.remove(name)
         return self.send(204, b"") if status == 204 else self.fail(status, f"No such object {name}")
 
-    # What they are made of.
+    # Helpers of the answers.
 
     def one(self, name, default):
         return self.query.get(name, [default])[0]
@@ -280,7 +280,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-# Some libraries leave out /storage/v1 for a server that stands in.
+# Some libraries leave out /storage/v1 for an emulator.
 _BUCKET = r"(?:/storage/v1)?/b/(?P<bucket>[^/]+)"
 ROUTES = (
     ("GET", _BUCKET, _Handler.get_bucket, None),

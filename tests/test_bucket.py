@@ -27,7 +27,7 @@ def server():
 
 
 def ask(*arguments, **settings):
-    """What is wrong with a bucket, asked in a process."""
+    """Opens a bucket in a process, and returns the error message."""
     finished = subprocess.run(
         [sys.executable, "-c", OPEN, *arguments],
         env=environment() | settings,
@@ -53,7 +53,7 @@ def test_what_is_wrong_with_a_bucket_is_named(server, tmp_path):
     assert message == "gs://bucket/run needs the package gcsfs: pip install 'grit-jax[bucket]'"
     nobody = {"CLOUDSDK_CONFIG": str(tmp_path), "HOME": str(tmp_path), "NO_GCE_CHECK": "true"}
     assert "gcloud auth application-default login" in ask("gs://bucket/run", **nobody)
-    server.sees_bucket = False
+    server.can_get_bucket = False
     message = ask("gs://bucket/run", **server.environment)
     assert message.startswith("gs://bucket cannot be used: ")
     assert "storage.buckets.get" in message

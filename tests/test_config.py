@@ -1,4 +1,4 @@
-"""Configurations: those that come with the project are whole; mistakes are named in one line."""
+"""Configurations: those of the project are complete; mistakes are named in one line."""
 
 import dataclasses
 import json

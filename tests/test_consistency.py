@@ -1,4 +1,4 @@
-"""Processes that were not started alike say in what, and which of them; each runs for itself."""
+"""Processes with different settings fail with an error that names the setting and the process."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Processes that cannot find each other say what is missing, before anything else is done."""
+"""Processes that cannot connect fail first, with an error that names what is missing."""
 
 from command_line import assert_fails_in_one_line, grit_jax, run_python
 import pytest
@@ -58,7 +58,7 @@ def test_a_process_that_the_others_do_not_join_says_what_it_waits_for(tmp_path, 
         "import functools, jax\n"
         "from grit_jax import processes\n"
         "initialize = functools.partial(jax.distributed.initialize, initialization_timeout=3)\n"
-        "jax.distributed.initialize, processes.PATIENCE_SECONDS = initialize, 0.5\n"
+        "jax.distributed.initialize, processes.CONNECTION_WARNING_SECONDS = initialize, 0.5\n"
         "processes.connect()\n"
     )
     for name, value in {"COORDINATOR_ADDRESS": "localhost:1", "NUM_PROCESSES": "2"}.items():

@@ -1,4 +1,4 @@
-"""Small byte-level tokenizers, as Hugging Face's models bring them: made here, of real text."""
+"""Small tokenizers like those of Hugging Face's models, trained on real text."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXT = Path(__file__).parents[1] / "README.md"
-# What SentencePiece models are trained on.
+# Training text of SentencePiece models.
 LINES = ["<|user|> <|embed|> find the quick brown fox"] * 50
 BEGIN, END, OTHER = "<|begin|>", "<|end|>", "<|other|>"
-# How Llama 3 splits text into words: up to three digits, line breaks with what stands before them.
+# Llama 3's pattern for words: up to three digits, and line breaks joined to what precedes them.
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,13 +32,13 @@ SPLITS = {
         ]
     ),
 }
-# One with SentencePiece's spaces, as converted Llama 2 models have it.
+# A tokenizer with SentencePiece's spaces, like that of converted Llama 2 models.
 METASPACE = "metaspace"
 STYLES = (*SPLITS, METASPACE)
 
 
 def write_tokenizer(folder, style, size=700):
-    """Writes tokenizer.json and tokenizer_config.json of so many tokens; returns the former."""
+    """Writes a tokenizer of `size` tokens and its configuration; returns the tokenizer's path."""
     if style == METASPACE:
         made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
         made.normalizer = normalizers.Sequence(
@@ -51,7 +51,7 @@ def write_tokenizer(folder, style, size=700):
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = SPLITS[style]
         made.decoder = decoders.ByteLevel()
-        # As Llama 3 and GPT-2 have it; it changes what the package says of places in the text.
+        # Like Llama 3 and GPT-2. It changes the character offsets that the package returns.
         made.post_processor = processors.ByteLevel(trim_offsets=True)
         alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [BEGIN, END, OTHER]
     trainer = trainers.BpeTrainer(
@@ -69,7 +69,7 @@ def write_tokenizer(folder, style, size=700):
 
 
 def write_sentencepiece(folder, vocab_size, lines=LINES, **options):
-    """Writes a SentencePiece model of at most so many pieces; returns its path."""
+    """Writes a SentencePiece model of at most `vocab_size` pieces; returns its path."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(folder / "other"),

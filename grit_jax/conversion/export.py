@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
-from grit_jax.conversion.layout import DENSE, ParamSpec
+from grit_jax.conversion.layout import ParamSpec
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE
 from grit_jax.conversion.sidecar_files import (
     copy_tokenizer,
@@ -18,6 +18,7 @@ from grit_jax.conversion.sidecar_files import (
     write_tokenizer,
 )
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
 from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
@@ -89,8 +90,9 @@ class _Tensor:
 
     Attributes:
       name: its name in Hugging Face's checkpoints.
-      stack_index: the layer (and expert) of the parameter that it is; () if there is no stack.
-      parameter: the parameter.
+      stack_index: index of its layer (and expert) in the stacked parameter; () if the parameter is
+        not stacked.
+      parameter: the parameter that it is a part of.
       dtype: the type to write.
     """
 
@@ -177,7 +179,7 @@ def _write_tokenizer(model: StoredModel, folder: Path, name: str | None) -> None
     if name is None:
         copy_tokenizer(model.tokenizer_folder, folder)
         if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
-            return  # The model brings the settings of transformers for its tokenizer.
+            return  # The copied files include the settings of transformers.
     own = tokenizer_in(folder)
     tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
     if tokenizer.vocab_size > model.config.vocab_size:

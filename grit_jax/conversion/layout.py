@@ -14,7 +14,6 @@ from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.models import ModelConfig, weights_of
-from grit_jax.models.weights import DENSE as DENSE
 from grit_jax.models.weights import LAYERS
 
 # Side of the blocks in which a matrix is transposed.

@@ -30,10 +30,11 @@ def open_model(
       path: the folder or file. A run's folder is the `--workdir` of training. Checkpoints and runs
         may be in a bucket.
       head: see `HuggingFaceModel`.
-      base: where the base model of a LoRA checkpoint is now, if it has moved.
+      base: the current path of a LoRA checkpoint's base model, if it has moved.
 
     Raises:
-      ConversionError: there is no model at `path`, or the base model is missing or another one.
+      ConversionError: there is no model at `path`, or the base model is missing or has other
+        weights.
       BucketError: the bucket cannot be read.
     """
     path = open_bucket(path) if in_bucket(path) else Path(path)

@@ -10,8 +10,8 @@ from jaxtyping import Shaped
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from grit_jax.conversion.layout import DENSE
 from grit_jax.conversion.stored_model import ConversionError
+from grit_jax.models.weights import DENSE
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

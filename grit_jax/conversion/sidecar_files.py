@@ -7,9 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from grit_jax.conversion.layout import DENSE
 from grit_jax.files import write_json
 from grit_jax.models import ModelConfig
+from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.text.templates import EMBED
 from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, tokenizer_in

@@ -78,8 +78,8 @@ class Batch:
     """The texts of one step.
 
     Attributes:
-      parts: the part of each kind of text that is trained, by the kind's name: an `EmbeddingBatch`
-        for "embedding", a `ChatBatch` for "generative".
+      parts: the part of each kind of text that is trained, by the name of the kind: an
+        `EmbeddingBatch` for "embedding", a `ChatBatch` for "generative".
       num_tokens: tokens of all texts of the whole batch, if they have been counted.
     """
 

@@ -60,7 +60,7 @@ class BatchPlanner:
       limits: limits of the rows.
 
     Raises:
-      PreparedDataError: a dataset has a text that is longer than a row may be.
+      PreparedDataError: a dataset has a text that is longer than the maximum row length.
     """
 
     def __init__(self, samplers: Mapping[str, Sampler], limits: RowLimits):
@@ -82,7 +82,7 @@ class BatchPlanner:
         raise AssertionError("the last shape has a row for each text")
 
     def empty(self, shape: Shape) -> BatchPlan:
-        """Returns a plan of a shape that has no texts."""
+        """Returns a plan without texts for a shape."""
         sampled = {kind: _no_examples(sampler) for kind, sampler in self.samplers.items()}
         return BatchPlan(sampled, shape, _unpacked_streams(sampled))
 
@@ -125,7 +125,7 @@ def check_row_length(
 
     Args:
       dataset: the dataset.
-      name: the stream of the text.
+      name: name of the stream that the text belongs to.
       longest: tokens of the text.
       row_lengths: maximum tokens of a row of each stream.
 

@@ -1,4 +1,4 @@
-"""The batch of any step: planned as a whole, of which each host reads its own rows."""
+"""The batch of any step. Every host plans the whole batch and reads only its own rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from grit_jax.data.batch_plan import BatchPlan, BatchPlanner, StreamPlan
 from grit_jax.data.kinds import BATCH_KINDS, SampledExamples
 from grit_jax.data.manifest import PreparedDataset
 from grit_jax.data.packing import pack
-from grit_jax.data.sampling import Sampler, describe
+from grit_jax.data.sampling import Sampler, describe_sampler
 from grit_jax.data.shapes import RowLimits, Shape
 from grit_jax.text.examples import Text
 from grit_jax.text.kinds import TEXT_KINDS
@@ -23,8 +23,8 @@ from grit_jax.text.kinds import TEXT_KINDS
 class Batches:
     """The batches of a run, by step: a pure function of the arguments and the step.
 
-    Rows are split evenly into `limits.count_multiple` shards, in order. The rows of all hosts
-    together are identical to the byte for any number of hosts.
+    Rows are split evenly into `limits.count_multiple` shards, in order. The global batch is
+    byte-identical for any number of hosts.
 
     Args:
       samplers: the sampler of each kind of text that is trained.
@@ -34,7 +34,7 @@ class Batches:
         as in the original implementation.
 
     Raises:
-      PreparedDataError: a dataset has a text that is longer than a row may be.
+      PreparedDataError: a dataset has a text that is longer than the maximum row length.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Batches:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the batches depend on, except the seed and the shape of the rows."""
-        return {kind: describe(sampler) for kind, sampler in self.samplers.items()}
+        """Everything that the batches depend on, except the seed and the shape of the rows."""
+        return {kind: describe_sampler(sampler) for kind, sampler in self.samplers.items()}
 
     @property
     def datasets(self) -> list[PreparedDataset]:
@@ -120,7 +120,8 @@ class Batches:
         """Reads the examples at indices `wanted` of `sampled`.
 
         Returns:
-          The texts, by the index of the example in `sampled` and that of the text in its dataset.
+          The texts, by the index of the example in `sampled` and the index of the text in its
+          dataset.
         """
         texts = {}
         for index, dataset in enumerate(self.samplers[kind].datasets):
@@ -129,9 +130,9 @@ class Batches:
                 continue
             in_dataset = sampled.examples[own].tolist()
             read = dataset.read(in_dataset)
-            for position, number, example in zip(own, in_dataset, read, strict=True):
-                first = int(dataset.lengths.first[number])
-                texts |= {(int(position), first + i): text for i, text in enumerate(example.texts)}
+            for sample, example_index, example in zip(own, in_dataset, read, strict=True):
+                first = int(dataset.lengths.first[example_index])
+                texts |= {(int(sample), first + i): text for i, text in enumerate(example.texts)}
         return texts
 
 

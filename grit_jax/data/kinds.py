@@ -23,7 +23,7 @@ class SampledExamples:
     Attributes:
       datasets: index of each example's dataset in the sampler.
       examples: index of each example in its dataset.
-      epochs: number of earlier epochs of the dataset.
+      epochs: index of the dataset's epoch that each example is drawn in, from 0.
       texts: index of each text among all texts of the dataset; -1 where an example has fewer.
       lengths: tokens of each text; 0 where there is none.
     """
@@ -104,7 +104,7 @@ def sample_passages(
 def _ragged_indices(
     counts: Int[np.ndarray, " N"],
 ) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
-    """Returns for each of `counts[n]` items of every n, in order, its n and its index from 0."""
+    """Returns n and the index from 0 of each of the `counts[n]` items of every n, in order."""
     owners = np.repeat(np.arange(len(counts)), counts)
     starts = np.cumsum(counts) - counts
     return owners, np.arange(len(owners)) - starts[owners]

@@ -7,7 +7,8 @@
     FOLDER/DATASET/SPLIT/*.arrayrecord       the examples
     FOLDER/tokenizers/HASH/*                 the files of the tokenizer
 
-The lengths are stored apart, so that a global batch can be planned without reading an example.
+The lengths are stored in a separate file, so that a global batch can be planned without reading an
+example.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,9 @@ class Manifest:
       shards: names of the record files.
       features: fields of a line: "query", "pos" and "neg", or "text".
       token_lengths: for each stream the number of texts, and the mean and sum of their tokens.
-      instruction_lengths: for each stream the same, and the longest, of the tokens that are
-        attended to but neither pooled nor predicted (BOS, instructions, user turns).
+      instruction_lengths: for each stream the number of texts, and the longest, mean and sum of
+        their tokens that are attended to but neither pooled nor predicted (BOS, instructions, user
+        turns).
       rejected_lines: for each reason the first few rejected lines; rejected.jsonl has all of them.
       left_out: number of lines that the dataset's `preprocess` dropped.
       source: what the dataset was read from.
@@ -278,8 +280,8 @@ def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
     For data that were prepared before tokenizers were saved, it is loaded by its name.
 
     Raises:
-      FileNotFoundError: it is not saved, and no tokenizer is found by its name.
-      PreparedDataError: a file of it is missing.
+      FileNotFoundError: the tokenizer is not saved, and there is none with its name.
+      PreparedDataError: a saved file of the tokenizer is missing.
     """
     files = saved_tokenizer_files(dataset)
     name = dataset.manifest.tokenizer["name"]

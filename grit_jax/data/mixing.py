@@ -1,8 +1,8 @@
 """Stateless dataset mixing and per-epoch shuffling, as functions of an index.
 
 Training slots are assigned to datasets by a fixed block that holds each dataset in proportion to
-its rate. Each dataset is shuffled anew every epoch. Nothing has state, so a run resumes at any step
-without replaying the steps before it.
+its rate. Each dataset is shuffled again every epoch. Nothing has state, so a run resumes at any
+step without replaying the steps before it.
 """
 
 from collections.abc import Sequence

@@ -22,7 +22,7 @@ from grit_jax.text.kinds import TEXT_KINDS
 # Examples whose lengths are balanced together, and windows of them that a sampler caches.
 WINDOW_EXAMPLES = 65_536
 WINDOWS_CACHED = 2
-# Batches that a preview samples, to find out how long batches are.
+# Batches that are sampled before training, to choose row shapes for their lengths.
 PREVIEWED_WINDOWS = 4
 BATCHES_PER_PREVIEWED_WINDOW = 8
 
@@ -95,7 +95,7 @@ class MixedSampler:
     def previews(
         self, windows: int = PREVIEWED_WINDOWS
     ) -> list[tuple[float, list[SampledExamples]]]:
-        """Returns the profiles of batches (here one): its share of the batches, and some of them.
+        """Returns one pair: 1.0, the share of all batches, and the samples of some batches.
 
         Args:
           windows: number of windows to sample batches from.
@@ -180,7 +180,7 @@ class SingleDatasetSampler:
         return dataclasses.replace(sampled, datasets=np.full(len(sampled), dataset))
 
     def previews(self) -> list[tuple[float, list[SampledExamples]]]:
-        """Returns the profiles of batches, one per dataset: its share, and some of its batches."""
+        """Returns for each dataset its share of all batches, and the samples of some batches."""
         windows = ceil_div(PREVIEWED_WINDOWS, len(self.datasets))
         shares = self.schedule.counts / len(self.schedule)
         return [
@@ -208,10 +208,11 @@ def make_mixture_schedule(datasets: Mapping[PreparedDataset, int | float]) -> Mi
     return MixtureSchedule(list(datasets.values()))
 
 
-def describe(sampler: Sampler) -> dict[str, Any]:
-    """Returns what the batches of a sampler depend on, except the seed.
+def describe_sampler(sampler: Sampler) -> dict[str, Any]:
+    """Returns everything that the batches of a sampler depend on, except the seed.
 
-    Checkpoints store it, and a run resumes only if it is unchanged; its keys and values must stay.
+    Checkpoints store the result, and a run resumes only if it is unchanged. So its keys and values
+    must not change between versions.
     """
     counts = sampler.schedule.counts.tolist()
     return {

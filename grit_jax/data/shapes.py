@@ -1,8 +1,8 @@
 """Chooses the few row shapes of a run from the lengths of its texts.
 
-Each shape is a program to compile, and padding is computed for nothing. So there are at most four
-shapes: two for typical steps, a spare one slightly larger than every step seen, and one that fits
-any step.
+Each shape needs a compiled program, and padding wastes computation. So there are at most four
+shapes: two for typical steps, a spare one slightly larger than every sampled step, and one that
+fits any step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,10 @@ import itertools
 
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import ceil_div, round_up
 from grit_jax.data.packing import fit_rows
 
-# Capacity of the spare shape, relative to the largest step seen.
+# Capacity of the spare shape, relative to the largest sampled step.
 HEADROOM = 1.05
 # The part of a row that may be filled when shapes are chosen, because steps vary a little.
 USABLE_FRACTION = 0.995
@@ -50,7 +50,7 @@ class Rows:
 
 
 # Tokens of each text of a step.
-Lengths = Sequence[int] | np.ndarray
+TextLengths = Sequence[int] | np.ndarray
 # The rows of each stream that is trained.
 Shape = dict[str, Rows]
 
@@ -72,11 +72,11 @@ class RowLimits:
     def lengths(self, stream: str, longest_text: int) -> list[int]:
         """Returns the allowed row lengths of a stream, shortest first."""
         step, maximum = self.length_multiple, self.longest[stream]
-        return list(range(ceil_div(longest_text, step) * step, maximum + 1, step)) or [maximum]
+        return list(range(round_up(longest_text, step), maximum + 1, step)) or [maximum]
 
-    def round_up(self, count: int) -> int:
+    def round_count(self, count: int) -> int:
         """Returns the smallest allowed row count that is at least `count`."""
-        return ceil_div(max(1, count), self.count_multiple) * self.count_multiple
+        return round_up(max(1, count), self.count_multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StepProfile:
     """
 
     share: float
-    lengths: Mapping[str, Sequence[Lengths]]
+    lengths: Mapping[str, Sequence[TextLengths]]
 
     @property
     def max_tokens(self) -> dict[str, int]:
@@ -131,8 +131,8 @@ def choose_row_shapes(
     for stream, tokens in largest.items():
         length = max(shape[stream].length for shape in shapes)
         capacity = HEADROOM * max(tokens, *(shape[stream].capacity for shape in shapes))
-        max_rows = limits.round_up(num_texts[stream])
-        spare[stream] = Rows(min(max_rows, limits.round_up(-int(-capacity // length))), length)
+        max_rows = limits.round_count(num_texts[stream])
+        spare[stream] = Rows(min(max_rows, limits.round_count(-int(-capacity // length))), length)
         any_step[stream] = Rows(max_rows, length)
     unique = []
     for shape in [*shapes, spare, any_step]:
@@ -141,7 +141,7 @@ def choose_row_shapes(
     return unique
 
 
-def best_rows(steps: Sequence[Lengths], row_lengths: Sequence[int], limits: RowLimits) -> Rows:
+def best_rows(steps: Sequence[TextLengths], row_lengths: Sequence[int], limits: RowLimits) -> Rows:
     """Returns the rows with the least padding that fit nearly all of the steps.
 
     Args:
@@ -157,10 +157,10 @@ def best_rows(steps: Sequence[Lengths], row_lengths: Sequence[int], limits: RowL
         # The largest step comes first, so rows that are too small are rejected at once.
         if all(_fits_with_room(texts, rows) for texts in fitting):
             return rows
-    return Rows(limits.round_up(max(map(len, steps))), row_lengths[-1])
+    return Rows(limits.round_count(max(map(len, steps))), row_lengths[-1])
 
 
-def _fits_with_room(texts: Lengths, rows: Rows) -> bool:
+def _fits_with_room(texts: TextLengths, rows: Rows) -> bool:
     usable = max(int(rows.length * USABLE_FRACTION), int(max(texts)))
     return usable <= rows.length and fit_rows(texts, rows.count, usable) is not None
 
@@ -168,7 +168,7 @@ def _fits_with_room(texts: Lengths, rows: Rows) -> bool:
 def _candidates(tokens: int, row_lengths: Sequence[int], limits: RowLimits) -> Iterator[Rows]:
     """Yields rows with a capacity of at least `tokens`, and at most twice as much."""
     for length in row_lengths:
-        count = limits.round_up(ceil_div(tokens, length))
+        count = limits.round_count(ceil_div(tokens, length))
         while count * length <= max(2 * tokens, limits.count_multiple * length):
             yield Rows(count, length)
             count += limits.count_multiple

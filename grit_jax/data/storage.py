@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 # Seconds to wait before each retry.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
-# What error messages of the readers say when a retry cannot help.
+# Words in error messages of the readers for which a retry cannot help.
 MISSING = ("no such file", "no such object", "not found", "status code: 404")
 DAMAGED = ("corrupted", "hash mismatch", "should be at least")
 

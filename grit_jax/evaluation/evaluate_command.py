@@ -1,4 +1,4 @@
-"""grit-jax evaluate: MTEB and lm-eval scores of a model, next to the paper's."""
+"""The command `grit-jax evaluate`: MTEB and lm-eval scores of a model, next to the paper's."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from grit_jax.user_modules import import_named
 
 
 def run(argv: Sequence[str]) -> None:
-    """Evaluates a model with MTEB or lm-eval, or prints the paper's tables with its scores
+    """Evaluates a model with MTEB or lm-eval, or prints the paper's tables with its scores.
 
     Raises:
       InputError, ModuleError, ResultsError, ConversionError: an argument or a file is wrong.

@@ -1,4 +1,4 @@
-"""Retrieval and perplexity on held-out data, measured with the model in training."""
+"""Retrieval metrics and perplexity of the model in training, on held-out data."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import round_up
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.batch_plan import check_row_length
 from grit_jax.data.kinds import deduplicated_ids
@@ -57,7 +57,7 @@ class TextBatcher:
             for start in range(0, len(texts), self.batch_size)
         ]
         plans = [plan_rows([len(text) for text in group], row_length) for group in groups]
-        num_rows = ceil_div(max(len(plan) for plan in plans), shards) * shards
+        num_rows = round_up(max(len(plan) for plan in plans), shards)
         for group, plan in zip(groups, plans, strict=True):
             packed = pack(group, plan, num_rows, row_length, num_texts=self.batch_size)
             yield self.trainer.to_devices(packed)
@@ -67,30 +67,30 @@ class TextBatcher:
         return jax.jit(function, out_shardings=NamedSharding(self.trainer.mesh, PartitionSpec()))
 
 
-class Measure(Protocol):
-    """What is measured on the held-out datasets of one kind of text."""
+class Evaluator(Protocol):
+    """Computes metrics on the held-out datasets of one kind of text."""
 
     def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher): ...
 
     @property
-    def names(self) -> list[str]:
-        """Names of the measures."""
+    def metric_names(self) -> list[str]:
+        """Names of the metrics."""
         ...
 
-    def measure(self, parameters: nnx.State) -> dict[str, float]:
-        """Returns the measures by name."""
+    def evaluate(self, parameters: nnx.State) -> dict[str, float]:
+        """Returns the metrics by name."""
         ...
 
     def trace(self, parameters: nnx.State) -> None:
-        """Traces the programs of `measure`."""
+        """Traces the programs of `evaluate`."""
         ...
 
     def chance(self) -> dict[str, float]:
-        """Returns the measures of a random answer, where they are known."""
+        """Returns the expected metrics of a random answer, where they are known."""
         ...
 
     def bm25_baseline(self) -> dict[str, float]:
-        """Returns the measures of BM25, where it applies."""
+        """Returns the metrics of BM25, where it applies."""
         ...
 
 
@@ -123,20 +123,20 @@ class RetrievalTask:
         queries = [example.query for example in examples]
         return cls(dataset.name, queries, [positives[index] for index in kept], relevant)
 
-    def measures(self, scores: Float[np.ndarray, "Q P"]) -> dict[str, float]:
-        """Returns the measures of the scores of all queries and passages, as DATASET/MEASURE."""
+    def metrics(self, scores: Float[np.ndarray, "Q P"]) -> dict[str, float]:
+        """Returns the metrics of the scores of all queries and passages, as DATASET/METRIC."""
         return self._named(retrieval_metrics(scores, self.relevant))
 
     def chance(self) -> dict[str, float]:
-        """Returns the expected measures of a random order, for one positive per query."""
+        """Returns the expected metrics of a random order, for one positive per query."""
         return self._named(chance_metrics(len(self.passages)))
 
-    def _named(self, measures: Mapping[str, float]) -> dict[str, float]:
-        return {f"{self.name}/{measure}": value for measure, value in measures.items()}
+    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.name}/{metric}": value for metric, value in metrics.items()}
 
 
-class Retrieval:
-    """nDCG@10 and recall@1 of retrieval, per dataset; see `Measure`."""
+class RetrievalEvaluator:
+    """nDCG@10 and recall@1 of retrieval, per dataset; see `Evaluator`."""
 
     def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher):
         self._batcher = batcher
@@ -148,38 +148,38 @@ class Retrieval:
         self._embed = batcher.jit(self._embed_batch)
 
     @property
-    def names(self) -> list[str]:
-        """Names of the measures."""
+    def metric_names(self) -> list[str]:
+        """Names of the metrics."""
         return list(self.chance())
 
-    def measure(self, parameters: nnx.State) -> dict[str, float]:
+    def evaluate(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "DATASET/ndcg_at_10" and "DATASET/recall_at_1"."""
-        measures = {}
+        metrics = {}
         for task in self._tasks:
             queries = self._embed_all(parameters, task.queries, "query")
             passages = self._embed_all(parameters, task.passages, "passage")
-            measures |= task.measures(queries @ passages.T)
-        return measures
+            metrics |= task.metrics(queries @ passages.T)
+        return metrics
 
     def trace(self, parameters: nnx.State) -> None:
-        """Traces the programs of `measure`; the rows of all datasets have the same lengths."""
+        """Traces the programs of `evaluate`; the rows of all datasets have the same lengths."""
         task = self._tasks[0]
         for stream, texts in (("query", task.queries), ("passage", task.passages)):
             jax.eval_shape(self._embed, parameters, next(self._batcher.batches(texts, stream)))
 
     def chance(self) -> dict[str, float]:
-        """Returns the expected measures of a random order of the passages."""
+        """Returns the expected metrics of a random order of the passages."""
         return _merged(task.chance() for task in self._tasks)
 
     def bm25_baseline(self) -> dict[str, float]:
-        """Returns the measures of BM25 on the same queries and passages."""
+        """Returns the metrics of BM25 on the same queries and passages."""
         tokenizer = load_saved_tokenizer(self._datasets[0])
 
         def words(texts: Sequence[Text]) -> list[str]:
             return [tokenizer.decode(text.tokens[text.mask].tolist()) for text in texts]
 
         return _merged(
-            task.measures(bm25_scores(words(task.queries), words(task.passages)))
+            task.metrics(bm25_scores(words(task.queries), words(task.passages)))
             for task in self._tasks
         )
 
@@ -195,8 +195,8 @@ class Retrieval:
         return embed_texts(model, texts, self._batcher.embedding)
 
 
-class Perplexity:
-    """Perplexity of the answers of all chats; see `Measure`."""
+class PerplexityEvaluator:
+    """Perplexity of the answers of all chats; see `Evaluator`."""
 
     def __init__(self, datasets: Sequence[PreparedDataset], batcher: TextBatcher):
         self._batcher = batcher
@@ -208,11 +208,11 @@ class Perplexity:
         self._cross_entropy = batcher.jit(self._cross_entropy_batch)
 
     @property
-    def names(self) -> list[str]:
-        """Names of the measures."""
+    def metric_names(self) -> list[str]:
+        """Names of the metrics."""
         return ["perplexity"]
 
-    def measure(self, parameters: nnx.State) -> dict[str, float]:
+    def evaluate(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "perplexity"."""
         batches = self._batcher.batches(self._chats, "chat")
         totals = [jax.device_get(self._cross_entropy(parameters, batch)) for batch in batches]
@@ -220,16 +220,16 @@ class Perplexity:
         return {"perplexity": float(np.exp(nats / targets))}
 
     def trace(self, parameters: nnx.State) -> None:
-        """Traces the program of `measure`."""
+        """Traces the program of `evaluate`."""
         batch = next(self._batcher.batches(self._chats, "chat"))
         jax.eval_shape(self._cross_entropy, parameters, batch)
 
     def chance(self) -> dict[str, float]:
-        """Returns nothing."""
+        """Returns an empty dictionary."""
         return {}
 
     def bm25_baseline(self) -> dict[str, float]:
-        """Returns nothing."""
+        """Returns an empty dictionary."""
         return {}
 
     def _cross_entropy_batch(
@@ -244,16 +244,19 @@ class Perplexity:
         return nats, jnp.sum(weights)
 
 
-# What is measured on each kind of text, by the names in `text.kinds.TEXT_KINDS`.
-MEASURES: dict[str, type[Measure]] = {"embedding": Retrieval, "generative": Perplexity}
+# The evaluator of each kind of text, by the names in `text.kinds.TEXT_KINDS`.
+EVALUATORS: dict[str, type[Evaluator]] = {
+    "embedding": RetrievalEvaluator,
+    "generative": PerplexityEvaluator,
+}
 
 
 class HeldOut:
-    """Held-out data, and the measures of a model on it.
+    """Held-out data, and the metrics of a model on it.
 
     Args:
       trainer: provides the model and the mesh.
-      datasets: the datasets of each kind of text that is measured.
+      datasets: the datasets of each kind of text to evaluate.
       row_lengths: tokens per row of each stream ("query", "passage", "chat").
       batch_size: texts per batch.
       embedding: how texts are embedded.
@@ -272,40 +275,40 @@ class HeldOut:
     ):
         self._trainer = trainer
         batcher = TextBatcher(trainer, embedding, row_lengths, batch_size)
-        self._measures = [MEASURES[kind](own, batcher) for kind, own in datasets.items() if own]
+        self._evaluators = [EVALUATORS[kind](own, batcher) for kind, own in datasets.items() if own]
 
     @property
-    def names(self) -> list[str]:
-        """The names of the measures."""
-        return [name for measure in self._measures for name in measure.names]
+    def metric_names(self) -> list[str]:
+        """The names of the metrics."""
+        return [name for evaluator in self._evaluators for name in evaluator.metric_names]
 
-    def measure(self, parameters: nnx.State) -> dict[str, float]:
+    def evaluate(self, parameters: nnx.State) -> dict[str, float]:
         """Returns "DATASET/ndcg_at_10", "DATASET/recall_at_1" and "perplexity"."""
         with jax.set_mesh(self._trainer.mesh):
-            return _merged(measure.measure(parameters) for measure in self._measures)
+            return _merged(evaluator.evaluate(parameters) for evaluator in self._evaluators)
 
     def trace(self) -> None:
-        """Traces the programs of `measure`.
+        """Traces the programs of `evaluate`.
 
         Raises:
           AttentionError: the chosen attention implementation does not support the rows.
         """
         parameters = self._trainer.abstract_state().model_parameters
-        for measure in self._measures:
-            measure.trace(parameters)
+        for evaluator in self._evaluators:
+            evaluator.trace(parameters)
 
     def bm25_baseline(self) -> dict[str, float]:
-        """Returns the retrieval measures of BM25 on the same queries and passages.
+        """Returns the retrieval metrics of BM25 on the same queries and passages.
 
         Raises:
           ImportError: the package bm25s is not installed.
         """
-        return _merged(measure.bm25_baseline() for measure in self._measures)
+        return _merged(evaluator.bm25_baseline() for evaluator in self._evaluators)
 
     def chance(self) -> dict[str, float]:
-        """Returns the expected retrieval measures of a random order, for one positive per query."""
-        return _merged(measure.chance() for measure in self._measures)
+        """Returns the expected retrieval metrics of a random order, for one positive per query."""
+        return _merged(evaluator.chance() for evaluator in self._evaluators)
 
 
-def _merged(measures: Iterator[dict[str, float]]) -> dict[str, float]:
-    return {name: value for each in measures for name, value in each.items()}
+def _merged(metrics: Iterator[dict[str, float]]) -> dict[str, float]:
+    return {name: value for each in metrics for name, value in each.items()}

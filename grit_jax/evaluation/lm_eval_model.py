@@ -61,8 +61,8 @@ class LmEvalModel(TemplateLM):
     ) -> list[int]:
         """Returns the token ids of a text, beginning with `<s>` unless that is switched off."""
         ids = [] if add_special_tokens is False else [self.prefix_token_id]
-        for number, part in enumerate(string.split(self._end_of_text)):
-            if number:
+        for index, part in enumerate(string.split(self._end_of_text)):
+            if index:
                 ids.append(self.eot_token_id)
             ids += self._model.tokenizer.ids(part).tolist()
         return ids
@@ -109,7 +109,7 @@ class LmEvalModel(TemplateLM):
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of each text; each token is predicted once."""
         windows, owners = [], []
-        for number, request in enumerate(requests):
+        for index, request in enumerate(requests):
             for context, continuation in map(
                 make_disjoint_window,
                 get_rolling_token_windows(
@@ -120,7 +120,7 @@ class LmEvalModel(TemplateLM):
                 ),
             ):
                 windows.append((None, context, continuation))
-                owners.append(number)
+                owners.append(index)
         totals = np.zeros(len(requests))
         np.add.at(totals, owners, [value for value, _ in self._loglikelihood_tokens(windows)])
         for request, total in zip(requests, totals, strict=True):
@@ -130,15 +130,15 @@ class LmEvalModel(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Returns the answer to each prompt, up to the stop strings of its task."""
         by_options = defaultdict(list)
-        for number, request in enumerate(requests):
-            by_options[json.dumps(request.args[1], sort_keys=True)].append(number)
+        for index, request in enumerate(requests):
+            by_options[json.dumps(request.args[1], sort_keys=True)].append(index)
         answers = [""] * len(requests)
-        for numbers in by_options.values():
-            options = requests[numbers[0]].args[1]
-            generated = self._generate([requests[number].args[0] for number in numbers], options)
-            for number, answer in zip(numbers, generated, strict=True):
-                answers[number] = answer
-                self.cache_hook.add_partial("generate_until", requests[number].args, answer)
+        for indices in by_options.values():
+            options = requests[indices[0]].args[1]
+            generated = self._generate([requests[index].args[0] for index in indices], options)
+            for index, answer in zip(indices, generated, strict=True):
+                answers[index] = answer
+                self.cache_hook.add_partial("generate_until", requests[index].args, answer)
         return answers
 
     def _generate(self, prompts: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -190,10 +190,10 @@ def _before(stop: Sequence[str], text: str) -> str:
     return text[: min([text.find(string) for string in stop if string in text], default=len(text))]
 
 
-def _warn_of_truncation(number: int, total: int) -> None:
-    if number:
+def _warn_of_truncation(num_truncated: int, total: int) -> None:
+    if num_truncated:
         logging.warning(
             "%d of %d texts are longer than the model's context: their beginnings are truncated",
-            number,
+            num_truncated,
             total,
         )

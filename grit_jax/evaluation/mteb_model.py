@@ -6,8 +6,6 @@ classifiers that are trained on them; all other tasks compare by cosine similari
 """
 
 from collections.abc import Mapping
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 
 from grit_jax.evaluation.paper import INSTRUCTIONS
 from grit_jax.evaluation.results import model_settings
+from grit_jax.files import json_sha256
 from grit_jax.inference.gritlm import GritLM
 
 # Types of tasks whose documents get no instruction.
@@ -60,7 +59,7 @@ class MtebModel(AbsEncoder):
             "attention": model.embedding_spec.attention,
             "pooling": model.embedding_spec.pooling,
             "max_length": max_length,
-            "instructions": _digest(own) if own else "",
+            "instructions": json_sha256(own)[:16] if own else "",
         }
         self.mteb_model_meta = _describe(model, Path(name).name, revision, self.settings)
 
@@ -85,7 +84,7 @@ class MtebModel(AbsEncoder):
           **options: `batch_size`, see `GritLM.encode`; others are not used.
         """
         texts = [text for batch in inputs for text in batch["text"]]
-        empty = [number for number, text in enumerate(texts) if not text.strip()]
+        empty = [index for index, text in enumerate(texts) if not text.strip()]
         if empty:
             logging.warning(
                 "%s: %d texts are empty and embedded as %r",
@@ -93,8 +92,8 @@ class MtebModel(AbsEncoder):
                 len(empty),
                 EMPTY_TEXT,
             )
-        for number in empty:
-            texts[number] = EMPTY_TEXT
+        for index in empty:
+            texts[index] = EMPTY_TEXT
         return self.model.encode_query(
             texts,
             self.instruction(task_metadata, prompt_type),
@@ -108,11 +107,6 @@ class MtebModel(AbsEncoder):
         if prompt_type == PromptType.document and task_metadata.type in RETRIEVAL_TYPES:
             return ""
         return self.get_instruction(task_metadata, PromptType.query)
-
-
-def _digest(instructions: Mapping[str, str]) -> str:
-    content = json.dumps(instructions, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:

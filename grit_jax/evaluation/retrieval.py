@@ -19,8 +19,8 @@ def retrieval_metrics(
 
     Args:
       scores: the score of each passage for each query; higher is better. A relevant passage ranks
-        below all other passages with the same score, so that a constant score earns nothing. NaN
-        is the lowest score.
+        below all other passages with the same score, so that constant scores are rated as a
+        worst case. NaN is the lowest score.
       relevant: the indices of each query's relevant passages, at least one for each query.
     """
     gains, recalls = [], []

@@ -43,10 +43,10 @@ def concat_caches(
     """Returns the cache of several texts, one after the other, in one row.
 
     Args:
-      caches: caches of one row without padding, each computed from position 0 on.
+      caches: caches of one row without padding, each with positions from 0 on.
       rope_theta: base of the model's rotary embeddings.
       continue_positions: whether to rotate the keys of each cache to the positions that follow the
-        cache before. If not, the keys keep their positions from 0 on, as in the original; tokens
+        previous cache. If not, the keys keep their positions from 0 on, as in the original; tokens
         after the caches have the same positions in both cases.
     """
     starts = np.cumsum([0, *(cache.num_slots for cache in caches)])

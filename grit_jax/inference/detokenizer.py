@@ -1,10 +1,10 @@
-"""Decodes token ids one at a time into text that can be shown at once."""
+"""Decodes token ids one at a time, for streaming."""
 
 from collections.abc import Sequence
 
 from grit_jax.text.tokenizer import Tokenizer
 
-# The character that stands for one whose bytes are not complete.
+# Tokenizers decode the incomplete bytes of a character to the replacement character, U+FFFD.
 INCOMPLETE = "\ufffd"
 # Tokens are decoded after this text, because SentencePiece drops the space before a first word.
 # Byte-level tokens decode to the same bytes after it.
@@ -50,7 +50,7 @@ class IncrementalDetokenizer:
         return self._tokenizer.decode([*self._context, *self._ids])[self._context_length :]
 
     def _release(self, text: str) -> str:
-        """Returns the text up to a stop string, or up to what may become one."""
+        """Returns the text up to a stop string, or up to a possible beginning of one."""
         self._ids = []
         if self.is_stopped:
             return ""

@@ -13,14 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import round_up
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
 from grit_jax.inference.cache_utils import copy_row
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
-from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.examples import Text
 
 # Calls that are dispatched to the devices before the results of the first are awaited.
@@ -83,7 +83,7 @@ class Encoder:
         shards = batch_shards(self._mesh)
         row_length = row_length_for(max(len(text) for text in texts))
         num_rows = max(1, tokens_per_device // row_length) * shards
-        num_rows = min(num_rows, ceil_div(len(texts), shards) * shards)
+        num_rows = min(num_rows, round_up(len(texts), shards))
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
         caches: dict[int, KVCache] = {}
         for instruction_length, members in _group_by_instruction(texts, spec, num_rows):
@@ -92,7 +92,7 @@ class Encoder:
             packed = pack(group, rows, num_rows, row_length, num_rows)
             with jax.set_mesh(self._mesh):
                 embedded, cache = self._program_with_cache(
-                    self.parameters, self._place(packed), spec, instruction_length
+                    self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
                 )
             embeddings[members] = np.asarray(embedded)[: len(members)]
             cache = jax.tree.map(np.asarray, cache)
@@ -110,14 +110,11 @@ class Encoder:
         for call in plan_calls(lengths, batch_shards(self._mesh), tokens_per_device):
             members, packed = _pack_call(texts, call)
             with jax.set_mesh(self._mesh):
-                rows = self.program(self.parameters, self._place(packed), spec)
+                rows = self.program(self.parameters, shard_rows(packed, self._mesh), spec)
             in_flight.append((members, rows))
             if len(in_flight) > CALLS_IN_FLIGHT:
                 yield in_flight.pop(0)
         yield from in_flight
-
-    def _place(self, packed: PackedTexts) -> PackedTexts:
-        return jax.device_put(packed, NamedSharding(self._mesh, partition_spec("batch")))
 
     def _embed_packed(
         self, state: Any, texts: PackedTexts, spec: EmbeddingSpec
@@ -129,8 +126,8 @@ class Encoder:
     ) -> tuple[Float[Array, "B P"], KVCache]:
         """Returns the embeddings and the cache of rows that hold one text each.
 
-        The first `instruction_length` tokens get a call of their own, with their own attention: in
-        a call with a cache, all tokens are causal or all are bidirectional.
+        The first `instruction_length` tokens are processed in a separate call: in a call with a
+        cache, all tokens are causal or all are bidirectional.
         """
         model = nnx.merge(self._graph, state)
         B, S = texts.tokens.shape
@@ -147,15 +144,15 @@ class Encoder:
                     cache=cache,
                 )
                 hidden.append(hidden_of_span)
-        return spec.project(model, spec.pool(jnp.concatenate(hidden, axis=1), texts)), cache
+        return spec.embed_pooled(model, spec.pool(jnp.concatenate(hidden, axis=1), texts)), cache
 
 
 def _group_by_instruction(
     texts: Sequence[Text], spec: EmbeddingSpec, group_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields groups of texts for one call: the tokens of their instruction, and their indices.
+    """Yields groups of texts for one call: the length of their instruction, and their indices.
 
-    The length is 0 if the instruction needs no attention of its own. Instruction lengths can differ
+    The length is 0 if instruction and text have the same attention. Instruction lengths can differ
     by text, because a token that spans the boundary counts as text.
     """
     lengths = [0] * len(texts)

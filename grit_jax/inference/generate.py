@@ -12,17 +12,17 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import round_up
 from grit_jax.inference.cache_utils import place_cache, stack_caches
 from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
 from grit_jax.models import Decoder, KVCache
 from grit_jax.pytree import pytree_dataclass
-from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.sharding import batch_shards, shard_rows
 
 # Prompts are left-padded to one of these lengths, or to a multiple of the last, which is the
 # length of a chunk of prefill.
@@ -132,7 +132,7 @@ class Generator:
                 return
             updated = np.append(ended, is_done[num_prompts:])
             if (updated != is_done).any():
-                state = dataclasses.replace(state, is_done=self._place_rows(updated))
+                state = dataclasses.replace(state, is_done=shard_rows(updated, self._mesh))
             steps = min(max_steps, DECODE_STEPS, request.max_new_tokens - count)
             with jax.set_mesh(self._mesh):
                 tokens, state = self.decode(
@@ -147,10 +147,10 @@ class Generator:
         width = tokens.shape[1]
         state = GenerationState(
             cache=self._initial_cache(request, num_rows, width),
-            tokens=self._place_rows(np.zeros(num_rows, np.int32)),
+            tokens=shard_rows(np.zeros(num_rows, np.int32), self._mesh),
             count=jnp.int32(0),
-            is_done=self._place_rows(~is_token.any(axis=1)),
-            keys=self._place_rows(row_keys(request.seed, request.indices, num_rows)),
+            is_done=shard_rows(~is_token.any(axis=1), self._mesh),
+            keys=shard_rows(row_keys(request.seed, request.indices, num_rows), self._mesh),
             seen=self._seen_tokens(tokens, is_token, request.sampling),
         )
         for start in range(0, width, PREFILL_LENGTHS[-1]):
@@ -158,8 +158,8 @@ class Generator:
             state = self.prefill(
                 self.parameters,
                 state,
-                self._place_rows(tokens[:, chunk]),
-                self._place_rows(is_token[:, chunk].astype(np.int32)),
+                shard_rows(tokens[:, chunk], self._mesh),
+                shard_rows(is_token[:, chunk].astype(np.int32), self._mesh),
                 end_tokens,
                 request.sampling,
                 chunk.stop >= width,
@@ -185,10 +185,7 @@ class Generator:
         vocab_size = nnx.merge(self._graph, self.parameters).config.vocab_size
         seen = np.zeros((len(tokens), vocab_size), bool)
         seen[np.nonzero(is_token)[0], tokens[is_token]] = True
-        return self._place_rows(seen)
-
-    def _place_rows(self, array: Any) -> jax.Array:
-        return jax.device_put(array, NamedSharding(self._mesh, partition_spec("batch")))
+        return shard_rows(seen, self._mesh)
 
     def _prefill(
         self,
@@ -279,8 +276,3 @@ def row_keys(seed: int, indices: Sequence[int], num_rows: int) -> Key[Array, " B
     """Returns the random key of each row, which depends on the index of its prompt alone."""
     padded = jnp.array([*indices, *[0] * (num_rows - len(indices))], jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), padded)
-
-
-def round_up(number: int, multiple: int) -> int:
-    """Returns the smallest multiple of `multiple` that is at least `number`."""
-    return ceil_div(number, multiple) * multiple

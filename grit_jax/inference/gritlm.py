@@ -39,7 +39,7 @@ from grit_jax.inference.results import (
     GenerationResult,
     batches_by_length,
     check_fits_context,
-    complete,
+    generate_results,
     stream_text,
 )
 from grit_jax.inference.sampling import Sampling, as_sampling
@@ -142,7 +142,7 @@ class GritLM:
           pooling: how embeddings are pooled. By default the stored pooling, or "mean".
           normalized: whether embeddings are scaled to length 1.
           tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral". By default the
-            tokenizer beside the model, or Mistral's if the vocabulary has the same size.
+            tokenizer stored with the model, or Mistral's if the vocabulary has the same size.
           mesh: the devices, by default all of them (see `grit_jax.sharding.make_mesh`).
           base: path of a LoRA checkpoint's base model, if it has moved.
 
@@ -438,7 +438,8 @@ class GritLM:
     ) -> Iterator[str]:
         """Returns an iterator over the text that `generate` returns for one prompt.
 
-        Pieces end with a complete character, and before what may become a stop string.
+        A piece of text ends with a complete character. Text that may be the beginning of a stop
+        string is held back.
 
         Args:
           prompt: see `generate`.
@@ -530,7 +531,7 @@ class GritLM:
         results = [self._result(is_string, stop) for is_string in are_strings]
         for members in batches_by_length(prompts, batch_size):
             batch = request.select(members, min(batch_size, len(prompts)))
-            complete(self._generator, batch, [results[member] for member in members])
+            generate_results(self._generator, batch, [results[member] for member in members])
         return results
 
     def _stream(

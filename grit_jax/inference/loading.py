@@ -66,14 +66,12 @@ def unstack_layers(model: Decoder, mesh: Mesh) -> Decoder:
         return model
     graph, layers = nnx.split(model.layers)
 
-    def layer(number: int) -> nnx.Module:
-        views = jax.tree.map(
-            lambda stack: jax.device_put(np.asarray(stack)[number], device), layers
-        )
+    def layer(index: int) -> nnx.Module:
+        views = jax.tree.map(lambda stack: jax.device_put(np.asarray(stack)[index], device), layers)
         return nnx.merge(graph, views)
 
     unstacked = nnx.merge(*nnx.split(model))
-    unstacked.layers = nnx.List(layer(number) for number in range(model.config.num_hidden_layers))
+    unstacked.layers = nnx.List(layer(index) for index in range(model.config.num_hidden_layers))
     return unstacked
 
 

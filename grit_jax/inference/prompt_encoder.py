@@ -130,9 +130,9 @@ class PromptEncoder:
                 f"{name} ends with a message of the {role}: the last message must be the user's, "
                 "so remove it or add a message of the user"
             )
-        for number, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] != "system" and not message["content"].strip():
-                raise InputError(f"{name}: message {number} is empty: leave it out")
+                raise InputError(f"{name}: message {index} is empty: leave it out")
         if is_continuation:
             segments[0] = f"\n{segments[0]}"
         eos = np.array([self.tokenizer.eos_id], np.int32)
@@ -317,10 +317,10 @@ def fit_to_length(
     if max_length < 1:
         raise InputError(f"max_length={max_length} must be positive")
     limit = min(max_length, context_length)
-    longer = [number for number, text in enumerate(texts) if len(text) > limit]
+    longer = [index for index, text in enumerate(texts) if len(text) > limit]
     if not longer:
         return list(texts)
-    longest = max(longer, key=lambda number: len(texts[number]))
+    longest = max(longer, key=lambda index: len(texts[index]))
     if not truncate:
         remedy = (
             f"raise max_length, up to {context_length}, or pass truncate=True"
@@ -332,12 +332,12 @@ def fit_to_length(
             f"included; the longest, number {longest}, has {len(texts[longest])}: {remedy}"
         )
     truncated = list(texts)
-    for number in longer:
-        text = texts[number]
-        truncated[number] = Text(text.tokens[:limit], text.mask[:limit])
-        if not truncated[number].mask.any():
+    for index in longer:
+        text = texts[index]
+        truncated[index] = Text(text.tokens[:limit], text.mask[:limit])
+        if not truncated[index].mask.any():
             raise InputError(
-                f"text {number}: its instruction alone takes all {limit} tokens: raise max_length, "
+                f"text {index}: its instruction alone takes all {limit} tokens: raise max_length, "
                 "or shorten the instruction"
             )
     warnings.warn(

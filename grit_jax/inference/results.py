@@ -61,7 +61,9 @@ class GenerationResult:
         return np.array(self._ids, np.int32)
 
 
-def complete(generator: Generator, request: Request, results: Sequence[GenerationResult]) -> None:
+def generate_results(
+    generator: Generator, request: Request, results: Sequence[GenerationResult]
+) -> None:
     """Generates until all results of a request have ended."""
     ended = np.zeros(len(results), bool)
     for tokens in generator.tokens(request, ended):

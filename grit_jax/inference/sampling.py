@@ -22,7 +22,8 @@ FILTERED = -jnp.inf
 class Sampling:
     """How `GritLM.generate` chooses tokens. The default is greedy decoding.
 
-    A pytree: under `jax.jit`, only a new `top_k`, or a filter more or less, compiles again.
+    A pytree: under `jax.jit`, a program is compiled again only if `top_k` changes, or if a filter
+    is switched on or off.
 
     Attributes:
       temperature: divides the logits before sampling; 0 or None is greedy decoding.

@@ -10,7 +10,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float64, Int
 import numpy as np
 
@@ -18,7 +18,7 @@ from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls
 from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, TextLike
 from grit_jax.models import Decoder
-from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.examples import Text
 
 # Scored tokens of each row whose logits exist at the same time.
@@ -73,11 +73,11 @@ def as_continuations(
     if not len(prompts):
         raise InputError("no prompts were given: give at least one")
     pairs = []
-    for number, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
-        pair = _continuation(encoder, prompt, text, number, add_bos)
+    for index, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
+        pair = _continuation(encoder, prompt, text, index, add_bos)
         if len(pair.input_tokens) > context_length:
             raise InputError(
-                f"prompt and continuation {number} have {len(pair.input_tokens) + 1} tokens, but "
+                f"prompt and continuation {index} have {len(pair.input_tokens) + 1} tokens, but "
                 f"this model supports {context_length}: shorten the prompt"
             )
         pairs.append(pair)
@@ -85,10 +85,10 @@ def as_continuations(
 
 
 def _continuation(
-    encoder: PromptEncoder, prompt: TextLike, text: TextLike, number: int, add_bos: bool
+    encoder: PromptEncoder, prompt: TextLike, text: TextLike, index: int, add_bos: bool
 ) -> Continuation:
-    name = f"continuation {number}"
-    prompt_ids = encoder.encode(prompt, add_bos=add_bos, name=f"prompt {number}").tokens
+    name = f"continuation {index}"
+    prompt_ids = encoder.encode(prompt, add_bos=add_bos, name=f"prompt {index}").tokens
     if isinstance(prompt, str) and isinstance(text, str):
         pair = encoder.encode_pair(prompt, text, add_bos=add_bos, name=name)
         prompt_ids, tokens = pair.tokens[~pair.mask], pair.tokens[pair.mask]
@@ -163,10 +163,7 @@ class Scorer:
             targets = _targets(call, texts, owners_of_text, continuations)
             packed = pack(texts, call.rows, call.num_rows, call.row_length, call.max_texts)
             rows = (packed.tokens, packed.positions, packed.segment_ids)
-            rows = jax.device_put(
-                (*rows, targets.positions, targets.token_ids),
-                NamedSharding(self._mesh, partition_spec("batch")),
-            )
+            rows = shard_rows((*rows, targets.positions, targets.token_ids), self._mesh)
             with jax.set_mesh(self._mesh):
                 scores, are_best = jax.device_get(self.program(self.parameters, *rows))
             is_target = targets.owners >= 0

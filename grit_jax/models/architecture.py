@@ -1,4 +1,4 @@
-"""What sets one architecture apart from another, in one record."""
+"""The record of an architecture: its sizes, weights, feed-forward network and config.json."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ TRANSFORMERS_DEFAULTS = {
     "embedding_projection_size": None,
 }
 
-# Fields of config.json that would change the computation, and the only value of each that is
-# supported.
+# Fields of config.json that would change the computation, and the only supported value of each.
 SUPPORTED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -58,7 +57,7 @@ class HuggingFaceFormat:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """An architecture: its sizes, weights, feed-forward network and config.json.
+    """Everything in which an architecture differs from the others.
 
     Attributes:
       name: value of `config.model.architecture`.
@@ -67,7 +66,7 @@ class Architecture:
       weights: returns the table of weights of a configuration.
       feed_forward: module class of the feed-forward network.
       formats: the formats of config.json that it reads; it writes the first.
-      supported_values: fields of config.json that only one value is supported of.
+      supported_values: fields of config.json for which only one value is supported, and that value.
     """
 
     name: str

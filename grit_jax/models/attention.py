@@ -45,7 +45,7 @@ class AttentionMask:
         0                    x                  x
 
     Attributes:
-      segment_ids: number of each query's text within the row; 0 is padding.
+      segment_ids: ID of each query's text, from 1 on and unique within the row; 0 is padding.
       positions: position of each query in its text.
       is_causal: whether all queries are causal.
       causal_query_mask: queries that are causal even if `is_causal` is False.

@@ -98,7 +98,7 @@ class ModelConfig:
         (`linear.round_to_int8`), for inference; None stores them in `param_dtype`.
 
     Raises:
-      ValueError: a value is impossible; the message names the field.
+      ValueError: a value is not possible; the message names the field.
     """
 
     architecture: str = "mistral"

@@ -34,7 +34,7 @@ class Stream:
 
     Attributes:
       tokens: token ids.
-      segment_ids: number of each token's text within the row, from 1 on; 0 is padding.
+      segment_ids: ID of each token's text, from 1 on and unique within the row; 0 is padding.
       positions: position of each token in its text, from 0 on.
       is_causal: whether tokens attend only to earlier tokens of their text, or to all of it.
       causal_query_mask: tokens that attend causally even if `is_causal` is False.
@@ -79,7 +79,7 @@ class DecoderLayer(nnx.Module):
           hidden: hidden states of the stream's tokens.
           stream: the stream.
           cache: a cache with slots reserved for the tokens, or None.
-          layer: number of the layer, for the cache.
+          layer: index of the layer, for the cache.
         """
         mask = AttentionMask(
             stream.segment_ids,
@@ -156,8 +156,8 @@ class Decoder(nnx.Module):
           tokens: token ids.
           positions: position of each token in its text. By default its index in the row without
             padding, plus the number of the row's tokens in the cache.
-          segment_ids: number of each token's text within the row, 0 for padding; by default each
-            row is one text.
+          segment_ids: ID of each token's text, from 1 on and unique within the row; 0 is padding.
+            By default each row is one text.
           is_causal: whether tokens attend only to earlier tokens of their text, or to all of it.
           cache: the result of `make_cache` or of an earlier call. In a jitted function the caller
             must ensure that `cache.length` + S <= `cache.num_slots`: tokens that do not fit
@@ -220,11 +220,11 @@ class Decoder(nnx.Module):
         streams = jax.tree.map(jnp.asarray, dict(streams))  # The caller may give NumPy arrays.
 
         # The caches are carried, not scanned over, so that XLA updates them in place.
-        def apply_layer(carried: tuple[dict[str, jax.Array], dict[str, Any]], number, layer):
+        def apply_layer(carried: tuple[dict[str, jax.Array], dict[str, Any]], index, layer):
             hidden, caches, statistics = dict(carried[0]), dict(carried[1]), {}
             for name, stream in streams.items():
                 hidden[name], caches[name], routed = layer(
-                    hidden[name], stream, caches[name], number
+                    hidden[name], stream, caches[name], index
                 )
                 if routed is not None:
                     statistics[name] = routed
@@ -244,21 +244,21 @@ class Decoder(nnx.Module):
         """Applies all layers in turn; returns the last carried value and the stacked statistics."""
         if isinstance(self.layers, nnx.List):
             stacked = []
-            for number, layer in enumerate(self.layers):
-                carried, statistics = apply_layer(carried, number, layer)
+            for index, layer in enumerate(self.layers):
+                carried, statistics = apply_layer(carried, index, layer)
                 stacked.append(statistics)
             return carried, jax.tree.map(lambda *parts: jnp.stack(parts), *stacked)
         graph, layers = nnx.split(self.layers)
 
         def apply_scanned(carried, scanned):
-            number, layer_state = scanned
-            return apply_layer(carried, number, nnx.merge(graph, layer_state))
+            index, layer_state = scanned
+            return apply_layer(carried, index, nnx.merge(graph, layer_state))
 
         policy = REMAT_POLICIES[self.config.remat]
         if policy is not None:
             apply_scanned = jax.checkpoint(apply_scanned, policy=policy, prevent_cse=False)
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        return jax.lax.scan(apply_scanned, carried, (numbers, layers))
+        indices = jnp.arange(self.config.num_hidden_layers)
+        return jax.lax.scan(apply_scanned, carried, (indices, layers))
 
     def embed(self, tokens: Sequence[Int[Array, " _"]]) -> list[Float[Array, "_ D"]]:
         """Returns the token embeddings of each stream, in `config.dtype`."""
@@ -288,7 +288,7 @@ class Decoder(nnx.Module):
     def project(self, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the embeddings of pooled texts.
 
-        They are `pooled` itself in a model without an embedding projection.
+        A model without an embedding projection returns `pooled` unchanged.
         """
         if self.config.embedding_projection_size is None:
             return pooled

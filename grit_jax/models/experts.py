@@ -30,7 +30,7 @@ from grit_jax.sharding import mesh_axes, partition_spec
 EXPERT_UP_AXES = ("experts", "embed", "mlp")
 EXPERT_DOWN_AXES = ("experts", "mlp", "embed")
 
-# Names (`checkpoint_name`) of what a rematerialization policy may save.
+# Names (`checkpoint_name`) of the arrays that a rematerialization policy may save.
 EXPERT_PRODUCTS = ("expert_inputs", "expert_gate", "expert_up", "expert_outputs")
 
 
@@ -101,7 +101,7 @@ def apply_experts(
     Args:
       tokens: hidden states.
       weights: weight of each chosen expert.
-      experts: number of each chosen expert; E for none, which adds 0 and costs no product.
+      experts: index of each chosen expert; E for none, which adds 0 and costs no product.
       gate: W [E, D, F], with the matrices of a low-rank update if there is one.
       up: the same.
       down: W [E, F, D], the same.
@@ -179,11 +179,11 @@ def _apply(
     if axis is None or num_devices == 1:
         outputs = _feed_forward(rows, gate, up, down, group_sizes)
     else:
-        there, back, group_sizes = plan_all_to_all(group_sizes, axis)
+        plan, reverse_plan, group_sizes = plan_all_to_all(group_sizes, axis)
         max_rows = num_devices * M * min(C, num_own)
-        received = ragged_all_to_all(axis, max_rows, rows, there, back)
+        received = ragged_all_to_all(axis, max_rows, rows, plan, reverse_plan)
         outputs = _feed_forward(received, gate, up, down, group_sizes)
-        outputs = ragged_all_to_all(axis, M * C, outputs, back, there)
+        outputs = ragged_all_to_all(axis, M * C, outputs, reverse_plan, plan)
     in_token_order = jnp.zeros_like(outputs).at[order].set(outputs, unique_indices=True)
     in_token_order = checkpoint_name(in_token_order, "expert_outputs")
     return jnp.einsum("MCD,MC->MD", in_token_order.reshape(M, C, -1), weights)
@@ -240,7 +240,7 @@ def plan_all_to_all(
     device, num_devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     sizes = jax.lax.all_gather(group_sizes, axis)  # [devices, E]: from each device to each expert
     sent = exclusive_cumsum(sizes)
-    # [from, E] -> [to, own experts, from]: the order in which a device keeps what it receives.
+    # [from, E] -> [to, own experts, from]: the order of the rows that a device receives.
     by_receiver = sizes.reshape(num_devices, num_devices, -1).transpose(1, 2, 0)
     kept = exclusive_cumsum(by_receiver.reshape(num_devices, -1)).reshape(by_receiver.shape)
     kept = kept.transpose(2, 0, 1).reshape(sizes.shape)
@@ -249,39 +249,44 @@ def plan_all_to_all(
         own = of_slices.reshape(num_devices, num_devices, -1)[:, device]
         return own.reshape(-1)
 
-    there = AllToAllPlan(sent[device], sizes[device], kept[device], to_own_experts(sizes))
-    back = AllToAllPlan(
+    plan = AllToAllPlan(sent[device], sizes[device], kept[device], to_own_experts(sizes))
+    reverse_plan = AllToAllPlan(
         to_own_experts(kept), to_own_experts(sizes), to_own_experts(sent), sizes[device]
     )
-    return there, back, jnp.sum(by_receiver[device], axis=1)
+    return plan, reverse_plan, jnp.sum(by_receiver[device], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def ragged_all_to_all(
-    axis: str, num_rows: int, rows: Float[Array, "R D"], there: AllToAllPlan, back: AllToAllPlan
+    axis: str,
+    num_rows: int,
+    rows: Float[Array, "R D"],
+    plan: AllToAllPlan,
+    reverse_plan: AllToAllPlan,
 ) -> Float[Array, "{num_rows} D"]:
     """Returns the rows that the devices along `axis` send to this one, followed by zeros.
 
-    The gradient follows the plan `back`.
+    The gradient follows `reverse_plan`.
     """
     received = jnp.zeros_like(rows, shape=(num_rows, rows.shape[1]))
     return jax.lax.platform_dependent(
         rows,
         received,
-        *there,
+        *plan,
         cpu=functools.partial(ragged_all_to_all_on_cpu, axis=axis),
         default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axis),
     )
 
 
-def _all_to_all_forward(axis, num_rows, rows, there, back):
-    return ragged_all_to_all(axis, num_rows, rows, there, back), (rows.shape[0], there, back)
+def _all_to_all_forward(axis, num_rows, rows, plan, reverse_plan):
+    received = ragged_all_to_all(axis, num_rows, rows, plan, reverse_plan)
+    return received, (rows.shape[0], plan, reverse_plan)
 
 
 def _all_to_all_backward(axis, num_rows, saved, gradient):
     del num_rows
-    sent_rows, there, back = saved
-    return ragged_all_to_all(axis, sent_rows, gradient, back, there), None, None
+    sent_rows, plan, reverse_plan = saved
+    return ragged_all_to_all(axis, sent_rows, gradient, reverse_plan, plan), None, None
 
 
 ragged_all_to_all.defvjp(_all_to_all_forward, _all_to_all_backward)

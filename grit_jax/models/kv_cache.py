@@ -24,7 +24,7 @@ class KVCache:
       keys: keys, rotated by their positions.
       values: values.
       positions: position of each slot's token in its text.
-      segment_ids: number of the text that a slot's token belongs to; 0 for padding or an empty slot.
+      segment_ids: ID of the text that a slot's token belongs to; 0 for padding or an empty slot.
       length: number of slots in use.
     """
 

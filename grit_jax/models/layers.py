@@ -82,7 +82,7 @@ class Attention(LinearLayers):
           mask: which keys each token attends to.
           cache: a cache whose last reserved slots are for these tokens. All its slots are keys.
             Without a cache, the keys are those of the tokens.
-          layer: number of the layer, for the cache.
+          layer: index of the layer, for the cache.
         """
         theta, positions = self.config.rope_theta, mask.positions
         B, S = positions.shape

@@ -30,13 +30,13 @@ def contrastive_loss(
       query_embeddings: embedding of each query, of length 1.
       passage_embeddings: embedding of each passage of the global batch, of length 1.
       positives: index of each query's positive among the passages.
-      passage_ids: number of each passage's text. Passages with the same number are the same text,
-        and a copy of a query's positive is not one of its negatives. -1 marks an index without a
+      passage_ids: ID of each passage's text. Passages with the same ID are the same text, and a
+        copy of a query's positive is not one of the query's negatives. -1 marks an index without a
         passage.
       temperature: divisor of the scores.
       is_symmetric: average with the loss of the other direction, in which each positive is
-        classified among all queries (CLIP, arXiv 2103.00020). Queries whose positive is a copy of
-        it are not among its negatives.
+        classified among all queries (CLIP, arXiv 2103.00020). A query whose positive is a copy of
+        that positive is not one of the negatives.
     """
     passage_ids = jnp.asarray(passage_ids)
     positive_ids = passage_ids[positives]

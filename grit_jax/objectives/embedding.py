@@ -76,7 +76,7 @@ class EmbeddingSpec:
         return cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
 
     def to_fields(self) -> dict[str, dict[str, str]]:
-        """Returns what config.json stores of the spec."""
+        """Returns the fields of config.json that store the spec."""
         return {GRIT_FIELD: {"attention": self.attention, "pooling": self.pooling}}
 
     def stream(self, texts: PackedTexts) -> Stream:
@@ -99,8 +99,10 @@ class EmbeddingSpec:
         mask = texts.segment_ids > 0 if self.pool_instruction else texts.mask
         return pool(hidden, mask, texts.segment_ids, texts.positions, texts.num_texts, self.pooling)
 
-    def project(self, model: Decoder, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
-        """Returns the embeddings of pooled texts, in float32."""
+    def embed_pooled(
+        self, model: Decoder, pooled: Float[Array, "texts D"]
+    ) -> Float[Array, "texts P"]:
+        """Returns the embeddings of pooled texts, projected and normalized, in float32."""
         embeddings = model.project(pooled)
         return normalize(embeddings) if self.normalize else embeddings
 
@@ -110,7 +112,7 @@ def embed_texts(
 ) -> Float[Array, "num_texts P"]:
     """Returns the embedding of each packed text, in float32."""
     hidden, _ = model.forward_streams({"texts": spec.stream(texts)})
-    return spec.project(model, spec.pool(hidden["texts"], texts))
+    return spec.embed_pooled(model, spec.pool(hidden["texts"], texts))
 
 
 def _pattern_problem(attention: str) -> str:

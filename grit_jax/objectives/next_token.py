@@ -28,7 +28,7 @@ def shift_targets(
 
     Args:
       tokens: token ids.
-      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
+      segment_ids: index of each token's text in the batch, plus 1; 0 is padding.
       mask: the tokens that the model learns to generate.
     """
 
@@ -53,7 +53,7 @@ def target_weights(
         number of texts; or "mixed", the mean over the targets of each group of texts, then over
         groups, as data parallelism with a mean on each device computes.
       is_target: whether the token after each token is a target.
-      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
+      segment_ids: index of each token's text in the batch, plus 1; 0 is padding.
       num_texts: number of texts.
       group_size: number of texts in a group of "mixed"; the last group may be smaller.
 
@@ -84,7 +84,8 @@ def next_token_loss(
     """Returns the weighted sum of the cross-entropies of `targets`, in nats and float32.
 
     Logits are computed for a chunk of positions at a time, and again in the backward pass.
-    Positions of weight 0 are sorted to the end, and chunks of nothing else are skipped.
+    Positions of weight 0 are sorted to the end, and chunks that have only such positions are
+    skipped.
 
     Args:
       hidden: hidden states.

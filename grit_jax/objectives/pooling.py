@@ -18,7 +18,7 @@ def sum_by_text(
 
     Args:
       values: a value for each token.
-      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
+      segment_ids: index of each token's text in the batch, plus 1; 0 is padding.
       num_texts: number of texts.
     """
     rows = values.reshape(-1, *values.shape[2:])
@@ -38,7 +38,7 @@ def pooling_weights(
       pooling: "mean" over the mask; "weightedmean", in which the k-th token of the mask has weight
         k (SGPT, arXiv 2202.08904); "lasttoken"; or "cls", the first token.
       mask: the tokens to pool, without padding and usually without the instruction.
-      segment_ids: number of each token's text plus 1, unique over all rows; 0 is padding.
+      segment_ids: index of each token's text in the batch, plus 1; 0 is padding.
       positions: position of each token in its text.
       num_texts: number of texts.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from grit_jax.bucket import one_line
+
 GIB = 2**30
 
 
@@ -104,7 +106,7 @@ def describe_topology(name: str, num_slices: int = 1) -> Topology:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **slices)
     except Exception as error:  # libtpu and its absence raise many types.
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise TopologyError(
             f"--topology={name} cannot be compiled for: {reason}. It needs the package libtpu (pip "
             "install 'grit-jax[tpu]')"

@@ -10,7 +10,7 @@ from grit_jax.config import ConfigError
 from grit_jax.config_flags import parse_flags
 from grit_jax.planning.chips import describe_topology, suppress_stderr
 from grit_jax.planning.plan import fastest, make_plan, search
-from grit_jax.planning.report import as_json, show_line, show_plan
+from grit_jax.planning.report import as_json, print_line, print_plan
 
 # Average tokens of a text in each stream.
 AVERAGE_TOKENS = {"query": 64, "passage": 256, "chat": 1024}
@@ -38,14 +38,14 @@ def run(argv: Sequence[str]) -> None:
         for one in search(config, topology, tokens):
             tried.append(one)
             if not arguments.json:
-                show_line(one)
+                print_line(one)
         plan = fastest(tried)
     if plan is None:
         raise ConfigError("no plan fits: use more chips or a smaller batch")
     if arguments.json:
         print(as_json(plan))
     else:
-        show_plan(plan)
+        print_plan(plan)
 
 
 def _parser() -> argparse.ArgumentParser:

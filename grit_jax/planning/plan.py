@@ -96,7 +96,7 @@ class Plan:
 def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Plan:
     """Compiles the training step of a configuration for a topology.
 
-    Of the weights that a run starts from, only the sizes are read.
+    Only the sizes of the weights that a run starts from are read.
 
     Args:
       config: the configuration.
@@ -327,7 +327,7 @@ def _collective_seconds(
         return 0.0, collective.num_bytes / chip.network_bandwidth
     if collective.kind == "collective-permute":
         return collective.num_bytes / chip.link_bandwidth, 0.0
-    group = [devices[number] for number in collective.group]
+    group = [devices[index] for index in collective.group]
     num_passes = 2 if collective.kind == "all-reduce" else 1  # Reduce-scatter, then all-gather.
     sent_bytes = num_passes * collective.num_bytes * (1 - 1 / len(group))
     return sent_bytes / (2 * chip.link_bandwidth * max(dimensions_spanned(group), 1)), 0.0

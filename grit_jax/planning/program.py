@@ -62,7 +62,7 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       num_bytes: the size of the whole array that each device gathers, reduces or sends.
-      group: the numbers of the devices in the first group, or of a sender and its receiver; empty
+      group: the indices of the devices in the first group, or of a sender and its receiver; empty
         between slices.
       channel: the compiler's id. A collective that overlaps with other instructions appears several
         times in a program under the same id.
@@ -348,11 +348,11 @@ def _attention_flops(i: Instruction, by_name: Instructions) -> float:
 
 
 def _first_group(attributes: str, num_devices: int) -> tuple[int, ...]:
-    """Returns the numbers of the devices in a collective's first group."""
+    """Returns the indices of the devices in a collective's first group."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return int(pairs.group(1)), int(pairs.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return tuple(int(number) for number in listed.group(1).split(","))
+        return tuple(int(index) for index in listed.group(1).split(","))
     if iota := re.search(
         r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):

@@ -17,14 +17,14 @@ def as_json(plan: Plan) -> str:
     return json.dumps(dataclasses.asdict(plan), indent=1)
 
 
-def show_line(plan: Plan) -> None:
+def print_line(plan: Plan) -> None:
     """Prints a plan of `search` in one line."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
     head = f"{mesh}  remat={plan.remat}  chunks={plan.grad_cache_chunks}"
     print(f"{head:50} {_fit(plan)}" + (f"  {_speed(plan)}" if plan.fits else ""), flush=True)
 
 
-def show_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
     """Prints a plan as tables."""
     console = Console()
     table = Table(title=f"training step on {plan.topology}", show_header=False)

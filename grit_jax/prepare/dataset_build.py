@@ -54,7 +54,7 @@ class DatasetBuild:
         self.error: str | None = None
         self.manifests: dict[str, Manifest] = {}
         self._tokenizer, self._options = tokenizer, dataclasses.asdict(options)
-        # As JSON gives it back from a manifest.
+        # With the types that JSON restores from a manifest, such as lists for tuples.
         self._source: dict[str, Any] = json.loads(json.dumps(dataset.source.describe()))
         self._splits: dict[str, _Split] = defaultdict(_Split)
 
@@ -82,7 +82,7 @@ class DatasetBuild:
         return None
 
     def _changes(self, manifest: Manifest) -> list[str]:
-        """Returns what differs from the time when the data were prepared."""
+        """Returns what has changed since the data were prepared."""
         options = TEXT_KINDS[self.dataset.kind].options
         is_same = {
             "tokenizer": manifest.tokenizer["sha256"] == self._tokenizer.fingerprint,

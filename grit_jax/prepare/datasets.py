@@ -113,8 +113,11 @@ def add_mixture(name: str, rates: Mapping[str, Rate]) -> str:
 def add_collection(
     name: str, path: epath.PathLike, held_out: float = 0.0, seed: int = 0
 ) -> list[str]:
-    """Declares the mixtures of a folder of files, and returns their names. See `collection`."""
-    mixtures = collection(name, path, held_out, seed)
+    """Declares the mixtures of a folder of files, and returns their names.
+
+    See `mixtures_of_files`.
+    """
+    mixtures = mixtures_of_files(name, path, held_out, seed)
     for mixture in mixtures:
         MIXTURES[mixture.name] = mixture
         DATASETS.update({dataset.name: dataset for dataset in mixture.rates})
@@ -165,13 +168,13 @@ def by_size(dataset: Any) -> float:
     return float(count)
 
 
-def collection(
+def mixtures_of_files(
     name: str, path: epath.PathLike, held_out: float = 0.0, seed: int = 0
 ) -> list[Mixture]:
     """Returns mixtures of the files in a folder: each file is a dataset, with a rate by its size.
 
-    The examples of a file are of one kind. If the folder has files of several kinds, there is a
-    mixture for each, `NAME_embedding` and `NAME_chat`. Files in a subfolder `held_out` are the
+    All examples of a file are of one kind. If the folder has files of both kinds, each kind has a
+    mixture, `NAME_embedding` and `NAME_chat`. Files in a subfolder `held_out` are the
     held-out split of the files of the same name in the subfolder `train`.
 
     Args:
@@ -198,7 +201,7 @@ def collection(
         )
         for kind, members in datasets.items()
     ]
-    remedy = f"say OTHER_NAME={path}"
+    remedy = f"use OTHER_NAME={path}"
     _check_free("mixture", [mixture.name for mixture in mixtures], mixture_names(), remedy)
     for members in datasets.values():
         _check_free("dataset", [member.name for member in members], dataset_names(), remedy)

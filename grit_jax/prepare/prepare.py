@@ -25,13 +25,13 @@ from rich.progress import (
 )
 
 from grit_jax.data.manifest import TOKENIZERS, PreparedDataError, save_tokenizer
-from grit_jax.files import locked
+from grit_jax.files import locked, write_atomically
 from grit_jax.prepare.dataset_build import DatasetBuild
 from grit_jax.prepare.datasets import Mixture, record_size
 from grit_jax.prepare.resolve import find_mixtures
 from grit_jax.prepare.sources import ITEMS_PER_PROCESS
 from grit_jax.prepare.worker import WorkerPlan, WorkItem, start_worker, tokenize
-from grit_jax.prepare.writing import is_remote, write_atomically
+from grit_jax.prepare.writing import is_remote
 from grit_jax.text.examples import TextOptions
 from grit_jax.text.jsonl import SourceError
 from grit_jax.text.tokenizer import Tokenizer
@@ -52,8 +52,8 @@ def prepare_mixtures(
 ) -> list[str]:
     """Prepares all splits of every dataset of these mixtures in `output`.
 
-    A dataset that is up to date is left alone. Another one is replaced when its successor is
-    complete. If a dataset cannot be prepared, the others still are.
+    A dataset that is up to date is not prepared again. An outdated dataset is replaced when its new
+    version is complete. If a dataset cannot be prepared, the others still are.
 
     Args:
       names: declared mixtures, or folders and files as PATH or NAME=PATH.
@@ -122,7 +122,7 @@ def _must_build(build: DatasetBuild, redo: bool) -> bool:
 
 @contextlib.contextmanager
 def _work_folder(output: epath.Path) -> Iterator[Path]:
-    """Yields a folder for incomplete datasets, which no other run has at the same time.
+    """Yields a folder for incomplete datasets, locked against other runs.
 
     It is in `output`, so that a complete dataset is moved in one step. For a bucket it is a local
     temporary folder.
@@ -271,7 +271,11 @@ def _write_mixture(
             for dataset in mixture.rates
         },
     }
-    write_atomically(output / f"{mixture.name}.json", json.dumps(stored) + "\n")
+    path, text = output / f"{mixture.name}.json", json.dumps(stored) + "\n"
+    if is_remote(path):  # In a bucket a file appears when it is closed.
+        path.write_text(text)
+    else:
+        write_atomically(path, text)
 
 
 def _failure(failed: dict[str, str]) -> str:

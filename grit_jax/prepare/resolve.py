@@ -13,8 +13,8 @@ from grit_jax.prepare.datasets import (
     MIXTURES,
     SEQIO_MIXTURES,
     Mixture,
-    collection,
     mixture_names,
+    mixtures_of_files,
 )
 from grit_jax.text.jsonl import SUFFIXES, JsonlFiles, SourceError
 from grit_jax.user_modules import import_named
@@ -56,9 +56,9 @@ def _find(name: str, held_out: float, seed: int) -> list[Mixture]:
                 return [mixture]
     if given or "/" in name or name.endswith(SUFFIXES) or epath.Path(name).exists():
         given = given or re.sub(r"[^\w.]+", "_", _stem(path))
-        return collection(given, path, held_out, seed)
+        return mixtures_of_files(given, path, held_out, seed)
     if name in COLLECTIONS:
-        raise PreparedDataError(f"{name!r} is read from files: say {name}=FOLDER")
+        raise PreparedDataError(f"{name!r} is read from files: use {name}=FOLDER")
     raise PreparedDataError(
         f"unknown mixture {name!r}, and no such file or folder; there are: "
         f"{', '.join(sorted(mixture_names()))}"
@@ -89,4 +89,4 @@ def _check_unique(mixtures: Sequence[Mixture]) -> None:
             if files.setdefault(dataset.name, dataset.source.files) != dataset.source.files:
                 taken.append(dataset.name)
         if taken:
-            raise SourceError(f"two sources are both called {taken[0]!r}: say OTHER_NAME=PATH")
+            raise SourceError(f"two sources are both called {taken[0]!r}: use OTHER_NAME=PATH")

@@ -151,7 +151,7 @@ def add_collection(
 ) -> list[str]:
     """Declares the mixtures of a folder, also as seqio Mixtures, and returns their names.
 
-    See `grit_jax.prepare.datasets.collection`.
+    See `grit_jax.prepare.datasets.mixtures_of_files`.
     """
     names = datasets.add_collection(name, path, held_out, seed)
     for mixture in names:
@@ -174,7 +174,7 @@ def _add_mixture_to_seqio(mixture: Mixture) -> None:
 class SeqioSource(Source):
     """A seqio Task that does not read JSONL files."""
 
-    # TFDS does not know the size of a dataset that was not there at first.
+    # TFDS does not know the size of a dataset that it has not downloaded yet.
     size = None
 
     def __init__(self, task: seqio.Task):
@@ -186,7 +186,7 @@ class SeqioSource(Source):
         return tuple(self._task.splits)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what is known of the Task's source, functions and files."""
+        """Returns a description of the Task's source, functions and files."""
         source = self._task.source
         shown = repr(source)
         if isinstance(source, seqio.TfdsDataSource):  # Its repr omits slices such as train[:5].
@@ -268,7 +268,7 @@ def find_seqio_mixture(name: str) -> Mixture | None:
     mixture = seqio.MixtureRegistry.get(name)
     rates = {}
     for task in mixture.tasks:
-        # Not known before the Tasks are prepared, if it is `by_size`.
+        # A rate `by_size` is not known before the Tasks are prepared.
         rates[dataset_of_task(task)] = lambda _, task=task: float(mixture.get_rate(task))
     return Mixture(name, rates)
 
@@ -292,7 +292,7 @@ def _add_squad() -> None:
     seqio.MixtureRegistry.add("squad_embedding", [("squad", by_size)])
 
 
-# What is declared so far, for use in seqio Mixtures.
+# The datasets and mixtures that are declared already, for use in seqio Mixtures.
 for _dataset in DATASETS.values():
     _add_dataset_to_seqio(_dataset)
 for _mixture in MIXTURES.values():

@@ -1,4 +1,4 @@
-"""Sources of datasets: what they are made from, and their pieces for the workers."""
+"""Sources of datasets, and how they are divided into work items for the workers."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ GZIP_RATIO = 4
 
 
 class Source(abc.ABC):
-    """What a dataset is read from.
+    """The data that a dataset is prepared from.
 
     Attributes:
       files: its files of lines, or None for another source.
@@ -40,7 +40,7 @@ class Source(abc.ABC):
     @property
     @abc.abstractmethod
     def splits(self) -> tuple[str, ...]:
-        """The splits with data of their own. Preparing fails if one of them is empty."""
+        """The splits that the source itself defines. Preparing fails if one of them is empty."""
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class LinesSource(Source):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits with files of their own."""
+        """The splits that have separate files."""
         return tuple(self.files.files)
 
     def describe(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class ExamplesWorkItem(WorkItem):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerPlan:
-    """What a worker must know about a dataset.
+    """How a worker processes the pieces of a dataset.
 
     Attributes:
       kind: name of its kind of text.

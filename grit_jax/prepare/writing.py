@@ -1,4 +1,4 @@
-"""Writes a prepared dataset: shards by many processes, then the manifest, then its final place."""
+"""Writes a prepared dataset: the shards, then the manifest, and moves it to its final folder."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -154,13 +154,3 @@ def publish(incomplete: Path, folder: epath.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         epath.Path(file).copy(target)
     shutil.rmtree(incomplete)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file such that readers see either all of it or the old one."""
-    if is_remote(path):  # In a bucket a file appears when it is closed.
-        path.write_text(text)
-        return
-    incomplete = path.with_name(f".incomplete-{path.name}")
-    incomplete.write_text(text)
-    incomplete.replace(path)

@@ -53,15 +53,15 @@ def write_caches(folder: Path, caches: Sequence[KVCache], cache_format: str) -> 
         np.save(folder / f"{name}.npy", array)
 
 
-def read_cache(folder: Path, number: int, dtype: str) -> KVCache:
+def read_cache(folder: Path, index: int, dtype: str) -> KVCache:
     """Returns the cache of one document, without reading the others.
 
     Args:
       folder: a folder written by `write_caches`.
-      number: position of the document in the folder.
+      index: index of the document in the folder.
       dtype: dtype of the keys and values to return.
     """
-    start, end = np.load(folder / "starts.npy")[number : number + 2]
+    start, end = np.load(folder / "starts.npy")[index : index + 2]
 
     def read(name: str) -> Float[np.ndarray, "L 1 slots K H"]:
         stored = np.array(np.load(folder / f"{name}.npy", mmap_mode="r")[start:end])

@@ -58,8 +58,8 @@ def _ask(arguments: argparse.Namespace) -> None:
     answers = pipeline.ask(questions, arguments.max_new_tokens)
     for question, answer in zip(questions, answers, strict=True):
         print(f"{question}\n{arguments.answer_prefix}{answer.answer}")
-        for number, score in zip(answer.document_ids, answer.scores, strict=True):
-            document = index.documents[number]
+        for document_id, score in zip(answer.document_ids, answer.scores, strict=True):
+            document = index.documents[document_id]
             print(f"  {score:.3f}  {(document.get('title') or document['text'])[:80]!r}")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int
 import numpy as np
 from rich.console import Console
@@ -25,15 +24,15 @@ from grit_jax.rag.cache_store import FORMATS, read_cache
 from grit_jax.rag.documents import Document, document_hash
 from grit_jax.rag.index_folder import (
     Part,
+    as_index_errors,
     check_model,
     load_documents,
     load_embeddings,
-    named_damage,
     open_for_adding,
     read_settings,
     write_part,
 )
-from grit_jax.sharding import batch_shards, partition_spec
+from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.templates import EMBED
 
 # Maximum documents of a part, and maximum bytes of its caches before they are quantized.
@@ -52,7 +51,7 @@ class DocumentIndex:
       model: the model that the index was built with.
 
     Attributes:
-      documents: all documents; their positions in this list are their ids.
+      documents: all documents; the index of a document in this list is its ID.
 
     Raises:
       DocumentIndexError: there is no index, or it was built with another model.
@@ -124,7 +123,7 @@ class DocumentIndex:
             return cache
         part = int(np.searchsorted(self._starts, document_id, side="right")) - 1
         dtype = self._model.model.config.dtype
-        with named_damage(self._parts[part]):
+        with as_index_errors(self._parts[part]):
             return read_cache(self._parts[part], document_id - int(self._starts[part]), dtype)
 
     @functools.cached_property
@@ -136,9 +135,7 @@ class DocumentIndex:
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
             rows[start:end] = load_embeddings(part)
         is_document = np.arange(len(rows)) < len(self)
-        return jax.device_put(
-            (rows, is_document), NamedSharding(self._model.mesh, partition_spec("batch"))
-        )
+        return shard_rows((rows, is_document), self._model.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -1,8 +1,8 @@
 """The files of an index: `index.json`, which has its settings, and parts.
 
 Each part, `part-00000/` and so on, has `documents.jsonl`, `embeddings.npy` and optional KV caches
-(see `cache_store`). A part appears complete and never changes, so building can be interrupted at
-any time and continued later.
+(see `cache_store`). A part is renamed to its final name when it is complete and never changes, so
+building can be interrupted at any time and continued later.
 """
 
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def load_documents(part: Path) -> list[Document]:
     Raises:
       DocumentIndexError: a file is missing or damaged.
     """
-    with named_damage(part):
+    with as_index_errors(part):
         lines = (part / "documents.jsonl").read_text().splitlines()
         documents = [json.loads(line) for line in lines]
         num_embeddings = len(load_embeddings(part))
@@ -77,8 +77,8 @@ def load_documents(part: Path) -> list[Document]:
 
 
 @contextlib.contextmanager
-def named_damage(part: Path) -> Iterator[None]:
-    """Names the part in errors of reading its files.
+def as_index_errors(part: Path) -> Iterator[None]:
+    """A context manager that turns errors from reading a part's files into `DocumentIndexError`s.
 
     Raises:
       DocumentIndexError: a file is missing or damaged.

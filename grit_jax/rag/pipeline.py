@@ -52,7 +52,7 @@ class RagAnswer:
 
     Attributes:
       answer: the text after the answer prefix.
-      document_ids: positions in `DocumentIndex.documents`, the nearest document first.
+      document_ids: indices in `DocumentIndex.documents`, the nearest document first.
       scores: inner product of each document with the question.
     """
 
@@ -124,7 +124,7 @@ class RagPipeline:
         return answers
 
     def _check(self, questions: Sequence[str]) -> None:
-        """Raises errors in any question before the first is answered."""
+        """Checks all questions before the first is answered."""
         if not questions:
             raise InputError("no questions were given: give at least one")
         config = self._model.model.config
@@ -159,7 +159,7 @@ class RagPipeline:
         ]
 
     def _prompt(self, question: str, document_ids: Int[np.ndarray, " documents"]) -> str:
-        texts = document_texts([self._index.documents[number] for number in document_ids])
+        texts = document_texts([self._index.documents[document_id] for document_id in document_ids])
         prompt = PROMPTS[self._cache_mode].format(query=question, documents="\n\n".join(texts))
         return prompt + self._answer_prefix
 
@@ -169,15 +169,15 @@ class RagPipeline:
         """Returns the cache that precedes each prompt."""
         documents: dict[int, KVCache] = {}
         if "document" in self._cached:  # Each cache is read once, for all questions.
-            distinct = {number for own_ids in document_ids for number in own_ids}
-            documents = {number: self._index.cache_of(number) for number in distinct}
+            distinct = {document_id for own_ids in document_ids for document_id in own_ids}
+            documents = {each: self._index.cache_of(each) for each in distinct}
         rope_theta = self._model.model.config.rope_theta
         caches = []
         for query_cache, own_ids in zip(query_caches, document_ids, strict=True):
             parts: list[KVCache] = []
             for part in self._cached:
                 if part == "document":
-                    parts += [documents[number] for number in own_ids]
+                    parts += [documents[document_id] for document_id in own_ids]
                 elif query_cache is not None:
                     parts.append(query_cache)
             continue_positions = self._positions == "continued"

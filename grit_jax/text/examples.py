@@ -1,4 +1,4 @@
-"""Tokenized examples: token ids with a mask of the tokens that count, and their stored bytes.
+"""Tokenized examples: token ids, the mask of pooled or predicted tokens, and stored bytes.
 
 An embedding example is a query with its positives and negatives; a chat example is one
 conversation. Both use the text formats of GritLM (see `templates`).
@@ -28,7 +28,7 @@ class Text:
 
     Attributes:
       tokens: token ids.
-      mask: which tokens count: those that are pooled (embedding) or trained on (chat).
+      mask: the tokens that are pooled (embedding) or predicted (chat).
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -58,7 +58,7 @@ class Example(abc.ABC):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What is stored besides the texts, as values for msgpack."""
+        """The fields that are stored in addition to the texts, as values for msgpack."""
         return {}
 
     def to_bytes(self) -> bytes:

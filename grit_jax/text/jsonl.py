@@ -1,4 +1,4 @@
-"""JSONL files: read in blocks by one process, parsed by many; every line keeps its number."""
+"""JSONL files: one process reads them in blocks of numbered lines, and many parse the lines."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -18,7 +18,7 @@ from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MEGABYTE = 2**20
-# Longer lines mean that this is not really a JSONL file.
+# A file with longer lines is probably not a JSONL file.
 MAX_LINE_BYTES = 16 * MEGABYTE
 LINE_TOO_LONG = f"line over {MAX_LINE_BYTES // MEGABYTE} MB"
 

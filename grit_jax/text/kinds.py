@@ -1,4 +1,4 @@
-"""The kinds of text that a model trains on, one record each.
+"""The kinds of text that a model trains on: one record per kind.
 
 To add a kind, write its example class and tokenization in `examples`, its canonical form in
 `formats`, and its record here. Reading, preparing and batch planning follow from the record.

@@ -80,7 +80,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of `ids`, skipping special and unknown ids."""
-        return self._processor.decode([number for number in ids if number < self.vocab_size])
+        return self._processor.decode([token_id for token_id in ids if token_id < self.vocab_size])
 
     def ids(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Returns the ids of `encode` as an array."""

@@ -104,7 +104,7 @@ class Tokenizer:
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> "Tokenizer":
-        """Returns the tokenizer in files as returned by `files`."""
+        """Returns the tokenizer of the names and contents that the property `files` returns."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)

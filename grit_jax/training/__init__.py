@@ -1,1 +1,1 @@
-"""The joint step, its optimizer, and the loop that keeps it going."""
+"""Training: the joint loss, GradCache, the train step, the optimizer, checkpoints, the loop."""

@@ -1,4 +1,4 @@
-"""Recovery from damaged checkpoints: detects them and moves them out of the way."""
+"""Recovery from damaged checkpoints: detects them and moves them to another folder."""
 
 import contextlib
 import itertools

@@ -48,7 +48,7 @@ def useful_flops(config: ModelConfig, batch: Batch, causal_streams: Collection[s
 
     Args:
       config: configuration of the model.
-      batch: this host's rows of the batch. The rows of other hosts are assumed to be like them.
+      batch: this host's rows of the batch. Other hosts are assumed to have similar rows.
       causal_streams: names of the streams with causal attention.
     """
     num_targets = sum(

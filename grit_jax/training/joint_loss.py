@@ -83,13 +83,13 @@ class ContrastiveTerm(LossTerm):
         return {name: self.config.embedding.stream(rows) for name, rows in part.streams.items()}
 
     def has_batch_losses(self, config: ModelConfig) -> bool:
-        """Every query is scored against the passages of the whole batch."""
+        """Returns True: every query is scored against the passages of the whole batch."""
         return True
 
     def summarize(
         self, model: Decoder, hidden: Hidden, statistics: Statistics, part: EmbeddingBatch
     ) -> dict[str, Float[Array, "_ D"]]:
-        """Returns the pooled hidden states of each text, zeros for a text not in the rows."""
+        """Returns the pooled hidden states of each text, zeros for texts outside the rows."""
         streams = part.streams
         return {name: self.config.embedding.pool(hidden[name], streams[name]) for name in streams}
 
@@ -105,8 +105,8 @@ class ContrastiveTerm(LossTerm):
         if self.config.learn_temperature:
             temperature = jnp.exp(loss_parameters["log_temperature"])
         loss = contrastive_loss(
-            self.config.embedding.project(model, summary["query"]),
-            self.config.embedding.project(model, summary["passage"]),
+            self.config.embedding.embed_pooled(model, summary["query"]),
+            self.config.embedding.embed_pooled(model, summary["passage"]),
             part.positives,
             part.passage_ids,
             temperature,
@@ -140,7 +140,10 @@ class NextTokenTerm(LossTerm):
         }
 
     def has_batch_losses(self, config: ModelConfig) -> bool:
-        """The load-balancing loss is a product of two means over all chats."""
+        """Returns whether the model has a load-balancing loss.
+
+        That loss is a product of two means over all chats.
+        """
         return config.has_experts
 
     def summarize(

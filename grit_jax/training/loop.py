@@ -114,7 +114,7 @@ class NotFiniteError(Exception):
 class SkipGuard:
     """A hook that stops a run if too many consecutive steps are skipped (see `make_optimizer`).
 
-    It checks the step before the last: waiting for the last one would leave the devices idle.
+    It checks the previous step: waiting for the current step would leave the devices idle.
 
     Args:
       max_consecutive_skips: number of consecutive skipped steps that are allowed.

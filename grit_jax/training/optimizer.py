@@ -87,7 +87,8 @@ def make_optimizer(
         adamw,
         optax.masked(optax.scale(embedding_lr_multiplier), _is_token_embedding),
     )
-    # Never apply such a gradient, however many follow each other: `SkipGuard` stops the run.
+    # Never apply a gradient that is not finite, however many are consecutive: `SkipGuard` stops the
+    # run.
     return optax.apply_if_finite(_in_float32(chain), jnp.iinfo(jnp.int32).max)
 
 

@@ -260,7 +260,7 @@ def check_model_fits_mesh(config: ModelConfig, mesh: Mesh) -> None:
                 f"{mesh.devices.flat[0].platform} has none: use 'save_matmuls', which saves the "
                 "same arrays on the device"
             )
-    ways = mesh.shape["expert"]
-    if ways > 1 and not config.has_experts:
-        raise MeshError(f"config.mesh.expert={ways} is for a Mixtral: leave it at 1")
+    num_expert_shards = mesh.shape["expert"]
+    if num_expert_shards > 1 and not config.has_experts:
+        raise MeshError(f"config.mesh.expert={num_expert_shards} is for a Mixtral: leave it at 1")
     check_sizes_fit_mesh(config.sharded_sizes(), mesh)

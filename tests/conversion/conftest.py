@@ -1,9 +1,9 @@
-"""Small models that the real transformers made, as a user would have them on disk."""
+"""Small models saved by transformers."""
 
 import os
 import tempfile
 
-# Nothing may be looked up on a hub, or left in the home folder.
+# Tests do not access the Hugging Face Hub, and write nothing to the home folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
 
@@ -26,7 +26,7 @@ SIZES = {
 def saved_models(tmp_path_factory):
     """Folders of a Mistral, a Mixtral in bfloat16 and in several files, and a tied Llama.
 
-    The last has a tokenizer of its own, as Llama 3 has.
+    The folder of the Llama also has a tokenizer like that of Llama 3.
     """
     import torch
     from transformers import (

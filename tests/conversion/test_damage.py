@@ -1,4 +1,4 @@
-"""Damaged models are refused with the name of the file, and a failed conversion leaves nothing."""
+"""Errors name the damaged file of a model, and a failed conversion leaves no files behind."""
 
 import json
 import shutil

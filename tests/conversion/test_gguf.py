@@ -142,8 +142,8 @@ def test_weights_are_dequantized_in_hugging_faces_order(tiny):
         index = tuple(slice(0, size) for size in parameter.full_shape)
         whole = model.read(parameter, index)
         assert whole.dtype == model.dtype(parameter)
-        for place, name in parameter.tensors():
-            tensor = parameter.to_tensor(whole[place]).astype(np.float32)
+        for stack_index, name in parameter.tensors():
+            tensor = parameter.to_tensor(whole[stack_index]).astype(np.float32)
             np.testing.assert_array_equal(tensor, expected[name], err_msg=name)
         first_output = len(parameter.stack_shape) + parameter.num_inputs
         if first_output < len(index):  # The second half of the heads, or of other outputs.

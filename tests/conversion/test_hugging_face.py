@@ -1,4 +1,4 @@
-"""Weights through the real transformers and sentence-transformers, and back."""
+"""Round trips of weights between grit-jax, transformers and sentence-transformers."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def load(path):
 
 
 def build(path):
-    """Returns its Flax module."""
+    """Returns the Flax module of a stored model."""
     return load(path).model
 
 

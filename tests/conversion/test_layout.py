@@ -68,9 +68,9 @@ def test_a_tensor_written_is_the_tensor_read(opened):
     model, expected = opened
     for parameter in model.parameters:
         value = lookup(expected, parameter.path)
-        for place, name in parameter.tensors():
+        for index, name in parameter.tensors():
             stored = model._weights.read(name, (slice(None),) * len(parameter.tensor_shape))
-            np.testing.assert_array_equal(parameter.to_tensor(value[place]), stored)
+            np.testing.assert_array_equal(parameter.to_tensor(value[index]), stored)
 
 
 def test_each_device_reads_its_own_part_of_the_weights(opened, monkeypatch):
@@ -106,9 +106,9 @@ def test_each_device_reads_its_own_part_of_the_weights(opened, monkeypatch):
     for parameter in model.parameters:
         value, sharding = lookup(expected, parameter.path), lookup_leaf(shardings, parameter.path)
         np.testing.assert_array_equal(lookup(loaded, parameter.path), value)
-        ways = math.prod(mesh.shape[axis] for axis in flat_axes(sharding))
+        num_shards = math.prod(mesh.shape[axis] for axis in flat_axes(sharding))
         # Each distinct part once a device that holds it, never more.
-        assert bytes_read[parameter.path] <= value.nbytes * 8 // ways
+        assert bytes_read[parameter.path] <= value.nbytes * 8 // num_shards
     assert sum(tensor_bytes) == sum(bytes_read.values())
 
 

@@ -227,7 +227,7 @@ def test_an_empty_batch_has_the_rows_of_all_hosts_and_no_text(folder):
 
 
 def joined(hosts):
-    """The whole batch: the rows of all hosts, and all else from the first host."""
+    """The whole batch: the rows of all hosts, and the other arrays of the first host."""
     first, pairs = hosts[0], [host.parts["embedding"] for host in hosts]
     for host, own in zip(hosts[1:], pairs[1:], strict=True):
         np.testing.assert_array_equal(own.positives, pairs[0].positives)

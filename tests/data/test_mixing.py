@@ -1,4 +1,4 @@
-"""Mixing and shuffling: what an index gets depends on the rates and the seed only."""
+"""Mixing and shuffling: the example of an index depends on the rates and the seed only."""
 
 from collections import Counter
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Packing: every text is whole in one row, and can be extracted unchanged."""
+"""Packing: every text is in one row, and can be extracted unchanged."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

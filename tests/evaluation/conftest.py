@@ -1,9 +1,9 @@
-"""A small model as a user has it: exported from transformers, with a tokenizer."""
+"""A small exported model with a tokenizer."""
 
 import os
 import tempfile
 
-# Tests do not access a hub, and leave nothing in the home folder.
+# Tests do not access the Hugging Face Hub, and write nothing to the home folder.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
 os.environ.setdefault("MTEB_CACHE", tempfile.mkdtemp(prefix="mteb"))

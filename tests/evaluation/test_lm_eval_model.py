@@ -1,4 +1,4 @@
-"""lm-eval's own package: a `GritLM` has the values of the model that it is exported as."""
+"""In lm-eval, a `GritLM` has the same scores as its export in lm-eval's model for transformers."""
 
 import json
 

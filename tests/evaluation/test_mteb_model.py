@@ -1,4 +1,4 @@
-"""MTEB's own package, with a `GritLM` in it."""
+"""Runs MTEB with a `GritLM`."""
 
 import json
 import shutil
@@ -132,11 +132,11 @@ def test_mteb_keeps_scores_apart_that_were_measured_otherwise(model, exported, t
             for options in ({"dtype": "bfloat16"}, {"dtype": "float32", "linear_dtype": "int8"})
         ),
     ]
-    places = {
+    paths = {
         mteb.ResultCache(tmp_path).get_task_result_path("BIOSSES", one.mteb_model_meta)
         for one in variants
     }
-    assert len(places) == len(variants)
+    assert len(paths) == len(variants)
 
 
 def test_scores_that_were_measured_otherwise_are_no_scores_of_this_run(exported, tmp_path):

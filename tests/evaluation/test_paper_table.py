@@ -86,8 +86,9 @@ def test_two_evaluations_at_once_keep_each_others_scores(tmp_path):
 def test_scores_that_are_added_in_one_moment_all_stay(tmp_path):
     def add(harness):
         results = Results(tmp_path, "one")
+        scores = {"acc": 0.5} if harness == "lm_eval" else 0.5
         for number in range(50):
-            results.add(harness, {f"task {number}": 0.5})
+            results.add(harness, {f"task {number}": scores})
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(add, ("mteb", "lm_eval")))

@@ -1,4 +1,4 @@
-"""Compares each measure with a value computed by hand or in another way."""
+"""Compares each measure with an independently computed value."""
 
 import importlib.util
 import math
@@ -150,9 +150,9 @@ def test_batched_likelihoods_equal_those_of_single_chats(model):
         hidden = model.model(text.tokens[None], is_causal=True)
         logits = np.asarray(model.model.logits(hidden), np.float64)[0]
         total = 0.0
-        for place in np.flatnonzero(text.mask):
-            row = logits[place - 1]
-            total += row[text.tokens[place]] - np.log(np.sum(np.exp(row)))
+        for position in np.flatnonzero(text.mask):
+            row = logits[position - 1]
+            total += row[text.tokens[position]] - np.log(np.sum(np.exp(row)))
         assert nats[number] == pytest.approx(total, rel=1e-4)
         assert tokens[number] == text.mask.sum()
 

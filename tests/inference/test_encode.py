@@ -35,7 +35,7 @@ def texts_of(values):
 
 
 def encode_each(model, texts, **options):
-    """Returns the embeddings of texts, each with an instruction of its own."""
+    """Returns the embeddings of texts, each with its instruction."""
     return np.stack([model.encode(text, instruction=before, **options) for text, before in texts])
 
 
@@ -89,7 +89,7 @@ def num_shared(tokenizer, instruction, text):
 
 
 def alone(model, text, instruction="", *, is_causal=False, pools_instruction=False):
-    """Returns the normalized mean of a text's hidden states, in a row of its own."""
+    """Returns the normalized mean of a text's hidden states, computed in a separate row."""
     tokenizer = model.tokenizer
     tokens = np.array([tokenizer.bos_id, *tokenizer.encode(instruction + text)])
     skipped = 1 + num_shared(tokenizer, instruction, text) if instruction else 0

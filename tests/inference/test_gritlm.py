@@ -1,4 +1,4 @@
-"""`GritLM` formats prompts as in training, takes options in two ways, and imports little."""
+"""`GritLM` formats prompts as in training, takes options in two forms, and imports little."""
 
 from concurrent.futures import ThreadPoolExecutor
 import json

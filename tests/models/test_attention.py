@@ -74,7 +74,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", PICTURES)
 def test_which_keys_a_query_attends_to(kind):
-    expected = [[place == "x" for place in line.split()] for line in PICTURES[kind].split("\n")]
+    expected = [[mark == "x" for mark in line.split()] for line in PICTURES[kind].split("\n")]
     mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).as_array()
     np.testing.assert_array_equal(mask[0], expected[1:-1])
 
@@ -109,16 +109,16 @@ def heads_and_gradients(implementation, kind, mesh=None):
     weights = generator.normal(size=shapes[0]).astype(np.float32) * is_token
 
     def loss(query, key, value, segment_ids, positions):
-        visibility = AttentionMask(segment_ids, positions, **kind)
-        mixed = attention(query, key, value, visibility, implementation, BLOCK)
+        mask = AttentionMask(segment_ids, positions, **kind)
+        mixed = attention(query, key, value, mask, implementation, BLOCK)
         return jnp.sum(mixed * weights), mixed
 
-    places = (segment_ids, positions)
+    row_arrays = (segment_ids, positions)
     if mesh is not None:
         rows = NamedSharding(mesh, partition_spec("batch"))
-        inputs, places = jax.device_put((inputs, places), rows)
+        inputs, row_arrays = jax.device_put((inputs, row_arrays), rows)
     compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    (_, mixed), gradients = compute(*inputs, *places)
+    (_, mixed), gradients = compute(*inputs, *row_arrays)
     assert np.isfinite(mixed).all(), "padding is no number"
     return [np.where(is_token, mixed, 0), *(np.asarray(gradient) for gradient in gradients)]
 
@@ -162,9 +162,9 @@ def test_auto_uses_the_kernel_on_a_tpu_for_the_cases_it_supports(monkeypatch, ca
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     length = case.get("length", 256)
     kind = {name: value for name, value in case.items() if name != "length"}
-    places = jnp.ones((2, length), jnp.int32)
+    ones = jnp.ones((2, length), jnp.int32)
     heads = [jnp.ones((2, length, count, HEAD_DIM)) for count in (HEADS, KEY_HEADS, KEY_HEADS)]
-    program = jax.jit(lambda *heads: attention(*heads, AttentionMask(places, places, **kind)))
+    program = jax.jit(lambda *heads: attention(*heads, AttentionMask(ones, ones, **kind)))
     lowered = program.trace(*heads).lower(lowering_platforms=("tpu",))
     assert ("tpu_custom_call" in lowered.as_text()) == has_kernel
 

@@ -22,7 +22,7 @@ def assert_close(ours, theirs):
 
 
 def make_reader(model):
-    """Returns the jitted call with a donated cache, as text generation uses it."""
+    """Returns the jitted model call with a donated cache, as in text generation."""
     graph, state = nnx.split(model)
 
     @functools.partial(jax.jit, static_argnames="is_causal", donate_argnames="cache")

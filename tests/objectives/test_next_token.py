@@ -29,10 +29,10 @@ def arrays():
 def loss_by_hand(hidden, projection, targets, weights):
     total = 0.0
     for row in range(ROWS):
-        for place in range(LENGTH):
-            logits = hidden[row, place].astype(np.float64) @ projection
-            log_probability = logits[targets[row, place]] - np.log(np.sum(np.exp(logits)))
-            total -= weights[row, place] * log_probability
+        for position in range(LENGTH):
+            logits = hidden[row, position].astype(np.float64) @ projection
+            log_probability = logits[targets[row, position]] - np.log(np.sum(np.exp(logits)))
+            total -= weights[row, position] * log_probability
     return total
 
 

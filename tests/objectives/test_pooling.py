@@ -65,10 +65,10 @@ def test_a_text_among_others_is_pooled_as_if_alone(packed, hidden, pooling):
     assert embeddings.shape == (packed.num_texts, DIMENSION)
     assert embeddings.dtype == jnp.float32
     for number, embedding in enumerate(embeddings):
-        place = packed.segment_ids == number + 1
+        own = packed.segment_ids == number + 1
         expected = np.zeros(DIMENSION)
-        if place.any():
-            expected = pool_alone(hidden[place], packed.mask[place], pooling)
+        if own.any():
+            expected = pool_alone(hidden[own], packed.mask[own], pooling)
         np.testing.assert_allclose(embedding, expected, rtol=1e-5, atol=1e-6)
 
 

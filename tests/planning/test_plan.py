@@ -199,7 +199,7 @@ def test_the_weights_that_a_run_starts_from_have_the_say_about_sizes(monkeypatch
 
 def test_the_search_finds_what_fits(monkeypatch):
     def pretend(config, topology, tokens):
-        """Stands in for minutes of compiling: memory halves with chunks and depends on remat."""
+        """Replaces compilation, which is slow: memory halves with chunks and depends on remat."""
         chunks, saves = config.grad_cache_chunks, config.model.remat == "save_matmuls"
         used = (40 if saves else 20) * plan_module.GIB / chunks / config.mesh.tensor
         seconds = (1.0 if saves else 1.2) * (1 + 0.1 * chunks) * (1 + 0.2 * config.mesh.tensor)

@@ -1,4 +1,4 @@
-"""The names that tests declare do not outlive their module."""
+"""Removes the datasets and mixtures that a test module declares, at its end."""
 
 from unittest import mock
 

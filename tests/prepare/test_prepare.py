@@ -195,7 +195,7 @@ def write(folder, count, examples_a_shard=100):
 
 
 class Interrupted(Exception):
-    """Stands for a power cut."""
+    """Simulates a power failure."""
 
 
 def test_an_interrupted_write_leaves_the_old_dataset_and_nothing_else(tmp_path, monkeypatch):

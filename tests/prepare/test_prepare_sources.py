@@ -1,4 +1,4 @@
-"""Preparing what users have: folders of files, damaged files, collections, TFDS, other runs."""
+"""Preparing users' sources: folders of files, damaged files, collections, TFDS, other runs."""
 
 import functools
 import gzip

@@ -1,4 +1,4 @@
-"""What preparing writes for a line is what the reference says, for each kind of text.
+"""The prepared record of a line equals the reference, for each kind of text.
 
 If a change of the token ids, masks or bytes is meant, raise `TEXT_VERSION` and write the reference
 again: python tests/text/test_golden.py

@@ -65,8 +65,8 @@ def list_objects(arguments: argparse.Namespace) -> None:
 
 def rsync(arguments: argparse.Namespace) -> None:
     folders = [
-        local(place) if place.startswith("gs://") else place
-        for place in (arguments.source, arguments.destination)
+        local(path) if path.startswith("gs://") else path
+        for path in (arguments.source, arguments.destination)
     ]
     if arguments.delete_unmatched_destination_objects:
         shutil.rmtree(folders[1])

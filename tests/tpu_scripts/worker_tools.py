@@ -110,7 +110,7 @@ def lose_a_worker() -> None:
 
 
 def vanish() -> None:
-    """All processes of one worker vanish, as after a reboot, and the others wait."""
+    """All processes of one worker end, as after a reboot, and the others wait."""
     if is_primary():
         wait_for_sigterm()
     os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Runs in a bucket, in real processes, with a server that stands in for Google's."""
+"""Runs in a bucket: real processes with a fake Google Cloud Storage server."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def fields(prepared_sample):
 
 
 def start(server, *arguments, count=1):
-    """Starts so many processes of a run."""
+    """Starts `count` processes of a run."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -96,7 +96,7 @@ def losses(server, run):
 
 
 def checkpoints(server, run):
-    """The steps of whole checkpoints, and those of others."""
+    """The steps of complete checkpoints, and those of incomplete ones."""
     names = server.names(f"{run}/checkpoints/")
     whole = {
         int(name.split("/")[0]) for name in names if name.count("/") == 1 and COMMITTED in name
@@ -120,7 +120,7 @@ def kill_while_saving(server, run, process):
 
 
 def share_compiled(server, run):
-    """Gives another run the programs of the undisturbed one, as its own start would find them."""
+    """Copies the compiled programs of the uninterrupted run to another run."""
     for name in server.names("whole/compiled/"):
         server.objects[f"{run}/compiled/{name}"] = server.objects[f"whole/compiled/{name}"]
 
@@ -164,7 +164,7 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     assert losses(server, "stopped").keys() >= set(range(1, max(whole) + 1))
 
     # Two processes that share the bucket alone go on, and save when one of them gets SIGTERM.
-    # Their data lies there, too.
+    # Their data is there, too.
     server.failures = 2
     processes = start(server, *common, "--config.data.folder=gs://bucket/data", count=2)
     wait_until(processes, lambda: max(checkpoints(server, "stopped")[0]) > max(whole))

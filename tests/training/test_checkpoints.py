@@ -1,4 +1,4 @@
-"""Checkpoints: kept, passed over when damaged, refused when of another run, never half there."""
+"""Checkpoints: retention, recovery from damage, refusal of other runs, and atomic saves."""
 
 import contextlib
 import errno
@@ -188,7 +188,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_taken(trainer, states, tm
 
 @contextlib.contextmanager
 def no_more_files():
-    """A context in which this process may open no further file."""
+    """A context manager in which this process cannot open more files."""
     gc.collect()  # Else files that nobody holds any more may be closed, and others opened.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with open(os.devnull) as file:

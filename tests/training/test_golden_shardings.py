@@ -62,7 +62,7 @@ def test_a_step_takes_over_the_memory_of_the_state_only(name):
     of_state, of_batch = lowered.args_info[0]
     assert all(info.donated for info in jax.tree.leaves(of_state))
     assert not any(info.donated for info in jax.tree.leaves(of_batch))
-    # Each array of the new state has the place of one of the old.
+    # Each array of the new state reuses the memory of an array of the old state.
     state, _ = lowered.out_info
     before = jax.tree.leaves(trainer.abstract_state())
     for old, new in zip(before, jax.tree.leaves(state), strict=True):

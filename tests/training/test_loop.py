@@ -1,4 +1,4 @@
-"""The training loop: it prefetches batches in order and reports the time spent waiting for them."""
+"""The training loop prefetches batches in order, and reports the time spent waiting for them."""
 
 import functools
 import json
@@ -84,8 +84,8 @@ def run(batches, steps):
     lines = []
     trainer = make_trainer()
     receivers = [lambda step, metrics: lines.append({"step": step, **metrics})]
-    stopwatch = StepTimer(1, steps, lambda _: 0.0, receivers, Goodput([]), peak_flops=1e9)
-    state = train(trainer, trainer.initial_state(0), batches, [stopwatch], lambda _: None)
+    step_timer = StepTimer(1, steps, lambda _: 0.0, receivers, Goodput([]), peak_flops=1e9)
+    state = train(trainer, trainer.initial_state(0), batches, [step_timer], lambda _: None)
     assert int(state.step) == steps
     return lines
 

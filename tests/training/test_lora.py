@@ -37,7 +37,7 @@ def is_update(path):
 
 
 def load(shapes):
-    """Returns the parameters of a base model, as a loader of stored weights does."""
+    """Returns the parameters of a base model, like `StoredModel.load`."""
     random = np.random.default_rng(0)
     stored = {}
     for path, shape in flatten_dict(shapes).items():

@@ -1,4 +1,4 @@
-"""Whole runs through train.py, as a user starts them: real processes, real files."""
+"""Complete runs of train.py in real processes, with real files."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def start_in_background(*arguments, devices=1, **variables):
 
 
 def wait_for_step(process, workdir, step):
-    """Waits until a run has written down a step."""
+    """Waits until a run has written the metrics of a step."""
     metrics = workdir / "metrics.jsonl"
     while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
         assert process.poll() is None, process.communicate()

@@ -1,4 +1,4 @@
-"""The joint step against a step written by hand, and against itself on eight devices."""
+"""Compares the joint step with a reference step, and with itself on eight devices."""
 
 import dataclasses
 import functools

@@ -12,6 +12,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from grit_jax.arithmetic import ceil_div
+from grit_jax.files import write_atomically
 from grit_jax.training.hooks.bucket_mirror import BucketMirror
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -47,9 +48,7 @@ class MetricsWriter:
         # This import takes seconds if torch is installed.
         from tensorboardX.event_file_writer import EventsWriter
 
-        incomplete = self._path.with_name(f".incomplete-{METRICS}")
-        incomplete.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
-        incomplete.replace(self._path)
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in self.kept))
         self._opened.enter_context(self._mirror)
         events = self._mirror.local / TENSORBOARD / "events"
         events.parent.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ class ProgressReport:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Prints a line, above the bar if there is one."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
@@ -52,4 +52,4 @@ class ProgressReport:
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, values="  ".join(parts))
         else:
-            self.say(f"step {step}/{self._stop}  {'  '.join(parts)}")
+            self.log(f"step {step}/{self._stop}  {'  '.join(parts)}")

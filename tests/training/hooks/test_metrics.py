@@ -50,7 +50,7 @@ def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(workdir):
 
 @contextlib.contextmanager
 def no_file_over(num_bytes):
-    """In place of a disk that is full."""
+    """Simulates a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:

@@ -11,7 +11,7 @@ from grit_jax.training.loop import StepReport
 
 
 class Clock:
-    """In the place of the clock: time passes when a test says so."""
+    """A fake clock, which a test advances."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -34,14 +34,14 @@ def test_compiling_and_pauses_are_no_steps(clock):
     lines = []
     goodput = Goodput([])
     clock.now += 10  # What comes before the first step.
-    stopwatch = StepTimer(
+    step_timer = StepTimer(
         2, 4, lambda _: 0.1, [lambda step, line: lines.append(line)], goodput, peak_flops=8e12
     )
     for step, seconds, compiling in ((1, 9, 7), (2, 2, 0), (3, 2, 0), (4, 2, 0)):
         clock.now += seconds
         last = report(step, compiling)
-        stopwatch(last)
-        with stopwatch.pause(last):
+        step_timer(last)
+        with step_timer.pause(last):
             clock.now += 5 if step == 2 else 0
     first, second = lines
     assert first["step_seconds"] == second["step_seconds"] == 2
@@ -57,7 +57,7 @@ def test_skipped_steps_do_not_lower_the_learning_rate(clock):
     # As the optimizer's schedule counts.
     optimizer = optax.apply_if_finite(optax.scale_by_schedule(lambda count: 1.0 - count / 10), 9)
     state, lines = optimizer.init(jnp.ones(())), []
-    stopwatch = StepTimer(
+    step_timer = StepTimer(
         1, 4, lambda count: 1.0 - count / 10, [lambda _, line: lines.append(line)], Goodput([])
     )
     for step, gradient in enumerate((1.0, jnp.nan, jnp.nan, 1.0), start=1):
@@ -65,7 +65,7 @@ def test_skipped_steps_do_not_lower_the_learning_rate(clock):
         update, state = optimizer.update(jnp.float32(gradient), state)
         last = report(step)
         last.metrics["steps_skipped"] = state.total_notfinite
-        stopwatch(last)
+        step_timer(last)
     assert lines[-1]["learning_rate"] == pytest.approx(float(update)) == pytest.approx(0.9)
 
 
