@@ -12,7 +12,7 @@ from grit_jax.text.templates import EMBED, ChatError, chat_segments
 from grit_jax.text.tokenizer import Tokenizer
 
 # A text or a prompt: a string, or token ids.
-TextLike = str | Sequence[int] | np.ndarray
+TextLike = str | Sequence[int | np.integer] | np.ndarray
 
 NO_IDS = np.zeros(0, np.int32)
 

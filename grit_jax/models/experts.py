@@ -263,7 +263,7 @@ def ragged_all_to_all(
     rows: Float[Array, "R D"],
     plan: AllToAllPlan,
     reverse_plan: AllToAllPlan,
-) -> Float[Array, "{num_rows} D"]:
+) -> Float[Array, "_ D"]:
     """Returns the rows that the devices along `axis` send to this one, followed by zeros.
 
     The gradient follows `reverse_plan`.

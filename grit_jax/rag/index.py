@@ -146,7 +146,8 @@ def _nearest(
     count: int,
 ) -> tuple[Float[Array, "Q {count}"], Int[Array, "Q {count}"]]:
     scores = jnp.einsum("QP,NP->QN", queries, embeddings, precision="highest")
-    return jax.lax.top_k(jnp.where(is_document, scores, -jnp.inf), count)
+    best, document_ids = jax.lax.top_k(jnp.where(is_document, scores, -jnp.inf), count)
+    return best, document_ids
 
 
 def build_index(
