@@ -48,7 +48,7 @@ lint: $(VENV)/.installed-test
 
 smoke:
 	rm -rf .venv-3.11/smoke
-	$(MAKE) demo PYTHON=python3.11 VENV=.venv-3.11 WORKDIR=.venv-3.11/smoke FLAGS=--config.steps=10
+	$(MAKE) demo PYTHON=python3.11 VENV=.venv-3.11 WORKDIR=.venv-3.11/smoke FLAGS=--config.steps=2
 	.venv-3.11/bin/python tests/smoke.py .venv-3.11/smoke
 
 pods: $(VENV)/.installed-test

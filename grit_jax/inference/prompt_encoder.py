@@ -125,9 +125,9 @@ class PromptEncoder:
             ) from None
         if not len(messages):
             raise InputError(f"{name} has no messages: give at least one message of the user")
-        if (role := messages[-1]["role"]) != "user":
+        if messages[-1]["role"] != "user":
             raise InputError(
-                f"{name} ends with a message of the {role}: the last message must be the user's, "
+                f"{name} ends with a message of the assistant: the last message must be the user's, "
                 "so remove it or add a message of the user"
             )
         for index, message in enumerate(messages):
