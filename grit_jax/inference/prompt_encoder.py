@@ -127,8 +127,8 @@ class PromptEncoder:
             raise InputError(f"{name} has no messages: give at least one message of the user")
         if messages[-1]["role"] != "user":
             raise InputError(
-                f"{name} ends with a message of the assistant: the last message must be the user's, "
-                "so remove it or add a message of the user"
+                f"{name} ends with a message of the assistant: the last message must be the "
+                "user's, so remove it or add a message of the user"
             )
         for index, message in enumerate(messages):
             if message["role"] != "system" and not message["content"].strip():

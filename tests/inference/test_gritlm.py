@@ -109,7 +109,10 @@ def test_a_chat_behind_a_cached_text(model):
         ([[USER], [USER, USER]], "chat 1: user and assistant do not alternate: give a list of"),
         (["Hi"], "chat 0: 'messages' is not a list"),
         (CHAT[:2], "ends with a message of the assistant: the last message must be the user's"),
-        ([USER, {"role": "system", "content": "a"}], "a system message is not followed by a user message"),
+        (
+            [USER, {"role": "system", "content": "a"}],
+            "a system message is not followed by a user message",
+        ),
         ([{"role": "user", "content": " "}], "chat 0: message 0 is empty"),
         ([{"role": "user", "content": "\ud83d"}], "chat 0 has half of a surrogate pair"),
     ],
