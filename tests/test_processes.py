@@ -30,7 +30,7 @@ import pytest
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": "2",
             },
-            "JAX_PROCESS_ID=2, but with JAX_NUM_PROCESSES=2 they go from 0",
+            "JAX_PROCESS_ID=2, but with JAX_NUM_PROCESSES=2 they are 0 to 1",
         ),
         (
             {
@@ -38,7 +38,7 @@ import pytest
                 "JAX_NUM_PROCESSES": "two",
                 "JAX_PROCESS_ID": "0",
             },
-            "JAX_NUM_PROCESSES=two is no number",
+            "JAX_NUM_PROCESSES=two is not a number",
         ),
     ],
 )
