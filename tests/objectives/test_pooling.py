@@ -27,7 +27,8 @@ def packed():
     rows = plan_rows([len(text) for text in texts], ROW_LENGTH)
     rows = [[used[text] for text in row] for row in rows]
     assert max(map(len, rows)) > 1, "rows must hold several texts"
-    return pack(numbered, rows, len(rows) + 1, ROW_LENGTH)
+    by_number = {number: numbered[number] for number in used}
+    return pack(by_number, rows, len(rows) + 1, ROW_LENGTH, num_texts=len(numbered))
 
 
 @pytest.fixture(scope="module")
