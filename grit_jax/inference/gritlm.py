@@ -87,7 +87,7 @@ class GritLM:
     Attributes:
       model: the Flax module: token ids to hidden states, hidden states to logits.
       mesh: the devices that hold its parameters.
-      embedding_spec: attention, pooling and normalization.
+      embedding_spec: attention, pooling, normalization and prompts.
 
     Raises:
       ValueError: the attention pattern or the pooling is unknown.
@@ -178,13 +178,17 @@ class GritLM:
         return self._prompt_encoder.tokenizer
 
     def encode_query(
-        self, texts: TextLike | Sequence[TextLike], instruction: str = "", **options: Any
+        self,
+        texts: TextLike | Sequence[TextLike],
+        instruction: str | None = None,
+        **options: Any,
     ) -> Any:
         """Returns the embedding of each query, formatted as in training.
 
         Args:
           texts: one query or several.
-          instruction: the task in plain words, such as "Given a question, find its answer".
+          instruction: the task in plain words, such as "Given a question, find its answer". None
+            takes the one stored with the model (`embedding_spec.query_prompt`), "" takes none.
           **options: the other arguments of `encode`.
 
         Returns:
@@ -193,16 +197,17 @@ class GritLM:
         Raises:
           InputError: the instruction has the model's markers, or see `encode`.
         """
-        prefix = embedding_prefix(check_instruction(instruction))
-        return self.encode(texts, instruction=prefix, **options)
+        prompt = self._prompt(instruction, self.embedding_spec.query_prompt)
+        return self.encode(texts, instruction=prompt, **options)
 
-    def encode_document(self, texts: Corpus, instruction: str = "", **options: Any) -> Any:
+    def encode_document(self, texts: Corpus, instruction: str | None = None, **options: Any) -> Any:
         """Returns the embedding of each document, formatted as in training.
 
         Args:
           texts: one document or several: texts, or dictionaries with "text" and optionally "title",
             which precedes the text.
           instruction: the task in plain words; most models are trained without one for documents.
+            None takes the one stored with the model (`embedding_spec.document_prompt`).
           **options: the other arguments of `encode`.
 
         Returns:
@@ -211,7 +216,8 @@ class GritLM:
         Raises:
           InputError: the instruction has the model's markers, or see `encode`.
         """
-        return self.encode_query(document_texts(texts), instruction, **options)
+        prompt = self._prompt(instruction, self.embedding_spec.document_prompt)
+        return self.encode(document_texts(texts), instruction=prompt, **options)
 
     def encode(
         self,
@@ -506,6 +512,10 @@ class GritLM:
         other = copy.copy(self)
         other.embedding_spec = dataclasses.replace(self.embedding_spec, normalize=False)
         return other
+
+    def _prompt(self, instruction: str | None, stored: str) -> str:
+        """Returns the prompt of an instruction in plain words, or the stored one for None."""
+        return stored if instruction is None else embedding_prefix(check_instruction(instruction))
 
     def _encode_chat(
         self, messages: Any, name: str, options: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""How a model embeds text: its attention pattern and its pooling.
+"""How a model embeds text: its attention pattern, its pooling and its prompts.
 
 Dimensions: B rows, S positions, D hidden size, P embedding size.
 """
@@ -14,13 +14,15 @@ from jaxtyping import Array, Float
 from grit_jax.data.batch import PackedTexts
 from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
+from grit_jax.text.templates import EMBED
 
 # One letter each for embedding instructions, embedding texts, generation instructions and
 # generation texts: b (bidirectional) or c (causal).
 PATTERNS = ("bbcc", "cbcc", "cccc")
 
-# The field of config.json that stores a model's attention and pooling. Only grit-jax reads it.
+# The field of config.json that stores an `EmbeddingSpec`. Only grit-jax reads it.
 GRIT_FIELD = "grit"
+STORED = ("attention", "pooling", "query_prompt", "document_prompt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class EmbeddingSpec:
       pooling: "mean", "weightedmean", "lasttoken" or "cls" (see `objectives.pooling`).
       normalize: whether embeddings are scaled to length 1.
       pool_instruction: whether the tokens of the instruction are pooled, too.
+      query_prompt: what precedes a query by default, with the model's markers (see
+        `text.templates.embedding_prefix`).
+      document_prompt: what precedes a document by default.
 
     Raises:
       ValueError: the pattern or the pooling is unknown.
@@ -41,6 +46,8 @@ class EmbeddingSpec:
     pooling: str = "mean"
     normalize: bool = True
     pool_instruction: bool = False
+    query_prompt: str = EMBED
+    document_prompt: str = EMBED
 
     def __post_init__(self):
         if self.attention not in PATTERNS:
@@ -77,7 +84,7 @@ class EmbeddingSpec:
 
     def to_fields(self) -> dict[str, dict[str, str]]:
         """Returns the fields of config.json that store the spec."""
-        return {GRIT_FIELD: {"attention": self.attention, "pooling": self.pooling}}
+        return {GRIT_FIELD: {name: getattr(self, name) for name in STORED}}
 
     def stream(self, texts: PackedTexts) -> Stream:
         """Returns packed texts as input of the decoder.
