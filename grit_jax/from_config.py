@@ -141,6 +141,12 @@ def model_config(config: Config, pretrained: StoredModel | None = None) -> Model
         if pretrained is None:
             return make_config(model.architecture, **model.sizes, **settings)
         _check_sizes(config, pretrained)
+        if config.mode != "embedding" and not pretrained.config.has_lm_head:
+            raise ConfigError(
+                f"config.mode={config.mode!r} needs a language model head, which "
+                f"{config.model.weights} lacks: set config.mode='embedding', or add the head of "
+                "its base model (grit-jax convert from-hf FOLDER CHECKPOINT --head BASE)"
+            )
         adapted = dataclasses.replace(pretrained.config, **settings)
         lora_layers(adapted)  # Raises if a pattern of config.lora.targets matches no layer.
         return adapted

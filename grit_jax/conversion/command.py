@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
 from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.objectives.pooling import POOLINGS
 
@@ -19,7 +20,7 @@ def run(argv: Sequence[str]) -> None:
     arguments = _parser().parse_args(argv)
 
     if arguments.direction == "from-hf":
-        model = HuggingFaceModel(arguments.source, arguments.head)
+        model = HuggingFaceModel(find_folder(arguments.source), arguments.head)
         write_orbax(model, arguments.destination)
     elif arguments.direction == "from-gguf":
         model = GgufModel(arguments.source, arguments.tokenizer)
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf = directions.add_parser("from-hf", help="Hugging Face folder to Orbax checkpoint")
     from_gguf = directions.add_parser("from-gguf", help="GGUF file to Orbax checkpoint")
     to_hf = directions.add_parser("to-hf", help="checkpoint or run to Hugging Face folder")
-    from_hf.add_argument("source", type=_local_path, help="folder of the model")
+    from_hf.add_argument("source", type=_local_path, help="folder, or name on the Hub")
     from_gguf.add_argument("source", type=_local_path, help="GGUF file")
     from_gguf.add_argument(
         "--tokenizer",

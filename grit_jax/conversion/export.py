@@ -75,7 +75,8 @@ def write_hugging_face(
         write_sentence_transformers(unfinished, model.config, spec)
         stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
         fields = model.fields | {"torch_dtype": stored_dtype, **spec.to_fields()}
-        fields["architectures"] = [f"{model.fields['model_type'].capitalize()}ForCausalLM"]
+        kind = "ForCausalLM" if model.config.has_lm_head else "Model"
+        fields["architectures"] = [f"{model.fields['model_type'].capitalize()}{kind}"]
         # The new name of torch_dtype has precedence, and still holds the type of the source.
         fields.pop("dtype", None)
         fields.pop("auto_map", None)  # It names code that the export neither has nor needs.

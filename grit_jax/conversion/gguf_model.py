@@ -14,7 +14,7 @@ import numpy as np
 from grit_jax.conversion.gguf_tokenizer import gguf_tokenizer
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.sidecar_files import write_tokenizer
-from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights
+from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights, warn
 from grit_jax.files import write_json
 from grit_jax.models import config_from_hugging_face
 from grit_jax.text.tokenizer import Tokenizer
@@ -33,6 +33,19 @@ SIZES = {
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
+}
+
+
+# The other settings that are read or follow from the tensors; those of "rope." are as well.
+READ_SETTINGS = {
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "expert_count",
+    "expert_used_count",
+    "tensor_data_layout",
+    "vocab_size",
 }
 
 
@@ -65,6 +78,7 @@ class GgufModel(StoredModel):
         self._metadata = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._check_supported()
+        self._check_settings()
         self.fields = self._fields()
         try:
             self.config = config_from_hugging_face(self.fields)
@@ -158,6 +172,23 @@ class GgufModel(StoredModel):
                 f"{self.folder} has scaled rotary frequencies (Llama 3.1 and later), which are not "
                 "supported"
             )
+
+    def _check_settings(self) -> None:
+        """Raises an error for a setting that differs between layers, and warns of unread ones."""
+        prefix, unread = f"{ARCHITECTURE}.", {}
+        for key in self._metadata:
+            value = self._value(key) if key.startswith(prefix) else None
+            if isinstance(value, list):
+                raise ConversionError(
+                    f"{self.folder}: {key} differs between layers, which is not supported"
+                )
+            name = key.removeprefix(prefix)
+            is_read = name in READ_SETTINGS or name in SIZES.values() or name.startswith("rope.")
+            if value is not None and not is_read:
+                unread[key] = value
+        if unread:
+            shown = ", ".join(f"{key}={value!r}" for key, value in unread.items())
+            warn(f"{self.folder}: the model is computed without {shown}")
 
     def _fields(self) -> dict[str, Any]:
         """Returns the content of a Hugging Face config.json for this model."""

@@ -7,12 +7,18 @@ from jaxtyping import Shaped
 import ml_dtypes
 import numpy as np
 
+from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
-from grit_jax.conversion.safetensors_folder import SafetensorsFolder, read_json
-from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights
-from grit_jax.models import config_from_hugging_face
+from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, SafetensorsFolder, read_json
+from grit_jax.conversion.stored_model import (
+    ConversionError,
+    StoredModel,
+    hash_weights,
+    warn,
+)
+from grit_jax.models import config_from_hugging_face, unread_fields
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 # NumPy's types by their names in safetensors.
 DTYPES = {"F32": "float32", "BF16": ml_dtypes.bfloat16, "F16": "float16"}
 
@@ -21,11 +27,12 @@ class HuggingFaceModel(StoredModel):
     """A Mistral, Mixtral or Llama in a Hugging Face folder.
 
     The constructor reads the configuration and the headers of the weights. It checks that every
-    tensor is there with its shape, and no other tensor.
+    tensor is there with its shape, and no other tensor. It warns (`ConversionWarning`) of fields of
+    the configuration that have no effect.
 
     Args:
       folder: has `config.json` and safetensors.
-      head: for a model that was saved without its language model head: "tied" uses the token
+      head: adds a language model head to a model that was saved without one: "tied" uses the token
         embeddings as the head; a path takes the head of the base model in that folder.
 
     Raises:
@@ -41,20 +48,22 @@ class HuggingFaceModel(StoredModel):
         try:
             self.config = config_from_hugging_face(self.fields)
         except ValueError as error:
-            raise ConversionError(f"{folder / 'config.json'}: {error}") from None
+            raise ConversionError(f"{folder}/{error}") from None  # "config.json: ..."
+        self._give_warnings()
         self.parameters = parameters(self.config)
         self._check_names()
         for parameter in self.parameters:
             self._check_tensors(parameter)
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
-        """Returns the type that the parameter is stored in."""
-        _, name = next(parameter.tensors())
-        return np.dtype(DTYPES[self._source(name).dtype(name)])
+        """Returns the stored type, or float32 for a parameter whose tensors have several."""
+        stored = {self._source(name).dtype(name) for _, name in parameter.tensors()}
+        return np.dtype(DTYPES[stored.pop()] if len(stored) == 1 else np.float32)
 
     def read(self, parameter: ParamSpec, index: Index) -> Shaped[np.ndarray, "..."]:
         """Returns a slice of a parameter, see `StoredModel.read`."""
-        return parameter.read(index, lambda name, part: self._source(name).read(name, part))
+        part = parameter.read(index, lambda name, part: self._source(name).read(name, part))
+        return part.astype(self.dtype(parameter), copy=False)
 
     def weights_fingerprint(self) -> str:
         """Returns a hash of the weights, see `StoredModel.weights_fingerprint`."""
@@ -65,22 +74,49 @@ class HuggingFaceModel(StoredModel):
         return self._base if self._base is not None and name == HEAD else self._weights
 
     def _choose_head(self, head: str | Path | None) -> None:
-        if HEAD in self._weights.names or self.fields.get("tie_word_embeddings"):
+        """Sets the fields of the configuration that say whether there is a head, and which."""
+        has_head, is_tied = HEAD in self._weights.names, self.fields.get("tie_word_embeddings")
+        self.fields.pop("has_lm_head", None)
+        if is_tied and has_head:
+            self._check_tied_head()
+        if has_head or is_tied:
             if head is not None:
                 raise ConversionError(f"{self.folder} has a head of its own; leave out --head")
-            return
-        if head is None:
-            raise ConversionError(
-                f"{self.folder} has no {HEAD}, because it was saved as an embedding model. Use "
-                "--head tied to compute logits with its token embeddings, or --head FOLDER to take "
-                "the head of a base model"
+        elif head is None:
+            self.fields["has_lm_head"] = False
+        elif head == "tied":
+            self.fields["tie_word_embeddings"] = True
+        else:
+            self._base = SafetensorsFolder(find_folder(head))
+            if HEAD not in self._base.names:
+                raise ConversionError(
+                    f"--head {head} has no {HEAD}: name the folder of a base model"
+                )
+
+    def _check_tied_head(self) -> None:
+        """Decides whether a head beside tied embeddings is a copy of them, as transformers does."""
+        if EMBEDDINGS not in self._weights.names:
+            self._weights.rename(HEAD, EMBEDDINGS)
+        elif not self._weights.equal(HEAD, EMBEDDINGS):
+            self.fields["tie_word_embeddings"] = False
+            warn(
+                f"{self.folder / 'config.json'} says tie_word_embeddings=true, but {HEAD} differs "
+                f"from {EMBEDDINGS}: both are kept, as tie_word_embeddings=false"
             )
-        if head == "tied":
-            self.fields = self.fields | {"tie_word_embeddings": True}
-            return
-        self._base = SafetensorsFolder(Path(head))
-        if HEAD not in self._base.names:
-            raise ConversionError(f"--head {head} has no {HEAD}: name the folder of a base model")
+
+    def _give_warnings(self) -> None:
+        """Warns of what is stored with the model but has no effect, and of a missing head."""
+        if unread := unread_fields(self.fields):
+            shown = ", ".join(f"{name}={value!r}" for name, value in sorted(unread.items()))
+            warn(f"{self.folder / 'config.json'}: the model is computed without {shown}")
+        if (self.folder / ADAPTER_CONFIG).exists():
+            warn(f"{self.folder / ADAPTER_CONFIG}: the adapter beside the weights is not read")
+        classes = self.fields.get("architectures") or []
+        if not self.config.has_lm_head and any("ForCausalLM" in name for name in classes):
+            warn(
+                f"{self.folder} has no {HEAD}, although config.json names a {classes[0]}: the "
+                "model embeds, but cannot generate"
+            )
 
     def _check_names(self) -> None:
         expected = {name for parameter in self.parameters for _, name in parameter.tensors()}
@@ -92,8 +128,6 @@ class HuggingFaceModel(StoredModel):
         self._check_tensor_names(expected, present)
 
     def _check_tensors(self, parameter: ParamSpec) -> None:
-        _, first = next(parameter.tensors())
-        dtype = self._source(first).dtype(first)
         for _, name in parameter.tensors():
             source = self._source(name)
             if source.shape(name) != parameter.tensor_shape:
@@ -101,10 +135,10 @@ class HuggingFaceModel(StoredModel):
                     f"{source.path(name)}: {name} has the shape {source.shape(name)}, but "
                     f"config.json asks for {parameter.tensor_shape}"
                 )
-            if source.dtype(name) != dtype or dtype not in DTYPES:
+            if source.dtype(name) not in DTYPES:
                 raise ConversionError(
-                    f"{source.path(name)}: {name} has the type {source.dtype(name)}; the type must "
-                    f"be one of {', '.join(DTYPES)} and the same in all layers"
+                    f"{source.path(name)}: {name} has the type {source.dtype(name)}, which must be "
+                    f"one of {', '.join(DTYPES)}"
                 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from grit_jax.bucket import in_bucket, open_bucket
 from grit_jax.conversion.gguf_model import SUFFIX, GgufModel
+from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.lora_checkpoint import BASE_MODEL, LoraCheckpoint
 from grit_jax.conversion.orbax_model import (
@@ -14,6 +15,7 @@ from grit_jax.conversion.orbax_model import (
     OrbaxModel,
     read_item,
 )
+from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, adapter_error
 from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel
 
 
@@ -28,7 +30,7 @@ def open_model(
 
     Args:
       path: the folder or file. A run's folder is the `--workdir` of training. Checkpoints and runs
-        may be in a bucket.
+        may be in a bucket. OWNER/MODEL is downloaded from the Hugging Face Hub.
       head: see `HuggingFaceModel`.
       base: the current path of a LoRA checkpoint's base model, if it has moved.
 
@@ -37,14 +39,14 @@ def open_model(
         weights.
       BucketError: the bucket cannot be read.
     """
-    path = open_bucket(path) if in_bucket(path) else Path(path)
+    path = open_bucket(path) if in_bucket(path) else find_folder(path)
     if isinstance(path, Path) and path.suffix == SUFFIX and path.is_file():
         _check_no_base(path, base)
         return GgufModel(path)
     if not path.is_dir():
         raise ConversionError(
-            f"{path} does not exist, or is neither a folder nor a {SUFFIX} file (hf download NAME "
-            "--local-dir FOLDER downloads a model from the Hugging Face Hub)"
+            f"{path} does not exist, or is neither a folder, nor a {SUFFIX} file, nor the name "
+            "OWNER/MODEL of a model on the Hugging Face Hub"
         )
     checkpoints = path / "checkpoints"
     steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and _is_complete(step)]
@@ -54,6 +56,8 @@ def open_model(
         return _open_checkpoint(path, base)
     if isinstance(path, Path) and (path / "config.json").exists():
         return HuggingFaceModel(path, head)
+    if isinstance(path, Path) and (path / ADAPTER_CONFIG).exists():
+        raise adapter_error(path)
     if (path / "config.json").exists():
         raise ConversionError(f"{path} is not on a disk: copy it to one (gcloud storage cp -r)")
     raise ConversionError(

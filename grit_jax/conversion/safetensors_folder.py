@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 import dataclasses
 import json
+import math
 from pathlib import Path
+import re
 from typing import Any
 
 from jaxtyping import Shaped
@@ -17,27 +19,65 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # The start of the placeholder that `git clone` without LFS leaves instead of a large file.
 GIT_LFS = b"version https://git-lfs"
+# The weights in Mistral's own format, and the weights and the description of a PEFT adapter.
+MISTRAL_NATIVE = "consolidated*.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Modules that wrap a model or its layers, and appear in the names of its tensors: of PyTorch's
+# compiler, data parallelism and FSDP.
+WRAPPERS = re.compile(
+    r"(^|\.)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"
+)
+# The modules around a decoder: the original GritLM's trainer writes `model.model.`, PEFT
+# `base_model.model.`, and models for images and text `language_model.`.
+PREFIX = re.compile(
+    r"^(?:(?:model|base_model|language_model)\.)+(?=(?:layers|embed_tokens|norm|lm_head)\.)"
+)
+# Numbers of two tensors that are compared at a time.
+COMPARED_NUMBERS = 2**24
 
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, in one file or in several with an index.
 
     The constructor reads only the files' headers. Tensors have the names that transformers gives
-    them: the second `model.` prefix that the original GritLM's trainer writes is removed, and the
-    prefix that embedding-only checkpoints lack is added.
+    them: the prefixes of wrappers are removed, and the prefix that embedding-only checkpoints lack
+    is added.
 
     Raises:
-      ConversionError: there are no safetensors, or a file is missing or damaged.
+      ConversionError: there are no safetensors, a file is missing or damaged, or a tensor is there
+        twice.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._tensors: dict[str, _Tensor] = {}
-        for path in _files(folder):
-            self._tensors |= {_standard_name(t.stored_name): t for t in _tensors(path)}
+        paths, names_in_index = _files(folder)
+        for path in paths:
+            for tensor in _tensors(path):
+                self._add(_standard_name(tensor.stored_name), tensor)
+        stored_names = {tensor.stored_name for tensor in self._tensors.values()}
+        if missing := sorted(names_in_index - stored_names):
+            raise ConversionError(
+                f"{folder / INDEX} names {len(missing)} tensors that are in no file, such as "
+                f"{missing[0]}: download the model again"
+            )
         dense = folder / DENSE / SINGLE
         if dense.exists():
             self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(dense)}
+
+    def _add(self, name: str, tensor: "_Tensor") -> None:
+        if ".lora_" in name or ".base_layer." in name:
+            raise ConversionError(
+                f"{tensor.path} holds LoRA updates of PEFT ({tensor.stored_name}): merge them with "
+                "merge_and_unload(), and save the model with save_pretrained()"
+            )
+        if name in self._tensors:
+            first = self._tensors[name]
+            raise ConversionError(
+                f"{first.path} ({first.stored_name}) and {tensor.path} ({tensor.stored_name}) both "
+                f"hold {name}: remove one of them"
+            )
+        self._tensors[name] = tensor
 
     @property
     def names(self) -> set[str]:
@@ -55,6 +95,21 @@ class SafetensorsFolder:
     def dtype(self, name: str) -> str:
         """Returns safetensors' name of the type of a tensor."""
         return self._tensors[name].dtype
+
+    def rename(self, name: str, to: str) -> None:
+        """Gives a tensor another name."""
+        self._tensors[to] = self._tensors.pop(name)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Returns whether two tensors hold the same numbers; reads a few rows at a time."""
+        (rows, *columns) = shape = self.shape(first)
+        if shape != self.shape(second):
+            return False
+        step = max(1, COMPARED_NUMBERS // max(1, math.prod(columns)))
+        rest = (slice(None),) * len(columns)
+        starts = range(0, rows, step)
+        parts = ((slice(start, min(start + step, rows)), *rest) for start in starts)
+        return all(np.array_equal(self.read(first, p), self.read(second, p)) for p in parts)
 
     def read(self, name: str, index: tuple[slice, ...]) -> Shaped[np.ndarray, "..."]:
         """Returns a slice of a tensor and reads nothing else from the disk."""
@@ -100,17 +155,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _files(folder: Path) -> list[Path]:
-    """Returns the paths of the folder's safetensors."""
+def _files(folder: Path) -> tuple[list[Path], set[str]]:
+    """Returns the paths of the folder's safetensors, and the tensors that an index names."""
     if (folder / SINGLE).exists():  # It goes before an index, as in transformers.
-        return [folder / SINGLE]
+        return [folder / SINGLE], set()
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
         paths = [folder / name for name in sorted(set(weight_map.values()))]
         for path in paths:
             if not path.exists():
                 raise ConversionError(f"{path} is missing, but {folder / INDEX} names it")
-        return paths
+        return paths, set(weight_map)
     pickles = sorted(
         path.name for ending in ("*.bin", "*.pt", "*.pth") for path in folder.glob(ending)
     )
@@ -119,7 +174,24 @@ def _files(folder: Path) -> list[Path]:
             f"{folder / pickles[0]} is a pickle, which can run any code when it is loaded: load "
             "the model with transformers and save it with save_pretrained() as safetensors"
         )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise adapter_error(folder)
+    if any(folder.glob(MISTRAL_NATIVE)):
+        raise ConversionError(
+            f"{folder} has weights in Mistral's own format ({MISTRAL_NATIVE}), but neither "
+            f"{SINGLE} nor {INDEX}: download the model in Hugging Face's format"
+        )
     raise ConversionError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def adapter_error(folder: Path) -> ConversionError:
+    """Returns the error for a folder that holds only a PEFT adapter."""
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return ConversionError(
+        f"{folder} is a PEFT adapter of the model {base}, without its weights: load it with "
+        "AutoPeftModelForCausalLM.from_pretrained(), merge it with merge_and_unload(), and save "
+        "the model with save_pretrained()"
+    )
 
 
 def _open(path: Path) -> Any:
@@ -136,7 +208,7 @@ def _open(path: Path) -> Any:
 
 def _standard_name(name: str) -> str:
     """Returns transformers' name of a tensor of a causal language model."""
-    while name.startswith("model.model.") or name.startswith("model.lm_head."):
-        name = name.removeprefix("model.")
+    name = WRAPPERS.sub("", name).removeprefix(".")
+    name = PREFIX.sub("", name)
     is_bare = name.startswith(("layers.", "embed_tokens.", "norm."))
     return f"model.{name}" if is_bare else name

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from pathlib import Path
 from typing import Any
+import warnings
 
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -25,6 +26,15 @@ SAMPLE_BYTES = 4096
 
 class ConversionError(Exception):
     """A model cannot be read or written; the message names the file and the problem."""
+
+
+class ConversionWarning(UserWarning):
+    """A model was read, but not everything that is stored with it has an effect."""
+
+
+def warn(message: str) -> None:
+    """Warns of something that is stored with a model."""
+    warnings.warn(message, ConversionWarning, stacklevel=3)
 
 
 class StoredModel(abc.ABC):
@@ -89,10 +99,13 @@ class StoredModel(abc.ABC):
 
     def _check_tensor_names(self, expected: Set[str], present: Set[str]) -> None:
         """Raises a ConversionError unless exactly the expected tensors are present."""
+        found = []
         for verb, names in (("lacks", expected - present), ("has unknown", present - expected)):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-                raise ConversionError(f"{self.folder} {verb} {len(names)} tensors: {shown}")
+                found.append(f"{verb} {len(names)} tensors: {shown}")
+        if found:
+            raise ConversionError(f"{self.folder} {'; it '.join(found)}")
 
 
 def hash_weights(prefix: str, files: Iterable[Path]) -> str:

@@ -36,6 +36,7 @@ class LmEvalModel(TemplateLM):
 
     def __init__(self, model: GritLM, *, batch_size: int = 32, max_new_tokens: int = 256):
         super().__init__()
+        model.model.check_has_head()
         self._model = model
         self._end_of_text = model.tokenizer.special_tokens["eos_token"]
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens

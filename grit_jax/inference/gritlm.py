@@ -131,9 +131,10 @@ class GritLM:
         """Loads a model; each device reads only its own shards of the parameters.
 
         Args:
-          path: a Hugging Face folder, a GGUF file, a checkpoint, or the folder of a run, whose
-            newest checkpoint is loaded. Checkpoints and runs may be in a bucket,
-            gs://BUCKET/FOLDER. LoRA checkpoints are merged into their base model.
+          path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub, a
+            GGUF file, a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
+            Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA checkpoints are merged
+            into their base model.
           dtype: "bfloat16" or "float32", of the parameters and of the computation.
           linear_dtype: "int8" quantizes the weights of linear layers while loading, which halves
             the memory of bfloat16; None keeps them in `dtype`.
@@ -492,6 +493,7 @@ class GritLM:
           InputError: there are no texts, or a text is empty, has the wrong type or is too long; the
             message names it.
         """
+        self.model.check_has_head()
         pairs = as_continuations(
             self._prompt_encoder,
             prompts,
@@ -567,6 +569,7 @@ class GritLM:
         first_index: int = 0,
         **sampling_options: Any,
     ) -> Request:
+        self.model.check_has_head()
         request = Request(
             prompts=prompts,
             indices=range(first_index, first_index + len(prompts)),

@@ -30,8 +30,8 @@ from flax import nnx
 
 from grit_jax.models.architecture import Architecture
 from grit_jax.models.attention import AttentionError
-from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig
-from grit_jax.models.decoder import Decoder, Stream
+from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig, typed_name
+from grit_jax.models.decoder import Decoder, HeadError, Stream
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.mistral import MISTRAL
@@ -43,6 +43,7 @@ __all__ = [
     "Architecture",
     "AttentionError",
     "Decoder",
+    "HeadError",
     "KVCache",
     "LoraConfig",
     "ModelConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "lora_layers",
     "make_config",
     "make_model",
+    "unread_fields",
     "weights_of",
 ]
 
@@ -80,16 +82,16 @@ def make_config(architecture: str, **fields: Any) -> ModelConfig:
     sizes = ARCHITECTURES[architecture].sizes
     types = get_type_hints(ModelConfig)
     if unknown := fields.keys() - sizes.keys() - set(SETTINGS):
-        raise ValueError(f"config.model: a {architecture} has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"config.model.sizes: a {architecture} has no {', '.join(sorted(unknown))}")
     for name, value in fields.items():
         wanted = types[name]
         allowed = (int, float) if wanted is float else wanted
         # In Python, True is an int.
         if not isinstance(value, allowed) or isinstance(value, bool) != (wanted is bool):
             in_words = getattr(wanted, "__name__", wanted)
-            raise ValueError(f"config.model.{name}={value!r} must be of type {in_words}")
+            raise ValueError(f"{typed_name(name)}={value!r} must be of type {in_words}")
         if wanted is int and value < 1:
-            raise ValueError(f"config.model.{name} must be positive, not {value}")
+            raise ValueError(f"{typed_name(name)} must be positive, not {value}")
     config = ModelConfig(**{"architecture": architecture, **sizes, **fields})
     lora_layers(config)
     return config
@@ -131,6 +133,19 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
       ValueError: the architecture, or a field's value, is not supported; the message names the
         field.
     """
+    return _architecture_of(fields).config_from_hugging_face(fields)
+
+
+def unread_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a Hugging Face `config.json` that may matter but are not read.
+
+    Raises:
+      ValueError: the architecture is not supported.
+    """
+    return _architecture_of(fields).unread_fields(fields)
+
+
+def _architecture_of(fields: Mapping[str, Any]) -> Architecture:
     by_type = {
         written.model_type: architecture
         for architecture in ARCHITECTURES.values()
@@ -141,7 +156,7 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             f"config.json: model_type={model_type!r} must be one of {', '.join(sorted(by_type))}"
         )
-    return by_type[model_type].config_from_hugging_face(fields)
+    return by_type[model_type]
 
 
 def config_to_hugging_face(config: ModelConfig) -> dict[str, Any]:

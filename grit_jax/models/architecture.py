@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from grit_jax.models.config import COMMON_SIZES, ModelConfig
+from grit_jax.models.config import COMMON_SIZES, ModelConfig, typed_name
 from grit_jax.models.weights import WeightTable, linear_layers
 
 # What transformers assumes for a field that config.json leaves out.
@@ -25,17 +25,52 @@ TRANSFORMERS_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "sliding_window": None,
     "tie_word_embeddings": False,
-    # Not a field of transformers: a sentence-transformers folder stores this layer.
+    # Not fields of transformers: an embedding model may be saved without its language model head,
+    # and a sentence-transformers folder stores the projection.
+    "has_lm_head": True,
     "embedding_projection_size": None,
 }
 
-# Fields of config.json that would change the computation, and the only supported value of each.
+# Fields of config.json that would change the computation, and the supported values of each.
 SUPPORTED_VALUES = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    "hidden_act": ("silu", "swish"),  # Two names of one function.
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+}
+
+# Fields of config.json that do not change the computation. Besides these there are private fields,
+# whose names begin with "_".
+IGNORED_FIELDS = frozenset(
+    """
+    architectures auto_map dtype grit model_type name_or_path tokenizer_class torch_dtype
+    torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_flash_attn
+
+    bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
+
+    finetuning_task id2label label2id num_labels prefix problem_type task_specific_params
+    chunk_size_feed_forward output_attentions output_hidden_states output_router_logits
+    pretraining_tp pruned_heads return_dict tf_legacy_loss tie_encoder_decoder
+    add_cross_attention cross_attention_hidden_size is_decoder is_encoder_decoder
+
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    max_sequence_length min_length no_repeat_ngram_size num_assistant_tokens
+    num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
+    target_lookbehind temperature top_k top_p typical_p
+    """.split()
+)
+# Fields that change the computation unless they have this value.
+IGNORED_VALUES = {
+    "attention_dropout": 0.0,
+    "is_causal": True,
+    "is_llama_config": True,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
     "router_jitter_noise": 0.0,
-    "quantization_config": None,
 }
 
 
@@ -48,11 +83,13 @@ class HuggingFaceFormat:
       class_name: the class of transformers, for the field `architectures`.
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
         transformers assumes where the file leaves them out.
+      reads_layer_types: whether the field `layer_types` says which layers have a sliding window.
     """
 
     model_type: str
     class_name: str
     defaults: Mapping[str, Any]
+    reads_layer_types: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +103,7 @@ class Architecture:
       weights: returns the table of weights of a configuration.
       feed_forward: module class of the feed-forward network.
       formats: the formats of config.json that it reads; it writes the first.
-      supported_values: fields of config.json for which only one value is supported, and that value.
+      supported_values: fields of config.json with few supported values, and those values.
     """
 
     name: str
@@ -74,7 +111,7 @@ class Architecture:
     weights: Callable[[ModelConfig], WeightTable]
     feed_forward: type[nnx.Module]
     formats: tuple[HuggingFaceFormat, ...]
-    supported_values: Mapping[str, Any] = dataclasses.field(
+    supported_values: Mapping[str, tuple[Any, ...]] = dataclasses.field(
         default_factory=lambda: SUPPORTED_VALUES
     )
 
@@ -99,27 +136,69 @@ class Architecture:
           ValueError: a field has a value that is not supported; the message names the field.
         """
         for name, supported in self.supported_values.items():
-            if fields.get(name, supported) != supported:
+            if fields.get(name, supported[0]) not in supported:
                 raise ValueError(
-                    f"config.json: {name}={fields[name]!r} is not supported, only {supported!r} is"
+                    f"config.json: {name}={fields[name]!r} is not supported, only {supported[0]!r}"
                 )
-        (defaults,) = (f.defaults for f in self.formats if f.model_type == fields["model_type"])
-        sizes = {name: fields.get(name, default) for name, default in defaults.items()}
-        sizes["rope_theta"] = _rope_theta(fields, sizes["rope_theta"])
+        if quantization := fields.get("quantization_config"):
+            raise ValueError(
+                f"config.json: the weights are quantized ({quantization.get('quant_method')!r} in "
+                "quantization_config), which is not supported: use the model that they were made of"
+            )
+        written = self._format(fields)
+        sizes = {name: fields.get(name, default) for name, default in written.defaults.items()}
+        if written.reads_layer_types and _has_no_window(fields):
+            sizes["sliding_window"] = None
+        sizes["rope_theta"] = _rope_theta(fields, written.defaults["rope_theta"])
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
             fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
         )
-        return ModelConfig(architecture=self.name, **sizes)
+        try:
+            return ModelConfig(architecture=self.name, **sizes)
+        except ValueError as error:  # It has the name of the field in a run's configuration.
+            raise ValueError(f"config.json: {str(error).replace(typed_name(''), '')}") from None
+
+    def unread_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a config.json that may matter but are not read.
+
+        Fields without a value are left out, and those that are known not to matter.
+        """
+        written = self._format(fields)
+        read = {*written.defaults, *self.supported_values, "head_dim", "num_key_value_heads"}
+        read |= {"rope_theta", "rope_parameters", "rope_scaling", "quantization_config"}
+        if written.reads_layer_types:
+            read.add("layer_types")
+        ignored = IGNORED_FIELDS | read
+        name, rope = _rope_parameters(fields)
+        in_rope = ("rope_type", "type", "rope_theta")
+        rope = {f"{name}.{key}": value for key, value in rope.items() if key not in in_rope}
+        return {
+            name: value
+            for name, value in {**fields, **rope}.items()
+            if value is not None
+            and name not in ignored
+            and not name.startswith("_")
+            and IGNORED_VALUES.get(name.rpartition(".")[2]) != value
+        }
+
+    def _format(self, fields: Mapping[str, Any]) -> HuggingFaceFormat:
+        (written,) = (f for f in self.formats if f.model_type == fields["model_type"])
+        return written
 
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""
         written = self.formats[0]
         fields = {name: getattr(config, name) for name in (*written.defaults, "head_dim")}
+        class_name = written.class_name
         if config.embedding_projection_size is None:
             del fields["embedding_projection_size"]
+        if config.has_lm_head:
+            del fields["has_lm_head"]
+        else:
+            class_name = class_name.replace("ForCausalLM", "Model")
         return {
-            "architectures": [written.class_name],
+            "architectures": [class_name],
             "model_type": written.model_type,
             **fields,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -130,16 +209,46 @@ class Architecture:
         }
 
 
+def _has_no_window(fields: Mapping[str, Any]) -> bool:
+    """Returns whether `layer_types` says that no layer has a sliding window.
+
+    Raises:
+      ValueError: only some layers have one.
+    """
+    kinds = set(fields.get("layer_types") or ())
+    if len(kinds) > 1:
+        raise ValueError(
+            f"config.json: layer_types mixes {' and '.join(sorted(kinds))}, which is not "
+            "supported: all layers must be of one type"
+        )
+    return kinds == {"full_attention"}
+
+
+def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Returns the field with the parameters of the rotary embeddings, and its content.
+
+    `rope_scaling`, the older name, goes before `rope_parameters`, as in transformers.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    return name, fields.get(name) or {}
+
+
 def _rope_theta(fields: Mapping[str, Any], default: float) -> float:
     """Returns the base of the rotary frequencies.
 
     Raises:
-      ValueError: the frequencies are scaled.
+      ValueError: the frequencies are scaled, or differ between layers.
     """
-    parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    name, parameters = _rope_parameters(fields)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(
+            f"config.json: {name} differs between layers ({', '.join(parameters)}), which is not "
+            "supported"
+        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise ValueError(
-            f"config.json: rotary embeddings of type {kind!r} are not supported, only 'default'"
+            f"config.json: rotary embeddings of type {kind!r} ({name}) are not supported, only "
+            "'default'"
         )
-    return parameters.get("rope_theta") or fields.get("rope_theta") or default
+    return float(parameters.get("rope_theta") or fields.get("rope_theta") or default)

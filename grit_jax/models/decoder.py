@@ -47,6 +47,10 @@ class Stream:
     causal_query_mask: Bool[Array | np.ndarray, "B S"] | None = None
 
 
+class HeadError(ValueError):
+    """A model without a language model head was asked for logits."""
+
+
 class DecoderLayer(nnx.Module):
     """Attention and a feed-forward network, each with a norm before it and a residual connection."""
 
@@ -117,7 +121,7 @@ class Decoder(nnx.Module):
         self.embedding = weights["embedding"].initialize(config, rngs)
         self.layers: DecoderLayer | nnx.List = stacked_layers(rngs)
         self.norm = RMSNorm(config, weights, "norm", rngs=rngs)
-        if not config.tie_word_embeddings:
+        if config.has_lm_head and not config.tie_word_embeddings:
             self.head = weights["head"].initialize(config, rngs)
         if config.embedding_projection_size is not None:
             self.embedding_projection = EmbeddingProjection(
@@ -274,10 +278,28 @@ class Decoder(nnx.Module):
         )(table, list(tokens))
 
     def output_projection(self) -> Float[Array, "D V"]:
-        """Returns the matrix that maps hidden states to logits."""
+        """Returns the matrix that maps hidden states to logits.
+
+        Raises:
+          HeadError: the model has none.
+        """
+        self.check_has_head()
         if self.config.tie_word_embeddings:
             return self.embedding[...].T
         return self.head[...]
+
+    def check_has_head(self) -> None:
+        """Checks that the model computes logits.
+
+        Raises:
+          HeadError: it does not.
+        """
+        if not self.config.has_lm_head:
+            raise HeadError(
+                "this model has no language model head (lm_head.weight), so it only embeds: to "
+                "generate or score text, add the head of its base model (grit-jax convert from-hf "
+                "FOLDER CHECKPOINT --head BASE)"
+            )
 
     def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
         """Returns the logits of the next token, in `config.logits_dtype`."""

@@ -28,6 +28,8 @@ MISTRAL = Architecture(
             model_type="mistral",
             class_name="MistralForCausalLM",
             defaults={**TRANSFORMERS_DEFAULTS, "sliding_window": 4096},
+            # AutoModel reads such a Mistral as a Ministral.
+            reads_layer_types=True,
         ),
         HuggingFaceFormat(
             model_type="llama", class_name="LlamaForCausalLM", defaults=_LLAMA_DEFAULTS

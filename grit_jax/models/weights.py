@@ -124,7 +124,7 @@ def base_weights(config: ModelConfig) -> WeightTable:
             init="residual",
         ),
     }
-    if not config.tie_word_embeddings:
+    if config.has_lm_head and not config.tie_word_embeddings:
         table["head"] = WeightSpec(axes=("embed", "vocab"), name="lm_head.weight", num_inputs=1)
     if config.embedding_projection_size is not None:
         projection = f"{DENSE}/linear"

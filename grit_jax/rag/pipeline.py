@@ -91,6 +91,7 @@ class RagPipeline:
             raise InputError(f"cache_mode={cache_mode!r} must be one of {', '.join(CACHE_MODES)}")
         if positions not in ("continued", "restarted"):
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
+        model.model.check_has_head()
         self._model, self._index, self._cache_mode = model, index, cache_mode
         self._num_documents, self._positions = num_documents, positions
         self._answer_prefix = answer_prefix

@@ -13,6 +13,7 @@ from tokenizer_files import write_tokenizer
 from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_model import ConversionWarning
 from grit_jax.models import config_from_hugging_face, config_to_hugging_face
 
 WEIGHTS = "model.safetensors"
@@ -38,6 +39,7 @@ def change_config(folder, **fields):
 
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+LORA = "model.layers.1.self_attn.q_proj.lora_A.default.weight"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,15 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
             lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.int8)}),
             [WEIGHTS, QUERY, "I8"],
         ),
-        (lambda tensors: tensors.pop("lm_head.weight"), ["lm_head.weight", "--head"]),
+        (lambda tensors: tensors.update({f"module.{QUERY}": tensors[QUERY]}), ["both hold", QUERY]),
+        (
+            lambda tensors: tensors.update({f"base_model.model.{LORA}": np.zeros((2, 32))}),
+            [LORA, "merge_and_unload()"],
+        ),
+        (
+            lambda tensors: tensors.update({f"backbone.{QUERY}": tensors.pop(QUERY)}),
+            ["lacks 1", f"unknown 1 tensors: backbone.{QUERY}"],
+        ),
     ],
 )
 def test_wrong_tensors(folder, edit, named):
@@ -92,6 +102,9 @@ def test_a_file_cut_off_and_files_missing(folder):
     path.unlink()
     with pytest.raises(ConversionError, match=r"neither model\.safetensors nor"):
         HuggingFaceModel(folder)
+    (folder / "consolidated.00.safetensors").write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"Mistral's own format"):
+        HuggingFaceModel(folder)
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x05")
     with pytest.raises(ConversionError, match=r"pytorch_model.bin is a pickle.*save_pretrained"):
         HuggingFaceModel(folder)
@@ -102,6 +115,81 @@ def test_a_file_cut_off_and_files_missing(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"config.json is not JSON"):
         HuggingFaceModel(folder)
+
+
+def test_shards_and_their_index(folder):
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    # Mistral's own copy of the weights, and a file that the index does not name.
+    save_file({"x": np.zeros(1)}, folder / "consolidated.safetensors")
+    save_file({QUERY: tensors[QUERY] + 1}, folder / "old.safetensors")
+    shards = {"a.safetensors": {}, "b.safetensors": {}}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        shards["ab"[number % 2] + ".safetensors"][name] = tensor
+
+    def write(index_of):
+        for file, shard in shards.items():
+            save_file(shard, folder / file)  # Without the metadata {"format": "pt"}.
+        index = {name: file for file, shard in shards.items() for name in shard}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": index | index_of})
+        )
+
+    write({})
+    model = HuggingFaceModel(folder)
+    (query,) = (p for p in model.parameters if p.path[-1] == "query")
+    read = model.read(query, tuple(slice(0, size) for size in query.full_shape))
+    np.testing.assert_array_equal(query.to_tensor(read[1]), tensors[QUERY])
+    write({"lm_head.scale": "a.safetensors"})
+    with pytest.raises(
+        ConversionError, match=r"names 1 tensors that are in no file.*lm_head.scale"
+    ):
+        HuggingFaceModel(folder)
+    for shard in shards.values():
+        shard[QUERY] = tensors[QUERY]
+    write({})
+    with pytest.raises(ConversionError, match=f"a.safetensors .*b.safetensors .*both hold {QUERY}"):
+        HuggingFaceModel(folder)
+
+
+def test_layers_of_several_types_are_read_as_float32(folder):
+    expected = load_file(folder / WEIGHTS)[QUERY].astype(np.float16).astype(np.float32)
+    change(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].astype(np.float16)}))
+    model = HuggingFaceModel(folder)
+    (query,) = (p for p in model.parameters if p.path[-1] == "query")
+    read = model.read(query, (slice(1, 2), *(slice(0, size) for size in query.full_shape[1:])))
+    assert read.dtype == model.dtype(query) == np.float32
+    np.testing.assert_array_equal(query.to_tensor(read[0]), expected)
+
+
+def test_an_adapter_is_named(folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"adapter of the model some/base.*merge_and_unload"):
+        open_model(adapter)
+    shutil.copy(folder / "config.json", adapter)
+    with pytest.raises(ConversionError, match=r"adapter of the model some/base.*merge_and_unload"):
+        open_model(adapter)
+    shutil.copy(adapter / "adapter_config.json", folder)
+    with pytest.warns(ConversionWarning, match="the adapter beside the weights is not read"):
+        open_model(folder)
+
+
+def test_a_name_on_the_hub_is_looked_up_in_its_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(folder, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.chdir(tmp_path)
+    assert open_model("some/model").folder == cached / "snapshots" / "abc"
+    with pytest.raises(ConversionError, match=r"^some/other does not exist.*HF_HUB_OFFLINE"):
+        open_model("some/other")
+    (tmp_path / "some").mkdir()  # Then it is a path.
+    with pytest.raises(ConversionError, match=r"^some/model does not exist, or is neither"):
+        open_model("some/model")
 
 
 def test_of_two_sets_of_weights_the_one_that_transformers_reads(saved_models, tmp_path):
@@ -122,13 +210,24 @@ def test_of_two_sets_of_weights_the_one_that_transformers_reads(saved_models, tm
     assert (ours > tensors[name].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("prefix", ["model.", None])
-def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
+@pytest.mark.parametrize(
+    "rename_one",
+    [
+        lambda name: f"model.{name}",  # The original's trainer.
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.replace("model.", "model.language_model."),
+        lambda name: f"language_model.{name}",
+        lambda name: f"_fsdp_wrapped_module.{name}".replace("s.1.", "s.1._orig_mod."),
+        None,  # Saved without its head.
+    ],
+)
+def test_names_of_wrapped_models_and_of_a_bare_model(folder, rename_one):
     def rename(tensors):
         renamed = {
-            f"{prefix}{name}" if prefix else name.removeprefix("model."): tensor
+            rename_one(name) if rename_one else name.removeprefix("model."): tensor
             for name, tensor in tensors.items()
-            if prefix or name != "lm_head.weight"
+            if rename_one or name != "lm_head.weight"
         }
         tensors.clear()
         tensors.update(renamed)
@@ -137,16 +236,14 @@ def test_names_of_the_originals_trainer_and_of_a_bare_model(folder, prefix):
     shutil.copytree(folder, base)
     expected = HuggingFaceModel(base)
     change(folder, rename)
-    model = HuggingFaceModel(folder, None if prefix else base)
+    model = HuggingFaceModel(folder, None if rename_one else base)
     for parameter in model.parameters:
         index = tuple(slice(0, size) for size in parameter.full_shape)
         np.testing.assert_array_equal(model.read(parameter, index), expected.read(parameter, index))
-    if not prefix:
+    if not rename_one:
         tied = HuggingFaceModel(folder, "tied")
         assert tied.config.tie_word_embeddings
         assert "head" not in {parameter.path[0] for parameter in tied.parameters}
-        with pytest.raises(ConversionError, match="leave out --head"):
-            HuggingFaceModel(base, "tied")
 
 
 def test_a_destination_is_whole_or_not_there(folder, tmp_path):

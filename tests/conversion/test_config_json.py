@@ -1,0 +1,161 @@
+"""Every config.json is read as AutoModelForCausalLM reads it, or refused in one line."""
+
+import functools
+import json
+import re
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grit_jax.conversion import ConversionError, HuggingFaceModel
+from grit_jax.inference.loading import load_module
+from grit_jax.models import unread_fields
+from grit_jax.sharding import make_mesh
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {"type": "linear", "factor": 2.0}
+FULL, SLIDING = "full_attention", "sliding_attention"
+CLASSES = ("Mistral", "Llama", "Mixtral")
+
+# Class, changes to config.json (... removes a field), and a part of the warning, if there is one.
+READ = [
+    ("Mistral", {}, None),
+    ("Mistral", {"rope_parameters": ..., "rope_theta": 5000.0}, None),
+    ("Mistral", {"rope_parameters": ..., "rope_theta": 1000000}, None),
+    ("Mixtral", {"rope_parameters": ...}, None),
+    ("Llama", {"rope_parameters": ROPE, "rope_scaling": {"rope_theta": 77.0}}, None),
+    ("Llama", {"rope_parameters": ROPE | {"rope_theta": 77.0}, "rope_scaling": ROPE}, None),
+    ("Llama", {"rope_parameters": ROPE | LINEAR, "rope_scaling": {"type": "default"}}, None),
+    ("Llama", {"rope_parameters": ROPE | {"rope_theta": 77.0}, "rope_theta": 55.0}, None),
+    ("Llama", {"rope_parameters": {}, "rope_theta": 77.0}, None),
+    ("Llama", {"rope_parameters": ..., "rope_scaling": None, "rope_theta": 77.0}, None),
+    ("Llama", {"rope_parameters": ..., "rope_scaling": {"factor": 8.0}}, "rope_scaling.factor=8.0"),
+    ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ("Mistral", {"head_dim": None}, None),
+    ("Llama", {"rms_norm_eps": ...}, None),
+    ("Mixtral", {"rms_norm_eps": ...}, None),
+    ("Llama", {"hidden_act": "swish"}, None),
+    ("Llama", {"pretraining_tp": 2}, None),
+    ("Llama", {"torch_dtype": "bfloat16", "dtype": "float32"}, None),
+    ("Mistral", {"sliding_window": 3}, None),
+    ("Mistral", {"sliding_window": 3, "use_sliding_window": False}, "use_sliding_window=False"),
+    ("Mistral", {"sliding_window": 3, "layer_types": [FULL, FULL]}, None),
+    ("Mistral", {"sliding_window": 3, "layer_types": [SLIDING, SLIDING]}, None),
+    ("Mistral", {"sliding_window": 3, "layer_types": None}, None),
+    ("Llama", {"sliding_window": 3}, "sliding_window=3"),
+    ("Mixtral", {"sliding_window": 3}, None),
+    ("Mixtral", {"sliding_window": 3, "layer_types": [FULL, SLIDING]}, "layer_types="),
+    ("Mixtral", {"num_experts_per_tok": 1}, None),
+    ("Mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+]
+REFUSED = [
+    ("Llama", {"rope_parameters": ROPE, "rope_scaling": LINEAR}, r"'linear' \(rope_scaling\)"),
+    ("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"'yarn' \(rope_parameters\)"),
+    ("Llama", {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "differs between layers"),
+    ("Mistral", {"layer_types": [FULL, SLIDING]}, "layer_types mixes"),
+    ("Mistral", {"sliding_window": 0}, "json: sliding_window must be positive, not 0"),
+    ("Mistral", {"sliding_window": -1}, "json: sliding_window must be positive, not -1"),
+    ("Mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ("Mistral", {"quantization_config": {"quant_method": "awq"}}, "quantized .'awq'"),
+    ("Mistral", {"vocab_size": 63}, r"\(64, 32\).*\(63, 32\)"),
+    ("Mistral", {"model_type": ...}, "model_type=None"),
+    ("Mistral", {"model_type": "qwen2"}, "model_type='qwen2'"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small model of each class, with heads and key/value heads of equal number in Mistral."""
+    import torch
+    import transformers
+
+    root = tmp_path_factory.mktemp("models")
+    for name in CLASSES:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**SIZES)
+        if name == "Mixtral":
+            config.num_local_experts = 4
+        getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(root / name)
+    return {name: root / name for name in CLASSES}
+
+
+@pytest.fixture(scope="module")
+def logits():
+    """A function that computes our logits; variants of one configuration are computed once."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+
+    @functools.cache
+    def compute(name, config):
+        module = load_module(models[name, config], "float32", mesh)
+        return np.asarray(module.logits(module(jnp.asarray(TOKENS))))
+
+    models = {}
+
+    def logits(name, model):
+        models[name, model.config] = model
+        return compute(name, model.config)
+
+    return logits
+
+
+def variant(folders, tmp_path, name, changes):
+    folder = tmp_path / "variant"
+    shutil.copytree(folders[name], folder)
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    fields = {field: value for field, value in fields.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "changes", "warned"), READ)
+def test_the_same_logits(folders, logits, tmp_path, name, changes, warned):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = variant(folders, tmp_path, name, changes)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TOKENS)).logits.numpy()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = HuggingFaceModel(folder)
+    np.testing.assert_allclose(
+        logits(name, model), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+    )
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (warned is not None)
+    assert all(str(folder / "config.json") in message for message in messages)
+    assert not warned or warned in messages[0]
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED)
+def test_refused(folders, tmp_path, name, changes, named):
+    folder = variant(folders, tmp_path, name, changes)
+    with pytest.raises(ConversionError, match=f"^{re.escape(str(folder))}.*{named}"):
+        HuggingFaceModel(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_field_of_transformers_is_known(name):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")()
+    generation = transformers.GenerationConfig()._get_default_generation_params()
+    assert unread_fields({**generation, **config.to_dict()}) == {}
