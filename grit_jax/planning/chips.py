@@ -55,6 +55,11 @@ CHIPS = {
 }
 
 
+# The names of chips in Google Cloud's accelerator types, and what the number in such a type counts
+# for each chip: v5p-128 has 128 cores, two a chip.
+ACCELERATORS = {"v5litepod": ("v5e", 1), "v5e": ("v5e", 1), "v6e": ("v6e", 1), "v5p": ("v5p", 2)}
+
+
 class TopologyError(ValueError):
     """A topology does not exist, or libtpu is not installed or does not support it."""
 
@@ -83,18 +88,21 @@ def describe_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns a topology to compile for. It needs the package libtpu, but no TPU.
 
     Args:
-      name: the chip and the shape of a slice, such as "v5e:16x16" or "v5p:4x4x8".
+      name: the chip and the shape of a slice, such as "v5e:16x16" or "v5p:4x4x8", or an
+        accelerator type of Google Cloud, such as "v5litepod-256" or "v5p-256".
       num_slices: the number of slices.
 
     Raises:
       TopologyError: there is no such topology, or libtpu cannot compile for it.
     """
+    given, name = name, _slice_shape(name)
     chip, _, sizes = name.partition(":")
-    dimensions = 3 if chip == "v5p" else 2
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)" + f"{{{dimensions - 1}}}", sizes):
+    shape = r"\d+(x\d+){" + str(_num_dimensions(chip) - 1) + "}"
+    if chip not in CHIPS or not re.fullmatch(shape, sizes):
         raise TopologyError(
-            f"--topology={name} must be a chip ({', '.join(CHIPS)}) and the shape of a slice, such "
-            "as v5e:4x4, v6e:8x8 or v5p:4x4x4"
+            f"--topology={given} must be an accelerator type, such as v5litepod-64, v6e-64 or "
+            f"v5p-128, or a chip ({', '.join(CHIPS)}) and the shape of a slice, such as v5e:4x4 or "
+            "v5p:4x4x4"
         )
     # Set before libtpu is loaded, so that it does not look for chips in this machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -108,14 +116,38 @@ def describe_topology(name: str, num_slices: int = 1) -> Topology:
     except Exception as error:  # libtpu and its absence raise many types.
         reason = one_line(error)
         raise TopologyError(
-            f"--topology={name} cannot be compiled for: {reason}. It needs the package libtpu (pip "
-            "install 'grit-jax[tpu]')"
+            f"--topology={given} cannot be compiled for: {reason}. It needs the package libtpu "
+            "(pip install 'grit-jax[tpu]')"
         ) from None
     devices = list(described.devices)
     expected = num_slices * math.prod(int(size) for size in sizes.split("x"))
     if len(devices) != expected:
         raise TopologyError(f"--topology={name} has {len(devices)} devices, not {expected}")
     return Topology(name, num_slices, devices)
+
+
+def _slice_shape(accelerator_type: str) -> str:
+    """Returns the chip and the default shape of a slice of an accelerator type, such as v6e:8x8.
+
+    Any other name is returned as it is, and so is a type whose number of chips is no power of two.
+    """
+    prefix, _, number = accelerator_type.partition("-")
+    if prefix not in ACCELERATORS or not number.isdigit():
+        return accelerator_type
+    chip, per_chip = ACCELERATORS[prefix]
+    num_chips, rest = divmod(int(number), per_chip)
+    if rest or num_chips.bit_count() != 1:
+        return accelerator_type
+    dimensions = _num_dimensions(chip)
+    # Sides differ by a factor of two at most, the longest last, as in Google's tables.
+    exponents = [(num_chips.bit_length() - 1 + i) // dimensions for i in range(dimensions)]
+    if chip == "v5p" and exponents[0] == 0:
+        exponents.reverse()  # Four chips are 2x2x1.
+    return f"{chip}:{'x'.join(str(2**exponent) for exponent in exponents)}"
+
+
+def _num_dimensions(chip: str) -> int:
+    return 3 if chip == "v5p" else 2
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """The command `grit-jax plan`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import sys
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from grit_jax.config import ConfigError
 from grit_jax.config_flags import parse_flags
@@ -30,22 +34,45 @@ def run(argv: Sequence[str]) -> None:
     config, _ = parse_flags(rest)
     with suppress_stderr():
         topology = describe_topology(arguments.topology, arguments.slices)
+    what = f"compiling the training step for {len(topology.devices)} chips ({arguments.topology})"
     plan: Any = None
     if not arguments.search:
-        plan = make_plan(config, topology, tokens)
+        with _progress(what):
+            plan = make_plan(config, topology, tokens)
     else:
-        tried = []
-        for one in search(config, topology, tokens):
-            tried.append(one)
+        tried, plans = [], search(config, topology, tokens)
+        while True:
+            with _progress(f"{what}, try {len(tried) + 1}"):
+                plan = next(plans, None)
+            if plan is None:
+                break
+            tried.append(plan)
             if not arguments.json:
-                print_line(one)
+                print_line(plan)
         plan = fastest(tried)
     if plan is None:
-        raise ConfigError("no plan fits: use more chips or a smaller batch")
+        raise ConfigError(
+            "no plan fits: use more chips, or lower config.data.embedding_batch_size or "
+            "config.data.generative_batch_size"
+        )
     if arguments.json:
-        print(as_json(plan))
+        print(as_json(plan, arguments.price_per_chip_hour))
     else:
-        print_plan(plan)
+        print_plan(plan, arguments.price_per_chip_hour)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[None]:
+    """Shows on standard error what is being done, and for how long on a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,13 +83,19 @@ def _parser() -> argparse.ArgumentParser:
         epilog="--config FILE and --config.FIELD=VALUE are those of grit-jax train.",
     )
     parser.add_argument(
-        "--topology", required=True, help="chips of a slice, such as v5e:4x4, v6e:16x16, v5p:4x4x4"
+        "--topology",
+        required=True,
+        help="chips of a slice: an accelerator type, such as v6e-64 or v5p-128 (cores), or a "
+        "shape, such as v5e:4x4 or v5p:4x4x4",
     )
     parser.add_argument("--slices", type=_positive, default=1, help="number of slices (default 1)")
     parser.add_argument(
         "--search",
         action="store_true",
         help="try meshes, remat policies and GradCache chunks, and recommend the fastest that fits",
+    )
+    parser.add_argument(
+        "--price-per-chip-hour", type=_price, help="adds the cost of the run to the plan"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for stream, tokens in AVERAGE_TOKENS.items():
@@ -74,5 +107,12 @@ def _parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _price(text: str) -> float:
+    value = float(text)
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value

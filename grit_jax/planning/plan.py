@@ -65,6 +65,8 @@ class Plan:
       ici_seconds: time that each chip's links to its neighbors are busy.
       dcn_seconds: time that the network between slices is busy.
       step_seconds_bound: the longest of the four times.
+      steps: steps of the run, `config.steps`.
+      chip_hours_bound: hours of all chips for those steps, at that bound.
       mfu_bound: model FLOPs utilization at that bound (`training.flops` defines useful operations).
       collectives: the kind, bytes, devices, count and times of each collective, the slowest first.
     """
@@ -89,6 +91,8 @@ class Plan:
     ici_seconds: float = 0.0
     dcn_seconds: float = 0.0
     step_seconds_bound: float = 0.0
+    steps: int = 0
+    chip_hours_bound: float = 0.0
     mfu_bound: float = 0.0
     collectives: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -131,7 +135,10 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
     cost = program_cost(compiled.as_text(), len(topology.devices), _expert_occupancy(trainer))
     useful = useful_flops(trainer.model_config, batch, causal_streams(trainer.loss, batch))
     fits = used <= topology.chip.hbm_bytes
-    return Plan(fits=fits, **common, **_speed(cost, useful, topology, trainer))
+    speed = _speed(cost, useful, topology, trainer)
+    seconds = config.steps * speed["step_seconds_bound"]
+    chip_hours = seconds * len(topology.devices) / 3600
+    return Plan(fits=fits, **common, **speed, steps=config.steps, chip_hours_bound=chip_hours)
 
 
 def search(config: Config, topology: Topology, tokens: dict[str, int]) -> Iterator[Plan]:

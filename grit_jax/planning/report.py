@@ -12,20 +12,22 @@ from grit_jax.planning.plan import GIB, Plan
 MAX_COLLECTIVES = 8
 
 
-def as_json(plan: Plan) -> str:
-    """Returns the plan as a JSON object."""
-    return json.dumps(dataclasses.asdict(plan), indent=1)
+def as_json(plan: Plan, price: float | None = None) -> str:
+    """Returns the plan as a JSON object, with the cost of the run for a price per chip-hour."""
+    fields = dataclasses.asdict(plan)
+    if price is not None:
+        fields["cost_bound"] = price * plan.chip_hours_bound
+    return json.dumps(fields, indent=1)
 
 
 def print_line(plan: Plan) -> None:
     """Prints a plan of `search` in one line."""
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-    head = f"{mesh}  remat={plan.remat}  chunks={plan.grad_cache_chunks}"
-    print(f"{head:50} {_fit(plan)}" + (f"  {_speed(plan)}" if plan.fits else ""), flush=True)
+    print(_options(plan))
+    print(f"  {_fit(plan)}" + (f"  {_speed(plan)}" if plan.fits else ""), flush=True)
 
 
-def print_plan(plan: Plan) -> None:
-    """Prints a plan as tables."""
+def print_plan(plan: Plan, price: float | None = None) -> None:
+    """Prints a plan as tables, with the cost of the run for a price per chip-hour."""
     console = Console()
     table = Table(title=f"training step on {plan.topology}", show_header=False)
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
@@ -45,7 +47,9 @@ def print_plan(plan: Plan) -> None:
         table.add_row("links between chips (ICI)", f"{plan.ici_seconds:.3f} s")
         table.add_row("network between slices (DCN)", f"{plan.dcn_seconds:.3f} s")
         table.add_row("at best", _speed(plan))
+        table.add_row(f"{plan.steps:,} steps at best", _run(plan, price))
     console.print(table)
+    print(_options(plan))
     if plan.collectives:
         console.print(_collectives(plan))
 
@@ -77,6 +81,19 @@ def _speed(plan: Plan) -> str:
     return (
         f"{plan.step_seconds_bound:.3f} s a step, {tokens:,.0f} tokens/s, MFU {plan.mfu_bound:.1%}"
     )
+
+
+def _run(plan: Plan, price: float | None) -> str:
+    hours = plan.steps * plan.step_seconds_bound / 3600
+    cost = "" if price is None else f", {price * plan.chip_hours_bound:,.0f} at {price:g} each"
+    return f"{hours:,.1f} hours, {plan.chip_hours_bound:,.0f} chip-hours{cost}"
+
+
+def _options(plan: Plan) -> str:
+    """Returns the options of `grit-jax train` that choose the plan."""
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in plan.mesh.items() if size > 1]
+    remat = f"--config.model.remat={plan.remat}"
+    return " ".join([*mesh, remat, f"--config.grad_cache_chunks={plan.grad_cache_chunks}"])
 
 
 def _gib(num_bytes: float) -> str:

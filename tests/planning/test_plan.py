@@ -13,7 +13,7 @@ import reference_values
 
 from grit_jax.config import ConfigError, default_config, parse_config
 from grit_jax.planning import plan as plan_module
-from grit_jax.planning.chips import CHIPS, describe_topology, dimensions_spanned
+from grit_jax.planning.chips import CHIPS, TopologyError, describe_topology, dimensions_spanned
 from grit_jax.planning.plan import fastest, make_plan, search
 from grit_jax.planning.program import program_cost
 from grit_jax.sharding import MeshError, make_mesh
@@ -132,6 +132,34 @@ def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
 
 
 @pytest.mark.parametrize(
+    ("accelerator_type", "name"),
+    [
+        # From Google's tables of each TPU; v5p counts cores.
+        ("v5litepod-4", "v5e:2x2"),
+        ("v5litepod-8", "v5e:2x4"),
+        ("v5e-64", "v5e:8x8"),
+        ("v6e-32", "v6e:4x8"),
+        ("v6e-256", "v6e:16x16"),
+        ("v5p-8", "v5p:2x2x1"),
+        ("v5p-32", "v5p:2x2x4"),
+        ("v5p-64", "v5p:2x4x4"),
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p-256", "v5p:4x4x8"),
+    ],
+)
+def test_an_accelerator_type_is_a_topology(accelerator_type, name):
+    topology = describe_topology(accelerator_type)
+    assert topology.name == name
+    assert topology.devices == describe_topology(name).devices
+
+
+@pytest.mark.parametrize("name", ["v9-8", "v5p-7", "v6e-48", "v6e", "v5e:4x4x4", "v6e-x"])
+def test_other_names_are_refused(name):
+    with pytest.raises(TopologyError, match=f"^--topology={name} must be an accelerator type"):
+        describe_topology(name)
+
+
+@pytest.mark.parametrize(
     ("name", "num_slices"), [("v5p:4x4x4", 1), ("v6e:16x16", 1), ("v5p:4x4x4", 2), ("v5e:4x8", 1)]
 )
 def test_experts_split_a_side_of_a_block_of_chips(name, num_slices):
@@ -168,6 +196,8 @@ def test_the_step_compiles_for_each_chip(monkeypatch, name, architecture, mesh, 
     assert state < plan.hbm_bytes_per_chip < 1.1 * recorded  # A step that needs more shows.
     assert 0 < plan.mfu_bound < 0.75  # Layers are computed twice, and rows are not full.
     assert plan.step_seconds_bound >= max(plan.compute_seconds, plan.hbm_seconds) > 0
+    chip_seconds = config.steps * plan.step_seconds_bound * 4
+    assert plan.chip_hours_bound == pytest.approx(chip_seconds / 3600)
     if architecture == "mistral":
         # Parameters, and moments of twice their size, lie in quarters.
         D, F, V, L = 256, 512, 1024, 2
@@ -266,10 +296,12 @@ def test_the_command_prints_one_object(tmp_path):
         "    config.data.generative_batch_size = 16\n"
         "    return config\n"
     )
-    options = ["--topology=v5e:2x2", "--json", "--chat-tokens=256"]
+    options = ["--topology=v5e-4", "--json", "--chat-tokens=256", "--price-per-chip-hour=2"]
     finished = grit_jax("plan", f"--config={config}", *options, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == "compiling the training step for 4 chips (v5e-4) ...\n"
     plan = json.loads(finished.stdout)
+    assert plan["cost_bound"] == 2 * plan["chip_hours_bound"] > 0
     for name in (
         "fits",
         "hbm_bytes_per_chip",
