@@ -206,7 +206,9 @@ class GgufModel(StoredModel):
         # Old files have another name for the factor, and name no type for "linear".
         factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 1.0))
         kind = self._setting("rope.scaling.type", "none" if factor in (0, 1) else "linear")
-        rope = {"rope_type": kind.replace("none", "default")}
+        rope: dict[str, Any] = {"rope_type": kind.replace("none", "default")}
+        if rope["rope_type"] != "default":
+            rope["factor"] = factor
         end, end_of_turn = (self._value(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot"))
         ends = [token for token in dict.fromkeys((end, end_of_turn)) if token is not None]
         return {

@@ -34,6 +34,7 @@ class ParamSpec:
       stack_shape: sizes of the first axes, which stack layers and experts.
       shape: sizes of the other axes.
       num_inputs: number of input axes in `shape`; 0 for a weight that is not of a linear layer.
+      is_flat: whether each tensor has one axis for all of `shape`.
     """
 
     path: tuple[str, ...]
@@ -41,6 +42,7 @@ class ParamSpec:
     stack_shape: tuple[int, ...]
     shape: tuple[int, ...]
     num_inputs: int = 0
+    is_flat: bool = False
 
     @property
     def full_shape(self) -> tuple[int, ...]:
@@ -51,7 +53,7 @@ class ParamSpec:
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each Hugging Face tensor."""
         if not self.num_inputs:
-            return self.shape
+            return (math.prod(self.shape),) if self.is_flat else self.shape
         inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
         return math.prod(outputs), math.prod(inputs)
 
@@ -74,7 +76,7 @@ class ParamSpec:
     def to_tensor(self, part: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Returns the Hugging Face tensor of one layer's (and expert's) part of the parameter."""
         if not self.num_inputs:
-            return np.ascontiguousarray(part)
+            return np.ascontiguousarray(part).reshape(self.tensor_shape)
         rows, columns = self.tensor_shape
         return transpose(part.reshape(columns, rows))
 
@@ -82,6 +84,8 @@ class ParamSpec:
         return self.name.format(**dict(zip(("layer", "expert"), stack_index, strict=False)))
 
     def _read_tensor(self, name: str, own: list[range], read: Read) -> np.ndarray:
+        if self.is_flat:
+            return read(name, (_flat_slice(own, self.shape),)).reshape([len(axis) for axis in own])
         if not self.num_inputs:
             return read(name, tuple(slice(axis.start, axis.stop) for axis in own))
         inputs, outputs = own[: self.num_inputs], own[self.num_inputs :]
@@ -131,6 +135,7 @@ def parameters(config: ModelConfig) -> list[ParamSpec]:
                 stack_shape=(*layers, *shape[:num_stack_axes]),
                 shape=shape[num_stack_axes:],
                 num_inputs=spec.num_inputs,
+                is_flat=spec.is_flat,
             )
         )
     return found

@@ -38,20 +38,23 @@ def stack_caches(
 
 
 def concat_caches(
-    caches: Sequence[KVCache], rope_theta: float, *, continue_positions: bool
+    caches: Sequence[KVCache],
+    frequencies: Float[np.ndarray, " half"],
+    *,
+    continue_positions: bool,
 ) -> KVCache:
     """Returns the cache of several texts, one after the other, in one row.
 
     Args:
       caches: caches of one row without padding, each with positions from 0 on.
-      rope_theta: base of the model's rotary embeddings.
+      frequencies: the model's rotary frequencies (`ModelConfig.rotary_frequencies`).
       continue_positions: whether to rotate the keys of each cache to the positions that follow the
         previous cache. If not, the keys keep their positions from 0 on, as in the original; tokens
         after the caches have the same positions in both cases.
     """
     starts = np.cumsum([0, *(cache.num_slots for cache in caches)])
     keys = [
-        rotate_keys(np.asarray(cache.keys), int(start) if continue_positions else 0, rope_theta)
+        rotate_keys(np.asarray(cache.keys), int(start) if continue_positions else 0, frequencies)
         for cache, start in zip(caches, starts, strict=False)
     ]
     values = np.concatenate([np.asarray(cache.values) for cache in caches], axis=2)
@@ -60,13 +63,12 @@ def concat_caches(
 
 
 def rotate_keys(
-    keys: Float[np.ndarray, "L B T K H"], shift: int, rope_theta: float
+    keys: Float[np.ndarray, "L B T K H"], shift: int, frequencies: Float[np.ndarray, " half"]
 ) -> Float[np.ndarray, "L B T K H"]:
     """Returns rotary keys moved to positions that are `shift` larger: rotations add up."""
     if shift == 0:
         return keys
-    half = keys.shape[-1] // 2
-    angles = shift * rope_theta ** -(np.arange(half) / half)
+    angles = shift * frequencies.astype(np.float64)
     cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = np.split(keys.astype(np.float32), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)

@@ -36,6 +36,8 @@ from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
+from grit_jax.models.qwen import QWEN2, QWEN3
+from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
 ARCHITECTURES: dict[str, Architecture] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
 }
 
 
@@ -79,6 +83,8 @@ def make_config(architecture: str, **fields: Any) -> ModelConfig:
         raise ValueError(
             f"config.model.architecture={architecture!r} must be one of {sorted(ARCHITECTURES)}"
         )
+    if isinstance(scaling := fields.get("rope_scaling"), Mapping):
+        fields["rope_scaling"] = RopeScaling.from_fields(dict(scaling))
     sizes = ARCHITECTURES[architecture].sizes
     types = get_type_hints(ModelConfig)
     if unknown := fields.keys() - sizes.keys() - set(SETTINGS):

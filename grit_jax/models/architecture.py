@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
 from flax import nnx
 
 from grit_jax.models.config import COMMON_SIZES, ModelConfig, typed_name
+from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
 # What transformers assumes for a field that config.json leaves out.
@@ -74,6 +75,13 @@ IGNORED_VALUES = {
 }
 
 
+# Fields of `rope_parameters` that every type has.
+ROPE_FIELDS = ("type", "rope_type", "rope_theta")
+
+# Qwen's fields that say which layers have a sliding window.
+WINDOW_FIELDS = ("use_sliding_window", "max_window_layers")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceFormat:
     """A `model_type` of Hugging Face's config.json.
@@ -83,7 +91,8 @@ class HuggingFaceFormat:
       class_name: the class of transformers, for the field `architectures`.
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
         transformers assumes where the file leaves them out.
-      reads_layer_types: whether the field `layer_types` says which layers have a sliding window.
+      reads_layer_types: whether `layer_types`, or a field of `WINDOW_FIELDS`, says which layers have
+        a sliding window.
     """
 
     model_type: str
@@ -147,12 +156,16 @@ class Architecture:
             )
         written = self._format(fields)
         sizes = {name: fields.get(name, default) for name, default in written.defaults.items()}
-        if written.reads_layer_types and _has_no_window(fields):
+        if written.reads_layer_types and _has_no_window(fields.get("layer_types"), sizes):
             sizes["sliding_window"] = None
-        sizes["rope_theta"] = _rope_theta(fields, written.defaults["rope_theta"])
+        for name in WINDOW_FIELDS:
+            sizes.pop(name, None)
+        sizes["rope_theta"], sizes["rope_scaling"] = _rotary(fields, sizes)
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
-            fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+            fields.get("head_dim")
+            or written.defaults.get("head_dim")
+            or sizes["hidden_size"] // sizes["num_attention_heads"]
         )
         try:
             return ModelConfig(architecture=self.name, **sizes)
@@ -171,8 +184,8 @@ class Architecture:
             read.add("layer_types")
         ignored = IGNORED_FIELDS | read
         name, rope = _rope_parameters(fields)
-        in_rope = ("rope_type", "type", "rope_theta")
-        rope = {f"{name}.{key}": value for key, value in rope.items() if key not in in_rope}
+        rope = {} if _rope_type(rope) != "default" else rope  # `_rotary` checks the others.
+        rope = {f"{name}.{key}": value for key, value in rope.items() if key not in ROPE_FIELDS}
         return {
             name: value
             for name, value in {**fields, **rope}.items()
@@ -188,8 +201,13 @@ class Architecture:
 
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""
-        written = self.formats[0]
-        fields = {name: getattr(config, name) for name in (*written.defaults, "head_dim")}
+        written, scaling = self.formats[0], config.rope_scaling
+        names = (*written.defaults, "head_dim")
+        fields = {name: getattr(config, name) for name in names if name not in WINDOW_FIELDS}
+        if "use_sliding_window" in written.defaults:
+            has_window = config.sliding_window is not None
+            first_with_window = 0 if has_window else config.num_hidden_layers
+            fields |= {"use_sliding_window": has_window, "max_window_layers": first_with_window}
         class_name = written.class_name
         if config.embedding_projection_size is None:
             del fields["embedding_projection_size"]
@@ -201,7 +219,10 @@ class Architecture:
             "architectures": [class_name],
             "model_type": written.model_type,
             **fields,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "rope_parameters": {
+                **({"rope_type": "default"} if scaling is None else scaling.to_fields()),
+                "rope_theta": config.rope_theta,
+            },
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "bos_token_id": 1,
@@ -209,35 +230,51 @@ class Architecture:
         }
 
 
-def _has_no_window(fields: Mapping[str, Any]) -> bool:
-    """Returns whether `layer_types` says that no layer has a sliding window.
+def _has_no_window(layer_types: Sequence[str] | None, sizes: Mapping[str, Any]) -> bool:
+    """Returns whether no layer has a sliding window, by `layer_types` or Qwen's older fields.
 
     Raises:
       ValueError: only some layers have one.
     """
-    kinds = set(fields.get("layer_types") or ())
+    kinds = set(layer_types or ())
+    if not kinds and "use_sliding_window" in sizes:
+        num_layers = sizes["num_hidden_layers"]
+        has_any = sizes["use_sliding_window"] and sizes["sliding_window"] is not None
+        num_full = sizes["max_window_layers"] if has_any else num_layers
+        kinds |= {"full_attention"} if num_full > 0 else set()
+        kinds |= {"sliding_attention"} if num_full < num_layers else set()
     if len(kinds) > 1:
         raise ValueError(
-            f"config.json: layer_types mixes {' and '.join(sorted(kinds))}, which is not "
-            "supported: all layers must be of one type"
+            f"config.json: {' and '.join(sorted(kinds))} in different layers are not supported: "
+            "all layers must be of one type (layer_types, max_window_layers)"
         )
     return kinds == {"full_attention"}
 
 
-def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns the field with the parameters of the rotary embeddings, and its content.
 
     `rope_scaling`, the older name, goes before `rope_parameters`, as in transformers.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    return name, fields.get(name) or {}
+    return name, dict(fields.get(name) or {})
 
 
-def _rope_theta(fields: Mapping[str, Any], default: float) -> float:
-    """Returns the base of the rotary frequencies.
+def _rope_type(parameters: Mapping[str, Any]) -> str:
+    return parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def _rotary(
+    fields: Mapping[str, Any], sizes: Mapping[str, Any]
+) -> tuple[float, RopeScaling | None]:
+    """Returns the base of the rotary frequencies, and their scaling.
+
+    Args:
+      fields: the content of config.json.
+      sizes: fields of `ModelConfig`, defaults included.
 
     Raises:
-      ValueError: the frequencies are scaled, or differ between layers.
+      ValueError: the scaling is not supported, or differs between layers.
     """
     name, parameters = _rope_parameters(fields)
     if any(isinstance(value, dict) for value in parameters.values()):
@@ -245,10 +282,21 @@ def _rope_theta(fields: Mapping[str, Any], default: float) -> float:
             f"config.json: {name} differs between layers ({', '.join(parameters)}), which is not "
             "supported"
         )
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ValueError(
-            f"config.json: rotary embeddings of type {kind!r} ({name}) are not supported, only "
-            "'default'"
-        )
-    return float(parameters.get("rope_theta") or fields.get("rope_theta") or default)
+    theta = parameters.get("rope_theta") or fields.get("rope_theta") or sizes["rope_theta"]
+    rope_type = _rope_type(parameters)
+    if rope_type == "default":
+        return float(theta), None
+    # Like transformers, which moves these two fields to the others.
+    scaling = {"partial_rotary_factor": fields.get("partial_rotary_factor"), **parameters}
+    scaling = {key: value for key, value in scaling.items() if key not in ROPE_FIELDS}
+    if scaling["partial_rotary_factor"] in (None, 1.0):
+        del scaling["partial_rotary_factor"]
+    longest, original = sizes["max_position_embeddings"], "original_max_position_embeddings"
+    if rope_type in ("llama3", "yarn"):
+        scaling[original] = fields.get(original) or scaling.get(original) or longest
+    if rope_type == "yarn" and scaling.get("factor") is None:
+        scaling["factor"] = longest / scaling[original]
+    try:
+        return float(theta), RopeScaling.from_fields({"rope_type": rope_type, **scaling})
+    except ValueError as error:
+        raise ValueError(f"config.json: {name}: {error}") from None

@@ -6,6 +6,11 @@ from collections.abc import Collection
 import dataclasses
 import fnmatch
 
+from jaxtyping import Float
+import numpy as np
+
+from grit_jax.models.rotary import RopeScaling, rotary_frequencies
+
 REMAT_NAMES = ("none", "save_matmuls", "offload", "full")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 
@@ -78,6 +83,8 @@ class ModelConfig:
     Attributes:
       architecture: name of the record in `models.ARCHITECTURES`.
       max_position_embeddings: longest text that the model was made for, in tokens.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are scaled for long texts; None for no scaling.
       initializer_range: standard deviation of the token embeddings of an untrained model. Other
         weights are scaled by the number of their inputs.
       has_lm_head: whether the model computes logits; a model without a language model head only
@@ -114,6 +121,7 @@ class ModelConfig:
     head_dim: int = 128
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     sliding_window: int | None = None
@@ -186,6 +194,15 @@ class ModelConfig:
     def has_experts(self) -> bool:
         """Whether feed-forward networks are mixtures of experts, with a router."""
         return self.num_local_experts > 0
+
+    def rotary_frequencies(self) -> Float[np.ndarray, " half"]:
+        """Returns the rotation of each pair of a head per position, in radians."""
+        return rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    @property
+    def rotary_amplitude(self) -> float:
+        """What queries and keys are multiplied by, in addition to their rotation."""
+        return 1.0 if self.rope_scaling is None else self.rope_scaling.amplitude
 
     def size(self, axis: str) -> int:
         """Returns the size of a logical axis of the weights."""

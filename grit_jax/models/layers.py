@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: normalization, rotary embedding, attention, feed-forward network.
+"""The parts of a decoder layer: normalization, attention, feed-forward network.
 
 Modules hold the parameters; the mathematics is in plain functions. For dimensions see
 `grit_jax.models`.
@@ -12,12 +12,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-import numpy as np
 
 from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.config import ModelConfig
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.linear import LinearLayers, linear
+from grit_jax.models.rotary import rotary_embedding
 from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import with_logical_constraint
 
@@ -40,19 +40,6 @@ def swiglu(gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "
     return jax.nn.silu(gate) * up
 
 
-def rotary_embedding(
-    heads: Float[Array, "B S heads H"], positions: Int[Array | np.ndarray, "B S"], theta: float
-) -> Float[Array, "B S heads H"]:
-    """Rotates the pairs (i, i + H/2) of each head by position (arXiv 2104.09864)."""
-    half = heads.shape[-1] // 2
-    frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    rotated = (first * cosine - second * sine, second * cosine + first * sine)
-    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization with a learned scale."""
 
@@ -66,7 +53,20 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(LinearLayers):
-    """Grouped-query attention with rotary positions; the caller chooses the mask."""
+    """Grouped-query attention with rotary positions; the caller chooses the mask.
+
+    The architecture's table of weights says whether queries, keys and values have a bias (Qwen2),
+    and whether each head of queries and keys is normalized (Qwen3).
+    """
+
+    def __init__(self, config: ModelConfig, weights: WeightTable, scope: str, *, rngs: nnx.Rngs):
+        super().__init__(config, weights, scope, rngs=rngs)
+        for name in ("query", "key", "value"):
+            if f"{scope}.{name}_bias" in weights:
+                bias = weights[f"{scope}.{name}_bias"].initialize(config, rngs)
+                setattr(self, f"{name}_bias", bias)
+            if f"{scope}.{name}_norm.scale" in weights:
+                setattr(self, f"{name}_norm", RMSNorm(config, weights, f"{scope}.{name}_norm", rngs=rngs))
 
     def __call__(
         self,
@@ -84,18 +84,22 @@ class Attention(LinearLayers):
             Without a cache, the keys are those of the tokens.
           layer: index of the layer, for the cache.
         """
-        theta, positions = self.config.rope_theta, mask.positions
-        B, S = positions.shape
+        positions, B, S = mask.positions, *mask.positions.shape
 
         def heads(name: str, axis: str) -> Float[Array, "B S heads H"]:
             projected = linear(hidden, self.weight(name))  # [M, heads, H]
+            if (bias := getattr(self, f"{name}_bias", None)) is not None:
+                projected += bias[...].astype(projected.dtype)
             projected = projected.reshape(B, S, *projected.shape[1:])
-            return with_logical_constraint(projected, "batch", None, axis, None)
+            projected = with_logical_constraint(projected, "batch", None, axis, None)
+            norm = getattr(self, f"{name}_norm", None)
+            return projected if norm is None else norm(projected)
 
         query, key = heads("query", "heads"), heads("key", "kv_heads")
         value = heads("value", "kv_heads")
-        query = rotary_embedding(query, positions, theta)
-        key = rotary_embedding(key, positions, theta)
+        frequencies, amplitude = self.config.rotary_frequencies(), self.config.rotary_amplitude
+        query = rotary_embedding(query, positions, frequencies, amplitude)
+        key = rotary_embedding(key, positions, frequencies, amplitude)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.layer_keys_and_values(layer)

@@ -36,6 +36,7 @@ class WeightSpec:
       num_inputs: number of input axes of a linear layer's matrix; 0 for any other weight.
       init: "fan_in" keeps the scale of the inputs; "residual" scales a branch that is added to the
         residual stream; "embedding" uses `config.initializer_range`; "ones"; "zeros".
+      is_flat: whether the tensor has one axis for all of `axes`, as a bias of heads has.
       int8: whether `config.linear_dtype="int8"` applies to this matrix.
     """
 
@@ -43,6 +44,7 @@ class WeightSpec:
     name: str
     num_inputs: int = 0
     init: Literal["fan_in", "residual", "embedding", "ones", "zeros"] = "fan_in"
+    is_flat: bool = False
     int8: bool = True
 
     @property
@@ -135,6 +137,31 @@ def base_weights(config: ModelConfig) -> WeightTable:
             axes=("embedding",), name=f"{projection}.bias", init="zeros"
         )
     return table
+
+
+def head_biases() -> WeightTable:
+    """Returns the biases of queries, keys and values, as Qwen2 names them."""
+    return {
+        f"layers.attention.{name}_bias": WeightSpec(
+            axes=(axis, "head_dim"),
+            name=f"model.layers.{{layer}}.self_attn.{name[0]}_proj.bias",
+            init="zeros",
+            is_flat=True,
+        )
+        for name, axis in (("query", "heads"), ("key", "kv_heads"), ("value", "kv_heads"))
+    }
+
+
+def head_norms() -> WeightTable:
+    """Returns the scales that normalize each head of queries and keys, as Qwen3 names them."""
+    return {
+        f"layers.attention.{name}_norm.scale": WeightSpec(
+            axes=("head_dim",),
+            name=f"model.layers.{{layer}}.self_attn.{name[0]}_norm.weight",
+            init="ones",
+        )
+        for name in ("query", "key")
+    }
 
 
 def mlp_weights() -> WeightTable:

@@ -172,7 +172,7 @@ class RagPipeline:
         if "document" in self._cached:  # Each cache is read once, for all questions.
             distinct = {document_id for own_ids in document_ids for document_id in own_ids}
             documents = {each: self._index.cache_of(each) for each in distinct}
-        rope_theta = self._model.model.config.rope_theta
+        frequencies = self._model.model.config.rotary_frequencies()
         caches = []
         for query_cache, own_ids in zip(query_caches, document_ids, strict=True):
             parts: list[KVCache] = []
@@ -182,5 +182,5 @@ class RagPipeline:
                 elif query_cache is not None:
                     parts.append(query_cache)
             continue_positions = self._positions == "continued"
-            caches.append(concat_caches(parts, rope_theta, continue_positions=continue_positions))
+            caches.append(concat_caches(parts, frequencies, continue_positions=continue_positions))
         return caches

@@ -31,7 +31,28 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
-CLASSES = ("Mistral", "Llama", "Mixtral")
+CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3")
+# Of the 12 tokens, some are beyond the original length.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 20.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 10.0,
+}
+QWEN_MIX = {
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "max_window_layers": 1,
+    "layer_types": ...,
+}
 
 # Class, changes to config.json (... removes a field), and a part of the warning, if there is one.
 READ = [
@@ -63,20 +84,39 @@ READ = [
     ("Mixtral", {"sliding_window": 3, "layer_types": [FULL, SLIDING]}, "layer_types="),
     ("Mixtral", {"num_experts_per_tok": 1}, None),
     ("Mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    ("Llama", {"rope_parameters": ROPE, "rope_scaling": LINEAR}, None),
+    ("Mixtral", {"rope_parameters": LINEAR}, None),
+    ("Llama", {"rope_parameters": LLAMA3}, None),
+    ("Llama", {"rope_parameters": ..., "rope_theta": 20.0, "rope_scaling": LLAMA3}, None),
+    ("Mistral", {"rope_parameters": YARN}, None),
+    ("Qwen3", {"rope_parameters": YARN | {"attention_factor": 1.5, "truncate": False}}, None),
+    ("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, None),
+    ("Llama", {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5}}, None),
+    ("Llama", {"rope_parameters": YARN | {"factor": None}}, None),
+    ("Qwen2", {}, None),
+    ("Qwen3", {}, None),
+    ("Qwen3", {"head_dim": 8, "rope_parameters": ..., "rope_theta": 5e5}, None),
+    ("Qwen2", {"sliding_window": 3}, None),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, None),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}, None),
+    ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ...}, None),
     ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
 ]
 REFUSED = [
-    ("Llama", {"rope_parameters": ROPE, "rope_scaling": LINEAR}, r"'linear' \(rope_scaling\)"),
-    ("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}, r"'yarn' \(rope_parameters\)"),
+    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*'dynamic'"),
+    ("Llama", {"rope_parameters": ROPE | {"rope_type": "llama3"}}, "rope_parameters.*need factor"),
+    ("Llama", {"rope_scaling": LINEAR | {"beta_fast": 2.0}}, "'linear' have no beta_fast"),
+    ("Llama", {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("Qwen3", QWEN_MIX, "different layers"),
     ("Llama", {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "differs between layers"),
-    ("Mistral", {"layer_types": [FULL, SLIDING]}, "layer_types mixes"),
+    ("Mistral", {"layer_types": [FULL, SLIDING]}, "different layers"),
     ("Mistral", {"sliding_window": 0}, "json: sliding_window must be positive, not 0"),
     ("Mistral", {"sliding_window": -1}, "json: sliding_window must be positive, not -1"),
     ("Mistral", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("Mistral", {"quantization_config": {"quant_method": "awq"}}, "quantized .'awq'"),
     ("Mistral", {"vocab_size": 63}, r"\(64, 32\).*\(63, 32\)"),
     ("Mistral", {"model_type": ...}, "model_type=None"),
-    ("Mistral", {"model_type": "qwen2"}, "model_type='qwen2'"),
+    ("Mistral", {"model_type": "phi3"}, "model_type='phi3'"),
 ]
 
 

@@ -219,8 +219,10 @@ def test_logits_of_low_precision_change_only_the_generative_loss():
         (ModelConfig(**SIZES), {"fsdp": 4, "tensor": 2}),
         (ModelConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
         (MIXTRAL, {"fsdp": 2, "tensor": 2, "expert": 2}),
+        (make_config("qwen2", **SIZES), {"fsdp": 4, "tensor": 2}),
+        (make_config("qwen3", **SIZES), {"fsdp": 4, "tensor": 2}),
     ],
-    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts"],
+    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts", "qwen2", "qwen3"],
 )
 def test_eight_devices_take_the_step_of_one_device(config, axes):
     results = []

@@ -1,0 +1,158 @@
+"""Equality with transformers: hidden states, logits, gradients, greedy text and round trips."""
+
+from flax import nnx
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from grit_jax import GritLM
+from grit_jax.conversion import open_model
+from grit_jax.conversion.export import write_hugging_face
+from grit_jax.conversion.layout import parameters
+from grit_jax.inference.loading import load_module
+from grit_jax.sharding import make_mesh
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# 30 tokens are beyond the original length.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
+MODELS = {
+    "llama": ("Llama", {"rope_parameters": LLAMA3}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"rope_parameters": YARN}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """The model of transformers, its folder and ours."""
+    import torch
+    import transformers
+
+    name, fields = MODELS[request.param]
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SIZES, **fields)
+    ).eval()
+    with torch.no_grad():  # Biases start at 0, and scales at 1.
+        for parameter_name, parameter in theirs.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    stored = open_model(folder)
+    return theirs, stored, load_module(stored, "float32", make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(3, SIZES["vocab_size"], (2, 30))
+
+
+def assert_close(ours, theirs, relative=1e-5):
+    theirs = theirs.detach().numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=relative * np.abs(theirs).max())
+
+
+def their_hidden(theirs, tokens, *, is_causal):
+    import torch
+
+    length = tokens.shape[1]
+    mask = torch.ones(len(tokens), 1, length, length, dtype=torch.bool)
+    return theirs.model(
+        torch.tensor(tokens), attention_mask=mask.tril() if is_causal else mask
+    ).last_hidden_state
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_hidden_states_and_logits(model, tokens, is_causal):
+    theirs, _, ours = model
+    hidden = ours(tokens, is_causal=is_causal)
+    expected = their_hidden(theirs, tokens, is_causal=is_causal)
+    assert_close(hidden, expected)
+    assert_close(ours.logits(hidden), theirs.lm_head(expected))
+
+
+def test_gradients(model, tokens):
+    """A sum of a next-token loss on causal states and a similarity of bidirectional ones."""
+    import torch
+
+    theirs, stored, ours = model
+    graph, state = nnx.split(ours)
+
+    def loss(state):
+        model = nnx.merge(graph, state)
+        logits = model.logits(model(tokens))[:, :-1]
+        targets = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
+        next_token = -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * targets, -1))
+        first, second = model(tokens, is_causal=False).mean(1)
+        return next_token + first @ second
+
+    gradients = flatten_dict(nnx.to_pure_dict(jax.grad(loss)(state)))
+    logits = theirs.lm_head(their_hidden(theirs, tokens, is_causal=True))[:, :-1]
+    targets = torch.tensor(tokens[:, 1:]).flatten()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+    first, second = their_hidden(theirs, tokens, is_causal=False).mean(1)
+    theirs.zero_grad()
+    (expected + first @ second).backward()
+    expected = dict(theirs.named_parameters())
+    for parameter in parameters(stored.config):
+        for index, name in parameter.tensors():
+            gradient = np.asarray(gradients[parameter.path])[index]
+            assert_close(parameter.to_tensor(gradient), expected[name].grad, 1e-4)
+
+
+def test_greedy_text(model, tokens):
+    """With a cache, beyond the original length of a model whose rotary frequencies are scaled."""
+    import torch
+
+    theirs, _, ours = model
+    expected = theirs.generate(
+        torch.tensor(tokens), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    found = GritLM(ours, make_mesh(devices=jax.devices()[:1])).generate(
+        tokens.tolist(), max_new_tokens=8
+    )
+    np.testing.assert_array_equal(found, expected[:, tokens.shape[1] :].numpy())
+
+
+def test_a_round_trip_gives_the_same_bits(model, tmp_path):
+    theirs, stored, _ = model
+    write_hugging_face(stored, tmp_path / "export", tokenizer="mistral")
+    before = load_file(stored.folder / "model.safetensors")
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(after[name], tensor, err_msg=name)
+    again = open_model(tmp_path / "export")
+    assert again.config == stored.config
+    assert type(theirs).from_pretrained(tmp_path / "export").config.rope_parameters == (
+        theirs.config.rope_parameters
+    )
