@@ -17,18 +17,14 @@ def run(argv: Sequence[str]) -> None:
       ModuleError, PreparedDataError, SourceError, TokenizerError: the message says what is wrong.
     """
     arguments = _parser().parse_args(argv)
+    lengths = {f"{stream}_length": vars(arguments)[f"{stream}_length"] for stream in STREAMS}
     try:
         mixtures = prepare_mixtures(
             arguments.sources,
             arguments.module,
             arguments.output,
             Tokenizer(arguments.tokenizer),
-            TextOptions(
-                query_length=arguments.query_length,
-                passage_length=arguments.passage_length,
-                chat_length=arguments.chat_length,
-                chat_labels=arguments.chat_labels,
-            ),
+            TextOptions(chat_labels=arguments.chat_labels, **lengths),
             processes=arguments.processes,
             held_out=arguments.held_out,
             seed=arguments.seed,
