@@ -24,7 +24,10 @@ def run(argv: Sequence[str]) -> None:
             arguments.module,
             arguments.output,
             Tokenizer(arguments.tokenizer),
-            TextOptions(chat_labels=arguments.chat_labels, **lengths),
+            TextOptions(
+                **lengths,
+                chat_labels=arguments.chat_labels,
+            ),
             processes=arguments.processes,
             held_out=arguments.held_out,
             seed=arguments.seed,
