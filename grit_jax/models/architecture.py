@@ -215,13 +215,13 @@ def _has_no_window(fields: Mapping[str, Any]) -> bool:
     Raises:
       ValueError: only some layers have one.
     """
-    kinds = set(fields.get("layer_types") or ())
-    if len(kinds) > 1:
+    kinds = sorted(set(fields.get("layer_types") or ()))
+    if kinds not in ([], ["full_attention"], ["sliding_attention"]):
         raise ValueError(
-            f"config.json: layer_types mixes {' and '.join(sorted(kinds))}, which is not "
-            "supported: all layers must be of one type"
+            f"config.json: layer_types={kinds} is not supported: all layers must be "
+            "'full_attention', or all 'sliding_attention'"
         )
-    return kinds == {"full_attention"}
+    return kinds == ["full_attention"]
 
 
 def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
