@@ -169,6 +169,8 @@ class DataSection:
       generative_batches: the same for chats: "homogeneous" or "mixed".
       duplicate_positives_are_negatives: whether copies of a query's positive among the passages of
         a step count as negatives, as in the original code.
+      same_query_positives_are_negatives: whether the positives of other lines with the same query
+        count as negatives, as in the original code.
       query_row_length: maximum tokens per packed row of queries, and so per query. The actual row
         length is chosen to minimize padding.
       passage_row_length: maximum tokens per packed row of passages.
@@ -187,6 +189,7 @@ class DataSection:
     embedding_batches: Literal["homogeneous", "mixed"] = "homogeneous"
     generative_batches: Literal["homogeneous", "mixed"] = "mixed"
     duplicate_positives_are_negatives: bool = False
+    same_query_positives_are_negatives: bool = False
     query_row_length: int = 512
     passage_row_length: int = 2560
     chat_row_length: int = 2560

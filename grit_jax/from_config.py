@@ -213,6 +213,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
         row_limits(config, trainer.mesh),
         shards,
         data.duplicate_positives_are_negatives,
+        data.same_query_positives_are_negatives,
     )
     _check_datasets(batches.datasets, trainer.model_config)
     return batches
