@@ -77,7 +77,7 @@ def compute(
 
 def test_a_positive_of_a_copy_of_the_query_is_no_negative(batch):
     expected = loss_by_hand(*batch, TEMPERATURE, QUERY_CONTENTS)
-    assert expected < loss_by_hand(*batch, TEMPERATURE) - 0.1
+    assert expected < loss_by_hand(*batch, TEMPERATURE) - 0.03
     loss = compute(*batch, query_ids=QUERY_CONTENTS)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     queries, passages, positives, contents = batch
