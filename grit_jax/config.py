@@ -176,8 +176,8 @@ class DataSection:
       generative_batches: the same for chats: "homogeneous" or "mixed".
       duplicate_positives_are_negatives: whether copies of a query's positive among the passages of
         a step count as negatives, as in the original code.
-      same_query_positives_are_negatives: whether the positives of other lines with the same query
-        count as negatives, as in the original code.
+      same_query_positives_are_negatives: whether the positives of a step's other lines with the
+        same query count as negatives, as in the original code.
       query_row_length: maximum tokens per packed row of queries, and so per query. The actual row
         length is chosen to minimize padding. 0 takes the maximum from the data.
       passage_row_length: maximum tokens per packed row of passages; 0 takes it from the data.
