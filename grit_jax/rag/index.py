@@ -278,7 +278,7 @@ def build_index(
         builder = _IndexBuilder(model, folder, settings, reject)
         for update in builder.add(documents):
             progress.update(task, completed=update.total)
-        remove_deleted(folder, MAX_DELETED)
+        remove_deleted(folder, min_fraction=MAX_DELETED)
     return builder.update
 
 
@@ -313,7 +313,7 @@ def delete_documents(folder: str | os.PathLike, ids: Sequence[str | int]) -> int
             deleted[part].append(row)
         save_settings(folder, settings)  # Earlier versions cannot read deletions.
         write_part(folder, [], np.zeros((0, len(settings["probe"])), np.float32), deleted)
-        remove_deleted(folder, 0)
+        remove_deleted(folder, min_fraction=0.0)
     return len(wanted)
 
 
@@ -367,7 +367,10 @@ class _IndexBuilder:
             try:
                 check_document(document, name)
                 key, content = document_id(document, name), document_hash(document, name)
-                is_unchanged = self._hashes.get(key) == content
+                copy = text_hash(document)
+                # A document with an ID replaces a copy without one.
+                has_copy = copy != key and copy in self._hashes
+                is_unchanged = self._hashes.get(key) == content and not has_copy
                 if not is_unchanged:
                     self._check_length(document, name)
             except InputError as error:
@@ -379,8 +382,7 @@ class _IndexBuilder:
             if is_unchanged:
                 self.update.unchanged += 1
                 continue
-            # A document with an ID replaces a copy without one.
-            self._hashes.pop(text_hash(document), None)
+            self._hashes.pop(copy, None)
             self._hashes[key] = content
             yield document
 

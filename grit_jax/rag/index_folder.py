@@ -24,7 +24,6 @@ import dataclasses
 import json
 from pathlib import Path
 import shutil
-import tempfile
 from typing import Any
 
 from jaxtyping import Float, Float32, Int
@@ -155,18 +154,17 @@ def write_part(
       deleted: the rows that the part deletes, by the name of their part.
       write_caches: writes the documents' caches into a folder, or None to store none.
     """
-    path = folder / next_part_name(folder)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as temporary:
-        unfinished = Path(temporary) / "part"
-        unfinished.mkdir()
-        lines = "".join(json.dumps(document) + "\n" for document in documents)
-        (unfinished / "documents.jsonl").write_text(lines)
-        np.save(unfinished / "embeddings.npy", embeddings.astype(np.float32))
-        if deleted:
-            (unfinished / "deleted.json").write_text(json.dumps(deleted) + "\n")
-        if write_caches is not None and documents:
-            write_caches(unfinished)
-        unfinished.rename(path)
+    name = next_part_name(folder)
+    unfinished = folder / f".{name}"
+    unfinished.mkdir()
+    lines = "".join(json.dumps(document) + "\n" for document in documents)
+    (unfinished / "documents.jsonl").write_text(lines)
+    np.save(unfinished / "embeddings.npy", embeddings.astype(np.float32))
+    if deleted:
+        (unfinished / "deleted.json").write_text(json.dumps(deleted) + "\n")
+    if write_caches is not None and documents:
+        write_caches(unfinished)
+    unfinished.rename(folder / name)
 
 
 def remove_deleted(folder: Path, min_fraction: float) -> None:

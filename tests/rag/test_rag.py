@@ -165,21 +165,21 @@ def test_questions_are_embedded_with_the_stored_instruction(tmp_path, model):
 
 
 def test_as_many_documents_and_messages_are_used_as_fit(tmp_path, model):
-    documents = [{"text": f"{word} " * 150} for word in ("sea", "salt", "river")]
+    documents = [{"text": f"{word} " * 220} for word in ("sea", "salt", "river")]
     build_index(model, documents, tmp_path / "index", caches="float32")
     index = DocumentIndex(tmp_path / "index", model)
     turns = [
-        {"role": "user", "content": "sea " * 150},
-        {"role": "assistant", "content": "salt " * 150},
+        {"role": "user", "content": "sea " * 90},
+        {"role": "assistant", "content": "salt " * 90},
     ]
     for mode in ("document-cache", "document-prompt"):
         pipeline = RagPipeline(model, index, mode)
         with pytest.warns(UserWarning, match="question 0: only 2 of 3 documents and the last 0 of"):
-            (answered,) = pipeline.ask("Who?", 250)
-        (expected,) = RagPipeline(model, index, mode, num_documents=2).ask("Who?", 250)
+            (answered,) = pipeline.ask("Who?", 4)
+        (expected,) = RagPipeline(model, index, mode, num_documents=2).ask("Who?", 4)
         assert answered == expected
-        with pytest.warns(UserWarning, match="only 1 of 3 documents and the last 2 of 4 earlier"):
-            pipeline.ask("Who?", 100, history=turns * 2)
+        with pytest.warns(UserWarning, match="only 1 of 3 documents and the last 4 of 6 earlier"):
+            pipeline.ask("Who?", 4, history=turns * 3)
         with pytest.raises(InputError, match="tokens with its nearest document, which with max_n"):
             pipeline.ask("Who?", 600)
 
