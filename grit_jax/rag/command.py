@@ -136,7 +136,7 @@ def _ask_in_turn(
     """Answers questions one by one; with `--chat`, each sees the questions and answers before."""
     from grit_jax.inference.prompt_encoder import InputError
 
-    is_interactive = arguments.chat and sys.stdin.isatty()
+    is_interactive = arguments.chat and _is_typed(arguments)
     history: list[Mapping[str, str]] = []
     for question in questions:
         try:
@@ -161,7 +161,7 @@ def _stream(
     from grit_jax.rag.pipeline import RagAnswer
 
     sources, texts = pipeline.stream(question, arguments.max_new_tokens, history=history)
-    if not arguments.json and not sys.stdin.isatty():
+    if not arguments.json and not _is_typed(arguments):
         print(question)
     answer = ""
     for text in itertools.chain([pipeline.prompt.answer_prefix], texts):
@@ -179,9 +179,14 @@ def _stream(
 def _questions(arguments: argparse.Namespace) -> Iterator[str]:
     """Yields the questions of the command line, or the lines of standard input."""
     if arguments.questions == ["-"]:
-        yield from _lines("> " if arguments.chat and sys.stdin.isatty() else "")
+        yield from _lines("> " if _is_typed(arguments) else "")
     else:
         yield from arguments.questions
+
+
+def _is_typed(arguments: argparse.Namespace) -> bool:
+    """Returns whether the questions are typed on a terminal."""
+    return arguments.questions == ["-"] and sys.stdin.isatty()
 
 
 def _lines(prompt: str = "") -> Iterator[str]:

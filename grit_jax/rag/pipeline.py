@@ -277,7 +277,7 @@ class RagPipeline:
         """Retrieves the documents of each question, and returns what the model is asked."""
         is_cached = "query" in self._cached
         encoded = self._model.encode(
-            [*questions, *questions[-1:] * (batch_size - len(questions))],
+            [*questions, *[questions[-1]] * (batch_size - len(questions))],
             instruction=self._query_prompt,
             max_length=self._model.model.config.max_position_embeddings,
             get_cache=is_cached,
