@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from grit_jax.models.config import COMMON_SIZES, ModelConfig, typed_name
+from grit_jax.models.config import COMMON_SIZES, FEATURES, ModelConfig, typed_name
 from grit_jax.models.weights import WeightTable, linear_layers
 
 # What transformers assumes for a field that config.json leaves out.
@@ -82,7 +82,8 @@ class HuggingFaceFormat:
       model_type: its name.
       class_name: the class of transformers, for the field `architectures`.
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
-        transformers assumes where the file leaves them out.
+        transformers assumes where the file leaves them out. Without "head_dim", a head has
+        hidden_size / num_attention_heads dimensions.
       reads_layer_types: whether the field `layer_types` says which layers have a sliding window.
     """
 
@@ -152,10 +153,13 @@ class Architecture:
         sizes["rope_theta"] = _rope_theta(fields, written.defaults["rope_theta"])
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
-            fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+            fields.get("head_dim")
+            or sizes.get("head_dim")
+            or sizes["hidden_size"] // sizes["num_attention_heads"]
         )
+        features = {name: self.defaults[name] for name in FEATURES if name in self.defaults}
         try:
-            return ModelConfig(architecture=self.name, **sizes)
+            return ModelConfig(architecture=self.name, **{**features, **sizes})
         except ValueError as error:  # It has the name of the field in a run's configuration.
             raise ValueError(f"config.json: {str(error).replace(typed_name(''), '')}") from None
 
