@@ -245,12 +245,13 @@ def _has_no_window(layer_types: Sequence[str] | None, sizes: Mapping[str, Any]) 
         num_full = sizes["max_window_layers"] if has_any else num_layers
         kinds |= {"full_attention"} if num_full > 0 else set()
         kinds |= {"sliding_attention"} if num_full < num_layers else set()
-    if len(kinds) > 1:
+    if kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
         raise ValueError(
-            f"config.json: {' and '.join(sorted(kinds))} in different layers are not supported: "
-            "all layers must be of one type (layer_types, max_window_layers)"
+            f"config.json: layers of type {' and '.join(sorted(kinds))} (layer_types, "
+            "max_window_layers) are not supported: all layers must be 'full_attention', or all "
+            "'sliding_attention'"
         )
-    return kinds == {"full_attention"}
+    return kinds == ["full_attention"]
 
 
 def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 import msgpack
 import numpy as np
 
-from grit_jax.text.templates import chat_prompt, embedding_prefix
+from grit_jax.text.templates import chat_prompt, embedding_prefix, strip_instruction
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -29,10 +29,14 @@ class Text:
     Attributes:
       tokens: token ids.
       mask: the tokens that are pooled (embedding) or predicted (chat).
+      num_cut: number of tokens beyond the maximum length, which were cut. Not stored.
+      instruction: the stripped instruction of a text to embed, None for a chat. Not stored.
     """
 
     tokens: Int[np.ndarray, " tokens"]
     mask: Bool[np.ndarray, " tokens"]
+    num_cut: int = 0
+    instruction: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -174,7 +178,8 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     tokens[0], tokens[1:] = tokenizer.bos_id, ids[: max_length - 1]
     mask = np.empty(len(tokens), bool)
     mask[: 1 + num_before], mask[1 + num_before :] = False, True
-    return Text(tokens, mask)
+    num_cut = 1 + len(ids) - len(tokens)
+    return Text(tokens, mask, num_cut, strip_instruction(instruction))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,8 +204,14 @@ def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
     if not text.strip():
         raise RejectedExample("empty text")
     parts = [[tokenizer.bos_id], tokenizer.ids(text), [tokenizer.eos_id]]
-    tokens = np.concatenate(parts, dtype=np.int32)[:max_length]
-    return Text(tokens, np.arange(len(tokens)) > 0)
+    tokens = np.concatenate(parts, dtype=np.int32)
+    return _cut(tokens, np.arange(len(tokens)) > 0, max_length)
+
+
+def _cut(
+    tokens: Int[np.ndarray, " tokens"], mask: Bool[np.ndarray, " tokens"], max_length: int
+) -> Text:
+    return Text(tokens[:max_length], mask[:max_length], max(0, len(tokens) - max_length))
 
 
 def chat_text(
@@ -242,7 +253,7 @@ def chat_text(
         mask[span] = False
     if not any(mask[:max_length]):
         raise RejectedExample("prompt alone is too long")
-    return Text(tokens[:max_length], mask[:max_length])
+    return _cut(tokens, mask, max_length)
 
 
 def embedding_example(

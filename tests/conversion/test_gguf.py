@@ -20,6 +20,7 @@ from tokenizer_files import write_tokenizer
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, GgufModel, open_model
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_model import ConversionWarning
 from grit_jax.sharding import make_mesh
 from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
 
@@ -228,6 +229,10 @@ def test_a_sentencepiece_model_is_the_one_that_it_was_made_of(tmp_path):
             "scaled rotary frequencies",
         ),
         (
+            {"add": lambda writer: writer.add_array("llama.expert_weights_scale", [1.0, 2.0])},
+            "llama.expert_weights_scale differs between layers",
+        ),
+        (
             {"add": lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32))},
             "unknown 1 tensors: blk.0.attn_q.bias",
         ),
@@ -240,6 +245,13 @@ def test_what_is_not_read_is_named(tmp_path, how, named):
     metadata, _ = of_bytes(tmp_path)
     path = write(tmp_path / "model.gguf", metadata, **how)
     with pytest.raises(ConversionError, match=rf"model\.gguf.*{named}"):
+        open_model(path)
+
+
+def test_a_setting_without_an_effect_is_warned_about(tmp_path):
+    metadata, _ = of_bytes(tmp_path)
+    path = write(tmp_path / "m.gguf", metadata, add=lambda writer: writer.add_logit_scale(2.0))
+    with pytest.warns(ConversionWarning, match=r"m.gguf: .* without llama.logit_scale=2.0$"):
         open_model(path)
 
 

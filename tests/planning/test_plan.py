@@ -148,9 +148,7 @@ def test_what_goes_between_chips_is_told_from_what_goes_between_slices():
     ],
 )
 def test_an_accelerator_type_is_a_topology(accelerator_type, name):
-    topology = describe_topology(accelerator_type)
-    assert topology.name == name
-    assert topology.devices == describe_topology(name).devices
+    assert describe_topology(accelerator_type).name == name
 
 
 @pytest.mark.parametrize("name", ["v9-8", "v5p-7", "v6e-48", "v6e", "v5e:4x4x4", "v6e-x"])
