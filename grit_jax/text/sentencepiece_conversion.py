@@ -62,6 +62,11 @@ def convert_sentencepiece(
     return made
 
 
+def has_user_defined(model: bytes) -> bool:
+    """Returns whether a SentencePiece model has pieces that are never split nor merged."""
+    return any(piece.type == USER_DEFINED for piece in parse_model(model).pieces)
+
+
 def parse_model(model: bytes) -> Any:
     """Returns the protocol buffer of a SentencePiece model."""
     from sentencepiece import sentencepiece_model_pb2
@@ -109,7 +114,7 @@ def _normalizer(rules: Any, is_legacy: bool) -> normalizers.Normalizer:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if rules.add_dummy_prefix and is_legacy:
         steps.append(normalizers.Prepend(SPACE))

@@ -10,7 +10,7 @@ from jaxtyping import Int
 import numpy as np
 
 from grit_jax.text.hugging_face_tokenizer import HuggingFaceTokenizer
-from grit_jax.text.sentencepiece_conversion import convert_sentencepiece
+from grit_jax.text.sentencepiece_conversion import convert_sentencepiece, has_user_defined
 from grit_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
 from grit_jax.text.tokenizer_files import (
     GRIT,
@@ -213,6 +213,8 @@ def _backend(
     has_added = any(control.get(token.content) != i for i, token in added.items())
     if not has_added and not any(model.token_id(t) is not None for t in special - control.keys()):
         return model
+    if has_user_defined(model.content):  # Converted, "</s>" beside one of them could become EOS.
+        raise ValueError("it has user-defined pieces and added tokens: use a tokenizer.json")
     added = {i: matched_in_raw_text(token) for i, token in added.items()}
     names = {i: token.content for i, token in added.items() if i < model.vocab_size}
     is_legacy = settings.settings.get("legacy") is not False
