@@ -29,8 +29,10 @@ def convert_sentencepiece(
       ValueError: no tokenizer of Hugging Face has the same ids; the message says why.
     """
     proto = parse_model(model)
-    pieces = [(names or {}).get(i, piece.piece) for i, piece in enumerate(proto.pieces)]
-    types = [piece.type for piece in proto.pieces]
+    pieces: list[str] = [piece.piece for piece in proto.pieces]
+    for i, piece in (names or {}).items():
+        pieces[i] = piece
+    types: list[int] = [piece.type for piece in proto.pieces]
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != BYTE_PAIR_ENCODING:
         raise ValueError("its model is not byte-pair encoding, and tokenizer.json has no equal one")

@@ -130,7 +130,8 @@ class TokenizerSettings:
     def token_id(self, name: str) -> int | None:
         """Returns the ID of "bos_token", "eos_token", ... in config.json, if it is there."""
         token_id = self._model.get(f"{name}_id")
-        return token_id[0] if isinstance(token_id, list) and token_id else token_id
+        token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        return token_id if isinstance(token_id, int) else None
 
     def special_tokens(self) -> set[str]:
         """Returns the tokens that the files call special."""
