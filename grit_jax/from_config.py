@@ -3,7 +3,7 @@
 Mistakes in the configuration or the data raise errors here, before anything is compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -11,10 +11,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 import jax
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from grit_jax.bucket import in_bucket
-from grit_jax.config import Config, ConfigError
+from grit_jax.config import AUTO, Config, ConfigError
 from grit_jax.conversion import ConversionError, StoredModel, open_model
 from grit_jax.conversion.stored_tokenizer import may_have_mistrals
 from grit_jax.data.batches import Batches
@@ -37,9 +38,11 @@ from grit_jax.models import (
     lora_layers,
     make_config,
 )
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 from grit_jax.text.kinds import TEXT_KINDS
+from grit_jax.text.templates import embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer, TokenizerError
 from grit_jax.text.tokenizer_files import MISTRAL
 from grit_jax.training.checkpoints import Checkpoints
@@ -214,6 +217,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
         row_limits(config, trainer.mesh),
         shards,
         data.duplicate_positives_are_negatives,
+        data.same_query_positives_are_negatives,
     )
     _check_datasets(batches.datasets, trainer.model_config)
     return batches
@@ -314,11 +318,75 @@ def make_checkpoints(
         config.checkpoint,
         base_folder,
         usage={
-            **config.loss.embedding.to_fields(),
+            **make_embedding_spec(config, batches, pretrained)[0].to_fields(),
             "bos_token_id": special_tokens.get("bos_id", 1),
             "eos_token_id": special_tokens.get("eos_id", 2),
         },
         tokenizer=tokenizer if broadcast_from_primary(bool(tokenizer)) else None,
+    )
+
+
+def make_embedding_spec(
+    config: Config, batches: Batches, pretrained: StoredModel | None = None
+) -> tuple[EmbeddingSpec, str]:
+    """Returns how the trained model embeds, and a line that says with which default instructions.
+
+    Without embedding examples, the prompts are those of the model to start from.
+    """
+    spec = config.loss.embedding
+    if "embedding" not in batches.samplers:
+        start = EmbeddingSpec.from_fields(pretrained.fields if pretrained else {})
+        prompts = {name: getattr(start, name) for name in ("query_prompt", "document_prompt")}
+        return dataclasses.replace(spec, **prompts), ""
+    datasets = batches.samplers["embedding"].datasets
+    query, of_query = _instruction(config.data.query_instruction, datasets, "query")
+    document, of_document = _instruction(config.data.document_instruction, datasets, "passage")
+    spec = dataclasses.replace(
+        spec, query_prompt=embedding_prefix(query), document_prompt=embedding_prefix(document)
+    )
+    return spec, f"by default, queries are embedded {of_query}; documents {of_document}"
+
+
+def _instruction(
+    configured: str, datasets: Sequence[PreparedDataset], stream: str
+) -> tuple[str, str]:
+    """Returns the default instruction of a stream, and the words that say what it is."""
+    if configured != AUTO:
+        return configured, f"with {configured!r}" if configured else "without an instruction"
+    described = [dataset.manifest.instructions.get(stream) for dataset in datasets]
+    known = [instructions for instructions in described if instructions is not None]
+    if len(known) < len(described):
+        return "", "without an instruction (that of data prepared by earlier versions is unknown)"
+    different = {text for instructions in known for text in instructions["first"]}
+    count = max(len(different), *(instructions["count"] for instructions in known))
+    if count > 1:
+        field = "query_instruction" if stream == "query" else "document_instruction"
+        return "", (
+            f"without an instruction (training has {count}; choose one with config.data.{field})"
+        )
+    (instruction,) = different
+    return instruction, f"with {instruction!r}" if instruction else "without an instruction"
+
+
+def describe_new_masking(config: Config, batches: Batches, stored: Mapping[str, Any]) -> str | None:
+    """Returns what changes for a continued run of a version that did not mask by query, or None.
+
+    Args:
+      config: the configuration.
+      batches: the batches.
+      stored: the content of the run's config.json.
+    """
+    field = "same_query_positives_are_negatives"
+    if field in stored.get("data", {}) or config.data.same_query_positives_are_negatives:
+        return None
+    sampler = batches.samplers.get("embedding")
+    lengths = [dataset.lengths for dataset in sampler.datasets] if sampler else []
+    queries = [each.fingerprints[each.first[:-1]] for each in lengths]
+    if not queries or len(np.unique(all_queries := np.concatenate(queries))) == len(all_queries):
+        return None
+    return (
+        "some queries stand in several lines: the positives of the other lines are no longer "
+        f"negatives; --config.data.{field}=True continues the run as before"
     )
 
 

@@ -322,7 +322,12 @@ class GritLM:
         return self.encode(document_texts(corpus), **options)
 
     def chat(
-        self, messages: Chat | Sequence[Chat], max_new_tokens: int = 256, **options: Any
+        self,
+        messages: Chat | Sequence[Chat],
+        max_new_tokens: int = 256,
+        *,
+        answer_prefix: str = "",
+        **options: Any,
     ) -> Any:
         """Returns the assistant's answer to a chat, or to each of several chats.
 
@@ -331,6 +336,7 @@ class GritLM:
             are "system", "user" and "assistant"; user and assistant alternate, and the user's
             message is the last. A system message precedes the user message that follows it.
           max_new_tokens: maximum tokens of an answer.
+          answer_prefix: the words that every answer begins with; they are not returned.
           **options: the other arguments of `generate`, except `add_special_tokens`. With `cache`,
             the chat continues the cached text: it begins with a line break instead of `<s>`.
 
@@ -343,7 +349,7 @@ class GritLM:
         chats, is_one = as_chat_list(messages)
         first_index = options.get("first_index", 0)
         prompts = [
-            self._encode_chat(chat, f"chat {index}", options)
+            self._encode_chat(chat, f"chat {index}", answer_prefix, options)
             for index, chat in enumerate(chats, first_index)
         ]
         results = self._generate(prompts, [True] * len(prompts), max_new_tokens, **options)
@@ -351,13 +357,19 @@ class GritLM:
         return texts[0] if is_one else texts
 
     def stream_chat(
-        self, messages: Chat, max_new_tokens: int = 256, **options: Any
+        self,
+        messages: Chat,
+        max_new_tokens: int = 256,
+        *,
+        answer_prefix: str = "",
+        **options: Any,
     ) -> Iterator[str]:
         """Returns an iterator over the text that `chat` returns for one chat.
 
         Args:
           messages: see `chat`.
           max_new_tokens: maximum tokens of the answer.
+          answer_prefix: see `chat`.
           **options: see `stream`.
 
         Raises:
@@ -366,7 +378,7 @@ class GritLM:
         chats, _ = as_chat_list(messages)
         if len(chats) != 1:
             raise InputError(f"stream_chat takes one chat, not {len(chats)}: call it for each")
-        prompt = self._encode_chat(chats[0], "chat 0", options)
+        prompt = self._encode_chat(chats[0], "chat 0", answer_prefix, options)
         return self._stream(prompt, max_new_tokens, **options)
 
     def generate(
@@ -533,11 +545,11 @@ class GritLM:
         return stored if instruction is None else embedding_prefix(check_instruction(instruction))
 
     def _encode_chat(
-        self, messages: Any, name: str, options: Mapping[str, Any]
+        self, messages: Any, name: str, answer_prefix: str, options: Mapping[str, Any]
     ) -> Int[np.ndarray, " tokens"]:
         is_continuation = options.get("cache") is not None
         return self._prompt_encoder.encode_chat(
-            messages, is_continuation=is_continuation, name=name
+            messages, is_continuation=is_continuation, name=name, answer_prefix=answer_prefix
         )
 
     def _generate(

@@ -118,7 +118,7 @@ class PromptEncoder:
         return Text(ids, np.arange(len(ids)) >= prefix_length)
 
     def encode_chat(
-        self, messages: Any, *, is_continuation: bool, name: str
+        self, messages: Any, *, is_continuation: bool, name: str, answer_prefix: str = ""
     ) -> Int[np.ndarray, " tokens"]:
         """Returns the prompt after which the assistant answers a chat's last message.
 
@@ -127,6 +127,7 @@ class PromptEncoder:
           is_continuation: whether the prompt follows other tokens: it begins with a line break
             instead of `<s>`.
           name: name of the chat in error messages.
+          answer_prefix: the words that the answer begins with.
 
         Raises:
           InputError: `messages` is not a chat, ends with another role, or a turn is empty.
@@ -150,6 +151,7 @@ class PromptEncoder:
                 raise InputError(f"{name}: message {index} is empty: leave it out")
         if is_continuation:
             segments[0] = f"\n{segments[0]}"
+        segments[-1] += answer_prefix
         eos = np.array([self.tokenizer.eos_id], np.int32)
         ids = [self._tokenize(segments[0], name)]
         for segment in segments[1:]:

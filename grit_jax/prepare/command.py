@@ -20,6 +20,7 @@ def run(argv: Sequence[str]) -> None:
         the message says what is wrong.
     """
     arguments = _parser().parse_args(argv)
+    lengths = {f"{stream}_length": vars(arguments)[f"{stream}_length"] for stream in STREAMS}
     try:
         mixtures = prepare_mixtures(
             arguments.sources,
@@ -27,9 +28,7 @@ def run(argv: Sequence[str]) -> None:
             arguments.output,
             _tokenizer(arguments.tokenizer),
             TextOptions(
-                query_length=arguments.query_length,
-                passage_length=arguments.passage_length,
-                chat_length=arguments.chat_length,
+                **lengths,
                 chat_labels=arguments.chat_labels,
             ),
             processes=arguments.processes,

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 import msgpack
 import numpy as np
 
-from grit_jax.text.templates import chat_prompt, embedding_prefix
+from grit_jax.text.templates import chat_prompt, embedding_prefix, strip_instruction
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -29,10 +29,14 @@ class Text:
     Attributes:
       tokens: token ids.
       mask: the tokens that are pooled (embedding) or predicted (chat).
+      num_cut: number of tokens beyond the maximum length, which were cut. Not stored.
+      instruction: the stripped instruction of a text to embed, None for a chat. Not stored.
     """
 
     tokens: Int[np.ndarray, " tokens"]
     mask: Bool[np.ndarray, " tokens"]
+    num_cut: int = 0
+    instruction: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -174,7 +178,8 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
         raise RejectedExample("empty text")
     kept = ids[: max_length - len(begin) - len(end)]
     tokens = np.concatenate([begin, kept, end], dtype=np.int32)
-    return Text(tokens, np.arange(len(tokens)) >= len(begin) + num_before)
+    mask = np.arange(len(tokens)) >= len(begin) + num_before
+    return Text(tokens, mask, len(ids) - len(kept), strip_instruction(instruction))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,7 +205,13 @@ def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
         raise RejectedExample("empty text")
     begin = tokenizer.begin_ids
     tokens = np.concatenate([begin, tokenizer.ids(text), [tokenizer.eos_id]], dtype=np.int32)
-    return Text(tokens[:max_length], np.arange(len(tokens[:max_length])) >= max(len(begin), 1))
+    return _cut(tokens, np.arange(len(tokens)) >= max(len(begin), 1), max_length)
+
+
+def _cut(
+    tokens: Int[np.ndarray, " tokens"], mask: Bool[np.ndarray, " tokens"], max_length: int
+) -> Text:
+    return Text(tokens[:max_length], mask[:max_length], max(0, len(tokens) - max_length))
 
 
 def chat_text(
@@ -242,7 +253,7 @@ def chat_text(
         mask[span] = False
     if not any(mask[:max_length]):
         raise RejectedExample("prompt alone is too long")
-    return Text(tokens[:max_length], mask[:max_length])
+    return _cut(tokens, mask, max_length)
 
 
 def embedding_example(
