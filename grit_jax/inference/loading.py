@@ -100,6 +100,7 @@ def _load_quantized(stored: StoredModel, shapes: dict[str, Any]) -> dict[str, An
         quantized = _QuantizedParameter(stored, parameter)
         place(path, quantized.weights)
         place((*path[:-1], f"{path[-1]}_scale"), quantized.scales)
+    stored.check_finite(unflatten_dict(loaded))
     return unflatten_dict(loaded)
 
 
