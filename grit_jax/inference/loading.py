@@ -153,4 +153,5 @@ class _QuantizedParameter:
         index = (*(slice(i, i + 1) for i in layer), *index)
         weights = self._stored.read(self._parameter, index)
         weights = weights.reshape(weights.shape[len(layer) :])
-        return round_to_int8(weights, self._parameter.num_inputs)
+        with np.errstate(invalid="ignore"):  # The scales are checked.
+            return round_to_int8(weights, self._parameter.num_inputs)

@@ -182,6 +182,7 @@ def test_what_keeps_a_destination_from_being_made_is_named(tmp_path):
 )
 def test_an_export_has_no_values_that_are_not_finite(folder, tmp_path, value, dtype, message):
     tiny = folder.rename(tmp_path / "tiny")
+    write_tokenizer(tiny, "gpt2", size=HuggingFaceModel(tiny).config.vocab_size)
     change(tiny, lambda tensors: tensors[QUERY].flat.__setitem__(slice(2), value))
     with pytest.raises(ConversionError, match=message):
         write_hugging_face(open_model(tiny), tmp_path / "new", dtype=dtype)

@@ -16,6 +16,7 @@ import tokenizer_files
 from grit_jax import GritLM
 from grit_jax.conversion import open_model
 from grit_jax.conversion.export import EXPORTED_PATTERNS, write_hugging_face
+from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.text.templates import embedding_prefix
 
@@ -90,7 +91,7 @@ def sample_cases(count):
     """Returns cases in which every value of a field, and most pairs of values, occur."""
     generator = random.Random(0)
     values = (
-        ("Mistral", "Llama", "Mixtral"),
+        ("Mistral", "Llama", "Mistral", "Llama", "Mixtral"),
         tuple(TOKENIZERS),
         POOLINGS,
         EXPORTED_PATTERNS,
@@ -135,7 +136,7 @@ def save_model(case, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample_cases(12), ids=str)
+@pytest.mark.parametrize("case", sample_cases(9), ids=str)
 def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path):
     from sentence_transformers import SentenceTransformer
     import torch
@@ -148,25 +149,25 @@ def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path)
     how = {"attention": case.attention, "pooling": case.pooling, **INSTRUCTIONS}
     write_hugging_face(open_model(source), folder, **how)
     ours = GritLM.from_pretrained(folder, dtype="float32", mesh=one_device())
-    original = GritLM.from_pretrained(source, dtype="float32", mesh=one_device(), **how)
-    assert ours.embedding_spec == original.embedding_spec
+    original = find_tokenizer(open_model(source), None)
     theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     default_length = inspect.signature(ours.encode).parameters["max_length"].default
     assert theirs.max_seq_length == min(default_length, SIZES["max_position_embeddings"])
 
     texts, prompt = list(TEXTS), embedding_prefix("Given a word, find its meaning")
+    options = {"truncate": True, "batch_size": 1}  # One row a call: few programs to compile.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*truncated", UserWarning)
         expected = {
-            "encode": original.encode(texts, instruction=prompt, truncate=True),
-            "without prompt": original.encode(texts, truncate=True),
-            "query": original.encode_query(texts, truncate=True),
-            "document": original.encode_document(texts, truncate=True),
+            "encode": ours.encode(texts, instruction=prompt, **options),
+            "without prompt": ours.encode(texts, **options),
+            "query": ours.encode_query(texts, **options),
+            "document": ours.encode_document(texts, **options),
         }
     for text in texts:
-        assert theirs.tokenizer(text, add_special_tokens=False).input_ids == (
-            ours.tokenizer.encode(text)
-        ), ascii(text)
+        ids = original.encode(text)
+        assert ours.tokenizer.encode(text) == ids
+        assert theirs.tokenizer(text, add_special_tokens=False).input_ids == ids, ascii(text)
     results = {
         "encode": theirs.encode(texts, prompt=prompt),
         "without prompt": theirs.encode(texts, prompt=""),

@@ -235,38 +235,6 @@ def test_transformers_reads_an_exported_tokenizer_json_as_we_do(saved_models, ex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_sentence_transformers_embeds_as_we_do(exported, name):
-    from sentence_transformers import SentenceTransformer
-
-    folder = exported[name][1]
-    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").float()
-    loaded = load(folder)
-    module, tokenizer = loaded.model, loaded.tokenizer
-    instruction = embedding_prefix("Given a word, retrieve its meaning")
-    texts = ["A short one", "A rather longer text, which the shorter one is padded to.", "Mid size"]
-
-    def ours(text, prefix):
-        skipped = [tokenizer.bos_id, *tokenizer.encode(prefix)]
-        tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + text)]])
-        hidden = module(tokens, is_causal=False)[0, len(skipped) :]
-        return normalize(jnp.mean(hidden, axis=0, keepdims=True))[0]
-
-    for prompt, prefix in ((None, embedding_prefix("")), (instruction, instruction)):
-        expected = np.stack([ours(text, prefix) for text in texts])
-        together = theirs.encode(texts, prompt=prompt)
-        alone = np.stack([theirs.encode(text, prompt=prompt) for text in texts])
-        for embeddings in (together, alone):
-            assert np.sum(embeddings * expected, axis=1).min() > 0.9999
-    # Read causally, the same weights give other embeddings: the comparison can fail.
-    tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + texts[0])]])
-    causal = module(tokens, is_causal=True)
-    skipped = 1 + len(tokenizer.encode(prefix))
-    causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
-    assert float(causal @ expected[0]) < 0.999
-
-
-@pytest.mark.slow
 def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_models, tmp_path):
     from sentence_transformers import SentenceTransformer
 
