@@ -40,18 +40,6 @@ SIZES = {
 VOCAB_SIZE = 700
 
 
-def sentencepiece(folder, **settings):
-    """Writes a SentencePiece model with byte fallback, as Mistral's and Llama's."""
-    lines = [*tokenizer_files.LINES, *tokenizer_files.TEXT.read_text().splitlines()]
-    options = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
-    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
-    path = tokenizer_files.write_sentencepiece(folder, VOCAB_SIZE, lines, **options)
-    path.rename(folder / "tokenizer.model")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **special, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
 def of_style(style, **settings):
     def write(folder):
         tokenizer_files.write_tokenizer(folder, style, VOCAB_SIZE)
@@ -62,14 +50,8 @@ def of_style(style, **settings):
 
 
 TOKENIZERS = {
-    "sentencepiece": sentencepiece,
-    "sentencepiece, EOS": lambda folder: sentencepiece(folder, add_eos_token=True),
-    "sentencepiece, left": lambda folder: sentencepiece(
-        folder, padding_side="left", pad_token="</s>"
-    ),
-    "sentencepiece, no BOS": lambda folder: sentencepiece(folder, add_bos_token=False),
     "llama3": of_style("llama3", add_bos_token=True),
-    "gpt2, no BOS": of_style("gpt2"),
+    "gpt2": of_style("gpt2"),
     "smollm": of_style("smollm"),
     "metaspace": of_style("metaspace", add_bos_token=True),
 }
@@ -84,7 +66,6 @@ class Case:
     pooling: str
     attention: str
     sliding_window: int | None
-    num_layers: int
 
 
 def sample_cases(count):
@@ -96,7 +77,6 @@ def sample_cases(count):
         POOLINGS,
         EXPORTED_PATTERNS,
         (5, None, 1),
-        (2, 1),
     )
 
     def shuffled_forever(choices):
@@ -123,7 +103,7 @@ def save_model(case, folder):
     import transformers
 
     torch.manual_seed(0)
-    options = {"num_hidden_layers": case.num_layers, "vocab_size": VOCAB_SIZE}
+    options = {"num_hidden_layers": 1, "vocab_size": VOCAB_SIZE}
     if case.architecture == "Mixtral":
         options["num_local_experts"] = 4
     if case.architecture == "Llama":
@@ -136,7 +116,7 @@ def save_model(case, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample_cases(9), ids=str)
+@pytest.mark.parametrize("case", sample_cases(8), ids=str)
 def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path):
     from sentence_transformers import SentenceTransformer
     import torch
@@ -157,7 +137,7 @@ def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path)
     texts, prompt = list(TEXTS), embedding_prefix("Given a word, find its meaning")
     options = {"truncate": True, "batch_size": 1}  # One row a call: few programs to compile.
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*truncated", UserWarning)
+        warnings.simplefilter("ignore")  # Texts are truncated, and some have "</s>".
         expected = {
             "encode": ours.encode(texts, instruction=prompt, **options),
             "without prompt": ours.encode(texts, **options),
