@@ -10,17 +10,16 @@ from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import ParamSpec
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, write_tensors
 from grit_jax.conversion.sidecar_files import (
-    copy_tokenizer,
     write_chat_template,
     write_json,
     write_sentence_transformers,
     write_tokenizer,
 )
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.models import ARCHITECTURES
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import GRIT_FIELD, PATTERNS, EmbeddingSpec
-from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
 
 # Default size of a file of weights. It bounds the memory of an export.
 SHARD_BYTES = 2**30
@@ -49,8 +48,7 @@ def write_hugging_face(
     Args:
       model: the model to export.
       folder: the folder to create.
-      tokenizer: "mistral" or the path of a tokenizer; by default the model's own, or Mistral's
-        for a model without one.
+      tokenizer: see `open_tokenizer`; by default see `find_tokenizer`.
       dtype: "float32", "bfloat16" or "float16"; by default the stored type of each tensor.
       attention: the attention pattern of the model, "bbcc" or "cccc"; by default the one stored
         with the model, or "bbcc".
@@ -62,7 +60,7 @@ def write_hugging_face(
 
     Raises:
       ConversionError: the folder exists, the disk is full, the pattern cannot be exported, the
-        tokenizer does not fit the model, or a weight is not finite in the type to write.
+        model has no tokenizer that fits, or a weight is not finite in the type to write.
       ValueError: the attention pattern or the pooling is unknown, or an instruction has the model's
         markers.
       FileNotFoundError, TokenizerError: the tokenizer is missing or damaged.
@@ -80,10 +78,15 @@ def write_hugging_face(
             f"sentence-transformers does not support: use --attention "
             f"{' or '.join(EXPORTED_PATTERNS)}"
         )
+    found = find_tokenizer(model, tokenizer)
+    if found is None:
+        raise ConversionError(
+            f"{model.folder} has no tokenizer: name the one it was trained with (--tokenizer PATH)"
+        )
     with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
-        _write_tokenizer(model, unfinished, tokenizer)
-        write_chat_template(unfinished)
+        write_tokenizer(found, unfinished, model.config.max_position_embeddings)
+        write_chat_template(unfinished, adds_bos=found.adds_bos)
         write_sentence_transformers(unfinished, model.config, spec)
         stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
         fields = model.fields | {"torch_dtype": stored_dtype}
@@ -203,21 +206,3 @@ def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
         shards[-1].append(tensor)
         filled += tensor.num_bytes
     return shards
-
-
-def _write_tokenizer(model: StoredModel, folder: Path, name: str | None) -> None:
-    """Writes the tokenizer `name`, by default the model's own, or Mistral's if it has none."""
-    if name is None:
-        copy_tokenizer(model.tokenizer_folder, folder)
-        if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
-            return  # The copied files include the settings of transformers.
-    own = tokenizer_in(folder)
-    tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConversionError(
-            f"the tokenizer {name or MISTRAL!r} has {tokenizer.vocab_size} tokens, but the model "
-            f"{model.folder} only {model.config.vocab_size}: name its own with --tokenizer"
-        )
-    for file in folder.iterdir():  # Settings of a copied tokenizer may contradict the new ones.
-        file.unlink()
-    write_tokenizer(tokenizer, folder, model.config.max_position_embeddings)

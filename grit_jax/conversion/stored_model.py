@@ -16,6 +16,7 @@ import numpy as np
 
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.models import ModelConfig
+from grit_jax.text.tokenizer_files import read_tokenizer_files
 
 Folder = Path | epath.Path
 
@@ -44,9 +45,9 @@ class StoredModel(abc.ABC):
     parameters: list[ParamSpec]
 
     @functools.cached_property
-    def tokenizer_folder(self) -> Folder:
-        """The folder that holds the model's tokenizer, if it has one."""
-        return self.folder
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Names and contents of the tokenizer's files; empty if the model has no tokenizer."""
+        return read_tokenizer_files(self.folder)
 
     @abc.abstractmethod
     def dtype(self, parameter: ParamSpec) -> np.dtype:

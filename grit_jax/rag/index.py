@@ -211,7 +211,7 @@ def _new_documents(
             continue
         known.add(key)
         text = document_text(document, name)
-        num_tokens = len(encoder.encode(text, EMBED, add_bos=True, name=name))
+        num_tokens = len(encoder.encode(text, EMBED, add_bos=True, add_eos=True, name=name))
         if num_tokens > max_length and not truncate:
             raise InputError(
                 f"{name}, {text[:50]!r}, has {num_tokens} tokens, instruction included, but the "

@@ -131,7 +131,7 @@ class RagPipeline:
         encoder = PromptEncoder(self._model.tokenizer, config.vocab_size)
         for number, question in enumerate(questions):
             name = f"question {number}"
-            num_tokens = len(encoder.encode(question, EMBED, add_bos=True, name=name))
+            num_tokens = len(encoder.encode(question, EMBED, add_bos=True, add_eos=True, name=name))
             if num_tokens > config.max_position_embeddings:
                 raise InputError(
                     f"{name} has {num_tokens} tokens, instruction included, but this model "

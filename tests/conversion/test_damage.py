@@ -15,6 +15,7 @@ from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import config_from_hugging_face, config_to_hugging_face
+from grit_jax.text.tokenizer_files import read_tokenizer_files
 
 WEIGHTS = "model.safetensors"
 
@@ -204,7 +205,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch, write):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     model = HuggingFaceModel(reference_values.FOLDER / "tiny-mistral")
     write_tokenizer(tmp_path, "gpt2", size=model.config.vocab_size)
-    model.tokenizer_folder = tmp_path
+    model.tokenizer_files = read_tokenizer_files(tmp_path)
     with pytest.raises(ConversionError, match=f"^{tmp_path} has 0.0 GB free"):
         write(model, tmp_path / "new")
 

@@ -40,20 +40,34 @@ SIZES = {
 VOCAB_SIZE = 700
 
 
-def of_style(style, **settings):
-    def write(folder):
-        tokenizer_files.write_tokenizer(folder, style, VOCAB_SIZE)
-        path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+def sentencepiece(folder, **settings):
+    """Writes a SentencePiece model with byte fallback, as Mistral's and Llama's."""
+    lines = [*tokenizer_files.LINES, *tokenizer_files.TEXT.read_text().splitlines()]
+    options = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
+    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    path = tokenizer_files.write_sentencepiece(folder, VOCAB_SIZE, lines, **options)
+    path.rename(folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **special, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
-    return write
+
+def of_style(style, begin=(tokenizer_files.BEGIN,), end=()):
+    return lambda folder: tokenizer_files.write_tokenizer(folder, style, VOCAB_SIZE, begin, end)
 
 
 TOKENIZERS = {
-    "llama3": of_style("llama3", add_bos_token=True),
-    "gpt2": of_style("gpt2"),
+    "SentencePiece": sentencepiece,
+    "SentencePiece, EOS": lambda folder: sentencepiece(folder, add_eos_token=True),
+    "SentencePiece, left": lambda folder: sentencepiece(
+        folder, padding_side="left", pad_token="</s>"
+    ),
+    "SentencePiece, no BOS": lambda folder: sentencepiece(folder, add_bos_token=False),
+    "llama3": of_style("llama3"),
+    "llama3, EOS": of_style("llama3", end=(tokenizer_files.END,)),
+    "gpt2, no BOS": of_style("gpt2", begin=()),
     "smollm": of_style("smollm"),
-    "metaspace": of_style("metaspace", add_bos_token=True),
+    "metaspace": of_style("metaspace"),
 }
 
 
@@ -116,7 +130,7 @@ def save_model(case, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sample_cases(8), ids=str)
+@pytest.mark.parametrize("case", sample_cases(9), ids=str)
 def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path):
     from sentence_transformers import SentenceTransformer
     import torch
