@@ -121,8 +121,7 @@ class StoredModel(abc.ABC):
 
 @jax.jit
 def _are_finite(arrays: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
-    # On a CPU, a maximum takes a third of the time of `isfinite(array).all()`.
-    return {path: jnp.isfinite(jnp.max(jnp.abs(array))) for path, array in arrays.items()}
+    return {path: jnp.isfinite(array).all() for path, array in arrays.items()}
 
 
 def hash_weights(prefix: str, files: Iterable[Path]) -> str:
