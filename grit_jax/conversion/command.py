@@ -34,6 +34,8 @@ def run(argv: Sequence[str]) -> None:
             dtype=arguments.dtype,
             attention=arguments.attention,
             pooling=arguments.pooling,
+            query_instruction=arguments.query_instruction,
+            document_instruction=arguments.document_instruction,
         )
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -80,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=POOLINGS,
         help="pooling of embeddings (default: as stored with the model, else mean)",
     )
+    for kind in ("query", "document"):
+        to_hf.add_argument(
+            f"--{kind}-instruction",
+            metavar="TEXT",
+            help=f"what precedes a {kind} by default, in plain words, '' for nothing "
+            "(default: as stored with the model)",
+        )
     return parser
 
 

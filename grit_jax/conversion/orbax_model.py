@@ -74,8 +74,7 @@ class OrbaxModel(StoredModel):
         """Returns an array of the checkpoint and caches it; meant for small arrays."""
         return self._store(path).read().result()
 
-    def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parameters as global arrays, see `StoredModel.load`."""
+    def _load(self, shapes: dict[str, Any]) -> dict[str, Any]:
         by_path = flatten_dict(shapes)
         shapes = unflatten_dict({p.path: by_path[p.path] for p in self.parameters})
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))

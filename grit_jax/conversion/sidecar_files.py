@@ -9,11 +9,13 @@ from grit_jax.files import write_json
 from grit_jax.models import ModelConfig
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import EmbeddingSpec
-from grit_jax.text.templates import EMBED
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.text.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
 
 FILES = Path(__file__).with_name("files")
+TRANSFORMER = "grit_transformer.py"
+# The settings of sentence-transformers for a whole model, among them its prompts.
+SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
@@ -58,13 +60,9 @@ def write_chat_template(folder: Path, *, adds_bos: bool) -> None:
 
 def write_sentence_transformers(folder: Path, config: ModelConfig, spec: EmbeddingSpec) -> None:
     """Writes the settings with which sentence-transformers computes the model's embeddings."""
-    transformer = "sentence_transformers.models.Transformer"
-    if spec.attention[1] == "b":
-        module = "bidirectional_transformer.py"
-        shutil.copyfile(FILES / module, folder / module)
-        transformer = "bidirectional_transformer.BidirectionalTransformer"
+    shutil.copyfile(FILES / TRANSFORMER, folder / TRANSFORMER)
     modules = [
-        (transformer, ""),
+        ("grit_transformer.GritTransformer", ""),
         ("sentence_transformers.models.Pooling", "1_Pooling"),
         ("sentence_transformers.models.Normalize", "2_Normalize"),
     ]
@@ -91,18 +89,19 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
         {
             "word_embedding_dimension": config.hidden_size,
             **{f"pooling_mode_{name}": mode == spec.pooling for mode, name in modes.items()},
-            "include_prompt": False,
+            "include_prompt": spec.pooling in ("lasttoken", "cls"),
         },
     )
     (folder / modules[-1][1]).mkdir()
+    # As `GritLM.encode` by default.
     max_length = min(512, config.max_position_embeddings)
     write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
     )
     write_json(
-        folder / "config_sentence_transformers.json",
+        folder / SENTENCE_TRANSFORMERS,
         {
-            "prompts": {"document": EMBED},
+            "prompts": {"query": spec.query_prompt, "document": spec.document_prompt},
             "default_prompt_name": "document",
             "similarity_fn_name": "cosine",
         },

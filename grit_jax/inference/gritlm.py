@@ -123,6 +123,8 @@ class GritLM:
         linear_dtype: str | None = None,
         attention: str | None = None,
         pooling: str | None = None,
+        query_instruction: str | None = None,
+        document_instruction: str | None = None,
         normalized: bool = True,
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
@@ -140,6 +142,10 @@ class GritLM:
           attention: the attention pattern it was trained with. By default the one that a checkpoint
             of grit-jax stores, or "bbcc".
           pooling: how embeddings are pooled. By default the stored pooling, or "mean".
+          query_instruction: what precedes a query in `encode_query`, in plain words. By default the
+            stored one.
+          document_instruction: what precedes a document in `encode_document`, in plain words. By
+            default the stored one.
           normalized: whether embeddings are scaled to length 1.
           tokenizer: "mistral", or the path of a SentencePiece model, a tokenizer.json, a GGUF file
             or a folder with a tokenizer. By default the tokenizer stored with the model, or, with a
@@ -148,14 +154,23 @@ class GritLM:
           base: path of a LoRA checkpoint's base model, if it has moved.
 
         Raises:
-          ConversionError: there is no model at `path`, or it is damaged.
+          ConversionError: there is no model at `path`, it is damaged, or weights are not finite.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
           TokenizerError: its files are not a tokenizer, or do not name its special tokens.
           MeshError: the mesh does not divide the model's sizes.
-          ValueError: the dtype, the attention pattern or the pooling is unknown.
+          ValueError: the dtype, the attention pattern or the pooling is unknown, or an instruction
+            has the model's markers.
         """
-        EmbeddingSpec.from_fields({}, attention, pooling)  # Fails before anything is loaded.
+        make_spec = functools.partial(
+            EmbeddingSpec.from_fields,
+            attention=attention,
+            pooling=pooling,
+            query_instruction=query_instruction,
+            document_instruction=document_instruction,
+            normalize=normalized,
+        )
+        make_spec({})  # Fails before anything is loaded.
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         model = cls(
@@ -164,9 +179,7 @@ class GritLM:
             find_tokenizer(stored, tokenizer),
             end_tokens=find_end_tokens(stored),
         )
-        model.embedding_spec = EmbeddingSpec.from_fields(
-            stored.fields, attention, pooling, normalize=normalized
-        )
+        model.embedding_spec = make_spec(stored.fields)
         return model
 
     @property
