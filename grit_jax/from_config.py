@@ -17,7 +17,7 @@ import optax
 from grit_jax.bucket import in_bucket
 from grit_jax.config import AUTO, Config, ConfigError
 from grit_jax.conversion import ConversionError, StoredModel, open_model
-from grit_jax.conversion.stored_tokenizer import find_tokenizer
+from grit_jax.conversion.stored_tokenizer import may_have_mistrals
 from grit_jax.data.batches import Batches
 from grit_jax.data.manifest import (
     PreparedDataError,
@@ -43,7 +43,8 @@ from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.templates import embedding_prefix
-from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
+from grit_jax.text.tokenizer import Tokenizer, TokenizerError
+from grit_jax.text.tokenizer_files import MISTRAL
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -412,23 +413,33 @@ def cross_process_settings(
 def check_tokenizer(batches: Batches, pretrained: StoredModel | None) -> None:
     """Checks that the data was prepared with the tokenizer of the weights to start from.
 
-    Nothing is checked if the weights come without a tokenizer, or it cannot be loaded.
+    If the weights come without a tokenizer, or it cannot be loaded, only the default of `prepare`
+    is checked: Mistral's tokenizer is refused for other models.
 
     Raises:
       PreparedDataError: the two tokenizers encode a sample text differently.
     """
     if pretrained is None:
         return
+    dataset = batches.datasets[0]
     try:
-        path = tokenizer_in(pretrained.tokenizer_folder)
-        own = find_tokenizer(pretrained, path) if path else None
-        used = load_saved_tokenizer(batches.datasets[0])
+        own = Tokenizer.of_files(pretrained.tokenizer_files) if pretrained.tokenizer_files else None
+        used = load_saved_tokenizer(dataset)
     except (ConversionError, FileNotFoundError, TokenizerError):
         return
-    if own is not None and own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
+    if own is None:
+        if dataset.manifest.tokenizer["name"] == MISTRAL and not may_have_mistrals(pretrained):
+            raise PreparedDataError(
+                f"{dataset.folder} was prepared with Mistral's tokenizer, the default, but the "
+                f"weights in {pretrained.folder} are of another model and have no tokenizer: copy "
+                "theirs into that folder, and prepare the data again with --tokenizer "
+                f"{pretrained.folder}"
+            )
+    elif own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
         raise PreparedDataError(
-            f"{batches.datasets[0].folder} was prepared with another tokenizer than {path}, the "
-            f"one of config.model.weights: prepare it again with --tokenizer {path}"
+            f"{dataset.folder} was prepared with another tokenizer than that of "
+            f"{pretrained.folder}, config.model.weights: prepare it again with --tokenizer "
+            f"{pretrained.folder}"
         )
 
 

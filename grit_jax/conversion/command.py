@@ -8,6 +8,7 @@ from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
 from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
 from grit_jax.objectives.pooling import POOLINGS
 
 
@@ -23,7 +24,8 @@ def run(argv: Sequence[str]) -> None:
         model = HuggingFaceModel(find_folder(arguments.source), arguments.head)
         write_orbax(model, arguments.destination)
     elif arguments.direction == "from-gguf":
-        model = GgufModel(arguments.source, arguments.tokenizer)
+        given = arguments.tokenizer and open_tokenizer(arguments.tokenizer)
+        model = GgufModel(arguments.source, given)
         write_orbax(model, arguments.destination)
     else:
         write_hugging_face(
@@ -33,6 +35,8 @@ def run(argv: Sequence[str]) -> None:
             dtype=arguments.dtype,
             attention=arguments.attention,
             pooling=arguments.pooling,
+            query_instruction=arguments.query_instruction,
+            document_instruction=arguments.document_instruction,
         )
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     from_gguf.add_argument("source", type=_local_path, help="GGUF file")
     from_gguf.add_argument(
         "--tokenizer",
-        help="path of a tokenizer.model or tokenizer.json (default: the one in the file)",
+        help=f"{TOKENIZER_NAMES} (default: the one in the file)",
     )
     to_hf.add_argument("source", help="folder of the checkpoint or run; may be gs://BUCKET/FOLDER")
     for direction in (from_hf, from_gguf, to_hf):
@@ -66,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_hf.add_argument(
         "--tokenizer",
-        help="'mistral' or the path of a tokenizer.model or tokenizer.json (default: the one "
-        "stored with the model, else 'mistral')",
+        help=f"{TOKENIZER_NAMES} (default: the one stored with the model)",
     )
     to_hf.add_argument("--dtype", choices=tuple(DTYPES), help="type (default: as stored)")
     to_hf.add_argument(
@@ -80,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=POOLINGS,
         help="pooling of embeddings (default: as stored with the model, else mean)",
     )
+    for kind in ("query", "document"):
+        to_hf.add_argument(
+            f"--{kind}-instruction",
+            metavar="TEXT",
+            help=f"what precedes a {kind} by default, in plain words, '' for nothing "
+            "(default: as stored with the model)",
+        )
     return parser
 
 

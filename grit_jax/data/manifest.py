@@ -27,6 +27,7 @@ from grit_jax.data.storage import PreparedDataError, RecordReader, read_file
 from grit_jax.text.examples import Example, Text
 from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import with_saved_settings
 
 FORMAT_VERSION = 2
 # Folder of the saved tokenizers, within a folder of prepared data.
@@ -327,7 +328,8 @@ def saved_tokenizer_files(dataset: PreparedDataset) -> dict[str, bytes]:
     """
     described = dataset.manifest.tokenizer
     folder = _tokenizer_folder(dataset.folder.parent.parent, described["sha256"])
-    return {name: read_file(folder / name) for name in described.get("files", ())}
+    files = {name: read_file(folder / name) for name in described.get("files", ())}
+    return with_saved_settings(files)
 
 
 def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
@@ -341,7 +343,7 @@ def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
     """
     files = saved_tokenizer_files(dataset)
     name = dataset.manifest.tokenizer["name"]
-    return Tokenizer.of_files(files) if files else Tokenizer(name)
+    return Tokenizer.of_files(files, name) if files else Tokenizer(name)
 
 
 def _tokenizer_folder(output: epath.Path, fingerprint: str) -> epath.Path:

@@ -88,7 +88,7 @@ class HuggingFaceFormat:
 
     Attributes:
       model_type: its name.
-      class_name: the class of transformers, for the field `architectures`.
+      class_name: the class of transformers, with a language model head.
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
         transformers assumes where the file leaves them out. Without "head_dim", a head has
         hidden_size / num_attention_heads dimensions.
@@ -100,6 +100,11 @@ class HuggingFaceFormat:
     class_name: str
     defaults: Mapping[str, Any]
     reads_layer_types: bool = False
+
+    def class_for(self, config: ModelConfig) -> str:
+        """Returns the class of transformers for a model with or without its language model head."""
+        head = "ForCausalLM"
+        return self.class_name if config.has_lm_head else self.class_name.replace(head, "Model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,15 +215,12 @@ class Architecture:
             has_window = config.sliding_window is not None
             first_with_window = 0 if has_window else config.num_hidden_layers
             fields |= {"use_sliding_window": has_window, "max_window_layers": first_with_window}
-        class_name = written.class_name
         if config.embedding_projection_size is None:
             del fields["embedding_projection_size"]
         if config.has_lm_head:
             del fields["has_lm_head"]
-        else:
-            class_name = class_name.replace("ForCausalLM", "Model")
         return {
-            "architectures": [class_name],
+            "architectures": [written.class_for(config)],
             "model_type": written.model_type,
             **fields,
             "rope_parameters": {

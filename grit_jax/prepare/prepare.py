@@ -167,7 +167,7 @@ def _pool(
         # Forking is not safe: a module of the user may have loaded TensorFlow, and tests load JAX.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
-        initargs=(tokenizer.name, options, pickled_plans, folder),
+        initargs=(tokenizer.files, options, pickled_plans, folder),
     )
     try:
         yield pool

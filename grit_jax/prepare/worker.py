@@ -106,11 +106,13 @@ class _Worker:
 _worker: _Worker
 
 
-def start_worker(tokenizer: str, options: TextOptions, pickled_plans: bytes, folder: Path) -> None:
+def start_worker(
+    tokenizer: Mapping[str, bytes], options: TextOptions, pickled_plans: bytes, folder: Path
+) -> None:
     """Initializes a worker process.
 
     Args:
-      tokenizer: name of the tokenizer.
+      tokenizer: names and contents of the tokenizer's files.
       options: how texts are tokenized.
       pickled_plans: the WorkerPlan of each dataset by name, pickled with cloudpickle.
       folder: where to write shards.
@@ -119,7 +121,9 @@ def start_worker(tokenizer: str, options: TextOptions, pickled_plans: bytes, fol
     # The parent handles Ctrl-C. Without a parent, the worker exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer), options, cloudpickle.loads(pickled_plans), folder)
+    _worker = _Worker(
+        Tokenizer.of_files(tokenizer), options, cloudpickle.loads(pickled_plans), folder
+    )
 
 
 def _exit_with_parent() -> None:

@@ -388,7 +388,8 @@ class _IndexBuilder:
 
     def _check_length(self, document: Document, name: str) -> None:
         text, prompt = document_text(document, name), self._settings["document_prompt"]
-        num_tokens = len(self._encoder.encode(text, prompt, add_bos=True, name=name))
+        encoded = self._encoder.encode(text, prompt, add_bos=True, add_eos=True, name=name)
+        num_tokens = len(encoded)
         limit = self._settings["max_length"]
         if num_tokens > limit and not self._settings["truncate"]:
             raise InputError(

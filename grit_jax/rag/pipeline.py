@@ -260,7 +260,9 @@ class RagPipeline:
         context_length = self._model.model.config.max_position_embeddings
         for number, question in enumerate(questions):
             name = f"question {number}"
-            text = self._encoder.encode(question, self._query_prompt, add_bos=True, name=name)
+            text = self._encoder.encode(
+                question, self._query_prompt, add_bos=True, add_eos=True, name=name
+            )
             if len(text) > context_length:
                 raise InputError(
                     f"{name} has {len(text)} tokens, instruction included, but this model "
