@@ -253,7 +253,7 @@ def _has_no_window(layer_types: Sequence[str] | None, sizes: Mapping[str, Any]) 
             "max_window_layers) are not supported: all layers must be 'full_attention', or all "
             "'sliding_attention'"
         )
-    return kinds == ["full_attention"]
+    return kinds == {"full_attention"}
 
 
 def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

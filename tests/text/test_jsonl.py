@@ -82,7 +82,7 @@ def test_compressed_files_are_read_alike(tmp_path):
     content = b"".join(b'{"a": %d}\n' % number for number in range(1000))
     (tmp_path / "plain.jsonl").write_bytes(content)
     # Two members, as `cat a.gz b.gz` makes.
-    packed = gzip.compress(content[:5000]) + gzip.compress(content[5000:])
+    packed = gzip.compress(content[:5000], mtime=0) + gzip.compress(content[5000:])
     (tmp_path / "packed.jsonl.gz").write_bytes(packed)
     plain, packed = (
         numbered(read_blocks(tmp_path / name, 999)) for name in ("plain.jsonl", "packed.jsonl.gz")
@@ -144,7 +144,7 @@ LINE = b'{"query": "q", "pos": ["p"]}'
             r"JSON array: .*jq -c '.\[\]' x",
         ),
         ("x.json", b"\xef\xbb\xbf \n[\n " + LINE + b"\n]", "is a JSON array"),
-        ("x.jsonl.gz", gzip.compress(b"[" + LINE + b"]"), "is a JSON array"),
+        ("x.jsonl.gz", gzip.compress(b"[" + LINE + b"]", mtime=0), "is a JSON array"),
         (
             "x.json",
             json.dumps({"query": "q"}, indent=2).encode(),
@@ -153,7 +153,7 @@ LINE = b'{"query": "q", "pos": ["p"]}'
         ("x.parquet", b"PAR1", r"table, .*pandas.read_parquet\('x.parquet'\)"),
         ("x.jsonl", b"PAR1", "pandas.read_parquet"),
         ("x.csv", b"query,pos\na,b\n", "pandas.read_csv"),
-        ("x.jsonl", gzip.compress(LINE), "is compressed: .*jsonl.gz"),
+        ("x.jsonl", gzip.compress(LINE, mtime=0), "is compressed: .*jsonl.gz"),
         ("x.jsonl", LINE.decode().encode("utf-16"), "not UTF-8: .*iconv -f UTF-16"),
         ("x.jsonl", LINE.decode().encode("utf-16-le"), "not UTF-8: .*iconv -f UTF-16"),
     ],
