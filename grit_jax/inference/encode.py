@@ -109,7 +109,7 @@ class Encoder:
             rows = [[row] for row in range(len(members))]
             group = [texts[member] for member in members]
             packed = pack(group, rows, num_rows, row_length, num_rows)
-            purpose = f"embeds {num_rows} texts of up to {row_length} tokens, with caches"
+            purpose = f"embeds {num_rows} x {row_length} tokens with caches"
             with jax.set_mesh(self._mesh), self._notice.around(purpose, spec, instruction_length):
                 embedded, cache = self._program_with_cache(
                     self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
@@ -138,7 +138,7 @@ class Encoder:
     ) -> tuple[list[int], Any]:
         """Returns the indices of the texts of a call, and their embeddings on the devices."""
         members, packed = _pack_call(texts, call)
-        purpose = f"embeds {call.num_rows} rows of {call.row_length} tokens"
+        purpose = f"embeds {call.num_rows} x {call.row_length} tokens"
         with jax.set_mesh(self._mesh), self._notice.around(purpose, spec):
             rows = self.program(self.parameters, shard_rows(packed, self._mesh), spec)
         return members, rows

@@ -139,7 +139,7 @@ class Generator:
             if (updated != is_done).any():
                 state = dataclasses.replace(state, is_done=shard_rows(updated, self._mesh))
             steps = min(max_steps, DECODE_STEPS, request.max_new_tokens - count)
-            purpose = f"decodes {len(is_done)} rows with caches of {num_slots} tokens"
+            purpose = f"generates after {len(is_done)} x {num_slots} tokens"
             with jax.set_mesh(self._mesh), self._notice.around(purpose, sampling_structure):
                 tokens, state = self.decode(
                     self.parameters, state, np.int32(steps), end_tokens, request.sampling
@@ -170,11 +170,9 @@ class Generator:
         for start in range(0, width, PREFILL_LENGTHS[-1]):
             chunk = slice(start, start + PREFILL_LENGTHS[-1])
             is_last = chunk.stop >= width
-            purpose = (
-                f"reads {num_rows} prompts of up to {width} tokens with caches of "
-                f"{state.cache.num_slots} tokens"
-            )
-            with self._notice.around(purpose, jax.tree.structure(request.sampling), is_last):
+            purpose = f"reads prompts of {num_rows} x {width} tokens"
+            structure = jax.tree.structure(request.sampling)
+            with self._notice.around(purpose, state.cache.num_slots, structure, is_last):
                 state = self.prefill(
                     self.parameters,
                     state,

@@ -163,7 +163,7 @@ class Scorer:
             packed = pack(texts, call.rows, call.num_rows, call.row_length, call.max_texts)
             rows = (packed.tokens, packed.positions, packed.segment_ids)
             rows = shard_rows((*rows, targets.positions, targets.token_ids), self._mesh)
-            purpose = f"scores {call.num_rows} rows of {call.row_length} tokens"
+            purpose = f"scores {call.num_rows} x {call.row_length} tokens"
             width = targets.positions.shape[1]
             with jax.set_mesh(self._mesh), self._notice.around(purpose, width):
                 scores, are_best = jax.device_get(self.program(self.parameters, *rows))

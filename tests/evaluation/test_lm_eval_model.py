@@ -187,7 +187,6 @@ WORDS = "a quick brown fox "
         (LIKELIHOOD, (" ", "nice")),
         (LIKELIHOOD, ("Paris is \n ", "nice")),
         (LIKELIHOOD, ("Paris", "\n")),
-        (LIKELIHOOD, ("The ab", "stract")),
         (LIKELIHOOD, ("def f():\n    x = 1\n", "    return  x")),
         (LIKELIHOOD, ("I am", " 🙂👩‍👩‍👧")),
         (LIKELIHOOD, (WORDS * 200, "end")),
@@ -217,6 +216,7 @@ def test_odd_requests_have_the_values_of_the_harness_own_model(sides, kind, argu
     [
         (LIKELIHOOD, ("Paris", ""), "document 7 of capitals: .*continuation is empty"),
         (LIKELIHOOD, ("", ""), "document 7 of capitals: .*continuation is empty"),
+        (LIKELIHOOD, ("The ab", "stract"), "document 7 of capitals: .*0 tokens"),
         (LIKELIHOOD, ("a", " word" * 600), "document 7 of capitals: .*600 tokens"),
         (UNTIL, ("a\ud83d", {"until": []}), "document 7 of capitals: .*surrogate"),
         (UNTIL, ("a", {"until": [""]}), "empty"),

@@ -225,12 +225,12 @@ def test_a_slow_compilation_is_announced_once(capfd, monkeypatch):
     monkeypatch.setattr(compilation_notice, "NOTICE_SECONDS", 0.05)
     notice = compilation_notice.CompilationNotice()
     for seconds in (0.5, 0.5, 0):
-        with notice.around("embeds 1 rows of 64 tokens"):
+        with notice.around("embeds 1 x 64 tokens"):
             time.sleep(seconds)
-    with notice.around("embeds 8 rows of 64 tokens"):
+    with notice.around("embeds 8 x 64 tokens"):
         pass
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and "compiling the program that embeds 1 rows of 64 tokens" in lines[0]
+    assert len(lines) == 1 and "compiling the program that embeds 1 x 64 tokens" in lines[0]
 
 
 def test_threads_get_what_one_after_the_other_gets(model):
