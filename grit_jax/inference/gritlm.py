@@ -579,7 +579,7 @@ class GritLM:
         tokens_per_device = self._tokens_per_device(256, length)
         self._encoder.compile(batch_size, length, self.embedding_spec, tokens_per_device)
         if max_new_tokens:
-            longest = min(max_length, context_length - max_new_tokens)
+            longest = max(1, min(max_length, context_length - max_new_tokens))
             for length in prompt_widths(longest):
                 prompts = [np.zeros(min(length, longest), np.int32)] * batch_size
                 request = self._request(prompts, max_new_tokens, sampling=sampling)
