@@ -71,11 +71,19 @@ class Sampling:
 
 # The type of each option, the check of its value, and the values that pass it.
 RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "temperature": (numbers.Real, lambda value: 0 <= value <= LARGEST, "a number, 0 or above"),
+    "temperature": (
+        numbers.Real,
+        lambda value: 0 <= value <= LARGEST,
+        "a finite number, 0 or above",
+    ),
     "top_k": (numbers.Integral, lambda value: value >= 1, "an integer, at least 1"),
     "top_p": (numbers.Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
     "min_p": (numbers.Real, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (numbers.Real, lambda value: 0 < value <= LARGEST, "a number above 0"),
+    "repetition_penalty": (
+        numbers.Real,
+        lambda value: 0 < value <= LARGEST,
+        "a finite number above 0",
+    ),
 }
 
 

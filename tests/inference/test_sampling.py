@@ -86,14 +86,14 @@ def test_low_temperatures_take_the_likeliest(temperature):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature=-1 must be a number, 0 or above"),
-        ({"temperature": float("nan")}, "temperature=nan must be a number"),
-        ({"temperature": float("inf")}, "temperature=inf must be a number"),
+        ({"temperature": -1}, "temperature=-1 must be a finite number, 0 or above"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
+        ({"temperature": float("inf")}, "temperature=inf must be a finite number"),
         ({"temperature": 1, "top_k": 0}, "top_k=0 must be an integer, at least 1"),
         ({"temperature": 1, "top_k": True}, "top_k=True must be an integer"),
         ({"temperature": 1, "top_p": 0}, "top_p=0 must be a number above 0 and at most 1"),
         ({"temperature": 1, "min_p": 1.5}, "min_p=1.5 must be a number from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a finite number above 0"),
         ({"top_p": 0.9}, "top_p=0.9 has no effect without a temperature above 0"),
     ],
 )
