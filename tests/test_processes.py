@@ -65,6 +65,19 @@ def test_the_end_of_a_command_starts_no_backend(monkeypatch):
     assert caught.value.code == 2
 
 
+def test_libtpu_prints_nothing_on_a_machine_without_tpus(tmp_path, monkeypatch):
+    for name in ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    program = (
+        "import jax\n"
+        "from grit_jax.processes import skip_absent_tpu\n"
+        "skip_absent_tpu()\n"
+        "print(jax.devices()[0].platform, jax.config.jax_platforms)\n"
+    )
+    finished = run_python(program, cwd=tmp_path)
+    assert (finished.stdout, finished.stderr) == ("cpu cpu\n", "")
+
+
 def test_a_process_that_the_others_do_not_join_says_what_it_waits_for(tmp_path, monkeypatch):
     # As in five minutes, in a few seconds; then JAX ends the process.
     program = (

@@ -51,7 +51,7 @@ from grit_jax.inference.sampling import Sampling, as_sampling
 from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec
-from grit_jax.processes import is_primary
+from grit_jax.processes import is_primary, skip_absent_tpu
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.text.templates import embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer
@@ -176,6 +176,7 @@ class GritLM:
         """
         EmbeddingSpec.from_fields({}, attention, pooling)  # Fails before anything is loaded.
         dtype = _dtype_name(dtype)
+        skip_absent_tpu()
         use_user_cache()
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
