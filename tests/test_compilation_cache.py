@@ -33,7 +33,8 @@ def test_a_later_process_loads_what_was_compiled(tmp_path, monkeypatch):
     def run():
         finished = run_python(SCRIPT, cwd=tmp_path)
         assert finished.returncode == 0, finished.stderr
-        assert finished.stderr == ""
+        # Only a slow machine prints lines.
+        assert all("compiling the program" in line for line in finished.stderr.splitlines())
         return json.loads(finished.stdout)
 
     _, num_compiled = run()
