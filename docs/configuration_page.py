@@ -20,7 +20,7 @@ from grit_jax.models import ARCHITECTURES
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- fields -->", "<!-- /fields -->"
-CONFIGS = ("gritlm_tiny", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
+CONFIGS = ("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def test_a_chat_behind_a_cached_text(model):
         ([], "messages must be a list of"),
         ("Hi", "messages must be a list of"),
         ([[]], "chat 0 has no messages"),
-        ([[USER], [USER, USER]], "chat 1: user and assistant do not alternate: give a list of"),
+        ([[USER], [USER, USER]], "chat 1: user and assistant do not alternate, .*: give a list of"),
         (["Hi"], "chat 0: 'messages' is not a list"),
         (CHAT[:2], "ends with a message of the assistant: the last message must be the user's"),
         (
