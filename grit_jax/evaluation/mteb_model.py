@@ -90,7 +90,7 @@ class MtebModel(AbsEncoder):
         """
         texts = [text for batch in inputs for text in _texts(batch, task_metadata.name)]
         if not texts:
-            return np.zeros((0, self.mteb_model_meta.embed_dim or 0), np.float32)
+            return np.zeros((0, _embedding_size(self.model)), np.float32)
         empty = [index for index, text in enumerate(texts) if text is None or not text.strip()]
         if empty:
             logging.warning(
@@ -130,8 +130,12 @@ def _texts(batch: Mapping[str, Any], task: str) -> Sequence[Any]:
     return texts
 
 
-def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:
+def _embedding_size(model: GritLM) -> int:
     config = model.model.config
+    return config.embedding_projection_size or config.hidden_size
+
+
+def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:
     return ModelMeta(
         loader=None,
         name=f"grit-jax/{name}",
@@ -141,7 +145,7 @@ def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, An
         n_parameters=None,
         memory_usage_mb=None,
         max_tokens=settings["max_length"],
-        embed_dim=config.embedding_projection_size or config.hidden_size,
+        embed_dim=_embedding_size(model),
         license=None,
         open_weights=None,
         public_training_code=None,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 import functools
-import numbers
 import re
 from typing import Any
 import warnings
@@ -297,7 +296,7 @@ def check_count(name: str, value: Any, smallest: int = 1, largest: int | None = 
     Raises:
       InputError: it is not.
     """
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not is_integer or value < smallest or (largest is not None and value > largest):
         valid = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
         raise InputError(f"{name}={value!r} must be an integer {valid}")
