@@ -9,6 +9,7 @@ CORE = [
     "absl-py>=2.5",
     "array-record>=0.8.6",
     "etils[epath]>=1.15",
+    "filelock>=4.2",  # JAX needs it to bound the compilation cache.
     "flax>=0.12.8",
     "grain>=0.2.18",
     "jax>=0.10.2",

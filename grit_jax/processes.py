@@ -1,5 +1,6 @@
 """The processes of a distributed run, usually one per machine."""
 
+import glob
 import importlib.util
 import os
 import sys
@@ -13,12 +14,25 @@ import numpy as np
 from grit_jax.bucket import one_line
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# The files of TPU chips, whatever the environment says.
+TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 # JAX waits 300 seconds for the other processes, then aborts with a stack trace.
 CONNECTION_WARNING_SECONDS = 270.0
 
 
 class ProcessError(Exception):
     """The processes of a run cannot connect, or differ. The message says what to do."""
+
+
+def skip_absent_tpu() -> None:
+    """Keeps JAX from loading libtpu on a machine without TPUs, where it prints warnings.
+
+    It has no effect if `jax_platforms` is set, if JAX has plugins for other devices, or once JAX
+    has used a device.
+    """
+    has_other_devices = importlib.util.find_spec("jax_plugins") or any(map(glob.glob, TPU_DEVICES))
+    if jax.config.jax_platforms is None and not has_other_devices and not _has_tpu():
+        jax.config.update("jax_platforms", "cpu")
 
 
 def connect() -> None:
@@ -32,6 +46,7 @@ def connect() -> None:
     Raises:
       ProcessError: the environment is incomplete or wrong, or the connection failed.
     """
+    skip_absent_tpu()
     given = {name: os.environ[name] for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)}
     if given == {COUNT: "1"} or not (given or _has_tpu()):
         return
@@ -72,7 +87,7 @@ def exit_now(exit_code: int) -> NoReturn:
 
     A clean shutdown waits for the others, which may be blocked in a step that waits for this one.
     """
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():  # Unlike process_count(), this starts no backend.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)

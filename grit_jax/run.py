@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
 from typing import Any
 
 from etils import epath
@@ -13,6 +12,7 @@ import jax
 from rich.console import Console
 
 from grit_jax.bucket import check_writing, in_bucket, one_line
+from grit_jax.compilation_cache import compilation_cache
 from grit_jax.config import Config
 from grit_jax.config_from_data import complete_config
 from grit_jax.consistency import check_agreement, check_shared
@@ -81,7 +81,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     with (
         _exclusive(workdir),
         contextlib.ExitStack() as after_checkpoints,
-        _compilation_cache(workdir / "compiled"),
+        compilation_cache(workdir / "compiled"),
         make_checkpoints(
             config, trainer, batches, workdir / "checkpoints", pretrained
         ) as checkpoints,
@@ -168,27 +168,6 @@ def _write_config(config: Config, model: ModelConfig, path: epath.Path) -> None:
     fields = config.to_dict()
     fields["model"]["sizes"] = {name: getattr(model, name) for name in config.model.sizes}
     write_json(path, fields)
-
-
-@contextlib.contextmanager
-def _compilation_cache(folder: epath.Path) -> Iterator[None]:
-    """Keeps compiled programs in `folder`, unless JAX is configured to keep them elsewhere."""
-    options = {"jax_compilation_cache_dir": os.fspath(folder)}
-    if in_bucket(folder):
-        # XLA's own caches, on GPUs, can only be on a disk.
-        options["jax_persistent_cache_enable_xla_caches"] = "none"
-    before = {name: getattr(jax.config, name) for name in options}
-    if not before["jax_compilation_cache_dir"]:
-        _update_jax(options)
-    try:
-        yield
-    finally:
-        _update_jax(before)
-
-
-def _update_jax(options: dict[str, str]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
 
 
 def _first_state(

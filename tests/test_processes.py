@@ -1,7 +1,10 @@
 """Processes that cannot connect fail first, with an error that names what is missing."""
 
 from command_line import assert_fails_in_one_line, grit_jax, run_python
+import jax
 import pytest
+
+from grit_jax.processes import exit_now
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,29 @@ def test_a_mistake_in_the_environment_is_named(tmp_path, monkeypatch, environmen
     finished = grit_jax("train", f"--config={config}", cwd=tmp_path)
     assert_fails_in_one_line(finished, "ProcessError", named)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
+
+
+def test_the_end_of_a_command_starts_no_backend(monkeypatch):
+    def count():
+        pytest.fail("process_count() starts a backend")
+
+    monkeypatch.setattr(jax, "process_count", count)
+    with pytest.raises(SystemExit) as caught:
+        exit_now(2)
+    assert caught.value.code == 2
+
+
+def test_libtpu_prints_nothing_on_a_machine_without_tpus(tmp_path, monkeypatch):
+    for name in ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    program = (
+        "import jax\n"
+        "from grit_jax.processes import skip_absent_tpu\n"
+        "skip_absent_tpu()\n"
+        "print(jax.devices()[0].platform, jax.config.jax_platforms)\n"
+    )
+    finished = run_python(program, cwd=tmp_path)
+    assert (finished.stdout, finished.stderr) == ("cpu cpu\n", "")
 
 
 def test_a_process_that_the_others_do_not_join_says_what_it_waits_for(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The command `grit-jax evaluate`: MTEB and lm-eval scores of a model, next to the paper's."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import inspect
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from grit_jax.conversion import open_model
 from grit_jax.evaluation.paper import GENERATIVE, MTEB_BENCHMARK, NUM_FEWSHOT, QUICK_TASKS
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> None:
       ImportError: a harness is not installed.
     """
     arguments = _parser().parse_args(argv)
-    actions = {"mteb": _run_mteb, "lm-eval": _run_lm_eval, "table": _print_tables}
+    actions = {"mteb": _run_mteb, "lm-eval": _run_lm_eval, "table": _print_all_tables}
     actions[arguments.action](arguments)
 
 
@@ -62,7 +63,7 @@ def _run_mteb(arguments: argparse.Namespace) -> None:
         results.add("mteb", scores)
         for name, score in scores.items():
             print(f"{name}: {100 * score:.1f}", flush=True)
-    _print_tables(arguments)
+    _print_scored_tables(results)
     for error in errors:
         print(f"{error.task_name} failed: {' '.join(error.exception.split())}", file=sys.stderr)
     if errors:
@@ -154,7 +155,7 @@ def _run_lm_eval(arguments: argparse.Namespace) -> None:
             numbers = {key: value for key, value in values.items() if isinstance(value, float)}
             shown = ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
             print(f"{task}: {shown}", flush=True)
-    _print_tables(arguments)
+    _print_scored_tables(results)
 
 
 def _open_results(arguments: argparse.Namespace) -> tuple[Results, str]:
@@ -170,9 +171,18 @@ def _save(folder: Path, name: str, evaluated: dict[str, Any]) -> None:
     path.write_text(json.dumps(evaluated, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def _print_tables(arguments: argparse.Namespace) -> None:
+def _print_all_tables(arguments: argparse.Namespace) -> None:
     results = None if arguments.output is None else Results(arguments.output)
-    for table in paper_tables(results):
+    _print(paper_tables(results))
+
+
+def _print_scored_tables(results: Results) -> None:
+    """Prints the paper's rows for which there are scores."""
+    _print(paper_tables(results, only_scored=True))
+
+
+def _print(tables: Iterable[Table]) -> None:
+    for table in tables:
         Console(width=120).print(table)
 
 

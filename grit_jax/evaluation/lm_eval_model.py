@@ -11,18 +11,24 @@ import json
 import logging
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import numpy as np
 
 from grit_jax.inference.gritlm import GritLM
-from grit_jax.inference.prompt_encoder import InputError
-from grit_jax.inference.sampling import Sampling
-from grit_jax.text.templates import chat_segments
+from grit_jax.inference.prompt_encoder import (
+    InputError,
+    as_stop_strings,
+    check_count,
+    check_unicode,
+)
+from grit_jax.inference.sampling import SAMPLING_FILTERS, Sampling, as_sampling
+from grit_jax.text.templates import ChatError, chat_segments
 
 # Options that a task can set for generation. The filters apply only with `do_sample`.
-FILTERS = ("temperature", "top_k", "top_p", "min_p")
+FILTERS = ("temperature", *SAMPLING_FILTERS)
 SAMPLING_OPTIONS = (*FILTERS, "repetition_penalty")
 
 
@@ -85,22 +91,50 @@ class LmEvalModel(TemplateLM):
             assistant's.
           add_generation_prompt: whether to end with the assistant's marker. If not, the text ends
             without `</s>`, to be continued.
+
+        Raises:
+          InputError: the messages are not a chat; the chat template of an exported model refuses
+            them, too.
         """
-        segments = chat_segments(chat_history, add_generation_prompt=add_generation_prompt)
+        try:
+            segments = chat_segments(chat_history, add_generation_prompt=add_generation_prompt)
+        except ChatError as error:
+            roles = ", ".join(str(message.get("role")) for message in chat_history)
+            raise InputError(
+                f"a task's chat has the roles {roles}: {error}; correct the task, or leave out "
+                "--apply-chat-template"
+            ) from None
         text = self._end_of_text.join(segments)
         return text if add_generation_prompt else text.removesuffix(self._end_of_text)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Returns the log-likelihood of each continuation, and whether it is greedy.
+
+        Raises:
+          InputError: a continuation is empty or longer than the context; the message names the
+            document.
+        """
+        _check_unicode(requests)
+        for request in requests:
+            if not request.args[1]:
+                raise InputError(
+                    f"{_document(request)}: the continuation is empty: correct the task"
+                )
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        except _ContinuationError as error:
+            raise InputError(f"{_document(requests[error.index])}: {error}") from None
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         """Returns the log-likelihood of each continuation, and whether it is greedy."""
         prompts, continuations, num_truncated = [], [], 0
-        for _, context, continuation in requests:
+        for index, (_, context, continuation) in enumerate(requests):
             # The last token is not an input of the model.
             max_context = self.max_length + 1 - len(continuation)
-            if max_context < 1:
-                raise InputError(
-                    f"a continuation of {len(continuation)} tokens does not fit the model's "
-                    f"context of {self.max_length}: leave the task out"
-                )
+            if max_context < 1 or not len(continuation):
+                raise _ContinuationError(index, len(continuation), self.max_length)
             num_truncated += len(context) > max_context
             prompts.append(np.array(context[-max_context:]))
             continuations.append(np.array(continuation))
@@ -116,6 +150,7 @@ class LmEvalModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of each text; each token is predicted once."""
+        _check_unicode(requests)
         windows, owners = [], []
         for index, request in enumerate(requests):
             for context, continuation in map(
@@ -136,14 +171,23 @@ class LmEvalModel(TemplateLM):
         return totals.tolist()
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Returns the answer to each prompt, up to the stop strings of its task."""
+        """Returns the answer to each prompt, up to the stop strings of its task.
+
+        Raises:
+          InputError: an option of the task is not supported; the message names the task.
+        """
+        _check_unicode(requests)
         by_options = defaultdict(list)
         for index, request in enumerate(requests):
             by_options[json.dumps(request.args[1], sort_keys=True)].append(index)
         answers = [""] * len(requests)
         for indices in by_options.values():
             options = requests[indices[0]].args[1]
-            generated = self._generate([requests[index].args[0] for index in indices], options)
+            prompts = [requests[index].args[0] for index in indices]
+            try:
+                generated = self._generate(prompts, options)
+            except InputError as error:
+                raise InputError(f"{requests[indices[0]].task_name}: {error}") from None
             for index, answer in zip(indices, generated, strict=True):
                 answers[index] = answer
                 self.cache_hook.add_partial("generate_until", requests[index].args, answer)
@@ -151,8 +195,9 @@ class LmEvalModel(TemplateLM):
 
     def _generate(self, prompts: Sequence[str], options: dict[str, Any]) -> list[str]:
         remaining: dict[str, Any] = {**normalize_gen_kwargs(options, self._max_new_tokens)}
-        stop = [string for string in remaining.pop("until", []) if string]
+        stop = as_stop_strings(remaining.pop("until", []))
         max_new_tokens = int(remaining.pop("max_gen_toks"))
+        check_count("max_gen_toks", max_new_tokens)
         sampling = _sampling(remaining)
         if remaining:
             raise InputError(
@@ -178,19 +223,41 @@ class LmEvalModel(TemplateLM):
         return [_before(stop, decode(tokens.tolist())) for tokens in generated]
 
 
+class _ContinuationError(InputError):
+    """A continuation has no tokens, or more than the context."""
+
+    def __init__(self, index: int, num_tokens: int, context_length: int):
+        super().__init__(
+            f"the continuation has {num_tokens} tokens, and must have 1 to {context_length}, the "
+            "model's context: leave the task out"
+        )
+        self.index = index
+
+
+def _document(request: Instance) -> str:
+    return f"document {request.doc_id} of {request.task_name}"
+
+
+def _check_unicode(requests: Sequence[Instance]) -> None:
+    for request in requests:
+        for text in request.args:
+            if isinstance(text, str):
+                check_unicode(text, _document(request))
+
+
 def _sampling(options: dict[str, Any]) -> Sampling:
     """Removes the sampling options of lm-eval from `options`, and returns them."""
     do_sample = options.pop("do_sample")
     given = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
-    if not do_sample:  # lm-eval's own model ignores the filters, too.
+    # A temperature of 0 is greedy decoding, as in vLLM.
+    if not do_sample or given.get("temperature") == 0:
+        do_sample = False  # lm-eval's own model ignores the filters, too.
         given = {name: given[name] for name in given if name not in FILTERS}
     if given.get("top_k", 1) < 1:  # lm-eval's value for no filter.
         del given["top_k"]
     if options.get("num_beams") == 1:  # lm-eval's value for no beam search.
         del options["num_beams"]
-    if do_sample:
-        given["temperature"] = given.get("temperature") or 1.0
-    return Sampling(**given)
+    return as_sampling(None, do_sample=do_sample, **given)
 
 
 def _before(stop: Sequence[str], text: str) -> str:

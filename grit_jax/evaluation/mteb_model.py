@@ -5,7 +5,7 @@ other tasks both sides get it. Embeddings are not normalized, because their leng
 classifiers that are trained on them; all other tasks compare by cosine similarity.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from grit_jax.evaluation.paper import INSTRUCTIONS
 from grit_jax.evaluation.results import model_settings
 from grit_jax.files import json_sha256
 from grit_jax.inference.gritlm import GritLM
+from grit_jax.inference.prompt_encoder import InputError
 
 # Types of tasks whose documents get no instruction.
 RETRIEVAL_TYPES = ("Retrieval", "InstructionRetrieval", "InstructionReranking")
@@ -76,15 +77,21 @@ class MtebModel(AbsEncoder):
         """Returns the embeddings of texts.
 
         Args:
-          inputs: batches with the key "text".
+          inputs: batches with the key "text". Texts that are empty or None are embedded as
+            `EMPTY_TEXT`, with a warning.
           task_metadata: metadata of the task, for its instruction.
           hf_split: not used.
           hf_subset: not used.
           prompt_type: whether the texts are queries or documents; None if the task has one side.
           **options: `batch_size`, see `GritLM.encode`; others are not used.
+
+        Raises:
+          InputError: a batch has no texts, but images, for example; or see `GritLM.encode`.
         """
-        texts = [text for batch in inputs for text in batch["text"]]
-        empty = [index for index, text in enumerate(texts) if not text.strip()]
+        texts = [text for batch in inputs for text in _texts(batch, task_metadata.name)]
+        if not texts:
+            return np.zeros((0, _embedding_size(self.model)), np.float32)
+        empty = [index for index, text in enumerate(texts) if text is None or not text.strip()]
         if empty:
             logging.warning(
                 "%s: %d texts are empty and embedded as %r",
@@ -109,8 +116,26 @@ class MtebModel(AbsEncoder):
         return self.get_instruction(task_metadata, PromptType.query)
 
 
-def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:
+def _texts(batch: Mapping[str, Any], task: str) -> Sequence[Any]:
+    """Returns the texts of a batch."""
+    texts = batch.get("text")
+    if texts is None:
+        raise InputError(
+            f"{task} has no texts, but {', '.join(batch) or 'nothing'}, and this model embeds only "
+            "texts: leave the task out"
+        )
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{task} has a text of type {type(text).__name__}: correct its data")
+    return texts
+
+
+def _embedding_size(model: GritLM) -> int:
     config = model.model.config
+    return config.embedding_projection_size or config.hidden_size
+
+
+def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, Any]) -> ModelMeta:
     return ModelMeta(
         loader=None,
         name=f"grit-jax/{name}",
@@ -120,7 +145,7 @@ def _describe(model: GritLM, name: str, revision: str, settings: Mapping[str, An
         n_parameters=None,
         memory_usage_mb=None,
         max_tokens=settings["max_length"],
-        embed_dim=config.embedding_projection_size or config.hidden_size,
+        embed_dim=_embedding_size(model),
         license=None,
         open_weights=None,
         public_training_code=None,

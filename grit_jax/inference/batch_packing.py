@@ -68,6 +68,32 @@ def plan_calls(lengths: Sequence[int], num_shards: int, tokens_per_device: int) 
     return calls
 
 
+def call_shapes(
+    num_texts: int, max_length: int, num_shards: int, tokens_per_device: int
+) -> list[tuple[int, int]]:
+    """Returns the number and the length of rows of all calls that `plan_calls` may make.
+
+    Args:
+      num_texts: maximum number of texts.
+      max_length: maximum tokens of a text.
+      num_shards: see `plan_calls`.
+      tokens_per_device: see `plan_calls`.
+    """
+    shapes, row_length, longest = [], SHORTEST_ROW, row_length_for(max_length)
+    if num_texts > 1:
+        longest = max(SHORTEST_PACKED_ROW, longest)
+    while row_length <= longest:
+        counts = [num_shards]
+        if row_length >= SHORTEST_PACKED_ROW:
+            counts = _row_counts(row_length, num_shards, tokens_per_device)
+        smallest = counts[-1]
+        shapes += [
+            (count, row_length) for count in counts if count == smallest or _fits(num_texts, count)
+        ]
+        row_length *= 2
+    return shapes
+
+
 def _calls(
     rows: list[list[int]],
     lengths: np.ndarray,
@@ -78,8 +104,7 @@ def _calls(
     counts = _row_counts(row_length, num_shards, tokens_per_device)
     start = 0
     while (remaining := len(rows) - start) > 0:
-        # The largest number of rows of which at most a quarter is empty.
-        count = next((count for count in counts if remaining >= count * 0.75), counts[-1])
+        count = next((count for count in counts if _fits(remaining, count)), counts[-1])
         taken = rows[start : start + count]
         start += count
         longest = max(int(lengths[row].sum()) for row in taken)
@@ -87,9 +112,19 @@ def _calls(
         yield PackedCall(taken, count, length)
 
 
+def _fits(remaining: int, count: int) -> bool:
+    """Returns whether at most a quarter of `count` rows would be empty."""
+    return remaining >= count * 0.75
+
+
 def _row_counts(row_length: int, num_shards: int, tokens_per_device: int) -> list[int]:
-    """Returns the numbers of rows that a call may have, in descending order."""
-    counts = [max(1, tokens_per_device // row_length) * num_shards]
-    while counts[-1] > num_shards:
-        counts.append(max(1, counts[-1] // (4 * num_shards)) * num_shards)
-    return counts
+    """Returns the numbers of rows that a call may have, in descending order.
+
+    A lower maximum of tokens removes the larger numbers, but does not add others.
+    """
+    count, counts = max(1, TOKENS_PER_DEVICE // row_length), []
+    while count > 1:
+        counts.append(count)
+        count //= 4
+    largest = tokens_per_device // row_length
+    return [count * num_shards for count in [*counts, 1] if count <= max(1, largest)]

@@ -13,11 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32
 import numpy as np
 
-from grit_jax.arithmetic import round_up
+from grit_jax.arithmetic import bucket_size, round_up
 from grit_jax.data.batch import PackedTexts
 from grit_jax.data.packing import pack
-from grit_jax.inference.batch_packing import PackedCall, plan_calls, row_length_for
+from grit_jax.inference.batch_packing import PackedCall, call_shapes, plan_calls, row_length_for
 from grit_jax.inference.cache_utils import copy_row
+from grit_jax.inference.compilation_notice import CompilationNotice
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
 from grit_jax.sharding import batch_shards, shard_rows
@@ -45,6 +46,7 @@ class Encoder:
         self._embedding_size = model.config.embedding_projection_size or model.config.hidden_size
         replicated = NamedSharding(mesh, PartitionSpec())
         self.program = jax.jit(self._embed_packed, static_argnums=2, out_shardings=replicated)
+        self._notice = CompilationNotice()
         self._program_with_cache = jax.jit(self._embed_with_cache, static_argnums=(2, 3))
 
     def embed(
@@ -68,6 +70,23 @@ class Encoder:
             on_progress(len(members))
         return embeddings
 
+    def compile(
+        self, num_texts: int, max_length: int, spec: EmbeddingSpec, tokens_per_device: int
+    ) -> None:
+        """Compiles the programs that `embed` uses for texts.
+
+        Args:
+          num_texts: maximum number of texts.
+          max_length: maximum tokens of a text.
+          spec: see `embed`.
+          tokens_per_device: see `embed`.
+        """
+        text = Text(np.zeros(1, np.int32), np.ones(1, bool))
+        shards = batch_shards(self._mesh)
+        for num_rows, row_length in call_shapes(num_texts, max_length, shards, tokens_per_device):
+            _, rows = self._call([text], PackedCall([[0]], num_rows, row_length), spec)
+            rows.block_until_ready()
+
     def embed_with_caches(
         self,
         texts: Sequence[Text],
@@ -83,14 +102,15 @@ class Encoder:
         shards = batch_shards(self._mesh)
         row_length = row_length_for(max(len(text) for text in texts))
         num_rows = max(1, tokens_per_device // row_length) * shards
-        num_rows = min(num_rows, round_up(len(texts), shards))
+        num_rows = min(num_rows, round_up(bucket_size(len(texts)), shards))
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
         caches: dict[int, KVCache] = {}
         for instruction_length, members in _group_by_instruction(texts, spec, num_rows):
             rows = [[row] for row in range(len(members))]
             group = [texts[member] for member in members]
             packed = pack(group, rows, num_rows, row_length, num_rows)
-            with jax.set_mesh(self._mesh):
+            purpose = f"embeds {num_rows} x {row_length} tokens with caches"
+            with jax.set_mesh(self._mesh), self._notice.around(purpose, spec, instruction_length):
                 embedded, cache = self._program_with_cache(
                     self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
                 )
@@ -108,13 +128,20 @@ class Encoder:
         in_flight: list[tuple[list[int], Any]] = []
         lengths = [len(text) for text in texts]
         for call in plan_calls(lengths, batch_shards(self._mesh), tokens_per_device):
-            members, packed = _pack_call(texts, call)
-            with jax.set_mesh(self._mesh):
-                rows = self.program(self.parameters, shard_rows(packed, self._mesh), spec)
-            in_flight.append((members, rows))
+            in_flight.append(self._call(texts, call, spec))
             if len(in_flight) > CALLS_IN_FLIGHT:
                 yield in_flight.pop(0)
         yield from in_flight
+
+    def _call(
+        self, texts: Sequence[Text], call: PackedCall, spec: EmbeddingSpec
+    ) -> tuple[list[int], Any]:
+        """Returns the indices of the texts of a call, and their embeddings on the devices."""
+        members, packed = _pack_call(texts, call)
+        purpose = f"embeds {call.num_rows} x {call.row_length} tokens"
+        with jax.set_mesh(self._mesh), self._notice.around(purpose, spec):
+            rows = self.program(self.parameters, shard_rows(packed, self._mesh), spec)
+        return members, rows
 
     def _embed_packed(
         self, state: Any, texts: PackedTexts, spec: EmbeddingSpec

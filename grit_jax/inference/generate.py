@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 import numpy as np
 
-from grit_jax.arithmetic import round_up
+from grit_jax.arithmetic import bucket_size, round_up
 from grit_jax.inference.cache_utils import place_cache, stack_caches
+from grit_jax.inference.compilation_notice import CompilationNotice
 from grit_jax.inference.loading import unstack_layers
 from grit_jax.inference.sampling import Sampling, choose_tokens
 from grit_jax.models import Decoder, KVCache
@@ -27,10 +28,12 @@ from grit_jax.sharding import batch_shards, shard_rows
 # Prompts are left-padded to one of these lengths, or to a multiple of the last, which is the
 # length of a chunk of prefill.
 PREFILL_LENGTHS = (32, 128, 512)
-# A cache has a multiple of this many slots, so that few programs are compiled.
+# Caches have this many slots or a larger bucket size, so that few programs are compiled.
 SLOT_MULTIPLE = 128
 # Tokens that are decoded before the host checks which rows have ended.
 DECODE_STEPS = 32
+# Replaces the token if the logits of a row that has not ended are not finite.
+NOT_FINITE = -1
 
 
 @pytree_dataclass
@@ -105,6 +108,7 @@ class Generator:
     def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self.parameters = nnx.split(unstack_layers(model, mesh))
         self._mesh = mesh
+        self._notice = CompilationNotice()
         self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnums=6)
         self.decode = jax.jit(self._decode, donate_argnums=1)
         self._empty_cache = jax.jit(model.make_cache, static_argnums=(0, 1))
@@ -123,7 +127,8 @@ class Generator:
         num_prompts, end_tokens = len(ended), np.array(request.end_tokens, np.int32)
         with jax.set_mesh(self._mesh):
             state = self._start(request, end_tokens)
-        count, tokens = 1, state.tokens[:, None]
+        count, tokens, num_slots = 1, state.tokens[:, None], state.cache.num_slots
+        sampling_structure = jax.tree.structure(request.sampling)
         while True:
             is_done = np.asarray(state.is_done)
             ended |= is_done[:num_prompts]
@@ -134,11 +139,20 @@ class Generator:
             if (updated != is_done).any():
                 state = dataclasses.replace(state, is_done=shard_rows(updated, self._mesh))
             steps = min(max_steps, DECODE_STEPS, request.max_new_tokens - count)
-            with jax.set_mesh(self._mesh):
+            purpose = f"generates after {len(is_done)} x {num_slots} tokens"
+            with jax.set_mesh(self._mesh), self._notice.around(purpose, sampling_structure):
                 tokens, state = self.decode(
                     self.parameters, state, np.int32(steps), end_tokens, request.sampling
                 )
             tokens, count = np.asarray(tokens)[:, :steps], count + steps
+
+    def compile(self, request: Request) -> None:
+        """Compiles the programs of a request by generating its first two tokens."""
+        # No token ends the request before the second.
+        endless = dataclasses.replace(request, end_tokens=[NOT_FINITE] * len(request.end_tokens))
+        tokens = self.tokens(endless, np.zeros(len(request.prompts), bool), max_steps=1)
+        for _ in zip(range(2), tokens, strict=False):
+            pass
 
     def _start(self, request: Request, end_tokens: Int[np.ndarray, " E"]) -> GenerationState:
         """Prefills the prompts and returns the state after the first token of each result."""
@@ -155,15 +169,19 @@ class Generator:
         )
         for start in range(0, width, PREFILL_LENGTHS[-1]):
             chunk = slice(start, start + PREFILL_LENGTHS[-1])
-            state = self.prefill(
-                self.parameters,
-                state,
-                shard_rows(tokens[:, chunk], self._mesh),
-                shard_rows(is_token[:, chunk].astype(np.int32), self._mesh),
-                end_tokens,
-                request.sampling,
-                chunk.stop >= width,
-            )
+            is_last = chunk.stop >= width
+            purpose = f"reads prompts of {num_rows} x {width} tokens"
+            structure = jax.tree.structure(request.sampling)
+            with self._notice.around(purpose, state.cache.num_slots, structure, is_last):
+                state = self.prefill(
+                    self.parameters,
+                    state,
+                    shard_rows(tokens[:, chunk], self._mesh),
+                    shard_rows(is_token[:, chunk].astype(np.int32), self._mesh),
+                    end_tokens,
+                    request.sampling,
+                    is_last,
+                )
         return state
 
     def _initial_cache(self, request: Request, num_rows: int, width: int) -> KVCache:
@@ -172,7 +190,7 @@ class Generator:
         if request.caches is not None:
             num_used = max(cache.num_slots for cache in request.caches)
             num_used = round_up(num_used, SLOT_MULTIPLE)
-        num_slots = round_up(num_used + width + request.max_new_tokens, SLOT_MULTIPLE)
+        num_slots = bucket_size(num_used + width + request.max_new_tokens, SLOT_MULTIPLE)
         if request.caches is None:
             return self._empty_cache(num_rows, num_slots)
         return place_cache(stack_caches(request.caches, num_rows, num_slots, num_used), self._mesh)
@@ -250,7 +268,9 @@ def next_state(
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(chosen)), chosen].set(True)
-    ends = jnp.any(chosen[:, None] == end_tokens, axis=1)
+    is_nan = jnp.isnan(logits).any(axis=1) & ~state.is_done
+    chosen = jnp.where(is_nan, NOT_FINITE, chosen)
+    ends = jnp.any(chosen[:, None] == end_tokens, axis=1) | is_nan
     return GenerationState(cache, chosen, state.count + 1, state.is_done | ends, state.keys, seen)
 
 
@@ -261,15 +281,21 @@ def pad_left(
 
     The length of a row is one of `PREFILL_LENGTHS`, or a multiple of the last.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    width = next((length for length in PREFILL_LENGTHS if length >= longest), None)
-    width = width or round_up(longest, PREFILL_LENGTHS[-1])
+    width = prompt_widths(max(len(prompt) for prompt in prompts))[-1]
     tokens = np.zeros((num_rows, width), np.int32)
     is_token = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
         is_token[row, width - len(prompt) :] = True
     return tokens, is_token
+
+
+def prompt_widths(longest: int) -> list[int]:
+    """Returns the widths of `pad_left` for prompts of up to `longest` tokens."""
+    chunk = PREFILL_LENGTHS[-1]
+    widths = [*PREFILL_LENGTHS, *range(2 * chunk, round_up(longest, chunk) + 1, chunk)]
+    end = next(index for index, width in enumerate(widths) if width >= longest)
+    return widths[: end + 1]
 
 
 def row_keys(seed: int, indices: Sequence[int], num_rows: int) -> Key[Array, " B"]:

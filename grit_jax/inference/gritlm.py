@@ -11,19 +11,22 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float64, Int
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from grit_jax.arithmetic import ceil_div
+from grit_jax.arithmetic import bucket_size, ceil_div
+from grit_jax.compilation_cache import use_user_cache
 from grit_jax.conversion import open_model
 from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
 from grit_jax.inference.batch_packing import TOKENS_PER_DEVICE
 from grit_jax.inference.encode import Encoder
-from grit_jax.inference.generate import Generator, Request
+from grit_jax.inference.generate import Generator, Request, prompt_widths
 from grit_jax.inference.loading import load_module
+from grit_jax.inference.other_names import ENCODE, ENCODE_PLAIN, GENERATE, LOAD, accepts
 from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
@@ -31,12 +34,14 @@ from grit_jax.inference.prompt_encoder import (
     as_chat_list,
     as_stop_strings,
     as_text_list,
+    check_count,
     check_instruction,
     document_texts,
     fit_to_length,
 )
 from grit_jax.inference.results import (
     GenerationResult,
+    NotFiniteError,
     batches_by_length,
     check_fits_context,
     generate_results,
@@ -46,15 +51,18 @@ from grit_jax.inference.sampling import Sampling, as_sampling
 from grit_jax.inference.score import Scorer, as_continuations
 from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec
-from grit_jax.processes import is_primary
+from grit_jax.processes import is_primary, skip_absent_tpu
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.text.templates import embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer
 
+DTYPES = ("bfloat16", "float32")
 # A progress bar is shown from this many texts on.
 PROGRESS_MIN_TEXTS = 256
 # Tokens that are decoded before their text is streamed.
 STREAM_STEPS = 4
+# JAX's random keys of 32 bits ignore the higher bits of larger seeds.
+LARGEST_SEED = 2**32 - 1
 # Texts of `score` count as this long when `batch_size` bounds the memory.
 SCORE_LENGTH = 512
 
@@ -93,6 +101,13 @@ class GritLM:
       ValueError: the attention pattern or the pooling is unknown.
     """
 
+    def __new__(cls, *arguments: Any, **keywords: Any) -> GritLM:
+        """Refuses a path, which is how models of other packages are loaded."""
+        if arguments and isinstance(arguments[0], str | os.PathLike):
+            path = os.fspath(arguments[0])
+            raise InputError(f"GritLM takes a Flax module: call GritLM.from_pretrained({path!r})")
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: Decoder,
@@ -115,11 +130,12 @@ class GritLM:
         self._end_tokens = tuple(end_tokens)
 
     @classmethod
+    @accepts(LOAD)
     def from_pretrained(
         cls,
         path: str | os.PathLike,
         *,
-        dtype: str = "bfloat16",
+        dtype: Any = "bfloat16",
         linear_dtype: str | None = None,
         attention: str | None = None,
         pooling: str | None = None,
@@ -132,12 +148,16 @@ class GritLM:
     ) -> GritLM:
         """Loads a model; each device reads only its own shards of the parameters.
 
+        Compiled programs are kept in ~/.cache/grit_jax/compiled for later processes, unless JAX is
+        configured otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE).
+
         Args:
           path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub, a
             GGUF file, a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
             Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA checkpoints are merged
             into their base model.
-          dtype: "bfloat16" or "float32", of the parameters and of the computation.
+          dtype: "bfloat16" or "float32", of the parameters and of the computation; or this type of
+            JAX, NumPy or PyTorch.
           linear_dtype: "int8" quantizes the weights of linear layers while loading, which halves
             the memory of bfloat16; None keeps them in `dtype`.
           attention: the attention pattern it was trained with. By default the one that a checkpoint
@@ -172,6 +192,9 @@ class GritLM:
             normalize=normalized,
         )
         make_spec({})  # Fails before anything is loaded.
+        dtype = _dtype_name(dtype)
+        skip_absent_tpu()
+        use_user_cache()
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         model = cls(
@@ -192,6 +215,7 @@ class GritLM:
         """
         return self._prompt_encoder.tokenizer
 
+    @accepts(ENCODE_PLAIN)
     def encode_query(
         self,
         texts: TextLike | Sequence[TextLike],
@@ -215,6 +239,7 @@ class GritLM:
         prompt = self._prompt(instruction, self.embedding_spec.query_prompt)
         return self.encode(texts, instruction=prompt, **options)
 
+    @accepts(ENCODE_PLAIN)
     def encode_document(self, texts: Corpus, instruction: str | None = None, **options: Any) -> Any:
         """Returns the embedding of each document, formatted as in training.
 
@@ -234,6 +259,7 @@ class GritLM:
         prompt = self._prompt(instruction, self.embedding_spec.document_prompt)
         return self.encode(document_texts(texts), instruction=prompt, **options)
 
+    @accepts(ENCODE)
     def encode(
         self,
         texts: TextLike | Sequence[TextLike],
@@ -247,6 +273,8 @@ class GritLM:
         add_special_tokens: bool = True,
         *,
         truncate: bool = False,
+        normalize_embeddings: bool = False,
+        show_progress_bar: bool | None = None,
     ) -> Any:
         """Returns the embedding of each text, with a ready-made instruction.
 
@@ -271,6 +299,8 @@ class GritLM:
           add_special_tokens: whether to begin strings with `<s>` and end them with `</s>`, each if
             the tokenizer does (`adds_bos`, `adds_eos`).
           truncate: whether to truncate longer texts, with a warning.
+          normalize_embeddings: whether to scale embeddings to length 1 if the model does not.
+          show_progress_bar: None shows progress from 256 texts on.
 
         Returns:
           float32 [texts, size], or [size] for a single text; with `get_cache`, also a list of
@@ -278,9 +308,10 @@ class GritLM:
 
         Raises:
           InputError: a text is empty, has the wrong type or is too long; the message names it.
+          NotFiniteError: an embedding is NaN or infinite.
         """
         listed, is_one = as_text_list(texts)
-        _check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         encoded = [
             self._prompt_encoder.encode(
                 text,
@@ -301,16 +332,21 @@ class GritLM:
             ],
             truncate=truncate,
         )
-        spec = dataclasses.replace(self.embedding_spec, pool_instruction=embed_instruction)
+        spec = dataclasses.replace(
+            self.embedding_spec,
+            pool_instruction=embed_instruction,
+            normalize=self.embedding_spec.normalize or normalize_embeddings,
+        )
         tokens_per_device = self._tokens_per_device(batch_size, max_length)
         caches = None
-        with _progress("Embedding", len(encoded)) as advance:
+        with _progress("Embedding", len(encoded), show_progress_bar) as advance:
             if get_cache:
                 embeddings, caches = self._encoder.embed_with_caches(
                     encoded, spec, tokens_per_device, advance
                 )
             else:
                 embeddings = self._encoder.embed(encoded, spec, tokens_per_device, advance)
+        _check_finite(np.isfinite(embeddings).all(axis=1), "text")
         if recast:
             embeddings = embeddings.astype(self.model.config.dtype)
         if convert_to_tensor:
@@ -335,6 +371,7 @@ class GritLM:
         """
         return self.encode(document_texts(corpus), **options)
 
+    @accepts(GENERATE)
     def chat(
         self,
         messages: Chat | Sequence[Chat],
@@ -370,6 +407,7 @@ class GritLM:
         texts = [result.text for result in results]
         return texts[0] if is_one else texts
 
+    @accepts(GENERATE)
     def stream_chat(
         self,
         messages: Chat,
@@ -395,12 +433,14 @@ class GritLM:
         prompt = self._encode_chat(chats[0], "chat 0", answer_prefix, options)
         return self._stream(prompt, max_new_tokens, **options)
 
+    @accepts(GENERATE)
     def generate(
         self,
         prompts: TextLike | Sequence[TextLike],
         max_new_tokens: int = 256,
         *,
         sampling: Sampling | None = None,
+        do_sample: bool | None = None,
         temperature: float | int | None = None,
         top_k: int | None = None,
         top_p: float | int | None = None,
@@ -420,8 +460,9 @@ class GritLM:
             "<|user|>\\nWho are you?\\n<|assistant|>\\n" (see
             `grit_jax.text.templates.chat_prompt`), or token ids, which are used as they are.
           max_new_tokens: maximum new tokens. Prompt and new tokens must fit the model's context.
-          sampling: all sampling options in one object. By default they are the next five keywords;
+          sampling: all sampling options in one object. By default they are the next six keywords;
             without any, decoding is greedy.
+          do_sample: True sets the temperature to 1 if none is given, as in transformers.
           temperature: see `Sampling`, as for the next four.
           top_k: see `Sampling`.
           top_p: see `Sampling`.
@@ -429,8 +470,8 @@ class GritLM:
           repetition_penalty: see `Sampling`.
           stop: strings at which text ends; they are not returned. Token ids end after the token
             that completes one.
-          seed: seed for sampling. A result depends on the seed, the options, and the prompt and its
-            index, not on the other prompts.
+          seed: seed for sampling, from 0 to 2**32 - 1. A result depends on the seed, the options,
+            and the prompt and its index, not on the other prompts.
           cache: the KV cache of the text that precedes each prompt, as returned by
             `encode(..., get_cache=True)`. Prompts then begin without `<s>`.
           add_special_tokens: whether to begin strings with `<s>`, if the tokenizer does.
@@ -443,6 +484,7 @@ class GritLM:
 
         Raises:
           InputError: a prompt is empty, has the wrong type or is too long; the message names it.
+          NotFiniteError: the logits are NaN.
           ValueError: a sampling option is out of range, or is given twice.
         """
         listed, is_one = as_text_list(prompts)
@@ -457,6 +499,7 @@ class GritLM:
             are_strings,
             max_new_tokens,
             sampling=sampling,
+            do_sample=do_sample,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -474,6 +517,7 @@ class GritLM:
         ]
         return continuations[0] if is_one else continuations
 
+    @accepts(GENERATE)
     def stream(
         self,
         prompt: TextLike,
@@ -532,6 +576,7 @@ class GritLM:
         Raises:
           InputError: there are no texts, or a text is empty, has the wrong type or is too long; the
             message names it.
+          NotFiniteError: a log-likelihood is NaN or infinite.
         """
         self.model.check_has_head()
         pairs = as_continuations(
@@ -541,10 +586,47 @@ class GritLM:
             self.model.config.max_position_embeddings,
             add_bos=add_special_tokens,
         )
-        _check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         tokens_per_device = self._tokens_per_device(batch_size, SCORE_LENGTH)
         with _progress("Scoring", len(pairs)) as advance:
-            return self._scorer.score(pairs, tokens_per_device, advance)
+            log_likelihoods, are_greedy = self._scorer.score(pairs, tokens_per_device, advance)
+        _check_finite(np.isfinite(log_likelihoods), "continuation")
+        return log_likelihoods, are_greedy
+
+    def warm_up(
+        self,
+        batch_size: int = 1,
+        max_length: int = 512,
+        max_new_tokens: int = 256,
+        *,
+        sampling: Sampling | None = None,
+    ) -> None:
+        """Compiles the programs of later calls, which then do not wait for the compiler.
+
+        Args:
+          batch_size: the largest number of texts that a later call embeds, and the number of
+            prompts that it continues.
+          max_length: maximum tokens of these texts and prompts.
+          max_new_tokens: that of later calls of `generate` and `chat`; 0 compiles only `encode`.
+          sampling: options of these calls. Other values need no other program, except `top_k` and
+            options that are not set here.
+
+        Raises:
+          InputError: an argument is not in range.
+        """
+        check_count("batch_size", batch_size)
+        check_count("max_length", max_length)
+        check_count("max_new_tokens", max_new_tokens, 0)
+        context_length = self.model.config.max_position_embeddings
+        length = min(max_length, context_length)
+        tokens_per_device = self._tokens_per_device(256, length)
+        self._encoder.compile(batch_size, length, self.embedding_spec, tokens_per_device)
+        if max_new_tokens:
+            longest = max(1, min(max_length, context_length - max_new_tokens))
+            for length in prompt_widths(longest):
+                prompts = [np.zeros(min(length, longest), np.int32)] * batch_size
+                request = self._request(prompts, max_new_tokens, sampling=sampling)
+                self._generator.compile(request)
 
     def unnormalized(self) -> GritLM:
         """Returns this model with embeddings that are not scaled to length 1.
@@ -577,12 +659,12 @@ class GritLM:
         batch_size: int = 32,
         **options: Any,
     ) -> list[GenerationResult]:
-        _check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         stop = as_stop_strings(stop)
         request = self._request(prompts, max_new_tokens, **options)
         results = [self._result(is_string, stop) for is_string in are_strings]
         for members in batches_by_length(prompts, batch_size):
-            batch = request.select(members, min(batch_size, len(prompts)))
+            batch = request.select(members, min(batch_size, bucket_size(len(prompts))))
             generate_results(self._generator, batch, [results[member] for member in members])
         return results
 
@@ -610,6 +692,8 @@ class GritLM:
         **sampling_options: Any,
     ) -> Request:
         self.model.check_has_head()
+        check_count("seed", seed, 0, LARGEST_SEED)
+        check_count("first_index", first_index, 0)
         request = Request(
             prompts=prompts,
             indices=range(first_index, first_index + len(prompts)),
@@ -644,15 +728,32 @@ class GritLM:
         return Scorer(self.model, self.mesh)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be positive")
+def _dtype_name(dtype: Any) -> str:
+    """Returns the name of a type of JAX, NumPy or PyTorch.
+
+    Raises:
+      ValueError: the model cannot have this type.
+    """
+    name = str(dtype).removeprefix("torch.")
+    with contextlib.suppress(TypeError):
+        name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} must be {' or '.join(map(repr, DTYPES))}")
+    return name
+
+
+def _check_finite(are_finite: Bool[np.ndarray, " texts"], kind: str) -> None:
+    if not are_finite.all():
+        raise NotFiniteError(f"{kind} {int(np.argmin(are_finite))}")
 
 
 @contextlib.contextmanager
-def _progress(title: str, num_texts: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances a progress bar, which is shown if there are many texts."""
-    is_hidden = num_texts < PROGRESS_MIN_TEXTS or not is_primary()
+def _progress(
+    title: str, num_texts: int, is_shown: bool | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that advances a progress bar; None shows it if there are many texts."""
+    is_shown = num_texts >= PROGRESS_MIN_TEXTS if is_shown is None else is_shown
+    is_hidden = not is_shown or not is_primary()
     with Progress(console=Console(stderr=True), disable=is_hidden) as progress:
         task = progress.add_task(title, total=num_texts)
         yield functools.partial(progress.advance, task)

@@ -1,6 +1,6 @@
 """Turns the strings, token ids, documents and chats that a user passes into checked token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 import functools
 import re
 from typing import Any
@@ -254,21 +254,52 @@ def check_unicode(text: str, name: str) -> None:
         ) from None
 
 
+def as_list(values: Any, name: str) -> list[Any]:
+    """Returns a list of the values in a list, an array, a column of a table or an iterator.
+
+    Args:
+      values: the values, in an order.
+      name: their name in the error messages, a plural.
+
+    Raises:
+      InputError: `values` is a single value, a set or a dictionary, or there are none.
+    """
+    array = np.asarray(values) if hasattr(values, "__array__") else None
+    is_single = isinstance(values, str | bytes | bytearray) or (
+        array.ndim == 0 if array is not None else not isinstance(values, Iterable)
+    )
+    if is_single or isinstance(values, Mapping | Set):
+        raise InputError(f"{name} are {_describe(values)}: give a list of strings")
+    listed = list(values if array is None else array)
+    if not listed:
+        raise InputError(f"no {name} were given: give at least one")
+    return listed
+
+
 def as_text_list(texts: Any) -> tuple[list[TextLike], bool]:
     """Returns a list of texts, and whether a single one was passed: a string or token ids.
 
     Raises:
-      InputError: there are no texts.
+      InputError: there are no texts, or `texts` is not a list (see `as_list`).
     """
     if isinstance(texts, str):
         return [texts], True
-    if not isinstance(texts, Sequence | np.ndarray):
-        raise InputError(f"texts are {_describe(texts)}: give a string, or a list of strings")
-    if not len(texts):
-        raise InputError("no texts were given: give at least one")
-    if isinstance(texts[0], int | np.integer):
-        return [texts], True
-    return list(texts), False
+    listed = as_list(texts, "texts")
+    if isinstance(listed[0], int | np.integer):
+        return [listed], True
+    return listed, False
+
+
+def check_count(name: str, value: Any, smallest: int = 1, largest: int | None = None) -> None:
+    """Checks that an argument is an integer in a range.
+
+    Raises:
+      InputError: it is not.
+    """
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_integer or value < smallest or (largest is not None and value > largest):
+        valid = f"of at least {smallest}" if largest is None else f"from {smallest} to {largest}"
+        raise InputError(f"{name}={value!r} must be an integer {valid}")
 
 
 def as_chat_list(messages: Any) -> tuple[list[Any], bool]:
@@ -292,7 +323,10 @@ def as_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     Raises:
       InputError: a string is empty or has another type.
     """
-    strings = [stop] if isinstance(stop, str) else list(stop or ())
+    if stop is None or isinstance(stop, str):
+        strings = [] if stop is None else [stop]
+    else:
+        strings = list(stop)
     for string in strings:
         if not isinstance(string, str) or not string:
             problem = "empty" if string == "" else _describe(string)
@@ -327,9 +361,12 @@ def document_texts(corpus: Any) -> Any:
     """
     if isinstance(corpus, Mapping):
         return document_text(corpus, "document 0")
-    if isinstance(corpus, Sequence) and corpus and isinstance(corpus[0], Mapping):
-        return [document_text(document, f"document {i}") for i, document in enumerate(corpus)]
-    return corpus
+    if isinstance(corpus, str):
+        return corpus
+    documents = as_list(corpus, "documents")
+    if isinstance(documents[0], Mapping):
+        return [document_text(document, f"document {i}") for i, document in enumerate(documents)]
+    return documents
 
 
 def document_text(document: Any, name: str) -> str:
@@ -375,8 +412,7 @@ def fit_to_length(
     Raises:
       InputError: a text is longer and `truncate` is False, or only the instruction would be left.
     """
-    if max_length < 1:
-        raise InputError(f"max_length={max_length} must be positive")
+    check_count("max_length", max_length)
     limit = min(max_length, context_length)
     longer = [index for index, text in enumerate(texts) if len(text) > limit]
     if not longer:

@@ -8,9 +8,19 @@ from jaxtyping import Int
 import numpy as np
 
 from grit_jax.inference.detokenizer import IncrementalDetokenizer
-from grit_jax.inference.generate import Generator, Request
-from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.inference.generate import NOT_FINITE, Generator, Request
+from grit_jax.inference.prompt_encoder import InputError, check_count
 from grit_jax.text.tokenizer import Tokenizer
+
+
+class NotFiniteError(ArithmeticError):
+    """The model's output is NaN or infinite; the message names the text and says what to do."""
+
+    def __init__(self, name: str):
+        super().__init__(
+            f"the model's output for {name} is not finite: its weights are damaged or overflow; "
+            'try dtype="float32", or another checkpoint'
+        )
 
 
 class GenerationResult:
@@ -68,6 +78,7 @@ def generate_results(
     ended = np.zeros(len(results), bool)
     for tokens in generator.tokens(request, ended):
         for row, result in enumerate(results):
+            _check_finite(tokens[row], request.indices[row])
             result.push(tokens[row])
             ended[row] |= result.is_ended
     for result in results:
@@ -80,11 +91,17 @@ def stream_text(
     """Yields the text of a request with one prompt, at most `max_steps` tokens at a time."""
     ended = np.zeros(1, bool)
     for tokens in generator.tokens(request, ended, max_steps):
+        _check_finite(tokens[0], request.indices[0])
         if text := result.push(tokens[0]):
             yield text
         ended |= result.is_ended
     if text := result.finish():
         yield text
+
+
+def _check_finite(tokens: Int[np.ndarray, " new"], index: int) -> None:
+    if (tokens == NOT_FINITE).any():
+        raise NotFiniteError(f"prompt {index}")
 
 
 def check_fits_context(request: Request, context_length: int) -> None:
@@ -98,8 +115,7 @@ def check_fits_context(request: Request, context_length: int) -> None:
         raise InputError(
             f"there are {len(caches)} caches for {len(prompts)} prompts: give one for each prompt"
         )
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be positive")
+    check_count("max_new_tokens", max_new_tokens)
     for member, prompt in enumerate(prompts):
         num_cached = 0 if caches is None else int(caches[member].next_positions()[0])
         if num_cached + len(prompt) + max_new_tokens > context_length:

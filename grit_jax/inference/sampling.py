@@ -8,7 +8,9 @@ Legend of dimensions: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -16,6 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 FILTERED = -jnp.inf
+# Options are float32 in the compiled programs.
+LARGEST = float(jnp.finfo(jnp.float32).max)
+# Filters that have no effect on greedy decoding.
+SAMPLING_FILTERS = ("top_k", "top_p", "min_p")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,26 +49,42 @@ class Sampling:
     repetition_penalty: float | int | None = None
 
     def __post_init__(self):
-        ranges = {
-            "temperature": (lambda value: value >= 0, "0 or above"),
-            "top_k": (lambda value: value >= 1, "at least 1"),
-            "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-            "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
-            "repetition_penalty": (lambda value: value > 0, "above 0"),
-        }
-        for name, (is_valid, valid_range) in ranges.items():
+        for name, (number_type, is_valid, valid_range) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not is_valid(value):
-                raise ValueError(f"{name}={value} must be {valid_range}")
+            if value is None:
+                continue
+            is_number = isinstance(value, number_type) and not isinstance(value, bool)
+            if not is_number or not is_valid(value):
+                raise ValueError(f"{name}={value!r} must be {valid_range}")
+            # 1 and 1.0 share a program.
+            object.__setattr__(self, name, int(value) if name == "top_k" else float(value))
         # The structure of the pytree decides between greedy decoding and sampling.
         if self.temperature == 0:
             object.__setattr__(self, "temperature", None)
-        for name in ("top_k", "top_p", "min_p"):
+        for name in SAMPLING_FILTERS:
             if self.temperature is None and (value := getattr(self, name)) is not None:
                 raise ValueError(
                     f"{name}={value} has no effect without a temperature above 0: leave it out, or "
                     "set temperature"
                 )
+
+
+# The type of each option, the check of its value, and the values that pass it.
+RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (
+        numbers.Real,
+        lambda value: 0 <= value <= LARGEST,
+        "a finite number, 0 or above",
+    ),
+    "top_k": (numbers.Integral, lambda value: value >= 1, "an integer, at least 1"),
+    "top_p": (numbers.Real, lambda value: 0 < value <= 1, "a number above 0 and at most 1"),
+    "min_p": (numbers.Real, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (
+        numbers.Real,
+        lambda value: 0 < value <= LARGEST,
+        "a finite number above 0",
+    ),
+}
 
 
 def _flatten(sampling: Sampling) -> tuple[tuple[Any, ...], int | None]:
@@ -80,30 +102,42 @@ _TRACED = ("temperature", "top_p", "min_p", "repetition_penalty")
 jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 
 
-def as_sampling(sampling: Sampling | None, **options: Any) -> Sampling:
+def as_sampling(
+    sampling: Sampling | None, *, do_sample: bool | None = None, **options: Any
+) -> Sampling:
     """Returns the sampling options that were passed as one object or as keywords.
 
     Args:
       sampling: all options in one object.
+      do_sample: see `GritLM.generate`.
       **options: the fields of `Sampling`; None is not set.
 
     Raises:
       ValueError: both were given, or see `Sampling`.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if sampling is None:
-        return Sampling(**given)
-    if given:
+    if sampling is not None:
+        names = [*given, *([] if do_sample is None else ["do_sample"])]
+        if names:
+            raise ValueError(
+                f"sampling= and {'=, '.join(names)}= were both given: put all options into sampling"
+            )
+        return sampling
+    if do_sample:
+        given.setdefault("temperature", 1.0)
+    elif do_sample is False and given.get("temperature"):
         raise ValueError(
-            f"sampling= and {'=, '.join(given)}= were both given: put all options into sampling"
+            f"temperature={given['temperature']} has no effect with do_sample=False: leave one out"
         )
-    return sampling
+    return Sampling(**given)
 
 
 def filter_logits(
     logits: Float[Array, "B V"], sampling: Sampling, seen: Bool[Array, "B V"] | None
 ) -> Float[Array, "B V"]:
     """Returns the logits after all filters, `FILTERED` for tokens that must not be sampled.
+
+    With a temperature, the logits of a row are shifted, which does not change the probabilities.
 
     Args:
       logits: logits of the next token.
@@ -116,7 +150,9 @@ def filter_logits(
         penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
         logits = jnp.where(seen, penalized, logits)
     if sampling.temperature is not None:
-        logits = logits / sampling.temperature
+        # The largest logit becomes 0, so that low temperatures cannot make it infinite.
+        temperature = jnp.maximum(sampling.temperature, jnp.finfo(logits.dtype).tiny)
+        logits = (logits - jnp.max(logits, axis=1, keepdims=True)) / temperature
     if sampling.top_k is not None:
         threshold = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
         logits = jnp.where(logits < threshold, FILTERED, logits)

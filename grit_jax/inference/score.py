@@ -16,7 +16,8 @@ import numpy as np
 
 from grit_jax.data.packing import pack
 from grit_jax.inference.batch_packing import PackedCall, plan_calls
-from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, TextLike
+from grit_jax.inference.compilation_notice import CompilationNotice
+from grit_jax.inference.prompt_encoder import InputError, PromptEncoder, TextLike, as_list
 from grit_jax.models import Decoder
 from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.examples import Text
@@ -63,15 +64,12 @@ def as_continuations(
     Raises:
       InputError: see `GritLM.score`.
     """
-    if isinstance(prompts, str) or isinstance(continuations, str):
-        raise InputError("prompts and continuations must be lists, not strings")
+    prompts, continuations = as_list(prompts, "prompts"), as_list(continuations, "continuations")
     if len(prompts) != len(continuations):
         raise InputError(
             f"there are {len(continuations)} continuations for {len(prompts)} prompts: give one "
             "for each prompt"
         )
-    if not len(prompts):
-        raise InputError("no prompts were given: give at least one")
     pairs = []
     for index, (prompt, text) in enumerate(zip(prompts, continuations, strict=True)):
         pair = _continuation(encoder, prompt, text, index, add_bos)
@@ -136,6 +134,7 @@ class Scorer:
     def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self.parameters = nnx.split(model)
         self._mesh = mesh
+        self._notice = CompilationNotice()
         self.program = jax.jit(self._score_rows)
 
     def score(
@@ -164,7 +163,9 @@ class Scorer:
             packed = pack(texts, call.rows, call.num_rows, call.row_length, call.max_texts)
             rows = (packed.tokens, packed.positions, packed.segment_ids)
             rows = shard_rows((*rows, targets.positions, targets.token_ids), self._mesh)
-            with jax.set_mesh(self._mesh):
+            purpose = f"scores {call.num_rows} x {call.row_length} tokens"
+            width = targets.positions.shape[1]
+            with jax.set_mesh(self._mesh), self._notice.around(purpose, width):
                 scores, are_best = jax.device_get(self.program(self.parameters, *rows))
             is_target = targets.owners >= 0
             owners = targets.owners[is_target]

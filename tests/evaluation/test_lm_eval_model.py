@@ -191,11 +191,86 @@ def test_what_a_task_asks_of_generation_reaches_the_model(sides):
     greedy = generate(draw | {"do_sample": False})
     assert generate(draw) != greedy
     assert generate(draw | {"top_k": 1}) == greedy
+    assert generate(draw | {"temperature": 0.0, "top_p": 0.9}) == greedy
+    assert generate({"max_gen_toks": 8, "temperature": 1.5}) == generate(draw)
     assert generate({"max_gen_toks": 8, "top_p": 0.9, "num_beams": 1}) == greedy
     with pytest.raises(InputError, match=r"num_beams.*supported are temperature"):
         generate(draw | {"num_beams": 4})
     with pytest.raises(InputError, match=r"512 new tokens.*max_gen_toks"):
         generate({"max_gen_toks": 512})
+
+
+LIKELIHOOD, ROLLING, UNTIL = "loglikelihood", "loglikelihood_rolling", "generate_until"
+WORDS = "a quick brown fox "
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (LIKELIHOOD, ("", "Paris is nice")),
+        (LIKELIHOOD, (" ", "nice")),
+        (LIKELIHOOD, ("Paris is \n ", "nice")),
+        (LIKELIHOOD, ("Paris", "\n")),
+        (LIKELIHOOD, ("def f():\n    x = 1\n", "    return  x")),
+        (LIKELIHOOD, ("I am", " 🙂👩‍👩‍👧")),
+        (LIKELIHOOD, (WORDS * 200, "end")),
+        (LIKELIHOOD, ("a", " word" * 500)),
+        (ROLLING, ("",)),
+        (ROLLING, ("\n",)),
+        *((ROLLING, (" ".join(["a"] * count),)) for count in (511, 512, 513, 1024, 1025)),
+        (UNTIL, ("", {"until": [], "max_gen_toks": 4})),
+        (UNTIL, ("Who?", {"until": " ", "max_gen_toks": 8})),
+        (UNTIL, (WORDS * 200, {"until": ["\n"], "max_gen_toks": 8})),
+    ],
+    ids=str,
+)
+def test_odd_requests_have_the_values_of_the_harness_own_model(sides, kind, arguments):
+    from lm_eval.api.instance import Instance
+
+    request = Instance(kind, doc={}, arguments=arguments, idx=0)
+    ours, theirs = (getattr(side, kind)([request], disable_tqdm=True) for side in sides)
+    if kind == UNTIL:
+        assert ours == theirs
+    else:
+        np.testing.assert_allclose(np.float64(ours), np.float64(theirs), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (LIKELIHOOD, ("Paris", ""), "document 7 of capitals: .*continuation is empty"),
+        (LIKELIHOOD, ("", ""), "document 7 of capitals: .*continuation is empty"),
+        (LIKELIHOOD, ("The ab", "stract"), "document 7 of capitals: .*0 tokens"),
+        (LIKELIHOOD, ("a", " word" * 600), "document 7 of capitals: .*600 tokens"),
+        (UNTIL, ("a\ud83d", {"until": []}), "document 7 of capitals has half of a surrogate"),
+        (UNTIL, ("a", {"until": [""]}), "empty"),
+        (UNTIL, ("a", {"until": [], "max_gen_toks": 0}), "max_gen_toks"),
+    ],
+    ids=str,
+)
+def test_requests_without_an_answer_name_their_document(sides, kind, arguments, message):
+    from lm_eval.api.instance import Instance
+
+    good = {LIKELIHOOD: ("a", " b"), UNTIL: ("a", arguments[1])}[kind]
+    requests = [
+        Instance(kind, doc={}, arguments=one, idx=0, metadata=("capitals", number, 1))
+        for one, number in ((good, 3), (arguments, 7))
+    ]
+    with pytest.raises(InputError, match=message) as caught:
+        getattr(sides[0], kind)(requests, disable_tqdm=True)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("roles", [["system"], ["assistant", "user"], ["user", "user"]])
+def test_messages_that_are_not_a_chat_are_refused_as_by_the_export(sides, roles):
+    from jinja2 import TemplateError
+
+    chat = [{"role": role, "content": "a"} for role in roles]
+    ours, theirs = sides
+    with pytest.raises(InputError, match=f"a task's chat has the roles {', '.join(roles)}: "):
+        ours.apply_chat_template(chat)
+    with pytest.raises(TemplateError):
+        theirs.tokenizer.apply_chat_template(chat, tokenize=False)
 
 
 def test_the_papers_tasks_are_the_harness_own():
@@ -215,7 +290,7 @@ def test_the_command_measures_and_shows_the_papers_table(exported, task_folder, 
     assert scores.keys() == {"wordnet_letter (limit 4)", "wordnet_definition (limit 4)"}
     assert f"acc,none {scores['wordnet_letter (limit 4)']['acc,none']:.4f}" in finished.stdout
     assert len(list((tmp_path / "results" / "lm_eval").glob("*.json"))) == 2
-    assert "HumanEval" in finished.stdout
+    assert "HumanEval" not in finished.stdout  # The paper has none of these tasks.
     options[-1] = "--tasks=no_such_task"
     finished = grit_jax("evaluate", "lm-eval", "nowhere", *options, cwd=tmp_path)
     assert_fails_in_one_line(finished, "no_such_task", "--task-folder")

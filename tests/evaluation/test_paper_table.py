@@ -22,9 +22,9 @@ from grit_jax.evaluation.results import Results, ResultsError
 TASK_TYPES = {task: row.task_type for row in EMBEDDING for task in row.tasks}
 
 
-def shown(results):
+def shown(results, **options):
     console = Console(width=140, record=True)
-    for table in paper_tables(results):
+    for table in paper_tables(results, **options):
         console.print(table)
     lines = [line.split("│") for line in console.export_text().splitlines() if "│" in line]
     return {line[1].strip(): line[-2].strip() for line in lines}
@@ -51,6 +51,8 @@ def test_the_own_column_has_means_of_what_is_there(tmp_path):
     assert own["STS (10)"] == "60.0 (2 tasks)" and own["Summarization (1)"] == "30.0"
     assert own["average (56)"] == "" and own["Retrieval (15)"] == ""
     assert own["MMLU"] == "25.0" and own["TyDi QA"] == ""  # One language of nine.
+    scored = shown(results, only_scored=True)
+    assert scored.keys() == {"STS (10)", "Summarization (1)", "MMLU"}
     results.add("mteb", {task: 0.5 if TASK_TYPES[task] == "STS" else 0.25 for task in TASK_TYPES})
     expected = 100 * (10 * 0.5 + 46 * 0.25) / 56
     assert shown(results)["average (56)"] == f"{expected:.1f}"
@@ -112,6 +114,7 @@ def test_scores_of_one_harness_are_measured_in_one_way(tmp_path):
 def test_a_part_of_a_task_is_no_number_of_the_table(tmp_path):
     results = Results(tmp_path, "one")
     results.add("lm_eval", {"mmlu (limit 10)": {"acc,none": 0.25}})
+    assert shown(results, only_scored=True) == {}
     assert shown(results)["MMLU"] == ""
 
 

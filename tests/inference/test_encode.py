@@ -5,17 +5,19 @@ import json
 import shutil
 import warnings
 
+import datasets
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 import reference_values
 from tokenizer_files import write_sentencepiece, write_tokenizer
 
-from grit_jax import GritLM
+from grit_jax import GritLM, Sampling
 from grit_jax.inference.prompt_encoder import InputError, PromptEncoder
 from grit_jax.objectives.pooling import POOLINGS
 from grit_jax.sharding import MeshError, make_mesh
@@ -179,13 +181,28 @@ def test_eight_devices_embed_as_one_does(reference_model):
     assert [int(cache.length) for cache in caches] == [len(text) for text in texts[:3]]
 
 
-def test_few_shapes_are_compiled(model, count_compilations):
+def test_few_programs_are_compiled_whatever_the_texts(model, count_compilations):
     fresh = type(model)(model.model, model.mesh, model.tokenizer)
     random = np.random.default_rng(0)
     with count_compilations() as compilations:
         for count in random.integers(1, 200, 6):
-            fresh.encode([random.integers(3, 32000, n) for n in random.integers(1, 250, count)])
+            texts = [random.integers(3, 32000, n) for n in random.integers(1, 250, count)]
+            fresh.encode(texts, batch_size=int(random.integers(1, 300)))
     assert 1 <= len(compilations) <= 5
+
+
+@pytest.mark.parametrize("num_texts", [1, 3])
+def test_a_warm_model_compiles_nothing(model, count_compilations, num_texts):
+    fresh = type(model)(model.model, model.mesh, model.tokenizer)
+    sampling = Sampling(temperature=0.5)
+    fresh.warm_up(num_texts, 300, 8, sampling=sampling)
+    with count_compilations() as compilations:
+        for length in (1, 20, 100, 300):
+            texts = [[5] * length] * num_texts
+            fresh.encode(texts)
+            fresh.encode(texts[0], instruction=[5])
+            fresh.generate(texts, 8, temperature=0.7, seed=length)
+    assert compilations == []
 
 
 def test_documents_are_their_title_and_text(model):
@@ -227,7 +244,15 @@ def test_token_ids_are_used_as_they_are(model):
     for form in (ids, np.array(ids)):
         np.testing.assert_allclose(model.encode(form), expected, atol=1e-6)
         np.testing.assert_allclose(model.encode([form, [9]])[0], expected, atol=1e-5)
-    np.testing.assert_array_equal(model.encode(np.array(["a", "b"])), model.encode(["a", "b"]))
+    columns = (
+        np.array(["a", "b"]),
+        ("a", "b"),
+        (text for text in "ab"),
+        pandas.Series(["a", "b"], index=[7, 8]),
+        datasets.Dataset.from_dict({"text": ["a", "b"]})["text"],
+    )
+    for column in columns:
+        np.testing.assert_array_equal(model.encode(column), model.encode(["a", "b"]))
     plain = model.encode(TEXTS[0], add_special_tokens=False)
     np.testing.assert_allclose(model.encode(ids[1:]), plain, atol=1e-6)
     assert np.abs(plain - expected).max() > 1e-3
@@ -242,10 +267,14 @@ def test_a_text_that_the_tokenizer_drops_is_named(tmp_path):
             encoder.encode("\u200b", instruction, add_bos=True, name="text 3")
 
 
-def test_progress_is_shown_from_256_texts_on(model, capfd):
+def test_progress_is_shown_from_256_texts_on_or_as_asked(model, capfd):
     model.encode([[5]] * 255)
     assert capfd.readouterr().err == ""
     model.encode([[5]] * 256)
+    assert "Embedding" in capfd.readouterr().err
+    model.encode([[5]] * 256, show_progress_bar=False)
+    assert capfd.readouterr().err == ""
+    model.encode([[5]], show_progress_bar=True)
     assert "Embedding" in capfd.readouterr().err
 
 
@@ -258,7 +287,12 @@ def test_progress_is_shown_from_256_texts_on(model, capfd):
         (["a", None], {}, "text 1 is None: it must be a string, or one list of token ids"),
         (["a", 1.5], {}, "text 1 is of type float"),
         (["a", [[1]]], {}, "text 1 is of type list"),
-        (7, {}, "texts are of type int: give a string"),
+        (7, {}, "texts are of type int: give a list of strings"),
+        ({"a", "b"}, {}, "texts are of type set"),
+        ({"a": 1}, {}, "texts are of type dict"),
+        (b"ab", {}, "texts are of type bytes"),
+        (["a", b"b"], {}, "text 1 is of type bytes"),
+        ([[True, False]], {}, "text 0 is of type list"),
         (["a", "b\ud83d"], {}, "text 1 has half of a surrogate pair at character 1: correct"),
         (["a"], {"instruction": "\ud83d"}, "the instruction has half of a surrogate pair"),
         (np.array([1.5]), {}, "text 0 is of type float64"),
@@ -270,8 +304,9 @@ def test_progress_is_shown_from_256_texts_on(model, capfd):
         (["b " * 800], {"max_length": 900}, "longer than 700 .* this model supports 700"),
         (["b " * 9], {"max_length": 4, "instruction": INSTRUCTION, "truncate": True},
          "text 0: its instruction alone takes all 4 tokens"),
-        (["a"], {"max_length": 0}, "max_length=0 must be positive"),
-        (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
+        (["a"], {"max_length": 0}, "max_length=0 must be an integer of at least 1"),
+        (["a"], {"max_length": 2.5}, "max_length=2.5 must be an integer"),
+        (["a"], {"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
     ],
 )  # fmt: skip
 def test_invalid_texts_are_errors(model, texts, options, message):

@@ -209,9 +209,12 @@ def test_prompts_after_cached_documents(reference_model):
         ([3.5], {}, "prompt 0 is of type float"),
         (["a", "b " * 690], {"max_new_tokens": 20}, "prompt 1 has 69[0-9] tokens, which with "
          "max_new_tokens=20 exceeds the model's context of 700: shorten it"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         (["a"], {"top_k": 3}, "top_k=3 has no effect"),
-        (["a"], {"batch_size": 0}, "batch_size=0 must be positive"),
+        (["a"], {"seed": -1}, "seed=-1 must be an integer from 0 to 4294967295"),
+        (["a"], {"seed": 2**32}, "seed=4294967296 must be an integer from 0 to 4294967295"),
+        (["a"], {"first_index": -1}, "first_index=-1 must be an integer of at least 0"),
+        (["a"], {"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
         (["a"], {"cache": []}, "there are 0 caches for 1 prompts: give one for each"),
         (["a"], {"stop": ["b", ""]}, "a stop string is empty"),
     ],
@@ -219,6 +222,17 @@ def test_prompts_after_cached_documents(reference_model):
 def test_invalid_prompts_are_errors(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompts, **options)
+
+
+def test_few_programs_are_compiled_whatever_the_prompts(model, count_compilations):
+    fresh = GritLM(model.model, model.mesh, model.tokenizer)
+    random = np.random.default_rng(0)
+    with count_compilations() as compilations:
+        for count in range(1, 9):
+            prompts = [random.integers(3, 32000, n) for n in random.integers(1, 500, count)]
+            fresh.generate(prompts, int(random.integers(2, 60)), batch_size=2)
+    # Prompts of up to 32, 128 or 512 tokens, caches of 128, 256, 512 or 768, one row or two.
+    assert len(compilations) <= 24, compilations
 
 
 def test_a_stream_is_of_one_prompt(model):

@@ -2,12 +2,20 @@
 
 from concurrent.futures import ThreadPoolExecutor
 import json
+from pathlib import Path
+import time
 
 from command_line import run_python
+from flax import nnx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from grit_jax import GritLM, InputError, Sampling
+from grit_jax.inference import compilation_notice
+from grit_jax.inference.results import NotFiniteError
 from grit_jax.text.examples import chat_text
 from grit_jax.text.templates import EMBED, chat_prompt, embedding_prefix
 
@@ -106,7 +114,7 @@ def test_a_chat_behind_a_cached_text(model):
         ([], "messages must be a list of"),
         ("Hi", "messages must be a list of"),
         ([[]], "chat 0 has no messages"),
-        ([[USER], [USER, USER]], "chat 1: user and assistant do not alternate: give a list of"),
+        ([[USER], [USER, USER]], "chat 1: user and assistant do not alternate, .*: give a list of"),
         (["Hi"], "chat 0: 'messages' is not a list"),
         (CHAT[:2], "ends with a message of the assistant: the last message must be the user's"),
         (
@@ -125,7 +133,7 @@ def test_messages_that_cannot_be_answered_are_errors(model, messages, message):
 def test_a_stream_is_of_one_chat_and_errors_come_at_once(model):
     with pytest.raises(InputError, match="stream_chat takes one chat, not 2"):
         model.stream_chat([[USER], [USER]])
-    with pytest.raises(InputError, match="max_new_tokens=0 must be positive"):
+    with pytest.raises(InputError, match="max_new_tokens=0 must be an integer"):
         model.stream_chat([USER], 0)
 
 
@@ -145,6 +153,84 @@ def test_sampling_options_are_keywords_or_one_object(model):
             call("One", 8, sampling=sampling, temperature=0.7, top_k=3)
     with pytest.raises(TypeError, match="top_q"):
         model.stream("One", 8, top_q=0.9)
+
+
+def test_arguments_of_other_packages_are_taken_if_they_mean_the_same(model):
+    expected = model.encode(TEXTS, instruction=EMBED)
+    theirs = {"convert_to_numpy": True, "show_progress_bar": False, "normalize_embeddings": True}
+    for found in (
+        model.encode(sentences=TEXTS, prompt=EMBED, **theirs),
+        model.unnormalized().encode(TEXTS, instruction=EMBED, **theirs),
+        model.encode_document(sentences=TEXTS, **theirs),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    greedy, options = model.generate("One", 8), {"temperature": 0.7, "top_p": 0.9, "seed": 2}
+    assert model.generate("One", max_tokens=8, do_sample=False, pad_token_id=2) == greedy
+    drawn = model.generate("One", 8, **options)
+    assert model.generate("One", 8, do_sample=True, num_return_sequences=1, **options) == drawn
+    assert "".join(model.stream("One", 8, do_sample=True, **options)) == drawn != greedy
+    assert model.chat([USER], 6, do_sample=False) == model.chat([USER], 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: GritLM("GritLM/GritLM-7B", torch_dtype="auto"),
+         r"call GritLM.from_pretrained\('GritLM/GritLM-7B'\)"),
+        (lambda model: GritLM(Path("folder")), r"call GritLM.from_pretrained\('folder'\)"),
+        (lambda model: GritLM.from_pretrained("nowhere", torch_dtype="auto"),
+         "dtype='auto' must be 'bfloat16' or 'float32'"),
+        (lambda model: GritLM.from_pretrained("nowhere", device_map="cuda:0"),
+         "no argument device_map='cuda:0': weights are split over all devices"),
+        (lambda model: model.encode("a", prompt_name="query"),
+         "encode has no argument prompt_name='query': call encode_query"),
+        (lambda model: model.encode("a", precision="int8"), "precision='int8': quantize"),
+        (lambda model: model.encode(["a"], sentences=["a"], texts=["a"]), "pass one"),
+        (lambda model: model.encode_query("a", prompt=EMBED), "pass instruction= in plain words"),
+        (lambda model: model.generate("a", max_length=9), "max_length=9: pass max_new_tokens"),
+        (lambda model: model.generate("a", num_beams=4), "num_beams=4: there is no beam search"),
+        (lambda model: model.chat([USER], attention_mask=np.ones((1, 3))), "without padding"),
+    ],
+)  # fmt: skip
+def test_other_arguments_of_other_packages_are_explained(model, call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call(model)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_types_of_other_packages_are_dtypes(model):
+    from grit_jax.inference.gritlm import _dtype_name
+
+    for dtype in ("bfloat16", jnp.bfloat16, torch.bfloat16, jnp.dtype("bfloat16")):
+        assert _dtype_name(dtype) == "bfloat16"
+    assert _dtype_name(torch.float32) == _dtype_name(np.float32) == "float32"
+
+
+def test_output_that_is_not_finite_names_the_first_text(model):
+    graph, state = nnx.split(model.model)
+    damaged = nnx.merge(graph, jax.tree.map(lambda weights: weights.at[..., 0].set(jnp.nan), state))
+    damaged = GritLM(damaged, model.mesh, model.tokenizer)
+    for call, name in (
+        (lambda: damaged.encode(TEXTS), "text 0"),
+        (lambda: damaged.score(["a", "b"], ["c", "d"]), "continuation 0"),
+        (lambda: damaged.generate(["a", "b"], 4), "prompt 0"),
+        (lambda: list(damaged.stream("a", 4)), "prompt 0"),
+        (lambda: damaged.chat([USER], 4, temperature=1.0, top_p=0.5), "prompt 0"),
+    ):
+        with pytest.raises(NotFiniteError, match=f"output for {name} is not finite"):
+            call()
+
+
+def test_a_slow_compilation_is_announced_once(capfd, monkeypatch):
+    monkeypatch.setattr(compilation_notice, "NOTICE_SECONDS", 0.05)
+    notice = compilation_notice.CompilationNotice()
+    for seconds in (0.5, 0.5, 0):
+        with notice.around("embeds 1 x 64 tokens"):
+            time.sleep(seconds)
+    with notice.around("embeds 8 x 64 tokens"):
+        pass
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "compiling the program that embeds 1 x 64 tokens" in lines[0]
 
 
 def test_threads_get_what_one_after_the_other_gets(model):

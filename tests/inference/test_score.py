@@ -138,7 +138,7 @@ def test_scores_on_a_mesh_are_those_of_one_device(reference_model):
 @pytest.mark.parametrize(
     ("prompts", "continuations", "message"),
     [
-        ("A prompt", ["a"], "must be lists"),
+        ("A prompt", ["a"], "prompts are of type str: give a list"),
         ([PROMPT], ["a", "b"], "2 continuations for 1 prompts"),
         ([PROMPT], [[5, 6]], "continuation 0 must both be strings"),
         ([PROMPT], [""], "continuation 0 adds no token to its prompt"),

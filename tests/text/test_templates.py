@@ -25,11 +25,13 @@ def message(role, content):
 
 @st.composite
 def conversations(draw):
-    """User and assistant alternate; system messages are anywhere."""
+    """User and assistant usually alternate; system messages are anywhere."""
     messages = []
     for number in range(draw(st.integers(0, 6))):
         messages += [message("system", text) for text in draw(st.lists(TEXTS, max_size=2))]
-        messages.append(message(("user", "assistant")[number % 2], draw(TEXTS)))
+        alternating = ("user", "assistant")[number % 2]
+        role = draw(st.sampled_from([alternating, alternating, "user", "assistant"]))
+        messages.append(message(role, draw(TEXTS)))
     return messages + [message("system", text) for text in draw(st.lists(TEXTS, max_size=1))]
 
 
@@ -57,6 +59,8 @@ def rendered(messages, add_generation_prompt):
 @given(messages=conversations(), add_generation_prompt=st.booleans())
 @example([message("user", " Hi "), message("assistant", " Hello.\n")], True)
 @example([message("user", "a"), message("system", "b"), message("assistant", "c")], False)
+@example([message("assistant", "a"), message("user", "b")], True)
+@example([message("user", "a"), message("user", "b")], True)
 @example([message("system", " \n"), message("user", "a")], True)
 def test_exported_models_render_the_same_chat(messages, add_generation_prompt):
     try:
