@@ -24,7 +24,7 @@ MODULES = {
     "convert": "grit_jax.conversion.command",
     "plan": "grit_jax.planning.command",
     "rag": "grit_jax.rag.command",
-    "evaluate": "grit_jax.evaluation.evaluate_command",
+    "evaluate": "grit_jax.evaluation.command",
 }
 # The extra of grit-jax that installs a package.
 EXTRAS = {

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from grit_jax import GritLM
 from grit_jax.conversion import open_model
-from grit_jax.evaluation import evaluate_command
+from grit_jax.evaluation import command as evaluate_command
 from grit_jax.evaluation.mteb_model import MtebModel
 from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
 from grit_jax.evaluation.results import Results, ResultsError
