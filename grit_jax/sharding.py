@@ -125,7 +125,7 @@ def check_sizes_fit_mesh(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> No
     """Checks that the mesh divides the sizes of a model.
 
     Args:
-      sizes: logical axis and size of each field (`ModelConfig.sharded_sizes`).
+      sizes: logical axis and size of each field, by its name (`ModelConfig.sharded_sizes`).
       mesh: the mesh.
 
     Raises:
@@ -135,8 +135,8 @@ def check_sizes_fit_mesh(sizes: Mapping[str, tuple[str, int]], mesh: Mesh) -> No
         if size % shards(mesh, logical_axis):
             (axis,) = mesh_axes(logical_axis)
             raise MeshError(
-                f"config.mesh.{axis}={mesh.shape[axis]} does not divide config.model "
-                f"{field}={size}: choose other sizes of the mesh, or fewer devices"
+                f"config.mesh.{axis}={mesh.shape[axis]} does not divide {field}={size}: choose "
+                "other sizes of the mesh, or fewer devices"
             )
 
 

@@ -30,7 +30,7 @@ from flax import nnx
 
 from grit_jax.models.architecture import Architecture
 from grit_jax.models.attention import AttentionError
-from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig
+from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig, typed_name
 from grit_jax.models.decoder import Decoder, Stream
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
@@ -80,16 +80,16 @@ def make_config(architecture: str, **fields: Any) -> ModelConfig:
     sizes = ARCHITECTURES[architecture].sizes
     types = get_type_hints(ModelConfig)
     if unknown := fields.keys() - sizes.keys() - set(SETTINGS):
-        raise ValueError(f"config.model: a {architecture} has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"config.model.sizes: a {architecture} has no {', '.join(sorted(unknown))}")
     for name, value in fields.items():
         wanted = types[name]
         allowed = (int, float) if wanted is float else wanted
         # In Python, True is an int.
         if not isinstance(value, allowed) or isinstance(value, bool) != (wanted is bool):
             in_words = getattr(wanted, "__name__", wanted)
-            raise ValueError(f"config.model.{name}={value!r} must be of type {in_words}")
+            raise ValueError(f"{typed_name(name)}={value!r} must be of type {in_words}")
         if wanted is int and value < 1:
-            raise ValueError(f"config.model.{name} must be positive, not {value}")
+            raise ValueError(f"{typed_name(name)} must be positive, not {value}")
     config = ModelConfig(**{"architecture": architecture, **sizes, **fields})
     lora_layers(config)
     return config

@@ -138,26 +138,26 @@ class ModelConfig:
                 continue
             # 0 turns a feature off.
             if value < 0 or (value == 0 and field.default != 0):
-                raise ValueError(f"config.model.{field.name} must be positive, not {value}")
+                raise ValueError(f"{typed_name(field.name)} must be positive, not {value}")
             if isinstance(field.default, float):  # config.json may say 10000 for 10000.0.
                 object.__setattr__(self, field.name, float(value))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"config.model.num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
+                f"config.model.sizes.num_attention_heads={self.num_attention_heads} is not a "
+                f"multiple of num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"config.model.head_dim={self.head_dim} must be even for rotary embeddings"
+                f"config.model.sizes.head_dim={self.head_dim} must be even for rotary embeddings"
             )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
-                f"config.model.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"config.model.sizes.num_experts_per_tok={self.num_experts_per_tok} is more than "
                 f"num_local_experts={self.num_local_experts}"
             )
         if self.num_local_experts and not self.num_experts_per_tok:
             raise ValueError(
-                "config.model.num_experts_per_tok must be positive where num_local_experts="
+                "config.model.sizes.num_experts_per_tok must be positive where num_local_experts="
                 f"{self.num_local_experts}"
             )
         for name, choices in {
@@ -170,7 +170,7 @@ class ModelConfig:
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"config.model.{name}={getattr(self, name)!r} must be one of "
+                    f"{typed_name(name)}={getattr(self, name)!r} must be one of "
                     f"{', '.join(map(str, choices))}"
                 )
         if self.splash_block_size % SPLASH_LANES:
@@ -189,13 +189,22 @@ class ModelConfig:
         return getattr(self, AXIS_FIELDS[axis])
 
     def sharded_sizes(self) -> dict[str, tuple[str, int]]:
-        """Returns the logical axis and the size of every field that a mesh may split, by field."""
+        """Returns the logical axis and the size of every field that a mesh may split.
+
+        The keys are the names of the fields on the command line.
+        """
         return {
-            field: (axis, size)
+            typed_name(field): (axis, size)
             for axis, field in AXIS_FIELDS.items()
             if axis not in ("norm", "router", "layers")
             and (size := getattr(self, field)) is not None
         }
+
+
+
+def typed_name(field: str) -> str:
+    """Returns the name of a field of `ModelConfig` on the command line of training."""
+    return f"config.model.{field}" if field in SETTINGS else f"config.model.sizes.{field}"
 
 
 # Features that are off unless an architecture's record sets them.
