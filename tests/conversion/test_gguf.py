@@ -6,7 +6,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from command_line import assert_fails_in_one_line, grit_jax_in_process
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import gguf
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,7 @@ def test_logits_are_those_of_transformers_reading_the_same_file(tiny, tmp_path):
     tokens = np.random.default_rng(0).integers(3, 320, (2, 60))
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    finished = grit_jax_in_process("convert", "from-gguf", path, tmp_path / "checkpoint", cwd=tmp_path)
+    finished = grit_jax("convert", "from-gguf", path, tmp_path / "checkpoint", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     for source in (path, tmp_path / "checkpoint"):
         module = load(source).model
@@ -277,5 +278,5 @@ def test_a_tokenizer_that_is_not_known_leaves_nothing_behind(tmp_path):
     with pytest.raises(ConversionError, match="splits text as 'another'"):
         write_orbax(GgufModel(path), tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
-    finished = grit_jax_in_process("convert", "from-gguf", "nowhere.gguf", "checkpoint", cwd=tmp_path)
+    finished = grit_jax("convert", "from-gguf", "nowhere.gguf", "checkpoint", cwd=tmp_path)
     assert_fails_in_one_line(finished, "nowhere.gguf")

@@ -2,7 +2,8 @@
 
 import json
 
-from command_line import assert_fails_in_one_line, grit_jax_in_process
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import numpy as np
 import pytest
 from sample_tasks import held_out
@@ -185,7 +186,7 @@ def test_the_papers_tasks_are_the_harness_own():
 def test_the_command_measures_and_shows_the_papers_table(exported, task_folder, tmp_path):
     options = ["--task-folder", task_folder, "--output", "results", "--dtype=float32", "--limit=4"]
     tasks = ["--tasks", "wordnet_letter", "wordnet_definition"]
-    finished = grit_jax_in_process("evaluate", "lm-eval", exported, *tasks, *options, cwd=tmp_path)
+    finished = grit_jax("evaluate", "lm-eval", exported, *tasks, *options, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "results" / "scores.json").read_text())["lm_eval"]
     assert scores.keys() == {"wordnet_letter (limit 4)", "wordnet_definition (limit 4)"}
@@ -193,5 +194,5 @@ def test_the_command_measures_and_shows_the_papers_table(exported, task_folder, 
     assert len(list((tmp_path / "results" / "lm_eval").glob("*.json"))) == 2
     assert "HumanEval" in finished.stdout
     options[-1] = "--tasks=no_such_task"
-    finished = grit_jax_in_process("evaluate", "lm-eval", "nowhere", *options, cwd=tmp_path)
+    finished = grit_jax("evaluate", "lm-eval", "nowhere", *options, cwd=tmp_path)
     assert_fails_in_one_line(finished, "no_such_task", "--task-folder")

@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from command_line import assert_fails_in_one_line, grit_jax_in_process
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import mteb
 from mteb.results import TaskResult
 from mteb.types import PromptType
@@ -178,7 +179,7 @@ def test_a_file_of_instructions_that_is_none_is_named(tmp_path, content):
 def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
     shutil.copy(sample_tasks.__file__, tmp_path / "my_tasks.py")
     command = ["evaluate", "mteb", exported, "--module", "my_tasks", "--output", "results"]
-    finished = grit_jax_in_process(*command, "--dtype=float32", cwd=tmp_path)
+    finished = grit_jax(*command, "--dtype=float32", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     scores = json.loads((tmp_path / "results" / "scores.json").read_text())["mteb"]
     assert scores.keys() == {"SlangRetrieval", "SenseSTS"}
@@ -192,7 +193,7 @@ def test_the_command_measures_and_shows_the_papers_table(exported, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-4000:] = bytes(4000)
     weights.write_bytes(content)
-    finished = grit_jax_in_process(*[other if one == exported else one for one in command], cwd=tmp_path)
+    finished = grit_jax(*[other if one == exported else one for one in command], cwd=tmp_path)
     assert_fails_in_one_line(finished, "results of another model", "--output")
 
 
@@ -214,5 +215,5 @@ def test_a_damaged_tokenizer_is_named_in_one_line(exported, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     options = ["--module", "my_tasks", "--output", "results", "--tokenizer", "tokenizer.json"]
     shutil.copy(sample_tasks.__file__, tmp_path / "my_tasks.py")
-    finished = grit_jax_in_process("evaluate", "mteb", exported, *options, cwd=tmp_path)
+    finished = grit_jax("evaluate", "mteb", exported, *options, cwd=tmp_path)
     assert_fails_in_one_line(finished, "TokenizerError", "tokenizer.json")

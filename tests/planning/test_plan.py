@@ -2,7 +2,8 @@
 
 import json
 
-from command_line import assert_fails_in_one_line, grit_jax_in_process
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -267,7 +268,7 @@ def test_the_command_prints_one_object(tmp_path):
         "    return config\n"
     )
     options = ["--topology=v5e:2x2", "--json", "--chat-tokens=256"]
-    finished = grit_jax_in_process("plan", f"--config={config}", *options, cwd=tmp_path)
+    finished = grit_jax("plan", f"--config={config}", *options, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     plan = json.loads(finished.stdout)
     for name in (
@@ -281,9 +282,9 @@ def test_the_command_prints_one_object(tmp_path):
         assert plan[name], name
     assert plan["rows"] == {"chat": "4x2048"} and plan["tokens_per_step"] == 16 * 256
 
-    wrong = grit_jax_in_process("plan", f"--config={config}", "--topology=v9:2x2", cwd=tmp_path)
+    wrong = grit_jax("plan", f"--config={config}", "--topology=v9:2x2", cwd=tmp_path)
     assert_fails_in_one_line(wrong, "--topology=v9:2x2", "v5e, v5p, v6e")
-    wrong = grit_jax_in_process(
+    wrong = grit_jax(
         "plan", f"--config={config}", "--topology=v5e:2x2", "--config.mesh.tensor=3", cwd=tmp_path
     )
     assert_fails_in_one_line(wrong, "tensor=3")

@@ -5,7 +5,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from command_line import assert_fails_in_one_line, grit_jax_in_process
+from command_line import assert_fails_in_one_line, grit_jax
 import numpy as np
 import pytest
 
@@ -240,15 +240,15 @@ def test_the_command_builds_an_index_and_answers(tmp_path, exported):
     _, folder = exported
     lines = "".join(json.dumps(document) + "\n" for document in DOCUMENTS)
     (tmp_path / "documents.jsonl").write_text(lines)
-    built = grit_jax_in_process(
+    built = grit_jax(
         "rag", "build", folder, "documents.jsonl", "--index=index", "--caches=int8",
         cwd=tmp_path,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     assert "3 documents added to index" in built.stdout
-    asked = grit_jax_in_process("rag", "ask", folder, "--index=index", *QUESTIONS, cwd=tmp_path)
+    asked = grit_jax("rag", "ask", folder, "--index=index", *QUESTIONS, cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     for question in QUESTIONS:
         assert f"{question}\nThe answer is" in asked.stdout
-    wrong = grit_jax_in_process("rag", "ask", folder, "--index=other", "Who?", cwd=tmp_path)
+    wrong = grit_jax("rag", "ask", folder, "--index=other", "Who?", cwd=tmp_path)
     assert_fails_in_one_line(wrong, "other is not an index: run grit-jax rag build")
