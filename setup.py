@@ -20,6 +20,7 @@ CORE = [
     "numpy>=2.3",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "protobuf>=7.36",  # Reads SentencePiece models that are exported as tokenizer.json.
     "rich>=15",
     "safetensors>=0.8",
     "sentencepiece>=0.2.3",
@@ -50,7 +51,7 @@ DOCS = [
     "mkdocstrings-python>=2.0.11",
     "ruff>=0.17.6",  # Formats signatures.
 ]
-GGUF = ["gguf>=0.19", "protobuf>=7.36"]
+GGUF = ["gguf>=0.19"]
 TEST = [
     *BUCKET,
     *DATA,

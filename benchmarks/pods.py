@@ -125,8 +125,8 @@ def compile_row(row: Row) -> dict:
 
 def print_table(plans: dict[Row, dict]) -> None:
     """Prints the plans as a Markdown table."""
-    columns = ("model", "slice", "chips", "set", "GiB of a chip", "s: products", "memory", "links")
-    columns += ("network", "tokens/s at best", "MFU at best")
+    columns = ("model", "slice", "chips", "mesh", "HBM (GiB)", "matmuls (s)", "HBM (s)", "ICI (s)")
+    columns += ("DCN (s)", "max tokens/s", "max MFU")
     print(*(f"| {column} " for column in columns), "|", sep="")
     print("|---|---|" + "---:|" * (len(columns) - 2))
     for row, plan in plans.items():

@@ -29,7 +29,8 @@ from rich.table import Table
 
 from grit_jax.sample import SAMPLE_FOLDER
 from grit_jax.text.examples import TextOptions
-from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import tokenizer_path
 
 TEXTS = ("wordnet_senses", "jargon_entries")
 

@@ -35,7 +35,7 @@ Trains a model, or continues the run in DIR.
 
 The fields and their defaults, which FILE may change (docs/configuration.md describes them):
 """
-CONFIGS = ("gritlm_tiny", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
+CONFIGS = ("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ class FewerLayers(StoredModel):
     def __init__(self, model: StoredModel, layers: Sequence[int]):
         self._model, self._layers = model, layers
         self._whole = {parameter.path: parameter for parameter in model.parameters}
-        self.folder, self.tokenizer_folder = model.folder, model.tokenizer_folder
+        self.folder, self.tokenizer_files = model.folder, model.tokenizer_files
         self.fields = model.fields | {"num_hidden_layers": len(layers)}
         self.config = config_from_hugging_face(self.fields)
         self.parameters = parameters(self.config)

@@ -8,6 +8,7 @@ caches, how many answers differ from float32.
 
 import argparse
 from collections.abc import Mapping, Sequence
+import dataclasses
 from pathlib import Path
 import statistics
 import sys
@@ -19,10 +20,12 @@ from grit_jax import GritLM
 from grit_jax.conversion import ConversionError
 from grit_jax.rag.cache_store import FORMATS
 from grit_jax.rag.index import DocumentIndex, build_index
-from grit_jax.rag.pipeline import CACHE_MODES, RagPipeline
+from grit_jax.rag.pipeline import CACHE_MODES, PAPER_PROMPT, RagPipeline
 from grit_jax.text.templates import chat_prompt
 
 NEW_TOKENS = 32
+# The chats that the models were trained on have no prefix.
+PROMPT = dataclasses.replace(PAPER_PROMPT, answer_prefix="")
 EXACT = "float32"  # Reference format of stored caches.
 # Number of questions timed one by one, after a warm-up question.
 TIMED = 16
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 model, [{"text": text} for text in documents], f"{folder}/{form}", caches=form
             )
             indexes[form] = DocumentIndex(f"{folder}/{form}", model)
-        print("\n".join(modes_table(model, questions, documents, indexes[EXACT])))
+        print("\n".join(modes_table(model, questions, indexes[EXACT])))
         print("\n".join(["", *formats_table(model, questions, indexes)]))
     return 0
 
@@ -56,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def modes_table(
     model: GritLM,
     questions: Sequence[tuple[str, str]],
-    documents: Sequence[str],
     index: DocumentIndex,
 ) -> list[str]:
     """Returns the lines of a Markdown table of all cache modes."""
@@ -64,8 +66,8 @@ def modes_table(
     match = match_without_documents(model, questions)
     lines.append(f"| without documents | {match:.3f} | | |")
     for mode in CACHE_MODES:
-        pipeline = RagPipeline(model, index, mode, answer_prefix="")
-        match, found = measure(pipeline, questions, documents)
+        pipeline = RagPipeline(model, index, mode, num_documents=1, prompt=PROMPT)
+        match, found = measure(pipeline, questions)
         seconds = median_answer_seconds(pipeline, [question for question, _ in questions])
         lines.append(f"| {mode} | {match:.3f} | {found:.3f} | {seconds:.2f} |")
     return lines
@@ -77,7 +79,7 @@ def formats_table(
     """Returns the lines of a Markdown table of all storage formats, in mode document-cache."""
     answers = {}
     for form, index in indexes.items():
-        pipeline = RagPipeline(model, index, "document-cache", answer_prefix="")
+        pipeline = RagPipeline(model, index, "document-cache", num_documents=1, prompt=PROMPT)
         asked = pipeline.ask([question for question, _ in questions], NEW_TOKENS)
         answers[form] = [one.answer for one in asked]
     lines = ["| stored as | changed answers | match |", "|---|---|---|"]
@@ -110,14 +112,12 @@ def match_without_documents(model: GritLM, questions: Sequence[tuple[str, str]])
     return statistics.mean(e in a for e, a in zip(expected, answers, strict=True))
 
 
-def measure(
-    pipeline: RagPipeline, questions: Sequence[tuple[str, str]], documents: Sequence[str]
-) -> tuple[float, float]:
+def measure(pipeline: RagPipeline, questions: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Returns the fractions of matching answers and of right documents."""
     answered = pipeline.ask([question for question, _ in questions], NEW_TOKENS)
     pairs = list(zip((answer for _, answer in questions), answered, strict=True))
     match = statistics.mean(expected in one.answer for expected, one in pairs)
-    found = statistics.mean(documents[one.document_ids[0]] == expected for expected, one in pairs)
+    found = statistics.mean(one.sources[0].document["text"] == expected for expected, one in pairs)
     return match, found
 
 

@@ -4,8 +4,10 @@ These modules and names are public:
 
     grit_jax                                GritLM, Sampling, EmbeddingSpec, InputError
     grit_jax.rag                            documents.read_documents, index.build_index,
+                                            index.IndexUpdate, index.delete_documents,
                                             index.DocumentIndex, index_folder.DocumentIndexError,
-                                            pipeline.RagPipeline, pipeline.RagAnswer
+                                            pipeline.RagPipeline, pipeline.RagPrompt,
+                                            pipeline.RagAnswer, pipeline.Source
     grit_jax.text.templates                 the text formats: prompts and chats
     grit_jax.sharding                       make_mesh, MeshError
     grit_jax.conversion                     open_model, ConversionError,

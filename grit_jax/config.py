@@ -42,6 +42,10 @@ RENAMED = {
 }
 
 
+# Value of fields that are read from the data.
+AUTO = "auto"
+
+
 class ConfigError(ValueError):
     """The configuration is wrong. The message names the field and says what to do."""
 
@@ -160,8 +164,11 @@ class DataSection:
 
     Attributes:
       folder: output folder of `grit-jax prepare`.
-      embedding: name of the mixture of embedding examples in that folder.
-      generative: name of the mixture of chats in that folder.
+      embedding: name of the mixture of embedding examples in that folder; "auto" is the only one.
+      generative: name of the mixture of chats in that folder; "auto" is the only one.
+      query_instruction: the instruction that the trained model embeds queries with by default. ""
+        is none; "auto" is the one that all training queries have, if there is exactly one.
+      document_instruction: the same for documents and the training passages.
       embedding_batch_size: queries per step, over all devices.
       generative_batch_size: chats per step, over all devices.
       group_size: passages per query: one positive, the others negatives.
@@ -170,10 +177,12 @@ class DataSection:
       generative_batches: the same for chats: "homogeneous" or "mixed".
       duplicate_positives_are_negatives: whether copies of a query's positive among the passages of
         a step count as negatives, as in the original code.
+      same_query_positives_are_negatives: whether the positives of a step's other lines with the
+        same query count as negatives, as in the original code.
       query_row_length: maximum tokens per packed row of queries, and so per query. The actual row
-        length is chosen to minimize padding.
-      passage_row_length: maximum tokens per packed row of passages.
-      chat_row_length: maximum tokens per packed row of chats.
+        length is chosen to minimize padding. 0 takes the maximum from the data.
+      passage_row_length: maximum tokens per packed row of passages; 0 takes it from the data.
+      chat_row_length: maximum tokens per packed row of chats; 0 takes it from the data.
       row_length_multiple: row lengths are multiples of this. Splash attention on TPUs needs a
         multiple of 128.
       data_threads: threads that load and pack the next batches.
@@ -182,15 +191,18 @@ class DataSection:
     folder: str = "data/prepared"
     embedding: str = "embedding"
     generative: str = "chat"
+    query_instruction: str = AUTO
+    document_instruction: str = AUTO
     embedding_batch_size: PositiveInt = 2048
     generative_batch_size: PositiveInt = 256
     group_size: PositiveInt = 2
     embedding_batches: Literal["homogeneous", "mixed"] = "homogeneous"
     generative_batches: Literal["homogeneous", "mixed"] = "mixed"
     duplicate_positives_are_negatives: bool = False
-    query_row_length: int = 512
-    passage_row_length: int = 2560
-    chat_row_length: int = 2560
+    same_query_positives_are_negatives: bool = False
+    query_row_length: NonNegativeInt = 512
+    passage_row_length: NonNegativeInt = 2560
+    chat_row_length: NonNegativeInt = 2560
     row_length_multiple: PositiveInt = 128
     data_threads: PositiveInt = 2
 
@@ -246,8 +258,11 @@ class Config:
     """The configuration of a training run.
 
     Attributes:
-      mode: losses to train on: "unified" (both), "embedding" or "generative".
+      mode: losses to train on: "unified" (both), "embedding" or "generative"; "auto" trains on the
+        kinds of data in `config.data.folder`.
       steps: number of training steps.
+      epochs: passes over the data. Above 0, it sets `steps`, so that every example is drawn about
+        this many times or more.
       seed: seed of random parameters, the order of the data and the choice of passages.
       log_every_steps: log metrics every this many steps.
       watchdog_timeout_seconds: exit (so that a supervisor restarts the run) if no step completes
@@ -265,8 +280,9 @@ class Config:
       profile: a profiler trace.
     """
 
-    mode: Literal["unified", "embedding", "generative"] = "unified"
+    mode: Literal["unified", "embedding", "generative", "auto"] = "unified"
     steps: PositiveInt = 1253
+    epochs: NonNegativeFloat = 0.0
     seed: int = 0
     log_every_steps: PositiveInt = 10
     watchdog_timeout_seconds: NonNegativeFloat = 1800.0

@@ -3,7 +3,7 @@
 Mistakes in the configuration or the data raise errors here, before anything is compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -11,12 +11,13 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 import jax
 from jax.sharding import Mesh
+import numpy as np
 import optax
 
 from grit_jax.bucket import in_bucket
-from grit_jax.config import Config, ConfigError
+from grit_jax.config import AUTO, Config, ConfigError
 from grit_jax.conversion import ConversionError, StoredModel, open_model
-from grit_jax.conversion.stored_tokenizer import find_tokenizer
+from grit_jax.conversion.stored_tokenizer import may_have_mistrals
 from grit_jax.data.batches import Batches
 from grit_jax.data.manifest import (
     PreparedDataError,
@@ -37,10 +38,13 @@ from grit_jax.models import (
     lora_layers,
     make_config,
 )
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 from grit_jax.text.kinds import TEXT_KINDS
-from grit_jax.text.tokenizer import TokenizerError, tokenizer_in
+from grit_jax.text.templates import embedding_prefix
+from grit_jax.text.tokenizer import Tokenizer, TokenizerError
+from grit_jax.text.tokenizer_files import MISTRAL
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -213,6 +217,7 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
         row_limits(config, trainer.mesh),
         shards,
         data.duplicate_positives_are_negatives,
+        data.same_query_positives_are_negatives,
     )
     _check_datasets(batches.datasets, trainer.model_config)
     return batches
@@ -313,11 +318,75 @@ def make_checkpoints(
         config.checkpoint,
         base_folder,
         usage={
-            **config.loss.embedding.to_fields(),
+            **make_embedding_spec(config, batches, pretrained)[0].to_fields(),
             "bos_token_id": special_tokens.get("bos_id", 1),
             "eos_token_id": special_tokens.get("eos_id", 2),
         },
         tokenizer=tokenizer if broadcast_from_primary(bool(tokenizer)) else None,
+    )
+
+
+def make_embedding_spec(
+    config: Config, batches: Batches, pretrained: StoredModel | None = None
+) -> tuple[EmbeddingSpec, str]:
+    """Returns how the trained model embeds, and a line that says with which default instructions.
+
+    Without embedding examples, the prompts are those of the model to start from.
+    """
+    spec = config.loss.embedding
+    if "embedding" not in batches.samplers:
+        start = EmbeddingSpec.from_fields(pretrained.fields if pretrained else {})
+        prompts = {name: getattr(start, name) for name in ("query_prompt", "document_prompt")}
+        return dataclasses.replace(spec, **prompts), ""
+    datasets = batches.samplers["embedding"].datasets
+    query, of_query = _instruction(config.data.query_instruction, datasets, "query")
+    document, of_document = _instruction(config.data.document_instruction, datasets, "passage")
+    spec = dataclasses.replace(
+        spec, query_prompt=embedding_prefix(query), document_prompt=embedding_prefix(document)
+    )
+    return spec, f"by default, queries are embedded {of_query}; documents {of_document}"
+
+
+def _instruction(
+    configured: str, datasets: Sequence[PreparedDataset], stream: str
+) -> tuple[str, str]:
+    """Returns the default instruction of a stream, and the words that say what it is."""
+    if configured != AUTO:
+        return configured, f"with {configured!r}" if configured else "without an instruction"
+    described = [dataset.manifest.instructions.get(stream) for dataset in datasets]
+    known = [instructions for instructions in described if instructions is not None]
+    if len(known) < len(described):
+        return "", "without an instruction (that of data prepared by earlier versions is unknown)"
+    different = {text for instructions in known for text in instructions["first"]}
+    count = max(len(different), *(instructions["count"] for instructions in known))
+    if count > 1:
+        field = "query_instruction" if stream == "query" else "document_instruction"
+        return "", (
+            f"without an instruction (training has {count}; choose one with config.data.{field})"
+        )
+    (instruction,) = different
+    return instruction, f"with {instruction!r}" if instruction else "without an instruction"
+
+
+def describe_new_masking(config: Config, batches: Batches, stored: Mapping[str, Any]) -> str | None:
+    """Returns what changes for a continued run of a version that did not mask by query, or None.
+
+    Args:
+      config: the configuration.
+      batches: the batches.
+      stored: the content of the run's config.json.
+    """
+    field = "same_query_positives_are_negatives"
+    if field in stored.get("data", {}) or config.data.same_query_positives_are_negatives:
+        return None
+    sampler = batches.samplers.get("embedding")
+    lengths = [dataset.lengths for dataset in sampler.datasets] if sampler else []
+    queries = [each.fingerprints[each.first[:-1]] for each in lengths]
+    if not queries or len(np.unique(all_queries := np.concatenate(queries))) == len(all_queries):
+        return None
+    return (
+        "some queries stand in several lines: the positives of the other lines are no longer "
+        f"negatives; --config.data.{field}=True continues the run as before"
     )
 
 
@@ -338,23 +407,33 @@ def cross_process_settings(
 def check_tokenizer(batches: Batches, pretrained: StoredModel | None) -> None:
     """Checks that the data was prepared with the tokenizer of the weights to start from.
 
-    Nothing is checked if the weights come without a tokenizer, or it cannot be loaded.
+    If the weights come without a tokenizer, or it cannot be loaded, only the default of `prepare`
+    is checked: Mistral's tokenizer is refused for other models.
 
     Raises:
       PreparedDataError: the two tokenizers encode a sample text differently.
     """
     if pretrained is None:
         return
+    dataset = batches.datasets[0]
     try:
-        path = tokenizer_in(pretrained.tokenizer_folder)
-        own = find_tokenizer(pretrained, path) if path else None
-        used = load_saved_tokenizer(batches.datasets[0])
+        own = Tokenizer.of_files(pretrained.tokenizer_files) if pretrained.tokenizer_files else None
+        used = load_saved_tokenizer(dataset)
     except (ConversionError, FileNotFoundError, TokenizerError):
         return
-    if own is not None and own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
+    if own is None:
+        if dataset.manifest.tokenizer["name"] == MISTRAL and not may_have_mistrals(pretrained):
+            raise PreparedDataError(
+                f"{dataset.folder} was prepared with Mistral's tokenizer, the default, but the "
+                f"weights in {pretrained.folder} are of another model and have no tokenizer: copy "
+                "theirs into that folder, and prepare the data again with --tokenizer "
+                f"{pretrained.folder}"
+            )
+    elif own.encode(SAMPLE_TEXT) != used.encode(SAMPLE_TEXT):
         raise PreparedDataError(
-            f"{batches.datasets[0].folder} was prepared with another tokenizer than {path}, the "
-            f"one of config.model.weights: prepare it again with --tokenizer {path}"
+            f"{dataset.folder} was prepared with another tokenizer than that of "
+            f"{pretrained.folder}, config.model.weights: prepare it again with --tokenizer "
+            f"{pretrained.folder}"
         )
 
 

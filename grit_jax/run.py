@@ -14,6 +14,7 @@ from rich.console import Console
 
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.config import Config, changed_fields
+from grit_jax.config_from_data import complete_config
 from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
@@ -24,8 +25,10 @@ from grit_jax.from_config import (
     check_attention,
     check_tokenizer,
     cross_process_settings,
+    describe_new_masking,
     make_batches,
     make_checkpoints,
+    make_embedding_spec,
     make_held_out,
     make_schedule,
     make_trainer,
@@ -63,10 +66,14 @@ def run(config: Config, workdir: epath.Path) -> None:
       Stopped: the process received SIGTERM or SIGINT, and the state is saved.
     """
     console = Console(quiet=not is_primary(), markup=False)  # Paths may contain [brackets].
+    config = complete_config(config)
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
     check_tokenizer(batches, pretrained)
+    _, instructions = make_embedding_spec(config, batches, pretrained)
+    if instructions:
+        console.print(instructions, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
@@ -81,6 +88,7 @@ def run(config: Config, workdir: epath.Path) -> None:
     ):
         state = _first_state(config, trainer, pretrained, checkpoints, console)
         if is_primary():
+            _report_new_masking(config, batches, workdir / "config.json", console)
             _write_config(config, trainer.model_config, workdir / "config.json", state, console)
         with MetricsWriter(workdir, int(state.step), is_primary()) as metrics:
             is_evaluated = any(
@@ -144,6 +152,18 @@ def _exclusive(workdir: epath.Path) -> Iterator[None]:
                 f"{workdir}: the disk is full; free some space, and the same command continues "
                 "from the newest checkpoint, which is intact"
             ) from error
+
+
+def _report_new_masking(
+    config: Config, batches: Batches, path: epath.Path, console: Console
+) -> None:
+    """Says what changes for a run of an earlier version that is continued."""
+    try:
+        stored = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    if changed := describe_new_masking(config, batches, stored):
+        console.print(changed, highlight=False, soft_wrap=True)
 
 
 def _write_config(

@@ -32,13 +32,17 @@ def random_texts(generator, count, unpooled):
 
 
 def make_batch(seed, shards=1):
-    """Returns a packed batch of 8 queries with 2 passages each and 8 chats, and its texts."""
+    """Returns a packed batch of 8 queries with 2 passages each and 8 chats, and its texts.
+
+    Query 5 is a copy of query 0.
+    """
     generator = np.random.default_rng(seed)
     texts = {
         "queries": random_texts(generator, 8, 2),
         "passages": random_texts(generator, 16, 1),
         "chats": random_texts(generator, 8, 3),
     }
+    texts["queries"][5] = texts["queries"][0]
 
     def packed(name):
         rows = plan_rows([len(text) for text in texts[name]], ROW_LENGTH)
@@ -50,6 +54,7 @@ def make_batch(seed, shards=1):
         packed("passages"),
         positives=np.arange(0, 16, 2, dtype=np.int32),
         passage_ids=np.arange(16, dtype=np.int32),
+        query_ids=np.array([0, 1, 2, 3, 4, 0, 6, 7], np.int32),
     )
     return Batch({"embedding": embedding, "generative": ChatBatch(packed("chats"))}), texts
 

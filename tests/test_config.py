@@ -379,7 +379,7 @@ def test_the_fields_that_a_continued_run_changes_are_listed():
     before["optimizer"]["moment_dtype"] = before["optimizer"].pop("mu_dtype")  # Its former name.
     del before["seed"]  # As if it were a new field.
     assert changed_fields(before, now.to_dict()) == [
-        "config.loss.temperature: 0.02 -> 0.1",
+        "config.loss.temperature: 0.05 -> 0.1",
         "config.optimizer.mu_dtype: 'float32' -> 'bfloat16'",
     ]
 

@@ -37,8 +37,11 @@ METASPACE = "metaspace"
 STYLES = (*SPLITS, METASPACE)
 
 
-def write_tokenizer(folder, style, size=700):
-    """Writes a tokenizer of `size` tokens and its configuration; returns the tokenizer's path."""
+def write_tokenizer(folder, style, size=700, begin=(BEGIN,), end=()):
+    """Writes a tokenizer of `size` tokens and its configuration; returns the tokenizer's path.
+
+    `begin` and `end` are the tokens that it adds to each text.
+    """
     if style == METASPACE:
         made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
         made.normalizer = normalizers.Sequence(
@@ -46,13 +49,14 @@ def write_tokenizer(folder, style, size=700):
         )
         steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
         made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        steps = []
         alphabet, special = [], [BEGIN, END, OTHER, *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
         made = tokenizers.Tokenizer(models.BPE())
         made.pre_tokenizer = SPLITS[style]
         made.decoder = decoders.ByteLevel()
         # Like Llama 3 and GPT-2. It changes the character offsets that the package returns.
-        made.post_processor = processors.ByteLevel(trim_offsets=True)
+        steps = [processors.ByteLevel(trim_offsets=True)]
         alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [BEGIN, END, OTHER]
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
@@ -62,8 +66,13 @@ def write_tokenizer(folder, style, size=700):
         content = json.loads(made.to_str())
         content["added_tokens"] = content["added_tokens"][:3]
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
+    if begin or end:
+        ids = [(token, made.token_to_id(token)) for token in {*begin, *end}]
+        single = [*begin, "$A", *end]
+        steps.append(processors.TemplateProcessing(single=single, special_tokens=ids))
+    made.post_processor = processors.Sequence(steps)
     made.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": BEGIN, "eos_token": {"content": END}, "add_bos_token": False}
+    settings = {"bos_token": BEGIN, "eos_token": END, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder / "tokenizer.json"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
 from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
 from grit_jax.objectives.pooling import POOLINGS
 
 
@@ -22,7 +23,8 @@ def run(argv: Sequence[str]) -> None:
         model = HuggingFaceModel(arguments.source, arguments.head)
         write_orbax(model, arguments.destination)
     elif arguments.direction == "from-gguf":
-        model = GgufModel(arguments.source, arguments.tokenizer)
+        given = arguments.tokenizer and open_tokenizer(arguments.tokenizer)
+        model = GgufModel(arguments.source, given)
         write_orbax(model, arguments.destination)
     else:
         write_hugging_face(
@@ -32,6 +34,8 @@ def run(argv: Sequence[str]) -> None:
             dtype=arguments.dtype,
             attention=arguments.attention,
             pooling=arguments.pooling,
+            query_instruction=arguments.query_instruction,
+            document_instruction=arguments.document_instruction,
         )
     print(f"{arguments.source} -> {arguments.destination}")
 
@@ -50,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     from_gguf.add_argument("source", type=_local_path, help="GGUF file")
     from_gguf.add_argument(
         "--tokenizer",
-        help="path of a tokenizer.model or tokenizer.json (default: the one in the file)",
+        help=f"{TOKENIZER_NAMES} (default: the one in the file)",
     )
     to_hf.add_argument("source", help="folder of the checkpoint or run; may be gs://BUCKET/FOLDER")
     for direction in (from_hf, from_gguf, to_hf):
@@ -65,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     to_hf.add_argument(
         "--tokenizer",
-        help="'mistral' or the path of a tokenizer.model or tokenizer.json (default: the one "
-        "stored with the model, else 'mistral')",
+        help=f"{TOKENIZER_NAMES} (default: the one stored with the model)",
     )
     to_hf.add_argument("--dtype", choices=tuple(DTYPES), help="type (default: as stored)")
     to_hf.add_argument(
@@ -79,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=POOLINGS,
         help="pooling of embeddings (default: as stored with the model, else mean)",
     )
+    for kind in ("query", "document"):
+        to_hf.add_argument(
+            f"--{kind}-instruction",
+            metavar="TEXT",
+            help=f"what precedes a {kind} by default, in plain words, '' for nothing "
+            "(default: as stored with the model)",
+        )
     return parser
 
 

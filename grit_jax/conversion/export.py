@@ -5,22 +5,21 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import ParamSpec
-from grit_jax.conversion.safetensors_folder import INDEX, SINGLE
+from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, write_tensors
 from grit_jax.conversion.sidecar_files import (
-    copy_tokenizer,
     write_chat_template,
     write_json,
     write_sentence_transformers,
     write_tokenizer,
 )
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.conversion.stored_tokenizer import find_tokenizer
+from grit_jax.models import ARCHITECTURES
 from grit_jax.models.weights import DENSE
-from grit_jax.objectives.embedding import PATTERNS, EmbeddingSpec
-from grit_jax.text.tokenizer import MISTRAL, SENTENCEPIECE, Tokenizer, tokenizer_in
+from grit_jax.objectives.embedding import GRIT_FIELD, PATTERNS, EmbeddingSpec
 
 # Default size of a file of weights. It bounds the memory of an export.
 SHARD_BYTES = 2**30
@@ -38,6 +37,8 @@ def write_hugging_face(
     dtype: str | None = None,
     attention: str | None = None,
     pooling: str | None = None,
+    query_instruction: str | None = None,
+    document_instruction: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Exports a model as a Hugging Face folder.
@@ -47,41 +48,63 @@ def write_hugging_face(
     Args:
       model: the model to export.
       folder: the folder to create.
-      tokenizer: "mistral" or the path of a tokenizer; by default the model's own, or Mistral's
-        for a model without one.
+      tokenizer: see `open_tokenizer`; by default see `find_tokenizer`.
       dtype: "float32", "bfloat16" or "float16"; by default the stored type of each tensor.
       attention: the attention pattern of the model, "bbcc" or "cccc"; by default the one stored
         with the model, or "bbcc".
       pooling: the pooling of its embeddings; by default the one stored with the model, or "mean".
+      query_instruction: what precedes a query by default, in plain words; by default the one stored
+        with the model, or none.
+      document_instruction: what precedes a document by default, as for queries.
       shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
     Raises:
-      ConversionError: the folder exists, the disk is full, the pattern cannot be exported, or the
-        tokenizer does not fit the model.
-      ValueError: the attention pattern or the pooling is unknown.
+      ConversionError: the folder exists, the disk is full, the pattern cannot be exported, the
+        model has no tokenizer that fits, or a weight is not finite in the type to write.
+      ValueError: the attention pattern or the pooling is unknown, or an instruction has the model's
+        markers.
       FileNotFoundError, TokenizerError: the tokenizer is missing or damaged.
     """
-    spec = EmbeddingSpec.from_fields(model.fields, attention, pooling)
+    spec = EmbeddingSpec.from_fields(
+        model.fields,
+        attention,
+        pooling,
+        query_instruction=query_instruction,
+        document_instruction=document_instruction,
+    )
     if spec.attention not in EXPORTED_PATTERNS:
         raise ConversionError(
             f"{model.folder} was trained with the pattern {spec.attention!r}, which "
             f"sentence-transformers does not support: use --attention "
             f"{' or '.join(EXPORTED_PATTERNS)}"
         )
+    found = find_tokenizer(model, tokenizer)
+    if found is None:
+        raise ConversionError(
+            f"{model.folder} has no tokenizer: name the one it was trained with (--tokenizer PATH)"
+        )
     with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
-        _write_tokenizer(model, unfinished, tokenizer)
-        write_chat_template(unfinished)
+        write_tokenizer(found, unfinished, model.config.max_position_embeddings)
+        write_chat_template(unfinished, adds_bos=found.adds_bos)
         write_sentence_transformers(unfinished, model.config, spec)
         stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
-        fields = model.fields | {"torch_dtype": stored_dtype, **spec.to_fields()}
-        fields["architectures"] = [f"{model.fields['model_type'].capitalize()}ForCausalLM"]
+        fields = model.fields | {"torch_dtype": stored_dtype}
+        # The prompts are in the file of sentence-transformers, from which we read them, too.
+        fields[GRIT_FIELD] = {"attention": spec.attention, "pooling": spec.pooling}
+        fields["architectures"] = [_class_name(model.fields["model_type"])]
         # The new name of torch_dtype has precedence, and still holds the type of the source.
         fields.pop("dtype", None)
         fields.pop("auto_map", None)  # It names code that the export neither has nor needs.
         write_json(unfinished / "config.json", fields)
         ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
         write_json(unfinished / "generation_config.json", ends)
+
+
+def _class_name(model_type: str) -> str:
+    """Returns the class of transformers for a `model_type` of config.json."""
+    formats = [form for architecture in ARCHITECTURES.values() for form in architecture.formats]
+    return next(form.class_name for form in formats if form.model_type == model_type)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +133,18 @@ class _Tensor:
         index = tuple(slice(i, i + 1) for i in self.stack_index)
         index += tuple(slice(0, size) for size in shape)
         array = model.read(self.parameter, index).reshape(shape)
-        return self.parameter.to_tensor(array).astype(self.dtype, copy=False)
+        self._check_finite(array, f"in {model.folder}: choose another checkpoint")
+        with np.errstate(over="ignore"):
+            array = self.parameter.to_tensor(array).astype(self.dtype, copy=False)
+        self._check_finite(array, f"as {self.dtype.name}: use --dtype bfloat16 or float32")
+        return array
+
+    def _check_finite(self, array: np.ndarray, where: str) -> None:
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        if count:
+            raise ConversionError(
+                f"{self.name} has {count:,} values that are NaN or infinite {where}"
+            )
 
 
 def write_weights(model: StoredModel, folder: Path, dtype: str | None, shard_bytes: int) -> str:
@@ -131,7 +165,7 @@ def write_weights(model: StoredModel, folder: Path, dtype: str | None, shard_byt
         file_names = [SINGLE]
     for file_name, shard in zip(file_names, shards, strict=True):
         content = {tensor.name: tensor.read(model) for tensor in shard}
-        save_file(content, folder / file_name, metadata={"format": "pt"})
+        write_tensors(folder / file_name, content)
     if len(shards) > 1:
         files = zip(file_names, shards, strict=True)
         weight_map = {tensor.name: file_name for file_name, shard in files for tensor in shard}
@@ -158,7 +192,7 @@ def _write_dense(model: StoredModel, folder: Path, tensors: list[_Tensor]) -> No
     if not tensors:
         return
     content = {tensor.name.removeprefix(f"{DENSE}/"): tensor.read(model) for tensor in tensors}
-    save_file(content, folder / DENSE / SINGLE, metadata={"format": "pt"})
+    write_tensors(folder / DENSE / SINGLE, content)
 
 
 def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
@@ -172,21 +206,3 @@ def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
         shards[-1].append(tensor)
         filled += tensor.num_bytes
     return shards
-
-
-def _write_tokenizer(model: StoredModel, folder: Path, name: str | None) -> None:
-    """Writes the tokenizer `name`, by default the model's own, or Mistral's if it has none."""
-    if name is None:
-        copy_tokenizer(model.tokenizer_folder, folder)
-        if (folder / SENTENCEPIECE).exists() and (folder / "tokenizer_config.json").exists():
-            return  # The copied files include the settings of transformers.
-    own = tokenizer_in(folder)
-    tokenizer = Tokenizer(name or (MISTRAL if own is None else str(own)))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConversionError(
-            f"the tokenizer {name or MISTRAL!r} has {tokenizer.vocab_size} tokens, but the model "
-            f"{model.folder} only {model.config.vocab_size}: name its own with --tokenizer"
-        )
-    for file in folder.iterdir():  # Settings of a copied tokenizer may contradict the new ones.
-        file.unlink()
-    write_tokenizer(tokenizer, folder, model.config.max_position_embeddings)

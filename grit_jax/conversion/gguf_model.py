@@ -1,21 +1,17 @@
 """Models in GGUF files, the format of llama.cpp."""
 
+from collections.abc import Mapping
 import functools
 from pathlib import Path
-import shutil
-import tempfile
 from typing import Any
-import weakref
 
 from jaxtyping import Shaped
 import ml_dtypes
 import numpy as np
 
-from grit_jax.conversion.gguf_tokenizer import gguf_tokenizer
+from grit_jax.conversion.gguf_tokenizer import gguf_tokenizer_files
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
-from grit_jax.conversion.sidecar_files import write_tokenizer
 from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights
-from grit_jax.files import write_json
 from grit_jax.models import config_from_hugging_face
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -44,7 +40,7 @@ class GgufModel(StoredModel):
 
     Args:
       path: the file.
-      tokenizer: path of a tokenizer to use instead of the one in the file.
+      tokenizer: a tokenizer to use instead of the one in the file.
 
     Raises:
       ConversionError: the package `gguf` is not installed, or the file is damaged or not supported.
@@ -52,16 +48,11 @@ class GgufModel(StoredModel):
 
     folder: Path
 
-    def __init__(self, path: Path, tokenizer: str | None = None):
+    def __init__(self, path: Path, tokenizer: Tokenizer | None = None):
         self.folder = path
         self._given_tokenizer = tokenizer
         self._gguf = _import_gguf()
-        try:
-            reader = self._gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError) as error:
-            raise ConversionError(
-                f"{path} is not a GGUF file, or is damaged or cut off: {error}"
-            ) from None
+        reader = _open_gguf(path)
         self._metadata = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._check_supported()
@@ -77,23 +68,15 @@ class GgufModel(StoredModel):
         self._check_tensors()
 
     @functools.cached_property
-    def tokenizer_folder(self) -> Path:
-        """A temporary folder with the file's tokenizer, removed together with this object.
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Names and contents of the files of the given tokenizer, or of the file's own.
 
         Raises:
           ConversionError: the file's tokenizer is of an unknown kind.
-          FileNotFoundError, TokenizerError: the given tokenizer is missing or damaged.
         """
-        folder = Path(tempfile.mkdtemp(prefix="gguf_tokenizer"))
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        path = self._given_tokenizer
-        if path is None:
-            name, content, special = gguf_tokenizer(self.folder, self._value)
-            path = str(folder / name)
-            Path(path).write_bytes(content)
-            write_json(folder / "tokenizer_config.json", special)
-        write_tokenizer(Tokenizer(path), folder, self.config.max_position_embeddings)
-        return folder
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer.files
+        return gguf_tokenizer_files(self.folder, self._value)
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the stored type, or float32 for quantized weights and layers of several types."""
@@ -109,7 +92,7 @@ class GgufModel(StoredModel):
         return hash_weights("gguf", [self.folder])
 
     def _value(self, key: str, default: Any = None) -> Any:
-        return self._metadata[key].contents() if key in self._metadata else default
+        return _value(self._metadata, key, default)
 
     def _setting(self, name: str, default: Any = None) -> Any:
         return self._value(f"{ARCHITECTURE}.{name}", default)
@@ -218,6 +201,29 @@ class GgufModel(StoredModel):
                     f"{self.folder}: {tensor.name} is quantized as {tensor.tensor_type.name}, "
                     "which the package gguf cannot dequantize"
                 ) from None
+
+
+def read_tokenizer_of_gguf(path: Path) -> dict[str, bytes]:
+    """Returns the tokenizer of a GGUF file of any model, as files of transformers.
+
+    Raises:
+      ConversionError: the file is damaged, or its tokenizer is of an unknown kind.
+    """
+    metadata = _open_gguf(path).fields
+    return gguf_tokenizer_files(path, functools.partial(_value, metadata))
+
+
+def _open_gguf(path: Path) -> Any:
+    try:
+        return _import_gguf().GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ConversionError(
+            f"{path} is not a GGUF file, or is damaged or cut off: {error}"
+        ) from None
+
+
+def _value(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    return metadata[key].contents() if key in metadata else default
 
 
 def _import_gguf() -> Any:

@@ -1,6 +1,7 @@
 """The tokenizer in the metadata of a GGUF file, as a tokenizer.json or tokenizer.model."""
 
 from collections.abc import Callable
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from grit_jax.conversion.stored_model import ConversionError
-from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE
+from grit_jax.text.sentencepiece_conversion import parse_model
+from grit_jax.text.tokenizer_files import GRIT, HUGGING_FACE, SENTENCEPIECE, SETTINGS
 
 # Token types, numbered as in SentencePiece.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
@@ -29,8 +31,8 @@ GPT_2, SMOLLM = "gpt-2", "smollm"
 GetMetadata = Callable[..., Any]
 
 
-def gguf_tokenizer(path: Path, get_metadata: GetMetadata) -> tuple[str, bytes, dict[str, str]]:
-    """Returns the tokenizer of a GGUF file: the name and content of a file, and special tokens.
+def gguf_tokenizer_files(path: Path, get_metadata: GetMetadata) -> dict[str, bytes]:
+    """Returns the tokenizer of a GGUF file: names and contents of files of transformers.
 
     Args:
       path: the GGUF file, for error messages.
@@ -40,22 +42,34 @@ def gguf_tokenizer(path: Path, get_metadata: GetMetadata) -> tuple[str, bytes, d
       ConversionError: the tokenizer is of an unknown kind.
     """
     kind = get_metadata("tokenizer.ggml.model")
+    if kind is None:
+        raise ConversionError(f"{path} has no tokenizer: give one (tokenizer=PATH)")
     tokens = get_metadata("tokenizer.ggml.tokens")
     special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
         token_id = get_metadata(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
             special[f"{name}_token"] = tokens[token_id]
-    if missing := {"bos_token", "eos_token"} - special.keys():
-        raise ConversionError(f"{path} has a tokenizer without {min(missing)}")
+    if "eos_token" not in special:
+        raise ConversionError(f"{path} has a tokenizer without eos_token")
     if kind == "gpt2":
-        return HUGGING_FACE, _byte_pair_encoding(path, tokens, get_metadata), special
-    if kind == "llama":
-        return SENTENCEPIECE, _sentencepiece(tokens, special, get_metadata), special
-    raise ConversionError(
-        f"{path} has a tokenizer of the unknown kind {kind!r}: give the original model's tokenizer "
-        "(tokenizer=PATH, or --tokenizer PATH)"
-    )
+        name, content = HUGGING_FACE, _byte_pair_encoding(path, tokens, get_metadata)
+    elif kind == "llama":
+        name, content = SENTENCEPIECE, _sentencepiece(tokens, special, get_metadata)
+    else:
+        raise ConversionError(
+            f"{path} has a tokenizer of the unknown kind {kind!r}: give the original model's "
+            "tokenizer (tokenizer=PATH, or --tokenizer PATH)"
+        )
+    # The defaults are those of llama.cpp.
+    adds_bos = kind == "llama" or get_metadata("tokenizer.ggml.pre", GPT_2) in PATTERNS
+    adds_bos = get_metadata("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special
+    adds_eos = get_metadata("tokenizer.ggml.add_eos_token", False)
+    around = {
+        "begin": [special["bos_token"]] if adds_bos else [],
+        "end": [special["eos_token"]] if adds_eos else [],
+    }
+    return {name: content, SETTINGS: json.dumps({**special, GRIT: around}).encode()}
 
 
 def _byte_pair_encoding(path: Path, tokens: list[str], get_metadata: GetMetadata) -> bytes:
@@ -99,9 +113,7 @@ def _sentencepiece(tokens: list[str], special: dict[str, str], get_metadata: Get
 
     GGUF does not store the normalization of text. Llama and Mistral have none.
     """
-    from sentencepiece import sentencepiece_model_pb2  # Needs protobuf, of the extra `gguf`.
-
-    model: Any = getattr(sentencepiece_model_pb2, "ModelProto")()  # noqa: B009  defined at import
+    model = parse_model(b"")
     token_types = get_metadata("tokenizer.ggml.token_type")
     scores = get_metadata("tokenizer.ggml.scores")
     for token, token_type, score in zip(tokens, token_types, scores, strict=True):
@@ -110,6 +122,7 @@ def _sentencepiece(tokens: list[str], special: dict[str, str], get_metadata: Get
     trainer.model_type = trainer.BPE
     trainer.vocab_size = len(tokens)
     trainer.byte_fallback = BYTE in token_types
+    trainer.bos_id = -1
     for name, token in special.items():
         setattr(trainer, name.replace("token", "id"), tokens.index(token))
         setattr(trainer, name.replace("token", "piece"), token)

@@ -10,7 +10,6 @@ from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.conversion.orbax_model import OrbaxModel, read_item
 from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel, hash_weights
 from grit_jax.models import LoraConfig, lora_layers
-from grit_jax.text.tokenizer import tokenizer_in
 
 # The item of a checkpoint that names the base model's folder. Only LoRA checkpoints have it.
 BASE_MODEL = "base_model"
@@ -47,10 +46,9 @@ class LoraCheckpoint(StoredModel):
         }
 
     @functools.cached_property
-    def tokenizer_folder(self) -> Folder:
+    def tokenizer_files(self) -> dict[str, bytes]:
         """The checkpoint's own tokenizer; old checkpoints have none and use the base model's."""
-        own = self._updates.tokenizer_folder
-        return own if tokenizer_in(own) is not None else self._base.tokenizer_folder
+        return self._updates.tokenizer_files or self._base.tokenizer_files
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that W is stored in; `read` returns adapted weights in float32."""

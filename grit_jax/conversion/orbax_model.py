@@ -22,11 +22,13 @@ import tensorstore
 from grit_jax.bucket import in_bucket
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
-from grit_jax.conversion.sidecar_files import copy_tokenizer
 from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel, hash_weights
 from grit_jax.models import config_from_hugging_face
+from grit_jax.text.tokenizer_files import read_tokenizer_files, with_saved_settings
 
 PARAMETERS, MODEL_CONFIG, TOKENIZER = "parameters", "model_config", "tokenizer"
+# Only the checkpoints of runs have this item.
+DESCRIPTION = "description"
 # In a bucket, Orbax marks a complete checkpoint and each of its complete items with this file.
 COMMIT_FILE = "commit_success.txt"
 # Slices that are read or written at the same time. It bounds the memory of a conversion.
@@ -50,9 +52,11 @@ class OrbaxModel(StoredModel):
         self.parameters = parameters(self.config)
 
     @functools.cached_property
-    def tokenizer_folder(self) -> Folder:
-        """The folder in the checkpoint that holds the tokenizer, if there is one."""
-        return self.folder / TOKENIZER
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Names and contents of the tokenizer's files; empty if the checkpoint has none."""
+        files = read_tokenizer_files(self.folder / TOKENIZER)
+        is_of_run = (self.folder / DESCRIPTION).exists()
+        return with_saved_settings(files) if is_of_run else files
 
     def dtype(self, parameter: ParamSpec) -> np.dtype:
         """Returns the type that the parameter is stored in."""
@@ -70,8 +74,7 @@ class OrbaxModel(StoredModel):
         """Returns an array of the checkpoint and caches it; meant for small arrays."""
         return self._store(path).read().result()
 
-    def load(self, shapes: dict[str, Any]) -> dict[str, Any]:
-        """Returns the parameters as global arrays, see `StoredModel.load`."""
+    def _load(self, shapes: dict[str, Any]) -> dict[str, Any]:
         by_path = flatten_dict(shapes)
         shapes = unflatten_dict({p.path: by_path[p.path] for p in self.parameters})
         arguments = ocp.args.Composite(parameters=ocp.args.StandardRestore(shapes))
@@ -127,7 +130,7 @@ def write_orbax(model: StoredModel, folder: Path) -> None:
       ConversionError: the folder exists, or the disk is full.
       FileNotFoundError, TokenizerError: the model's tokenizer is missing or damaged.
     """
-    tokenizer_folder = model.tokenizer_folder  # Fails early if the tokenizer cannot be read.
+    tokenizer_files = model.tokenizer_files  # Fails early if the tokenizer cannot be read.
     tree = unflatten_dict({p.path: _LazyArray(model, p) for p in model.parameters})
     writer = _SliceWriter()
     handlers = ocp.type_handlers.create_type_handler_registry(
@@ -149,7 +152,8 @@ def write_orbax(model: StoredModel, folder: Path) -> None:
         if writer.error is not None:
             raise writer.error
         (unfinished / TOKENIZER).mkdir()
-        copy_tokenizer(tokenizer_folder, unfinished / TOKENIZER)
+        for name, content in tokenizer_files.items():
+            (unfinished / TOKENIZER / name).write_bytes(content)
         for item in (PARAMETERS, MODEL_CONFIG, "."):  # So that it can be copied to a bucket.
             (unfinished / item / COMMIT_FILE).touch()
 

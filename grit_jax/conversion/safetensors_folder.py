@@ -1,6 +1,6 @@
 """The tensors in a Hugging Face folder of safetensors, read slice by slice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Shaped
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from grit_jax.conversion.stored_model import ConversionError
 from grit_jax.models.weights import DENSE
@@ -79,6 +80,12 @@ def _tensors(path: Path) -> Iterator[_Tensor]:
         for name in file.keys():  # noqa: SIM118  it is not a dictionary
             tensor = file.get_slice(name)
             yield _Tensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Writes a file of tensors, readable by whoever can read its folder."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read.
 
 
 def read_json(path: Path) -> dict[str, Any]:

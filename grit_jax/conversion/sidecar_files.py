@@ -5,67 +5,53 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-from etils import epath
-
 from grit_jax.files import write_json
 from grit_jax.models import ModelConfig
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import EmbeddingSpec
-from grit_jax.text.templates import EMBED
-from grit_jax.text.tokenizer import HUGGING_FACE, SENTENCEPIECE, Tokenizer, tokenizer_in
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
 
 FILES = Path(__file__).with_name("files")
-TOKENIZER_FILES = (
-    HUGGING_FACE,
-    SENTENCEPIECE,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "config.json",  # It may be the only file that names the BOS and EOS tokens.
-)
+TRANSFORMER = "grit_transformer.py"
+# The settings of sentence-transformers for a whole model, among them its prompts.
+SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Writes a tokenizer for transformers that adds BOS, but no EOS, to each text.
+    """Writes a tokenizer for transformers that begins and ends texts as it does here.
 
     Args:
       tokenizer: the model's tokenizer.
       folder: the folder to write to.
       max_length: the longest text that the model supports, in tokens.
+
+    Raises:
+      TokenizerError: no tokenizer.json has the same ids.
     """
-    is_sentencepiece = tokenizer.file_name == SENTENCEPIECE
     # Few models have a padding token. Padding is masked, so that any token will do.
     special = tokenizer.special_tokens | {"pad_token": tokenizer.special_tokens["eos_token"]}
     settings: dict[str, Any] = {
-        # PreTrainedTokenizerFast follows tokenizer.json; other classes override parts of it.
-        "tokenizer_class": "LlamaTokenizer" if is_sentencepiece else "PreTrainedTokenizerFast",
-        "add_bos_token": True,
-        "add_eos_token": False,
+        # It follows tokenizer.json; other classes override parts of it.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.adds_bos,
+        "add_eos_token": tokenizer.adds_eos,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
         "padding_side": "right",
     }
-    if is_sentencepiece:
-        settings["legacy"] = True
-    (folder / tokenizer.file_name).write_bytes(tokenizer.exported())
+    (folder / HUGGING_FACE).write_bytes(tokenizer.exported())
+    if tokenizer.sentencepiece_model is not None:  # llama.cpp converts this one.
+        (folder / SENTENCEPIECE).write_bytes(tokenizer.sentencepiece_model)
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def copy_tokenizer(source: Path | epath.Path, folder: Path) -> None:
-    """Copies a tokenizer's files from one folder to another; does nothing if there are none."""
-    if tokenizer_in(source) is None:
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
-
-
-def write_chat_template(folder: Path) -> None:
-    """Replaces the tokenizer's chat template by GRIT's."""
+def write_chat_template(folder: Path, *, adds_bos: bool) -> None:
+    """Replaces the tokenizer's chat template by GRIT's, with BOS or without."""
     template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
+    if not adds_bos:
+        template = template.removeprefix("{{- bos_token -}}\n")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     # Versions of transformers before 4.43 read it from the tokenizer's settings.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -74,13 +60,9 @@ def write_chat_template(folder: Path) -> None:
 
 def write_sentence_transformers(folder: Path, config: ModelConfig, spec: EmbeddingSpec) -> None:
     """Writes the settings with which sentence-transformers computes the model's embeddings."""
-    transformer = "sentence_transformers.models.Transformer"
-    if spec.attention[1] == "b":
-        module = "bidirectional_transformer.py"
-        shutil.copyfile(FILES / module, folder / module)
-        transformer = "bidirectional_transformer.BidirectionalTransformer"
+    shutil.copyfile(FILES / TRANSFORMER, folder / TRANSFORMER)
     modules = [
-        (transformer, ""),
+        ("grit_transformer.GritTransformer", ""),
         ("sentence_transformers.models.Pooling", "1_Pooling"),
         ("sentence_transformers.models.Normalize", "2_Normalize"),
     ]
@@ -107,18 +89,19 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
         {
             "word_embedding_dimension": config.hidden_size,
             **{f"pooling_mode_{name}": mode == spec.pooling for mode, name in modes.items()},
-            "include_prompt": False,
+            "include_prompt": spec.pooling in ("lasttoken", "cls"),
         },
     )
     (folder / modules[-1][1]).mkdir()
+    # As `GritLM.encode` by default.
     max_length = min(512, config.max_position_embeddings)
     write_json(
         folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
     )
     write_json(
-        folder / "config_sentence_transformers.json",
+        folder / SENTENCE_TRANSFORMERS,
         {
-            "prompts": {"document": EMBED},
+            "prompts": {"query": spec.query_prompt, "document": spec.document_prompt},
             "default_prompt_name": "document",
             "similarity_fn_name": "cosine",
         },

@@ -10,11 +10,13 @@ from typing import Any
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
+import jax.numpy as jnp
 from jaxtyping import Shaped
 import numpy as np
 
 from grit_jax.conversion.layout import Index, ParamSpec
 from grit_jax.models import ModelConfig
+from grit_jax.text.tokenizer_files import read_tokenizer_files
 
 Folder = Path | epath.Path
 
@@ -43,9 +45,9 @@ class StoredModel(abc.ABC):
     parameters: list[ParamSpec]
 
     @functools.cached_property
-    def tokenizer_folder(self) -> Folder:
-        """The folder that holds the model's tokenizer, if it has one."""
-        return self.folder
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Names and contents of the tokenizer's files; empty if the model has no tokenizer."""
+        return read_tokenizer_files(self.folder)
 
     @abc.abstractmethod
     def dtype(self, parameter: ParamSpec) -> np.dtype:
@@ -75,7 +77,29 @@ class StoredModel(abc.ABC):
           shapes: nested dictionaries with a `jax.ShapeDtypeStruct` with a sharding for each
             parameter, such as `nnx.to_pure_dict` returns for an abstract state. Parameters that
             the stored model does not have are ignored.
+
+        Raises:
+          ConversionError: a weight is not finite.
         """
+        loaded = self._load(shapes)
+        self.check_finite(loaded)
+        return loaded
+
+    def check_finite(self, loaded: dict[str, Any]) -> None:
+        """Checks, on the devices, that loaded parameters have no NaN and are not infinite.
+
+        Raises:
+          ConversionError: a parameter is not finite; the message names it.
+        """
+        wrong = [".".join(path) for path, ok in _are_finite(flatten_dict(loaded)).items() if not ok]
+        if wrong:
+            raise ConversionError(
+                f"{self.folder} has values that are NaN or infinite in {', '.join(wrong)}: choose "
+                "another checkpoint"
+            )
+
+    def _load(self, shapes: dict[str, Any]) -> dict[str, Any]:
+        """Returns what `load` returns, not yet checked."""
 
         def load(parameter: ParamSpec, shape: Any) -> jax.Array:
             def read(index: Index | None) -> np.ndarray:
@@ -93,6 +117,11 @@ class StoredModel(abc.ABC):
             if names:
                 shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
                 raise ConversionError(f"{self.folder} {verb} {len(names)} tensors: {shown}")
+
+
+@jax.jit
+def _are_finite(arrays: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
+    return {path: jnp.isfinite(array).all() for path, array in arrays.items()}
 
 
 def hash_weights(prefix: str, files: Iterable[Path]) -> str:

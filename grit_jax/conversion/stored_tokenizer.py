@@ -1,28 +1,60 @@
-"""The tokenizer and the end-of-text tokens of a stored model."""
+"""Tokenizers by name or of a stored model, and the tokens that end its texts."""
 
-from collections.abc import Iterator
-import contextlib
 import os
 from pathlib import Path
-import tempfile
+import warnings
 
-from etils import epath
-
-from grit_jax.bucket import in_bucket
-from grit_jax.conversion.sidecar_files import copy_tokenizer
+from grit_jax.bucket import in_bucket, open_bucket
+from grit_jax.conversion.gguf_model import SUFFIX, read_tokenizer_of_gguf
+from grit_jax.conversion.opening import open_model
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
-from grit_jax.text.tokenizer import MISTRAL, Tokenizer, tokenizer_in
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import MISTRAL, read_tokenizer_files
 
-MISTRAL_VOCAB_SIZE = 32_000
+# Models that may have Mistral's tokenizer, and the size of its vocabulary.
+MISTRAL_MODEL_TYPES, MISTRAL_VOCAB_SIZE = ("mistral", "mixtral"), 32_000
+# What names a tokenizer, for help texts.
+TOKENIZER_NAMES = (
+    "'mistral', or the path of a tokenizer.model, a tokenizer.json, a GGUF file, or of a model's, "
+    "checkpoint's or run's folder"
+)
 
 
-def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None) -> Tokenizer | None:
+def open_tokenizer(name: str | os.PathLike) -> Tokenizer:
+    """Returns the tokenizer with a name.
+
+    Args:
+      name: "mistral", or the path of a SentencePiece model, a tokenizer.json, a GGUF file, or of
+        the folder of a model, a checkpoint or a run. Folders may be in a bucket.
+
+    Raises:
+      BucketError: the bucket cannot be read.
+      ConversionError: the folder or GGUF file has no tokenizer.
+      FileNotFoundError: there is no such file.
+      TokenizerError: the tokenizer's files are damaged or name no EOS token.
+    """
+    name = os.fspath(name)
+    if in_bucket(name):
+        path = open_bucket(name)
+    else:
+        path = Path(name)
+        if path.suffix == SUFFIX and path.is_file():
+            return Tokenizer.of_files(read_tokenizer_of_gguf(path), name)
+        if name == MISTRAL or not path.is_dir():
+            return Tokenizer(name)
+    files = read_tokenizer_files(path) or open_model(name).tokenizer_files
+    if not files:
+        raise ConversionError(f"{name} has no tokenizer.json or tokenizer.model")
+    return Tokenizer.of_files(files, name)
+
+
+def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None = None) -> Tokenizer | None:
     """Returns the tokenizer for a stored model.
 
     Args:
       stored: the model.
-      name: "mistral" or the path of a tokenizer. None takes the model's own tokenizer, or Mistral's
-        for a model without one whose vocabulary has Mistral's size.
+      name: see `open_tokenizer`. None takes the model's own tokenizer or, with a warning, Mistral's
+        for a Mistral or Mixtral without one whose vocabulary has its size.
 
     Returns:
       The tokenizer, or None if there is none; such a model takes only token ids.
@@ -30,38 +62,38 @@ def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None) -> Token
     Raises:
       ConversionError: the tokenizer has more tokens than the model's vocabulary.
       FileNotFoundError: there is no tokenizer called `name`.
-      TokenizerError: the tokenizer's files are damaged or name no BOS and EOS tokens.
+      TokenizerError: the tokenizer's files are damaged or name no EOS token.
     """
-    name = name or tokenizer_in(stored.tokenizer_folder)
-    if name is None:
-        if stored.config.vocab_size != MISTRAL_VOCAB_SIZE:
-            return None
+    if name is not None:
+        tokenizer = open_tokenizer(name)
+    elif stored.tokenizer_files:
+        tokenizer = Tokenizer.of_files(stored.tokenizer_files, str(stored.folder))
+    elif not may_have_mistrals(stored):
+        return None
+    else:
         try:
-            return Tokenizer(MISTRAL)
-        except FileNotFoundError:  # It comes with a package of the extra `data`.
+            tokenizer = Tokenizer(MISTRAL)
+        except FileNotFoundError:  # It comes with a package of the extra `prepare`.
             return None
-    with _on_disk(name) as path:
-        tokenizer = Tokenizer(os.fspath(path))
-    if tokenizer.vocab_size > stored.config.vocab_size:
+        warnings.warn(
+            f"{stored.folder} has no tokenizer: the one of Mistral 7B is used; name another with "
+            "tokenizer=PATH (--tokenizer PATH)",
+            UserWarning,
+            stacklevel=3,
+        )
+    if tokenizer.base_vocab_size > stored.config.vocab_size:
         raise ConversionError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model only "
-            f"{stored.config.vocab_size}: give the model's own with tokenizer=PATH"
+            f"the tokenizer {tokenizer.name} has {tokenizer.base_vocab_size} tokens, but "
+            f"{stored.folder} only {stored.config.vocab_size}: give the model's own with "
+            "tokenizer=PATH (--tokenizer PATH)"
         )
     return tokenizer
 
 
-@contextlib.contextmanager
-def _on_disk(path: os.PathLike | str) -> Iterator[os.PathLike | str]:
-    """Yields the path of a tokenizer, or of a temporary copy if the tokenizer is in a bucket."""
-    if not in_bucket(path):
-        yield path
-        return
-    path = epath.Path(path)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        copy.write_bytes(path.read_bytes())
-        copy_tokenizer(path.parent, Path(folder))
-        yield copy
+def may_have_mistrals(stored: StoredModel) -> bool:
+    """Returns whether a model without a tokenizer may have been trained with Mistral's."""
+    is_mistral = stored.fields.get("model_type") in MISTRAL_MODEL_TYPES
+    return is_mistral and stored.config.vocab_size == MISTRAL_VOCAB_SIZE
 
 
 def find_end_tokens(stored: StoredModel) -> list[int] | None:

@@ -46,14 +46,17 @@ class EmbeddingBatch:
       queries: Q texts.
       passages: P texts.
       positives: index of each query's positive among the passages.
-      passage_ids: equal for two passages if and only if they are the same text; -1 for an unused
+      passage_ids: index of the first copy of each passage among the passages; -1 for an unused
         index.
+      query_ids: index of the first copy of each query among the queries; None if all queries are
+        treated as different.
     """
 
     queries: PackedTexts
     passages: PackedTexts
     positives: Int[Array, " Q"]
     passage_ids: Int[Array, " P"]
+    query_ids: Int[Array, " Q"] | None = None
 
     @property
     def streams(self) -> dict[str, PackedTexts]:

@@ -32,6 +32,8 @@ class Batches:
       local_shards: indices of the shards of rows that this host reads; by default all.
       duplicate_positives_are_negatives: whether copies of a query's positive count as negatives,
         as in the original implementation.
+      same_query_positives_are_negatives: whether the positives of other examples with the same
+        query count as negatives, as in the original implementation.
 
     Raises:
       PreparedDataError: a dataset has a text that is longer than the maximum row length.
@@ -43,11 +45,13 @@ class Batches:
         limits: RowLimits,
         local_shards: Sequence[int] | None = None,
         duplicate_positives_are_negatives: bool = False,
+        same_query_positives_are_negatives: bool = False,
     ):
         self.plans = BatchPlanner(samplers, limits)
         self.samplers, self._limits = samplers, limits
         self._local_shards = range(limits.count_multiple) if local_shards is None else local_shards
         self._duplicate_positives_are_negatives = duplicate_positives_are_negatives
+        self._same_query_positives_are_negatives = same_query_positives_are_negatives
 
     @property
     def description(self) -> dict[str, Any]:
@@ -86,6 +90,7 @@ class Batches:
                 sampler.datasets,
                 sampler.group_size,
                 self._duplicate_positives_are_negatives,
+                self._same_query_positives_are_negatives,
             )
         return Batch(parts, np.array(plan.num_tokens, np.int32))
 

@@ -142,6 +142,7 @@ def make_embedding_batch(
     datasets: Sequence[PreparedDataset],
     group_size: int,
     duplicate_positives_are_negatives: bool,
+    same_query_positives_are_negatives: bool,
 ) -> EmbeddingBatch:
     """Returns the queries and passages of a batch.
 
@@ -151,22 +152,24 @@ def make_embedding_batch(
       datasets: the sampler's datasets.
       group_size: passages per query.
       duplicate_positives_are_negatives: whether copies of a query's positive count as negatives.
+      same_query_positives_are_negatives: whether the positives of other examples with the same
+        query count as negatives.
     """
-    passages = sampled.texts[:, 1:]
-    is_used = passages.ravel() >= 0
+    fingerprints = np.zeros(sampled.texts.shape, np.uint64)
+    for index, dataset in enumerate(datasets):
+        own = sampled.datasets == index
+        fingerprints[own] = dataset.lengths.fingerprints[sampled.texts[own]]
+    is_used = sampled.texts[:, 1:].ravel() >= 0
     if duplicate_positives_are_negatives:
         passage_ids = np.where(is_used, np.arange(len(is_used)), -1).astype(np.int32)
     else:
-        fingerprints = np.zeros(passages.shape, np.uint64)
-        for index, dataset in enumerate(datasets):
-            own = sampled.datasets == index
-            fingerprints[own] = dataset.lengths.fingerprints[passages[own]]
-        passage_ids = deduplicated_ids(fingerprints.ravel(), is_used)
+        passage_ids = deduplicated_ids(fingerprints[:, 1:].ravel(), is_used)
     return EmbeddingBatch(
         packed["query"],
         packed["passage"],
         np.arange(0, len(is_used), group_size).astype(np.int32),
         passage_ids,
+        None if same_query_positives_are_negatives else deduplicated_ids(fingerprints[:, 0]),
     )
 
 
@@ -187,6 +190,7 @@ def make_chat_batch(
     datasets: Sequence[PreparedDataset],
     group_size: int,
     duplicate_positives_are_negatives: bool,
+    same_query_positives_are_negatives: bool,
 ) -> ChatBatch:
     """Returns the chats of a batch; the arguments are those of `make_embedding_batch`."""
     return ChatBatch(packed["chat"])

@@ -27,10 +27,13 @@ from grit_jax.data.storage import PreparedDataError, RecordReader, read_file
 from grit_jax.text.examples import Example, Text
 from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import with_saved_settings
 
 FORMAT_VERSION = 2
 # Folder of the saved tokenizers, within a folder of prepared data.
 TOKENIZERS = "tokenizers"
+# Number of different instructions of a dataset that are counted.
+MAX_INSTRUCTIONS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,11 @@ class Manifest:
       instruction_lengths: for each stream the number of texts, and the longest, mean and sum of
         their tokens that are attended to but neither pooled nor predicted (BOS, instructions, user
         turns).
+      cut: for each stream the number of texts that were cut to the maximum length, the number of
+        tokens they lost, and the length of the longest text before; empty if not recorded.
+      instructions: for each stream of texts to embed the number of different instructions ("count",
+        at most `MAX_INSTRUCTIONS`) and the first few ("first"); empty if not recorded.
+      notes: number of lines by how they were read, where their author may not expect it.
       rejected_lines: for each reason the first few rejected lines; rejected.jsonl has all of them.
       left_out: number of lines that the dataset's `preprocess` dropped.
       source: what the dataset was read from.
@@ -69,6 +77,9 @@ class Manifest:
     features: list[str] = dataclasses.field(default_factory=list)
     token_lengths: dict[str, dict[str, int | float]] = dataclasses.field(default_factory=dict)
     instruction_lengths: dict[str, dict[str, int | float]] = dataclasses.field(default_factory=dict)
+    cut: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    instructions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
     rejected_lines: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     left_out: int = 0
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -225,14 +236,7 @@ def load_mixture(
         has the split.
     """
     path = epath.Path(folder) / f"{mixture}.json"
-    try:
-        stored = _read_json(path)
-    except PreparedDataError as error:
-        remedy = f"prepare it with: grit-jax prepare {mixture} --output {folder}"
-        if isinstance(error.__cause__, FileNotFoundError):
-            others = sorted(p.stem for p in path.parent.glob("*.json") if p.name[0] != ".")
-            remedy = f"there are {', '.join(others)}" if others else remedy
-        raise PreparedDataError(f"config.data.{field}={mixture!r}: {error}; {remedy}") from error
+    stored = _read_mixture(path, field)
     splits = stored.get("splits", {})
     # The mixture says which splits a dataset has, so that a missing file is an error.
     rates = {n: rate for n, rate in stored["rates"].items() if split in splits.get(n, [split])}
@@ -249,6 +253,59 @@ def load_mixture(
                 f"{dataset.manifest.kind} examples, not {kind} ones"
             )
     return datasets
+
+
+def _read_mixture(path: epath.Path, field: str) -> dict[str, Any]:
+    try:
+        return _read_json(path)
+    except PreparedDataError as error:
+        remedy = f"prepare it with: grit-jax prepare {path.stem} --output {path.parent}"
+        if isinstance(error.__cause__, FileNotFoundError):
+            others = _mixture_names(path.parent)
+            remedy = f"there are {', '.join(others)}" if others else remedy
+        raise PreparedDataError(f"config.data.{field}={path.stem!r}: {error}; {remedy}") from error
+
+
+def _mixture_names(folder: epath.Path) -> list[str]:
+    if not folder.exists():
+        return []
+    return sorted(path.stem for path in folder.glob("*.json") if path.name[0] != ".")
+
+
+def mixture_manifests(
+    folder: epath.PathLike, mixture: str, field: str
+) -> dict[str, list[Manifest]]:
+    """Returns the manifests of the datasets of a prepared mixture, by split.
+
+    Args:
+      folder: the output folder of `grit-jax prepare`.
+      mixture: name of the mixture.
+      field: the field of `config.data` that names the mixture, for error messages.
+
+    Raises:
+      PreparedDataError: the mixture is missing or damaged.
+    """
+    folder = epath.Path(folder)
+    stored = _read_mixture(folder / f"{mixture}.json", field)
+    manifests: dict[str, list[Manifest]] = {}
+    for name in stored["rates"]:
+        for split in stored.get("splits", {}).get(name, ["train"]):
+            manifest = read_manifest(folder / name / split / "manifest.json")
+            manifests.setdefault(split, []).append(manifest)
+    return manifests
+
+
+def mixtures_by_kind(folder: epath.PathLike) -> dict[str, list[str]]:
+    """Returns the names of the prepared mixtures in a folder, by their kind of text.
+
+    Raises:
+      PreparedDataError: a mixture is damaged.
+    """
+    found: dict[str, list[str]] = {}
+    for mixture in _mixture_names(epath.Path(folder)):
+        for manifest in next(iter(mixture_manifests(folder, mixture, "folder").values()), [])[:1]:
+            found.setdefault(manifest.kind, []).append(mixture)
+    return found
 
 
 def save_tokenizer(tokenizer: Tokenizer, output: epath.Path) -> None:
@@ -271,7 +328,8 @@ def saved_tokenizer_files(dataset: PreparedDataset) -> dict[str, bytes]:
     """
     described = dataset.manifest.tokenizer
     folder = _tokenizer_folder(dataset.folder.parent.parent, described["sha256"])
-    return {name: read_file(folder / name) for name in described.get("files", ())}
+    files = {name: read_file(folder / name) for name in described.get("files", ())}
+    return with_saved_settings(files)
 
 
 def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
@@ -285,7 +343,7 @@ def load_saved_tokenizer(dataset: PreparedDataset) -> Tokenizer:
     """
     files = saved_tokenizer_files(dataset)
     name = dataset.manifest.tokenizer["name"]
-    return Tokenizer.of_files(files) if files else Tokenizer(name)
+    return Tokenizer.of_files(files, name) if files else Tokenizer(name)
 
 
 def _tokenizer_folder(output: epath.Path, fingerprint: str) -> epath.Path:

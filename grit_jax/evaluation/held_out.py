@@ -100,9 +100,10 @@ class RetrievalTask:
 
     Attributes:
       name: name of the dataset.
-      queries: the queries.
+      queries: the queries, without duplicates.
       passages: the positives, without duplicates.
-      relevant: for each query the indices of its positives among the passages.
+      relevant: for each query the indices of the positives of all examples with that query, among
+        the passages.
     """
 
     name: str
@@ -114,14 +115,15 @@ class RetrievalTask:
     def of(cls, dataset: PreparedDataset) -> "RetrievalTask":
         """Returns the task of a dataset."""
         examples = dataset.read(range(len(dataset)))
-        positives = [text for example in examples for text in example.positives]
-        fingerprints = np.array([text_fingerprint(text) for text in positives], np.uint64)
-        first_copies = deduplicated_ids(fingerprints)
-        kept = np.unique(first_copies)
-        indices = iter(np.searchsorted(kept, first_copies).tolist())
-        relevant = [{next(indices) for _ in example.positives} for example in examples]
-        queries = [example.query for example in examples]
-        return cls(dataset.name, queries, [positives[index] for index in kept], relevant)
+        queries, query_indices = _without_duplicates([example.query for example in examples])
+        passages, passage_indices = _without_duplicates(
+            [text for example in examples for text in example.positives]
+        )
+        relevant: list[set[int]] = [set() for _ in queries]
+        passage_index = iter(passage_indices)
+        for query_index, example in zip(query_indices, examples, strict=True):
+            relevant[query_index] |= {next(passage_index) for _ in example.positives}
+        return cls(dataset.name, queries, passages, relevant)
 
     def metrics(self, scores: Float[np.ndarray, "Q P"]) -> dict[str, float]:
         """Returns the metrics of the scores of all queries and passages, as DATASET/METRIC."""
@@ -133,6 +135,13 @@ class RetrievalTask:
 
     def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
         return {f"{self.name}/{metric}": value for metric, value in metrics.items()}
+
+
+def _without_duplicates(texts: Sequence[Text]) -> tuple[list[Text], list[int]]:
+    """Returns the different texts in order, and for each text its index among them."""
+    fingerprints = np.array([text_fingerprint(text) for text in texts], np.uint64)
+    kept, indices = np.unique(deduplicated_ids(fingerprints), return_inverse=True)
+    return [texts[index] for index in kept], indices.tolist()
 
 
 class RetrievalEvaluator:

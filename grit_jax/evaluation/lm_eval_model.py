@@ -1,7 +1,8 @@
 """`GritLM` as a model of lm-eval, EleutherAI's evaluation harness (the package lm_eval).
 
 Texts are tokenized as lm-eval's own model for `transformers` tokenizes them for an exported model:
-each text begins with `<s>`, and the string `</s>` in a text becomes the end token.
+each text begins with `<s>` if the tokenizer does so, and strings such as `</s>` in a text become
+tokens. No text ends with `</s>`.
 """
 
 from collections import defaultdict
@@ -48,8 +49,9 @@ class LmEvalModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that begins a text, `<s>`."""
-        return self._model.tokenizer.bos_id
+        """The token that precedes a text without context: `<s>`, or `</s>` if there is no `<s>`."""
+        bos = self._model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -59,13 +61,18 @@ class LmEvalModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Returns the token ids of a text, beginning with `<s>` unless that is switched off."""
-        ids = [] if add_special_tokens is False else [self.prefix_token_id]
-        for index, part in enumerate(string.split(self._end_of_text)):
-            if index:
-                ids.append(self.eot_token_id)
-            ids += self._model.tokenizer.ids(part).tolist()
-        return ids
+        """Returns the token ids of a text.
+
+        It begins with `<s>` if the tokenizer does so, unless that is switched off or the string
+        begins with it.
+        """
+        tokenizer = self._model.tokenizer
+        ids = tokenizer.encode_markup(string)
+        if add_special_tokens is False:
+            return ids
+        if add_special_tokens is None and ids[:1] == [self.prefix_token_id]:
+            return ids
+        return [*tokenizer.begin_ids.tolist(), *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -123,6 +123,8 @@ class GritLM:
         linear_dtype: str | None = None,
         attention: str | None = None,
         pooling: str | None = None,
+        query_instruction: str | None = None,
+        document_instruction: str | None = None,
         normalized: bool = True,
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
@@ -140,21 +142,35 @@ class GritLM:
           attention: the attention pattern it was trained with. By default the one that a checkpoint
             of grit-jax stores, or "bbcc".
           pooling: how embeddings are pooled. By default the stored pooling, or "mean".
+          query_instruction: what precedes a query in `encode_query`, in plain words. By default the
+            stored one.
+          document_instruction: what precedes a document in `encode_document`, in plain words. By
+            default the stored one.
           normalized: whether embeddings are scaled to length 1.
-          tokenizer: path of a SentencePiece model or a tokenizer.json, or "mistral". By default the
-            tokenizer stored with the model, or Mistral's if the vocabulary has the same size.
+          tokenizer: "mistral", or the path of a SentencePiece model, a tokenizer.json, a GGUF file
+            or a folder with a tokenizer. By default the tokenizer stored with the model, or, with a
+            warning, Mistral's for a Mistral or Mixtral of the same vocabulary size without one.
           mesh: the devices, by default all of them (see `grit_jax.sharding.make_mesh`).
           base: path of a LoRA checkpoint's base model, if it has moved.
 
         Raises:
-          ConversionError: there is no model at `path`, or it is damaged.
+          ConversionError: there is no model at `path`, it is damaged, or weights are not finite.
           BucketError: its bucket cannot be used.
           FileNotFoundError: there is no such tokenizer.
           TokenizerError: its files are not a tokenizer, or do not name its special tokens.
           MeshError: the mesh does not divide the model's sizes.
-          ValueError: the dtype, the attention pattern or the pooling is unknown.
+          ValueError: the dtype, the attention pattern or the pooling is unknown, or an instruction
+            has the model's markers.
         """
-        EmbeddingSpec.from_fields({}, attention, pooling)  # Fails before anything is loaded.
+        make_spec = functools.partial(
+            EmbeddingSpec.from_fields,
+            attention=attention,
+            pooling=pooling,
+            query_instruction=query_instruction,
+            document_instruction=document_instruction,
+            normalize=normalized,
+        )
+        make_spec({})  # Fails before anything is loaded.
         mesh = make_mesh() if mesh is None else mesh
         stored = open_model(path, base=base)
         model = cls(
@@ -163,9 +179,7 @@ class GritLM:
             find_tokenizer(stored, tokenizer),
             end_tokens=find_end_tokens(stored),
         )
-        model.embedding_spec = EmbeddingSpec.from_fields(
-            stored.fields, attention, pooling, normalize=normalized
-        )
+        model.embedding_spec = make_spec(stored.fields)
         return model
 
     @property
@@ -253,7 +267,8 @@ class GritLM:
             take memory for each token of all texts.
           convert_to_tensor: whether to return JAX arrays on the devices instead of NumPy arrays.
           recast: whether to round embeddings to the model's dtype; JAX arrays also have this dtype.
-          add_special_tokens: whether to begin strings with `<s>`.
+          add_special_tokens: whether to begin strings with `<s>` and end them with `</s>`, each if
+            the tokenizer does (`adds_bos`, `adds_eos`).
           truncate: whether to truncate longer texts, with a warning.
 
         Returns:
@@ -267,12 +282,24 @@ class GritLM:
         _check_batch_size(batch_size)
         encoded = [
             self._prompt_encoder.encode(
-                text, instruction, add_bos=add_special_tokens, name=f"text {i}"
+                text,
+                instruction,
+                add_bos=add_special_tokens,
+                add_eos=add_special_tokens,
+                name=f"text {i}",
             )
             for i, text in enumerate(listed)
         ]
-        context_length = self.model.config.max_position_embeddings
-        encoded = fit_to_length(encoded, max_length, context_length, truncate=truncate)
+        encoded = fit_to_length(
+            encoded,
+            max_length,
+            self.model.config.max_position_embeddings,
+            num_end_tokens=[
+                self._prompt_encoder.num_end_tokens(text) if add_special_tokens else 0
+                for text in listed
+            ],
+            truncate=truncate,
+        )
         spec = dataclasses.replace(self.embedding_spec, pool_instruction=embed_instruction)
         tokens_per_device = self._tokens_per_device(batch_size, max_length)
         caches = None
@@ -308,7 +335,12 @@ class GritLM:
         return self.encode(document_texts(corpus), **options)
 
     def chat(
-        self, messages: Chat | Sequence[Chat], max_new_tokens: int = 256, **options: Any
+        self,
+        messages: Chat | Sequence[Chat],
+        max_new_tokens: int = 256,
+        *,
+        answer_prefix: str = "",
+        **options: Any,
     ) -> Any:
         """Returns the assistant's answer to a chat, or to each of several chats.
 
@@ -317,6 +349,7 @@ class GritLM:
             are "system", "user" and "assistant"; user and assistant alternate, and the user's
             message is the last. A system message precedes the user message that follows it.
           max_new_tokens: maximum tokens of an answer.
+          answer_prefix: the words that every answer begins with; they are not returned.
           **options: the other arguments of `generate`, except `add_special_tokens`. With `cache`,
             the chat continues the cached text: it begins with a line break instead of `<s>`.
 
@@ -329,7 +362,7 @@ class GritLM:
         chats, is_one = as_chat_list(messages)
         first_index = options.get("first_index", 0)
         prompts = [
-            self._encode_chat(chat, f"chat {index}", options)
+            self._encode_chat(chat, f"chat {index}", answer_prefix, options)
             for index, chat in enumerate(chats, first_index)
         ]
         results = self._generate(prompts, [True] * len(prompts), max_new_tokens, **options)
@@ -337,13 +370,19 @@ class GritLM:
         return texts[0] if is_one else texts
 
     def stream_chat(
-        self, messages: Chat, max_new_tokens: int = 256, **options: Any
+        self,
+        messages: Chat,
+        max_new_tokens: int = 256,
+        *,
+        answer_prefix: str = "",
+        **options: Any,
     ) -> Iterator[str]:
         """Returns an iterator over the text that `chat` returns for one chat.
 
         Args:
           messages: see `chat`.
           max_new_tokens: maximum tokens of the answer.
+          answer_prefix: see `chat`.
           **options: see `stream`.
 
         Raises:
@@ -352,7 +391,7 @@ class GritLM:
         chats, _ = as_chat_list(messages)
         if len(chats) != 1:
             raise InputError(f"stream_chat takes one chat, not {len(chats)}: call it for each")
-        prompt = self._encode_chat(chats[0], "chat 0", options)
+        prompt = self._encode_chat(chats[0], "chat 0", answer_prefix, options)
         return self._stream(prompt, max_new_tokens, **options)
 
     def generate(
@@ -393,7 +432,7 @@ class GritLM:
             index, not on the other prompts.
           cache: the KV cache of the text that precedes each prompt, as returned by
             `encode(..., get_cache=True)`. Prompts then begin without `<s>`.
-          add_special_tokens: whether to begin strings with `<s>`.
+          add_special_tokens: whether to begin strings with `<s>`, if the tokenizer does.
           batch_size: maximum number of prompts in a batch.
           first_index: index of the first prompt, if a list is continued in several calls.
 
@@ -450,7 +489,7 @@ class GritLM:
         Args:
           prompt: see `generate`.
           max_new_tokens: maximum new tokens.
-          add_special_tokens: whether to begin a string with `<s>`.
+          add_special_tokens: whether to begin a string with `<s>`, if the tokenizer does.
           **options: `sampling` or its keywords, `stop`, `seed` and `cache`, as in `generate`.
 
         Raises:
@@ -481,7 +520,8 @@ class GritLM:
           continuations: one for each prompt, of the same type. Strings are tokenized together with
             their prompt, and a token with characters of both is scored: in "The ab" and "stract",
             or "is " and "Paris", the characters of the prompt in that token are scored with it.
-          add_special_tokens: whether to begin prompts that are strings with `<s>`.
+          add_special_tokens: whether to begin prompts that are strings with `<s>`, if the
+            tokenizer does.
           batch_size: bounds memory, as `batch_size` texts of 512 tokens do in `encode`.
 
         Returns:
@@ -518,11 +558,11 @@ class GritLM:
         return stored if instruction is None else embedding_prefix(check_instruction(instruction))
 
     def _encode_chat(
-        self, messages: Any, name: str, options: Mapping[str, Any]
+        self, messages: Any, name: str, answer_prefix: str, options: Mapping[str, Any]
     ) -> Int[np.ndarray, " tokens"]:
         is_continuation = options.get("cache") is not None
         return self._prompt_encoder.encode_chat(
-            messages, is_continuation=is_continuation, name=name
+            messages, is_continuation=is_continuation, name=name, answer_prefix=answer_prefix
         )
 
     def _generate(

@@ -100,6 +100,7 @@ def _load_quantized(stored: StoredModel, shapes: dict[str, Any]) -> dict[str, An
         quantized = _QuantizedParameter(stored, parameter)
         place(path, quantized.weights)
         place((*path[:-1], f"{path[-1]}_scale"), quantized.scales)
+    stored.check_finite(unflatten_dict(loaded))
     return unflatten_dict(loaded)
 
 
@@ -152,4 +153,5 @@ class _QuantizedParameter:
         index = (*(slice(i, i + 1) for i in layer), *index)
         weights = self._stored.read(self._parameter, index)
         weights = weights.reshape(weights.shape[len(layer) :])
-        return round_to_int8(weights, self._parameter.num_inputs)
+        with np.errstate(invalid="ignore"):  # The scales are checked.
+            return round_to_int8(weights, self._parameter.num_inputs)

@@ -1,6 +1,8 @@
 """Turns the strings, token ids, documents and chats that a user passes into checked token ids."""
 
 from collections.abc import Mapping, Sequence
+import functools
+import re
 from typing import Any
 import warnings
 
@@ -31,6 +33,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._has_warned = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -47,7 +50,13 @@ class PromptEncoder:
         return self._tokenizer
 
     def encode(
-        self, text: TextLike, instruction: TextLike = "", *, add_bos: bool, name: str
+        self,
+        text: TextLike,
+        instruction: TextLike = "",
+        *,
+        add_bos: bool,
+        add_eos: bool = False,
+        name: str,
     ) -> Text:
         """Returns the token ids of an instruction followed by a text.
 
@@ -57,8 +66,9 @@ class PromptEncoder:
         Args:
           text: a string or token ids, not empty.
           instruction: precedes the text; may be empty.
-          add_bos: whether to begin strings with `<s>`. `<s>` belongs to the instruction if there is
-            one.
+          add_bos: whether to begin strings with `<s>`, if the tokenizer does. `<s>` belongs to the
+            instruction if there is one.
+          add_eos: whether to end strings with `</s>`, if the tokenizer does.
           name: name of the text in error messages.
 
         Raises:
@@ -66,7 +76,7 @@ class PromptEncoder:
             or a token id is outside of the vocabulary.
         """
         if isinstance(text, str):
-            return self._encode_string(text, instruction, add_bos, name)
+            return self._encode_string(text, instruction, add_bos, add_eos, name)
         ids = self._check_ids(text, name)
         if not len(ids):
             raise InputError(f"{name} is empty: leave it out")
@@ -80,7 +90,9 @@ class PromptEncoder:
         tokens = np.concatenate([prefix, ids])
         return Text(tokens, np.arange(len(tokens)) >= len(prefix))
 
-    def encode_pair(self, prefix: str, text: str, *, add_bos: bool, name: str) -> Text:
+    def encode_pair(
+        self, prefix: str, text: str, *, add_bos: bool, add_eos: bool = False, name: str
+    ) -> Text:
         """Returns the token ids of `prefix + text`; the mask is False for those of the prefix.
 
         A token with characters of both strings belongs to `text`.
@@ -88,7 +100,7 @@ class PromptEncoder:
         Args:
           prefix: may be empty.
           text: follows the prefix.
-          add_bos: whether to begin with `<s>`, which belongs to the prefix if there is one.
+          add_bos, add_eos: see `encode`.
           name: name of `text` in error messages.
 
         Raises:
@@ -96,14 +108,17 @@ class PromptEncoder:
         """
         prefix_ids = self._tokenize(prefix, "the instruction") if prefix else NO_IDS
         check_unicode(text, name)
+        self._warn_of_control_tokens(prefix + text, name)
         ids, prefix_length = self.tokenizer.ids_after(prefix, prefix_ids, text)
-        if add_bos:
-            ids = self._prepend_bos(ids)
-            prefix_length += 1 if prefix else 0
+        self._check_in_vocabulary(ids, name)
+        begin = self.tokenizer.begin_ids if add_bos else NO_IDS
+        end = self.tokenizer.end_ids if add_eos else NO_IDS
+        ids = np.concatenate([begin, ids, end])
+        prefix_length += len(begin) if prefix else 0
         return Text(ids, np.arange(len(ids)) >= prefix_length)
 
     def encode_chat(
-        self, messages: Any, *, is_continuation: bool, name: str
+        self, messages: Any, *, is_continuation: bool, name: str, answer_prefix: str = ""
     ) -> Int[np.ndarray, " tokens"]:
         """Returns the prompt after which the assistant answers a chat's last message.
 
@@ -112,6 +127,7 @@ class PromptEncoder:
           is_continuation: whether the prompt follows other tokens: it begins with a line break
             instead of `<s>`.
           name: name of the chat in error messages.
+          answer_prefix: the words that the answer begins with.
 
         Raises:
           InputError: `messages` is not a chat, ends with another role, or a turn is empty.
@@ -135,6 +151,7 @@ class PromptEncoder:
                 raise InputError(f"{name}: message {index} is empty: leave it out")
         if is_continuation:
             segments[0] = f"\n{segments[0]}"
+        segments[-1] += answer_prefix
         eos = np.array([self.tokenizer.eos_id], np.int32)
         ids = [self._tokenize(segments[0], name)]
         for segment in segments[1:]:
@@ -142,24 +159,62 @@ class PromptEncoder:
         tokens = np.concatenate(ids)
         return tokens if is_continuation else self._prepend_bos(tokens)
 
-    def _encode_string(self, text: str, instruction: TextLike, add_bos: bool, name: str) -> Text:
+    def num_end_tokens(self, text: TextLike) -> int:
+        """Returns how many tokens `encode` with `add_eos` puts after a text: none after ids."""
+        return len(self.tokenizer.end_ids) if isinstance(text, str) else 0
+
+    def _encode_string(
+        self, text: str, instruction: TextLike, add_bos: bool, add_eos: bool, name: str
+    ) -> Text:
         if not text.strip():
             raise InputError(f"{name} is empty: leave it out")
         if not isinstance(instruction, str):
             self._check_ids(instruction, "the instruction")
             raise InputError(f"the instruction is token ids, so {name} must be token ids too")
-        encoded = self.encode_pair(instruction, text, add_bos=add_bos, name=name)
-        only_bos = 1 if add_bos and not instruction else 0
-        if encoded.mask.sum() == only_bos:  # A tokenizer may drop characters.
+        encoded = self.encode_pair(instruction, text, add_bos=add_bos, add_eos=add_eos, name=name)
+        num_added = len(self.tokenizer.begin_ids) if add_bos and not instruction else 0
+        num_added += len(self.tokenizer.end_ids) if add_eos else 0
+        if encoded.mask.sum() == num_added:  # A tokenizer may drop characters.
             raise InputError(f"{name} has only characters that the tokenizer drops: leave it out")
         return encoded
 
     def _tokenize(self, text: str, name: str) -> Int[np.ndarray, " tokens"]:
         check_unicode(text, name)
-        return self.tokenizer.ids(text)
+        ids = self.tokenizer.ids(text)
+        self._check_in_vocabulary(ids, name)
+        return ids
 
     def _prepend_bos(self, ids: Int[np.ndarray, " tokens"]) -> Int[np.ndarray, " tokens_with_bos"]:
-        return np.concatenate([[self.tokenizer.bos_id], ids], dtype=np.int32)
+        return np.concatenate([self.tokenizer.begin_ids, ids])
+
+    def _warn_of_control_tokens(self, text: str, name: str) -> None:
+        """Warns once if a string has tokens such as `</s>`, which are read as letters."""
+        if self._has_warned or not (found := self._control_tokens.findall(text)):
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"{name} contains {', '.join(dict.fromkeys(found))}, which is read as ordinary text, "
+            "not as a control token: use chat(messages) for a chat, or give token ids",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    @functools.cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        """Matches the tokens that a text cannot have, except the unknown token."""
+        unknown = self.tokenizer.special_tokens.get("unk_token")
+        others = {token for token in self.tokenizer.control_tokens if token != unknown}
+        return re.compile("|".join(map(re.escape, sorted(others, key=len, reverse=True))))
+
+    def _check_in_vocabulary(self, ids: Int[np.ndarray, " tokens"], name: str) -> None:
+        """Checks that the model has the tokens; some are only added to the tokenizer."""
+        if self.tokenizer.vocab_size <= self._vocab_size or not len(ids):
+            return
+        if (largest := int(ids.max())) >= self._vocab_size:
+            raise InputError(
+                f"{name} has the token {self.tokenizer.decode([largest])!r} with the id {largest}, "
+                f"but the ids of this model are 0 to {self._vocab_size - 1}: remove it"
+            )
 
     def _check_ids(self, ids: Any, name: str) -> Int[np.ndarray, " tokens"]:
         try:
@@ -301,7 +356,12 @@ def title_and_text(document: Any, name: str) -> tuple[str, str]:
 
 
 def fit_to_length(
-    texts: Sequence[Text], max_length: int, context_length: int, *, truncate: bool
+    texts: Sequence[Text],
+    max_length: int,
+    context_length: int,
+    *,
+    num_end_tokens: Sequence[int],
+    truncate: bool,
 ) -> list[Text]:
     """Returns texts of at most `max_length` tokens; longer ones are truncated if asked for.
 
@@ -309,6 +369,7 @@ def fit_to_length(
       texts: texts with their instructions.
       max_length: maximum tokens of a text.
       context_length: maximum tokens that the model supports.
+      num_end_tokens: how many tokens of each text end it, and are kept, as transformers keeps them.
       truncate: whether to truncate longer texts, with a warning.
 
     Raises:
@@ -333,9 +394,10 @@ def fit_to_length(
         )
     truncated = list(texts)
     for index in longer:
-        text = texts[index]
-        truncated[index] = Text(text.tokens[:limit], text.mask[:limit])
-        if not truncated[index].mask.any():
+        text, num_end = texts[index], num_end_tokens[index]
+        kept = np.r_[: max(limit - num_end, 0), len(text) - num_end : len(text)]
+        truncated[index] = Text(text.tokens[kept], text.mask[kept])
+        if text.mask[kept].sum() <= num_end:
             raise InputError(
                 f"text {index}: its instruction alone takes all {limit} tokens: raise max_length, "
                 "or shorten the instruction"

@@ -58,7 +58,7 @@ def as_continuations(
       prompts: strings or token ids.
       continuations: one for each prompt.
       context_length: maximum tokens that the model supports.
-      add_bos: whether to begin prompts that are strings with `<s>`.
+      add_bos: whether to begin prompts that are strings with `<s>`, if the tokenizer does.
 
     Raises:
       InputError: see `GritLM.score`.
@@ -101,7 +101,7 @@ def _continuation(
     if not len(prompt_ids):
         raise InputError(
             f"prompt and {name} begin with the same token, so there is nothing to predict it from: "
-            "pass add_special_tokens=True"
+            "use a longer prompt, or begin it with a token (token ids, or add_special_tokens=True)"
         )
     return Continuation(prompt_ids, tokens)
 

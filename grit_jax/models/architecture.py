@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from grit_jax.models.config import COMMON_SIZES, ModelConfig
+from grit_jax.models.config import COMMON_SIZES, FEATURES, ModelConfig
 from grit_jax.models.weights import WeightTable, linear_layers
 
 # What transformers assumes for a field that config.json leaves out.
@@ -47,7 +47,8 @@ class HuggingFaceFormat:
       model_type: its name.
       class_name: the class of transformers, for the field `architectures`.
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
-        transformers assumes where the file leaves them out.
+        transformers assumes where the file leaves them out. Without "head_dim", a head has
+        hidden_size / num_attention_heads dimensions.
     """
 
     model_type: str
@@ -108,9 +109,12 @@ class Architecture:
         sizes["rope_theta"] = _rope_theta(fields, sizes["rope_theta"])
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
-            fields.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+            fields.get("head_dim")
+            or sizes.get("head_dim")
+            or sizes["hidden_size"] // sizes["num_attention_heads"]
         )
-        return ModelConfig(architecture=self.name, **sizes)
+        features = {name: self.defaults[name] for name in FEATURES if name in self.defaults}
+        return ModelConfig(architecture=self.name, **{**features, **sizes})
 
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""

@@ -30,7 +30,7 @@ class AttentionMask:
     """Which keys each query attends to.
 
     A query attends to keys of its own segment. A causal query attends only to itself and to earlier
-    positions. With a sliding window, keys must be less than that many positions away. Padding
+    positions. A sliding window further limits the distance of keys (see `window_size`). Padding
     (segment 0) attends to padding, so that no query is without a key.
 
     A row with a text of three tokens, a text of two and one padding token, first with `is_causal`,
@@ -49,7 +49,7 @@ class AttentionMask:
       positions: position of each query in its text.
       is_causal: whether all queries are causal.
       causal_query_mask: queries that are causal even if `is_causal` is False.
-      sliding_window: maximum distance of a key, plus one; None for no limit.
+      sliding_window: the window of transformers' configurations; None for no limit.
       key_segment_ids: segment ids of the keys in a cache; None if the keys are the queries' own.
       key_positions: positions of the keys in a cache.
     """
@@ -73,14 +73,31 @@ class AttentionMask:
         if key_segment_ids is None or key_positions is None:
             key_segment_ids, key_positions = self.segment_ids, self.positions
         distance = self.positions[:, :, None] - key_positions[:, None, :]
-        mask = self.segment_ids[:, :, None] == key_segment_ids[:, None, :]
-        if self.is_causal:
-            mask &= distance >= 0
-        elif self.causal_query_mask is not None:
-            mask &= (distance >= 0) | ~self.causal_query_mask[:, :, None]
-        if self.sliding_window is not None:
-            mask &= jnp.abs(distance) < self.sliding_window
-        return mask
+        is_same_segment = self.segment_ids[:, :, None] == key_segment_ids[:, None, :]
+        in_reach = _in_reach(distance, self.is_causal, self.sliding_window)
+        if not self.is_causal and self.causal_query_mask is not None:
+            in_reach_causally = _in_reach(distance, True, self.sliding_window)
+            in_reach = jnp.where(self.causal_query_mask[:, :, None], in_reach_causally, in_reach)
+        return is_same_segment & in_reach
+
+
+def window_size(sliding_window: int, is_causal: bool) -> tuple[int, int]:
+    """Returns how many keys before and after itself a query attends to, as FlashAttention takes it.
+
+    As in transformers, a causal window counts the query itself, and a bidirectional window does
+    not: it reaches `sliding_window` positions in both directions.
+    """
+    return (sliding_window - 1, 0) if is_causal else (sliding_window, sliding_window)
+
+
+def _in_reach(
+    distance: Int[Array | np.ndarray, "B S T"], is_causal: bool, sliding_window: int | None
+) -> Bool[Array | np.ndarray, "B S T"] | bool:
+    """Returns whether keys are at a permitted distance before (or, if negative, after) queries."""
+    if sliding_window is None:
+        return distance >= 0 if is_causal else True
+    before, after = window_size(sliding_window, is_causal)
+    return (distance <= before) & (distance >= -after)
 
 
 def attention(
@@ -211,8 +228,7 @@ def splash_attention(
 
 def _splash_mask(S: int, is_causal: bool, sliding_window: int | None) -> Any:
     if sliding_window is not None:
-        before, after = sliding_window - 1, 0 if is_causal else sliding_window - 1
-        return splash.LocalMask((S, S), (before, after), offset=0)
+        return splash.LocalMask((S, S), window_size(sliding_window, is_causal), offset=0)
     return splash.CausalMask((S, S)) if is_causal else splash.FullMask((S, S))
 
 

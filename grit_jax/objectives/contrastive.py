@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 import optax
 
@@ -22,33 +22,48 @@ def contrastive_loss(
     passage_ids: Int[Array | np.ndarray, " passages"],
     temperature: float | Float[Array, ""],
     *,
+    query_ids: Int[Array | np.ndarray, " queries"] | None = None,
     is_symmetric: bool = False,
 ) -> Float[Array, ""]:
     """InfoNCE (arXiv 1807.03748): the mean over queries of -log p(positive).
+
+    A passage that is the positive of a query is not a negative of that query, nor of its copies.
 
     Args:
       query_embeddings: embedding of each query, of length 1.
       passage_embeddings: embedding of each passage of the global batch, of length 1.
       positives: index of each query's positive among the passages.
-      passage_ids: ID of each passage's text. Passages with the same ID are the same text, and a
-        copy of a query's positive is not one of the query's negatives. -1 marks an index without a
+      passage_ids: index of the first copy of each passage's text; -1 marks an index without a
         passage.
       temperature: divisor of the scores.
+      query_ids: index of the first copy of each query's text; by default all queries differ.
       is_symmetric: average with the loss of the other direction, in which each positive is
-        classified among all queries (CLIP, arXiv 2103.00020). A query whose positive is a copy of
-        that positive is not one of the negatives.
+        classified among all queries (CLIP, arXiv 2103.00020). A query that has that positive, or
+        whose copy has it, is not one of the negatives.
     """
     passage_ids = jnp.asarray(passage_ids)
     positive_ids = passage_ids[positives]
+    own = jnp.arange(len(positives))
+    query_ids = own if query_ids is None else jnp.asarray(query_ids)
     loss = _info_nce(
-        query_embeddings, passage_embeddings, positives, positive_ids, passage_ids, temperature
+        query_embeddings,
+        passage_embeddings,
+        positives,
+        query_ids,
+        passage_ids,
+        (query_ids, positive_ids),
+        temperature,
     )
     if not is_symmetric:
         return loss
-    own = jnp.arange(len(positives))
-    positive_embeddings = passage_embeddings[positives]
     reverse_loss = _info_nce(
-        positive_embeddings, query_embeddings, own, positive_ids, positive_ids, temperature
+        passage_embeddings[positives],
+        query_embeddings,
+        own,
+        positive_ids,
+        query_ids,
+        (positive_ids, query_ids),
+        temperature,
     )
     return (loss + reverse_loss) / 2
 
@@ -59,12 +74,23 @@ def _info_nce(
     positive_columns: Int[Array | np.ndarray, " rows"],
     row_ids: Int[Array, " rows"],
     column_ids: Int[Array, " columns"],
+    positive_pairs: tuple[Int[Array, " pairs"], Int[Array, " pairs"]],
     temperature: float | Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Returns the mean over rows of -log p(positive column), among the columns with other ids.
+    """Returns the mean over rows of -log p(positive column), among the columns that are negatives.
 
     Each device scores its own rows against all columns, a block of rows at a time, so that the
     memory for scores does not grow with the number of rows.
+
+    Args:
+      row_embeddings: embedding of each row.
+      column_embeddings: embedding of each column.
+      positive_columns: index of each row's positive among the columns.
+      row_ids: index of the first copy of each row.
+      column_ids: index of the first copy of each column, -1 for an unused column.
+      positive_pairs: IDs of rows and of columns: a column is not a negative of a row if their IDs
+        are one of these pairs.
+      temperature: divisor of the scores.
     """
     num_rows = len(row_embeddings)
     columns = with_logical_constraint(column_embeddings, None, None)
@@ -75,7 +101,7 @@ def _info_nce(
         scores = jnp.einsum("RD,CD->RC", embeddings, columns) / temperature
         scores = with_logical_constraint(scores, "batch", None)
         is_positive = jnp.arange(len(columns)) == positives[:, None]
-        is_negative = (column_ids >= 0) & (column_ids != ids[:, None])
+        is_negative = (column_ids >= 0) & ~_are_pairs(ids, column_ids, positive_pairs)
         scores = jnp.where(is_positive | is_negative, scores, -jnp.inf)
         losses = optax.softmax_cross_entropy_with_integer_labels(scores, positives)
         return total + jnp.sum(jnp.where(is_row, losses, 0)), None
@@ -83,6 +109,21 @@ def _info_nce(
     rows = (row_embeddings, jnp.asarray(positive_columns), row_ids, jnp.ones(num_rows, bool))
     total, _ = jax.lax.scan(add_block, jnp.zeros(()), _blocks(rows, num_rows))
     return total / num_rows
+
+
+def _are_pairs(
+    row_ids: Int[Array, " rows"],
+    column_ids: Int[Array, " columns"],
+    pairs: tuple[Int[Array, " pairs"], Int[Array, " pairs"]],
+) -> Bool[Array, "rows columns"]:
+    """Returns for each row and column whether their IDs are one of the pairs.
+
+    A column may be in pairs with several rows, so that comparing one ID of each is not enough.
+    """
+    pair_row_ids, pair_column_ids = pairs
+    is_row = pair_row_ids[:, None] == row_ids  # [pairs, rows]
+    by_id = jnp.zeros((len(column_ids), len(row_ids)), bool).at[pair_column_ids].max(is_row)
+    return with_logical_constraint(by_id[column_ids], None, "batch").T
 
 
 def _blocks(rows: tuple[jax.Array, ...], num_rows: int) -> tuple[jax.Array, ...]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from grit_jax.data.batch import PackedTexts
 from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
-from grit_jax.text.templates import EMBED
+from grit_jax.text.templates import EMBED, embedding_prefix
 
 # One letter each for embedding instructions, embedding texts, generation instructions and
 # generation texts: b (bidirectional) or c (causal).
@@ -65,6 +65,8 @@ class EmbeddingSpec:
         attention: str | None = None,
         pooling: str | None = None,
         *,
+        query_instruction: str | None = None,
+        document_instruction: str | None = None,
         normalize: bool = True,
     ) -> EmbeddingSpec:
         """Returns the spec stored in a model's config.json; without one, that of GritLM.
@@ -73,12 +75,20 @@ class EmbeddingSpec:
           fields: the content of config.json.
           attention: overrides the stored pattern.
           pooling: overrides the stored pooling.
+          query_instruction: overrides the stored prompt of queries, in plain words; "" is none.
+          document_instruction: overrides the stored prompt of documents, as for queries.
           normalize: see `EmbeddingSpec`.
 
         Raises:
-          ValueError: the pattern or the pooling is unknown.
+          ValueError: the pattern or the pooling is unknown, or an instruction has the model's
+            markers.
         """
-        given = {"attention": attention, "pooling": pooling}
+        given = {
+            "attention": attention,
+            "pooling": pooling,
+            "query_prompt": _prompt("query_instruction", query_instruction),
+            "document_prompt": _prompt("document_instruction", document_instruction),
+        }
         given = {name: value for name, value in given.items() if value is not None}
         return cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
 
@@ -120,6 +130,16 @@ def embed_texts(
     """Returns the embedding of each packed text, in float32."""
     hidden, _ = model.forward_streams({"texts": spec.stream(texts)})
     return spec.embed_pooled(model, spec.pool(hidden["texts"], texts))
+
+
+def _prompt(name: str, instruction: str | None) -> str | None:
+    """Returns the prompt of an instruction in plain words, None for None."""
+    if instruction is not None and EMBED.strip() in instruction:
+        raise ValueError(
+            f"{name}={instruction!r} has the marker <|embed|>, which is added for you: give the "
+            "instruction in plain words"
+        )
+    return None if instruction is None else embedding_prefix(instruction)
 
 
 def _pattern_problem(attention: str) -> str:

@@ -217,13 +217,14 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
         return pack(made_up, assignment, rows.count, rows.length)
 
     parts = {}
-    if config.mode in ("unified", "embedding"):
+    if config.mode != "generative":
         positives = np.arange(0, counts["passage"], data.group_size, dtype=np.int32)
         passage_ids = np.arange(counts["passage"], dtype=np.int32)
+        query_ids = np.arange(counts["query"], dtype=np.int32)
         parts["embedding"] = EmbeddingBatch(
-            texts("query"), texts("passage"), positives, passage_ids
+            texts("query"), texts("passage"), positives, passage_ids, query_ids
         )
-    if config.mode in ("unified", "generative"):
+    if config.mode != "embedding":
         parts["generative"] = ChatBatch(texts("chat"))
     return Batch(parts)
 

@@ -2,31 +2,33 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 import sys
 
 from grit_jax.prepare.prepare import prepare_mixtures
 from grit_jax.text.examples import CHAT_LABELS, TextOptions
 from grit_jax.text.kinds import STREAMS
-from grit_jax.text.tokenizer import MISTRAL, Tokenizer
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import MISTRAL, tokenizer_in
 
 
 def run(argv: Sequence[str]) -> None:
     """Tokenizes datasets once, into files that training reads in random order.
 
     Raises:
-      ModuleError, PreparedDataError, SourceError, TokenizerError: the message says what is wrong.
+      BucketError, ConversionError, ModuleError, PreparedDataError, SourceError, TokenizerError:
+        the message says what is wrong.
     """
     arguments = _parser().parse_args(argv)
+    lengths = {f"{stream}_length": vars(arguments)[f"{stream}_length"] for stream in STREAMS}
     try:
         mixtures = prepare_mixtures(
             arguments.sources,
             arguments.module,
             arguments.output,
-            Tokenizer(arguments.tokenizer),
+            _tokenizer(arguments.tokenizer),
             TextOptions(
-                query_length=arguments.query_length,
-                passage_length=arguments.passage_length,
-                chat_length=arguments.chat_length,
+                **lengths,
                 chat_labels=arguments.chat_labels,
             ),
             processes=arguments.processes,
@@ -42,6 +44,16 @@ def run(argv: Sequence[str]) -> None:
         )
         raise SystemExit(2) from None
     print(f"{arguments.output}: prepared {', '.join(mixtures)}")
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    is_checkpoint = Path(name).is_dir() and tokenizer_in(Path(name)) is None
+    if not (is_checkpoint or name.endswith(".gguf") or "://" in name):
+        return Tokenizer(name)
+    # It loads JAX, which takes seconds.
+    from grit_jax.conversion.stored_tokenizer import open_tokenizer
+
+    return open_tokenizer(name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         default=MISTRAL,
-        help="'mistral' or the path of a tokenizer.model (SentencePiece) or tokenizer.json",
+        help="'mistral', or the path of a tokenizer.model, a tokenizer.json, a GGUF file, or of a "
+        "model's, checkpoint's or run's folder",
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares mixtures"

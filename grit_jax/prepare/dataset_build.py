@@ -9,7 +9,12 @@ from typing import Any
 
 from etils import epath
 
-from grit_jax.data.manifest import Manifest, PreparedDataError, read_manifest
+from grit_jax.data.manifest import (
+    MAX_INSTRUCTIONS,
+    Manifest,
+    PreparedDataError,
+    read_manifest,
+)
 from grit_jax.prepare.sources import Dataset
 from grit_jax.prepare.worker import SplitResult, WorkItem
 from grit_jax.prepare.writing import MANIFEST, Shard, lines_by_reason, publish, write_dataset
@@ -18,12 +23,19 @@ from grit_jax.text.examples import TextOptions
 from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
 
+# Number of instructions that a manifest names for each stream.
+MAX_NAMED_INSTRUCTIONS = 5
+
 
 @dataclasses.dataclass
 class _Split:
     shards: list[Shard] = dataclasses.field(default_factory=list)
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: int = 0
+    forms: Counter[str] = dataclasses.field(default_factory=Counter)
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    unread_fields: Counter[str] = dataclasses.field(default_factory=Counter)
+    instructions: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
 
     @property
     def num_examples(self) -> int:
@@ -98,6 +110,13 @@ class DatasetBuild:
             split = self._splits[name]
             split.shards += [result.shard] if result.shard else []
             split.left_out += result.left_out
+            split.forms += result.forms
+            split.notes += result.notes
+            split.unread_fields += result.unread_fields
+            for stream, instructions in result.instructions.items():
+                known = split.instructions.setdefault(stream, {})
+                room = MAX_INSTRUCTIONS - len(known)
+                known |= dict.fromkeys([i for i in instructions if i not in known][:room])
             split.rejected += [
                 {"file": item.file, "line": line, "reason": reason}
                 for line, reason in result.rejected
@@ -133,6 +152,30 @@ class DatasetBuild:
             )
         return None
 
+    def report(self, name: str) -> str:
+        """Returns what is said about a split that has been prepared: one line, and its notes."""
+        split, manifest = self._splits[name], self.manifests[name]
+        forms = " and ".join(f"{count} {form}" for form, count in split.forms.most_common())
+        left_out = f", {manifest.left_out} left out" if manifest.left_out else ""
+        rejected = f"{len(split.rejected)} rejected{self.reasons(name)}"
+        lines = [f"{self.folder / name}: {forms}{left_out}, {rejected}"]
+        for stream, cut in manifest.cut.items():
+            if cut["texts"]:
+                tokens = manifest.token_lengths[stream]
+                texts = _share(cut["texts"], tokens["texts"])
+                lost = _share(cut["tokens"], tokens["sum"] + cut["tokens"])
+                lines.append(
+                    f"cut: {texts} {stream} texts, losing {lost} tokens; "
+                    f"--{stream}-length {cut['longest']} keeps all"
+                )
+        lines += [
+            f"{count} of {manifest.count} lines: {note}"
+            for note, count in split.notes.most_common()
+        ]
+        if unread := [name for name, _ in split.unread_fields.most_common()]:
+            lines.append(f"fields that are not read: {', '.join(_first_few(unread, 10))}")
+        return "\n  ".join(lines)
+
     def reasons(self, split: str) -> str:
         """Returns the reasons for the rejects of a split, with the first lines of each."""
         counts = Counter(line["reason"] for line in self._splits[split].rejected)
@@ -161,7 +204,20 @@ class DatasetBuild:
                 "files": sorted(self._tokenizer.files),
             },
             left_out=split.left_out,
+            notes=dict(split.notes),
+            instructions={
+                stream: {"count": len(known), "first": list(known)[:MAX_NAMED_INSTRUCTIONS]}
+                for stream, known in split.instructions.items()
+            },
             source=self._source,
             seed=files.seed if files else 0,
             text_version=TEXT_VERSION,
         )
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part:,} of {whole:,} ({part / whole:.0%})"
+
+
+def _first_few(names: list[str], count: int) -> list[str]:
+    return names if len(names) <= count else [*names[:count], "..."]

@@ -15,8 +15,19 @@ from etils import epath
 from grit_jax.prepare.sources import Dataset, LinesSource
 from grit_jax.sample import SAMPLE_FOLDER
 from grit_jax.text.formats import Preprocess, tulu2
-from grit_jax.text.jsonl import SUFFIXES, JsonlFiles, Paths, SourceError, find_files, kind_of_files
+from grit_jax.text.jsonl import (
+    SUFFIXES,
+    JsonlFiles,
+    Paths,
+    SourceError,
+    files_below,
+    find_files,
+    kind_of_files,
+)
 from grit_jax.text.kinds import TEXT_KINDS
+
+# Number of files of a folder that are named because they are not read.
+MAX_NAMED_FILES = 5
 
 # How often a dataset is drawn from: a number, or a function of the dataset, called once all
 # datasets are prepared.
@@ -190,7 +201,9 @@ def mixtures_of_files(
         raise SourceError(f"{name!r} is no name: NAME={path} has letters, digits, '_' and '.'")
     preprocess = COLLECTIONS.get(name)
     datasets: dict[str, list[Dataset]] = {}
-    for dataset, files in _files_by_dataset(name, epath.Path(path)).items():
+    by_dataset = _files_by_dataset(name, epath.Path(path))
+    _report_unread_files(epath.Path(path), by_dataset)
+    for dataset, files in by_dataset.items():
         kind = kind_of_files(files["train"], preprocess)
         source = LinesSource(JsonlFiles.find(files, preprocess, held_out, seed))
         datasets.setdefault(kind, []).append(Dataset(dataset, kind, source))
@@ -218,7 +231,9 @@ def _files_by_dataset(name: str, path: epath.Path) -> dict[str, dict[str, list[e
         roots["held_out"] = path / "held_out"
     datasets: dict[str, dict[str, list[epath.Path]]] = {}
     for split, root in roots.items():
-        for file in find_files(root):
+        files = find_files(root)
+        _check_is_not_beir(files)
+        for file in files:
             dataset = f"{name}.{_name_of(file, root)}"
             datasets.setdefault(dataset, {}).setdefault(split, []).append(file)
     for dataset, files in datasets.items():
@@ -230,6 +245,32 @@ def _files_by_dataset(name: str, path: epath.Path) -> dict[str, dict[str, list[e
                 "rename one"
             )
     return datasets
+
+
+def _check_is_not_beir(files: Iterable[epath.Path]) -> None:
+    """Raises a SourceError for the folder of a BEIR dataset: its lines are not examples."""
+    found: dict[epath.Path, set[str]] = {}
+    for file in files:
+        found.setdefault(file.parent, set()).add(file.name.partition(".")[0])
+    for folder, names in found.items():
+        if {"corpus", "queries"} <= names:
+            raise SourceError(
+                f"{folder} is a BEIR dataset (corpus, queries, qrels), which is not read: write "
+                'lines {"query": text, "pos": [text]} with the texts of each pair in its qrels'
+            )
+
+
+def _report_unread_files(
+    path: epath.Path, datasets: Mapping[str, Mapping[str, Iterable[epath.Path]]]
+) -> None:
+    if path.is_file():
+        return
+    read = {file for splits in datasets.values() for files in splits.values() for file in files}
+    names = [str(file.relative_to(path)) for file in files_below(path) if file not in read]
+    if names:
+        shown = ", ".join(names[:MAX_NAMED_FILES])
+        more = f" and {len(names) - MAX_NAMED_FILES} more" if len(names) > MAX_NAMED_FILES else ""
+        print(f"{path}: not read, as they are not {' or '.join(SUFFIXES)} files: {shown}{more}")
 
 
 def _name_of(file: epath.Path, root: epath.Path) -> str:

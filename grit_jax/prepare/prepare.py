@@ -167,7 +167,7 @@ def _pool(
         # Forking is not safe: a module of the user may have loaded TensorFlow, and tests load JAX.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
-        initargs=(tokenizer.name, options, pickled_plans, folder),
+        initargs=(tokenizer.files, options, pickled_plans, folder),
     )
     try:
         yield pool
@@ -248,13 +248,8 @@ class _ProgressBars:
     def finish(self, build: DatasetBuild) -> None:
         if build.name in self._bars:
             self._progress.remove_task(self._bars.pop(build.name))
-        for split, manifest in build.manifests.items():
-            rejected = sum(manifest.rejected.values())
-            left_out = f", {manifest.left_out} left out" if manifest.left_out else ""
-            print(
-                f"{build.folder / split}: {manifest.count} examples{left_out}, "
-                f"{rejected} rejected{build.reasons(split)}"
-            )
+        for split in build.manifests:
+            print(build.report(split))
 
 
 def _write_mixture(

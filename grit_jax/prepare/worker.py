@@ -3,8 +3,8 @@
 Workers load neither TensorFlow nor JAX.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import multiprocessing
@@ -21,7 +21,7 @@ from grit_jax.prepare.writing import Shard, write_shard
 from grit_jax.text.examples import Example, RejectedExample, TextOptions
 from grit_jax.text.formats import Preprocess
 from grit_jax.text.jsonl import Block, JsonlFiles, parse_line
-from grit_jax.text.kinds import TEXT_KINDS
+from grit_jax.text.kinds import TEXT_KINDS, TextKind
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -78,11 +78,19 @@ class SplitResult:
       shard: the shard written, or None without examples.
       rejected: line number and reason of each line that could not be used.
       left_out: number of lines that `preprocess` skipped.
+      forms: number of examples by what they are called (`TextKind.form`).
+      notes: number of lines by note (`TextKind.notes`).
+      unread_fields: number of lines by a field that they have and that is not read.
+      instructions: the different instructions of each stream of texts to embed.
     """
 
     shard: Shard | None = None
     rejected: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     left_out: int = 0
+    forms: Counter[str] = dataclasses.field(default_factory=Counter)
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
+    unread_fields: Counter[str] = dataclasses.field(default_factory=Counter)
+    instructions: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +106,13 @@ class _Worker:
 _worker: _Worker
 
 
-def start_worker(tokenizer: str, options: TextOptions, pickled_plans: bytes, folder: Path) -> None:
+def start_worker(
+    tokenizer: Mapping[str, bytes], options: TextOptions, pickled_plans: bytes, folder: Path
+) -> None:
     """Initializes a worker process.
 
     Args:
-      tokenizer: name of the tokenizer.
+      tokenizer: names and contents of the tokenizer's files.
       options: how texts are tokenized.
       pickled_plans: the WorkerPlan of each dataset by name, pickled with cloudpickle.
       folder: where to write shards.
@@ -111,7 +121,9 @@ def start_worker(tokenizer: str, options: TextOptions, pickled_plans: bytes, fol
     # The parent handles Ctrl-C. Without a parent, the worker exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = _Worker(Tokenizer(tokenizer), options, cloudpickle.loads(pickled_plans), folder)
+    _worker = _Worker(
+        Tokenizer.of_files(tokenizer), options, cloudpickle.loads(pickled_plans), folder
+    )
 
 
 def _exit_with_parent() -> None:
@@ -124,23 +136,41 @@ def _exit_with_parent() -> None:
 def tokenize(item: WorkItem) -> dict[str, SplitResult]:
     """Tokenizes a piece, writes one shard per split, and returns the results by split."""
     plan = _worker.plans[item.dataset]
+    kind = TEXT_KINDS[plan.kind]
     results: dict[str, SplitResult] = defaultdict(SplitResult)
     examples: dict[str, list[Example]] = defaultdict(list)
     for number, split, parse in _lines(item, plan):
         try:
-            example = _example(plan, parse)
+            raw = _raw(plan, parse)
+            if raw is None:
+                results[split].left_out += 1
+                continue
+            canonical = kind.to_canonical(raw)
+            example = kind.tokenize(_worker.tokenizer, canonical, _worker.options)
         except RejectedExample as reason:
             # A reject counts against the whole file: few of its lines may be held out.
             results[item.split].rejected.append((number, str(reason)))
             continue
-        if example is None:
-            results[split].left_out += 1
-        else:
-            examples[split].append(example)
+        examples[split].append(example)
+        results[split].forms[kind.form(canonical)] += 1
+        results[split].notes.update(kind.notes(raw, canonical))
+        results[split].unread_fields.update(raw.keys() - set(kind.fields))
     for split, split_examples in examples.items():
         folder = _worker.folder / item.dataset / split
         results[split].shard = write_shard(folder, item.number, split_examples)
+        results[split].instructions = _instructions(kind, split_examples)
     return dict(results)
+
+
+def _instructions(kind: TextKind, examples: Sequence[Example]) -> dict[str, list[str]]:
+    """Returns the different instructions of each stream, in order."""
+    found: dict[str, dict[str, None]] = {}
+    for example in examples:
+        for stream, texts in kind.streams.items():
+            for text in example.texts[texts]:
+                if text.instruction is not None:
+                    found.setdefault(stream, {})[text.instruction] = None
+    return {stream: list(instructions) for stream, instructions in found.items()}
 
 
 def _lines(
@@ -155,14 +185,11 @@ def _lines(
             yield number, plan.files.split_of(item.split, line), functools.partial(parse_line, line)
 
 
-def _example(plan: WorkerPlan, parse: Callable[[], dict[str, Any]]) -> Example | None:
+def _raw(plan: WorkerPlan, parse: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
     raw = parse()
-    if plan.files is not None and plan.files.preprocess is not None:
-        raw = _preprocessed(plan.files.preprocess, raw)
-        if raw is None:
-            return None
-    kind = TEXT_KINDS[plan.kind]
-    return kind.tokenize(_worker.tokenizer, kind.to_canonical(raw), _worker.options)
+    if plan.files is None or plan.files.preprocess is None:
+        return raw
+    return _preprocessed(plan.files.preprocess, raw)
 
 
 def _preprocessed(preprocess: Preprocess, raw: dict[str, Any]) -> dict[str, Any] | None:

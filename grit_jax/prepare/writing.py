@@ -31,11 +31,13 @@ class Shard:
       file_name: name of the file.
       lengths: tokens of its texts.
       instruction_lengths: number of tokens of each text that the mask excludes.
+      num_cut: number of tokens that each text lost.
     """
 
     file_name: str
     lengths: Lengths
     instruction_lengths: Int32[np.ndarray, " texts"]
+    num_cut: Int32[np.ndarray, " texts"]
 
 
 def write_shard(folder: Path, number: int, examples: Sequence[Example]) -> Shard:
@@ -54,8 +56,10 @@ def write_shard(folder: Path, number: int, examples: Sequence[Example]) -> Shard
         writer.close()
     except RuntimeError as error:  # E.g. a full disk.
         raise OSError(str(error)) from None
-    masked = [len(text) - np.count_nonzero(text.mask) for e in examples for text in e.texts]
-    return Shard(file_name, Lengths.of(examples), np.array(masked, np.int32))
+    texts = [text for example in examples for text in example.texts]
+    masked = np.array([len(text) - np.count_nonzero(text.mask) for text in texts], np.int32)
+    num_cut = np.array([text.num_cut for text in texts], np.int32)
+    return Shard(file_name, Lengths.of(examples), masked, num_cut)
 
 
 def write_dataset(
@@ -76,7 +80,9 @@ def write_dataset(
     """
     lengths = Lengths.concatenate([shard.lengths for shard in shards])
     instructions = np.concatenate([shard.instruction_lengths for shard in shards])
+    num_cut = np.concatenate([shard.num_cut for shard in shards])
     tokens = _by_stream(kind, lengths, lengths.tokens)
+    whole = _by_stream(kind, lengths, lengths.tokens + num_cut)
     manifest = Manifest(
         kind=kind,
         count=len(lengths.first) - 1,
@@ -86,6 +92,14 @@ def write_dataset(
         instruction_lengths={
             stream: {"longest": int(counts.max()), **_summary(counts)}
             for stream, counts in _by_stream(kind, lengths, instructions).items()
+        },
+        cut={
+            stream: {
+                "texts": int(np.count_nonzero(cut)),
+                "tokens": int(cut.sum()),
+                "longest": int(whole[stream].max()),
+            }
+            for stream, cut in _by_stream(kind, lengths, num_cut).items()
         },
         rejected=dict(Counter(line["reason"] for line in rejected)),
         rejected_lines=lines_by_reason(rejected, MAX_NAMED_LINES),

@@ -6,7 +6,7 @@ Legend of dimensions: N tokens of all documents, L layers, K key/value heads, H 
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 import ml_dtypes
 import numpy as np
 
@@ -51,6 +51,24 @@ def write_caches(folder: Path, caches: Sequence[KVCache], cache_format: str) -> 
         else:
             array = array.astype(np.float32)
         np.save(folder / f"{name}.npy", array)
+
+
+def copy_caches(source: Path, indices: Int[np.ndarray, " documents"], folder: Path) -> None:
+    """Copies the caches of some documents of a folder into another folder, as they are stored.
+
+    Args:
+      source: a folder written by `write_caches`.
+      indices: indices of the documents in `source`, at least one.
+      folder: an existing folder.
+    """
+    starts = np.load(source / "starts.npy")
+    ranges = [slice(*starts[index : index + 2]) for index in indices]
+    np.save(folder / "starts.npy", np.cumsum([0, *(each.stop - each.start for each in ranges)]))
+    for name in ("keys", "values", "keys_steps", "values_steps"):
+        path = source / f"{name}.npy"
+        if path.exists():  # Only int8 has steps.
+            stored = np.load(path, mmap_mode="r")
+            np.save(folder / path.name, np.concatenate([stored[each] for each in ranges]))
 
 
 def read_cache(folder: Path, index: int, dtype: str) -> KVCache:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 import msgpack
 import numpy as np
 
-from grit_jax.text.templates import chat_prompt, embedding_prefix
+from grit_jax.text.templates import chat_prompt, embedding_prefix, strip_instruction
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -29,10 +29,14 @@ class Text:
     Attributes:
       tokens: token ids.
       mask: the tokens that are pooled (embedding) or predicted (chat).
+      num_cut: number of tokens beyond the maximum length, which were cut. Not stored.
+      instruction: the stripped instruction of a text to embed, None for a chat. Not stored.
     """
 
     tokens: Int[np.ndarray, " tokens"]
     mask: Bool[np.ndarray, " tokens"]
+    num_cut: int = 0
+    instruction: str | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -154,9 +158,10 @@ class TextOptions:
 
 
 def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
-    """Returns the tokens of `<s>`, the instruction and the text, cut to `max_length`.
+    """Returns the tokens of an instruction and a text, with those that begin and end a text.
 
-    The mask excludes `<s>` and the instruction: they are attended to, but not pooled. A token that
+    A longer text is cut to `max_length`, before the tokens that end it, as transformers does. The
+    mask excludes `<s>` and the instruction: they are attended to, but not pooled. A token that
     spans the boundary counts as text.
 
     Raises:
@@ -165,16 +170,16 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
     if not text.strip():
         raise RejectedExample("empty text")
     prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
-    if 1 + len(prefix_ids) >= max_length:
+    begin, end = tokenizer.begin_ids, tokenizer.end_ids
+    if len(begin) + len(prefix_ids) + len(end) >= max_length:
         raise RejectedExample("instruction alone is too long")
     ids, num_before = tokenizer.ids_after(prefix, prefix_ids, text)
     if num_before == len(ids):  # A tokenizer may drop characters, e.g. zero-width ones.
         raise RejectedExample("empty text")
-    tokens = np.empty(min(1 + len(ids), max_length), np.int32)
-    tokens[0], tokens[1:] = tokenizer.bos_id, ids[: max_length - 1]
-    mask = np.empty(len(tokens), bool)
-    mask[: 1 + num_before], mask[1 + num_before :] = False, True
-    return Text(tokens, mask)
+    kept = ids[: max_length - len(begin) - len(end)]
+    tokens = np.concatenate([begin, kept, end], dtype=np.int32)
+    mask = np.arange(len(tokens)) >= len(begin) + num_before
+    return Text(tokens, mask, len(ids) - len(kept), strip_instruction(instruction))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -189,18 +194,24 @@ NO_PROMPT = ""
 
 
 def plain_text(tokenizer: Tokenizer, text: str, max_length: int) -> Text:
-    """Returns the tokens of `<s>`, the text and `</s>`, cut to `max_length`.
+    """Returns the tokens of a text and `</s>`, cut to `max_length`, after those that begin texts.
 
-    The mask excludes `<s>` only.
+    The mask excludes the first token, usually `<s>`: nothing precedes it to predict it from.
 
     Raises:
       RejectedExample: the text is empty.
     """
     if not text.strip():
         raise RejectedExample("empty text")
-    parts = [[tokenizer.bos_id], tokenizer.ids(text), [tokenizer.eos_id]]
-    tokens = np.concatenate(parts, dtype=np.int32)[:max_length]
-    return Text(tokens, np.arange(len(tokens)) > 0)
+    begin = tokenizer.begin_ids
+    tokens = np.concatenate([begin, tokenizer.ids(text), [tokenizer.eos_id]], dtype=np.int32)
+    return _cut(tokens, np.arange(len(tokens)) >= max(len(begin), 1), max_length)
+
+
+def _cut(
+    tokens: Int[np.ndarray, " tokens"], mask: Bool[np.ndarray, " tokens"], max_length: int
+) -> Text:
+    return Text(tokens[:max_length], mask[:max_length], max(0, len(tokens) - max_length))
 
 
 def chat_text(
@@ -224,8 +235,8 @@ def chat_text(
         raise RejectedExample("a chat without an answer")
     if not all(turn.strip() for turn in turns):
         raise RejectedExample("empty turn")
-    bos, eos = (np.array([token], np.int32) for token in (tokenizer.bos_id, tokenizer.eos_id))
-    ids, prompts, position = [bos], [slice(0, 1)], 1
+    begin, eos = tokenizer.begin_ids, np.array([tokenizer.eos_id], np.int32)
+    ids, prompts, position = [begin], [slice(0, len(begin))], len(begin)
     for first in range(0, len(turns) - 1, 2):
         prompt = chat_prompt(turns[first], is_first=first == 0)
         answer = turns[first + 1].strip()
@@ -242,7 +253,7 @@ def chat_text(
         mask[span] = False
     if not any(mask[:max_length]):
         raise RejectedExample("prompt alone is too long")
-    return Text(tokens[:max_length], mask[:max_length])
+    return _cut(tokens, mask, max_length)
 
 
 def embedding_example(

@@ -1,62 +1,123 @@
 """Tokenizer of a Hugging Face `tokenizer.json`."""
 
-from collections.abc import Iterator
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+import functools
 
 from jaxtyping import Int
 import numpy as np
 import tokenizers
+from tokenizers import processors
 
-# Files next to tokenizer.json that name the begin and end token, by content or by id.
-BY_CONTENT, BY_ID = ("tokenizer_config.json", "special_tokens_map.json"), "config.json"
+# Texts without anything special, to see which tokens a tokenizer adds to the first that it knows.
+PLAIN = "a1.<"
 
 
 class HuggingFaceTokenizer:
     """A tokenizer of the package `tokenizers`.
 
     Args:
-      path: path of a `tokenizer.json`.
+      content: content of a `tokenizer.json`.
+      added: tokens to add that are not in it, by their ids.
 
     Raises:
-      ValueError: the file is not a tokenizer, or no file next to it names its begin or end token.
+      ValueError: the content is not a tokenizer, or a token cannot have its id.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, content: bytes, added: Mapping[int, tokenizers.AddedToken] | None = None):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # `tokenizers` raises plain Exceptions.
             raise ValueError(f"not a valid tokenizer.json: {error}") from None
         # Special tokens are added as ids. In a text, "</s>" is four characters.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab()
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        self._begin = self._special_token(path.parent, "bos_token")
-        self._end = self._special_token(path.parent, "eos_token")
-        self.bos_id: int = vocabulary[self._begin]
-        self.eos_id: int = vocabulary[self._end]
+        self.content = content
+        self._add(added or {})
+        # A tokenizer.json does not say which token is BOS, and which EOS.
+        self.special_tokens: dict[str, str] = {}
 
-    def special_tokens(self) -> dict[str, str]:
-        """Returns the begin and end token by their names in transformers."""
-        return {"bos_token": self._begin, "eos_token": self._end}
+    def _add(self, tokens: Mapping[int, tokenizers.AddedToken]) -> None:
+        """Adds the tokens that the tokenizer does not have."""
+        present = self._tokenizer.get_added_tokens_decoder()
+        new = {i: token for i, token in sorted(tokens.items()) if str(present.get(i)) != str(token)}
+        for token_id, token in new.items():
+            self._tokenizer.add_tokens([token])
+            if self._tokenizer.token_to_id(token.content) != token_id:
+                raise ValueError(
+                    f"the added token {token.content!r} cannot have the id {token_id}: use the "
+                    "tokenizer.json that transformers saves (save_pretrained)"
+                )
+        if new:
+            self.content = self._tokenizer.to_str().encode()
 
-    def exported(self) -> bytes:
-        """Returns the content of a tokenizer.json that prepends the begin token to each text."""
+    def mark_special(self, tokens: Iterable[str]) -> None:
+        """Marks tokens as special; those that are not in the vocabulary are ignored."""
+        known = {token for token in tokens if self._tokenizer.token_to_id(token) is not None}
+        if missing := sorted(known - self.control_tokens.keys()):
+            self._tokenizer.add_special_tokens(
+                [tokenizers.AddedToken(token, special=True, normalized=False) for token in missing]
+            )
+            self.content = self._tokenizer.to_str().encode()
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens, which no text becomes, with their ids."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: token_id for token_id, token in added if token.special}
+
+    @property
+    def last_base_id(self) -> int:
+        """The largest id of a token that was not added to the vocabulary."""
+        added = self._tokenizer.get_added_tokens_decoder().keys()
+        return max({*self._tokenizer.get_vocab().values()} - added, default=0)
+
+    @property
+    def last_id(self) -> int:
+        """The largest id that a text may have: of all tokens that are not special."""
+        return max({*self._tokenizer.get_vocab().values()} - {*self.control_tokens.values()})
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token, or None if there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, token_id: int | None) -> str | None:
+        """Returns the token with an id, or None if there is none."""
+        return None if token_id is None else self._tokenizer.id_to_token(token_id)
+
+    def tokens_around(self) -> tuple[list[str], list[str]]:
+        """Returns the tokens that the post-processor puts before and after a text.
+
+        Raises:
+          ValueError: it changes the text's own tokens.
+        """
+        text = next(filter(self.encode, PLAIN), "")
+        own = self._tokenizer.encode(text, add_special_tokens=False).tokens
+        whole = self._tokenizer.encode(text).tokens
+        for start in range(len(whole) - len(own) + 1):
+            if whole[start : start + len(own)] == own:
+                return whole[:start], whole[start + len(own) :]
+        raise ValueError("its post_processor changes the tokens of a text")
+
+    def exported(self, begin: Sequence[str], end: Sequence[str]) -> bytes:
+        """Returns a tokenizer.json that puts these tokens before and after each text."""
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        begin = self._begin
-        copy.post_processor = tokenizers.processors.TemplateProcessing(
-            single=[begin, "$A"],
-            pair=[begin, "$A", f"{begin}:1", "$B:1"],
-            special_tokens=[(begin, self.bos_id)],
+        single = [*begin, "$A", *end]
+        pair = [*single, *(f"{token}:1" for token in begin), "$B:1", *(f"{t}:1" for t in end)]
+        ids = {token: copy.token_to_id(token) for token in (*begin, *end)}
+        template = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=list(ids.items())
         )
+        copy.post_processor = template
         return copy.to_str(pretty=True).encode()
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without begin and end token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Returns the ids of `text`, in which special tokens are tokens."""
+        return self._of_markup.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Returns the text of `ids`, skipping special ids."""
@@ -73,27 +134,8 @@ class HuggingFaceTokenizer:
         del prefix_ids  # A token may span the boundary.
         return self.ids(prefix + text)
 
-    def _special_token(self, folder: Path, name: str) -> str:
-        for token in self._named_tokens(folder, name):
-            if token is not None and self._tokenizer.token_to_id(token) is not None:
-                return token
-        raise ValueError(f"its {name} is unknown: set {name!r} in {folder / BY_CONTENT[0]}")
-
-    def _named_tokens(self, folder: Path, name: str) -> Iterator[str | None]:
-        """Yields the token that each file next to the tokenizer names, or None."""
-        for file in BY_CONTENT:
-            token = _read_json(folder / file).get(name)
-            yield token.get("content") if isinstance(token, dict) else token
-        by_id = _read_json(folder / BY_ID).get(f"{name}_id")
-        by_id = by_id[0] if isinstance(by_id, list) else by_id
-        yield None if by_id is None else self._tokenizer.id_to_token(by_id)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+    @functools.cached_property
+    def _of_markup(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        return copy

@@ -1,5 +1,6 @@
 """JSONL files: one process reads them in blocks of numbered lines, and many parse the lines."""
 
+import codecs
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import gzip
@@ -7,6 +8,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 from typing import Any
 import zlib
 
@@ -21,6 +24,22 @@ MEGABYTE = 2**20
 # A file with longer lines is probably not a JSONL file.
 MAX_LINE_BYTES = 16 * MEGABYTE
 LINE_TOO_LONG = f"line over {MAX_LINE_BYTES // MEGABYTE} MB"
+
+# Read from a file to recognize other formats.
+START_BYTES = 4096
+# Suffixes of tables, and the function of pandas that reads them.
+TABLES = {
+    ".parquet": "read_parquet",
+    ".csv": "read_csv",
+    ".tsv": "read_table",
+    ".arrow": "read_feather",
+    ".xlsx": "read_excel",
+}
+# First bytes of files compressed by gzip, zip, zstd, bzip2 and xz.
+COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
+
+# Said of files without a line.
+EMPTY = " (empty)"
 
 # A file or folder, or several.
 Paths = epath.PathLike | Sequence[epath.PathLike]
@@ -62,18 +81,50 @@ def read_blocks(path: epath.PathLike, block_bytes: int) -> Iterator[Block]:
     """Yields a .jsonl or .jsonl.gz file in blocks of about `block_bytes`.
 
     Raises:
-      SourceError: the file cannot be read, or a compressed file is damaged.
+      SourceError: the file cannot be read, is evidently of another format, or a compressed file is
+        damaged.
     """
     last_line = 0
     try:
         with epath.Path(path).open("rb") as stored:
             compressed = str(path).endswith(".gz")
             stream: Any = gzip.GzipFile(fileobj=stored) if compressed else stored
+            _check_is_jsonl(path, stream.read(START_BYTES))
+            stream.seek(0)
             for block in split_blocks(stream, block_bytes, stored.tell):
                 last_line = block.first_line + block.data.count(b"\n")
                 yield block
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path}, after line {last_line}: {error}") from None
+
+
+def _check_is_jsonl(path: epath.PathLike, start: bytes) -> None:
+    """Raises a SourceError if a file that starts like this is of another known format."""
+    name = epath.Path(path).name
+    quoted = shlex.quote(name)
+    for suffix, function in TABLES.items():
+        if name.endswith(suffix) or (suffix == ".parquet" and start.startswith(b"PAR1")):
+            raise SourceError(
+                f"{path} is a table, not JSON lines: convert it, for example with "
+                f"pandas.{function}({name!r}).to_json('FILE.jsonl', orient='records', lines=True)"
+            )
+    if start.startswith(COMPRESSED):
+        raise SourceError(f"{path} is compressed: unpack it, or compress it as FILE.jsonl.gz")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"\0{")):
+        raise SourceError(
+            f"{path} is not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {quoted} > FILE.jsonl"
+        )
+    start = start.removeprefix(codecs.BOM_UTF8)
+    if re.match(rb"\s*\[\s*(\{|$)", start):
+        raise SourceError(
+            f"{path} is a JSON array: write one object per line, for example with "
+            f"jq -c '.[]' {quoted} > FILE.jsonl"
+        )
+    if re.match(rb'\s*\{\s*?\n\s*"', start):
+        raise SourceError(
+            f"{path} has objects of several lines: write one object per line, for example with "
+            f"jq -c . {quoted} > FILE.jsonl"
+        )
 
 
 def split_blocks(
@@ -124,10 +175,18 @@ def parse_line(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise RejectedExample("invalid UTF-8") from None
     except (ValueError, RecursionError):
-        raise RejectedExample("broken JSON") from None
+        raise RejectedExample(_json_problem(line)) from None
     if not isinstance(value, dict):
         raise RejectedExample("not a JSON object")
     return value
+
+
+def _json_problem(line: bytes) -> str:
+    if line.rstrip().endswith(b"},"):
+        return "broken JSON: a comma after the object"
+    if re.search(rb"\}\s*\r\s*\{", line):
+        return r"broken JSON: lines end with \r instead of \n"
+    return "broken JSON"
 
 
 def is_held_out(line: bytes, fraction: float, seed: int) -> bool:
@@ -214,18 +273,19 @@ def find_files(path: epath.PathLike) -> list[epath.Path]:
         return [path]
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    files = [file for file in _files_below(path) if file.name.endswith(SUFFIXES)]
+    files = [file for file in files_below(path) if file.name.endswith(SUFFIXES)]
     if not files:
         raise SourceError(f"{path}: no {' or '.join(SUFFIXES)} file in it")
     return files
 
 
-def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields the files of a folder and its subfolders in order, without hidden ones."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _files_below(path)
+            yield from files_below(path)
         else:
             yield path
 
@@ -237,14 +297,15 @@ def kind_of_files(files: Iterable[epath.PathLike], preprocess: Preprocess | None
       SourceError: no line is an example.
     """
     files = list(files)
-    first = ""
+    first = EMPTY
     for file in files:
         for block in read_blocks(file, MEGABYTE):
             for number, line in block.lines():
                 kind, reason = _kind_of_line(line, preprocess)
                 if kind is not None:
                     return kind
-                first = first or f" (line {number}: {reason})"
+                if first == EMPTY:
+                    first = f" (line {number}: {reason})"
     formats = [form for kind in TEXT_KINDS.values() for form in kind.line_formats]
     raise SourceError(
         f"{', '.join(map(str, files))}: no line is an example{first}; a line is one of "

@@ -17,7 +17,13 @@ from grit_jax.text.examples import (
     chat_example,
     embedding_example,
 )
-from grit_jax.text.formats import canonical_chat, canonical_embedding
+from grit_jax.text.formats import (
+    canonical_chat,
+    canonical_embedding,
+    chat_form,
+    notes_on_chat,
+    notes_on_embedding,
+)
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -33,7 +39,10 @@ class TextKind:
       keys: a line is of this kind if it has one of these keys.
       features: the fields of the canonical form, and how deeply their texts are nested: 1 for a
         list of texts, 2 for a list of lists.
+      fields: the fields of a line's object that are read.
       canonical: function from a line's object to its canonical form.
+      notes: function from both to what is to be said about how the line was read.
+      form: function from the canonical form to what such examples are called, in the plural.
       tokenize: function from the canonical form to an example of token ids.
       options: the fields of `TextOptions` that `tokenize` depends on.
       example: class of its examples, which converts them to bytes and back.
@@ -47,7 +56,10 @@ class TextKind:
     line_formats: tuple[str, ...]
     keys: tuple[str, ...]
     features: Mapping[str, int]
+    fields: tuple[str, ...]
     canonical: Callable[[dict[str, Any]], dict[str, Any]]
+    notes: Callable[[dict[str, Any], dict[str, Any]], list[str]]
+    form: Callable[[dict[str, Any]], str]
     tokenize: Callable[[Tokenizer, dict[str, Any], TextOptions], Example]
     options: tuple[str, ...]
     example: type[Example]
@@ -74,7 +86,10 @@ EMBEDDING = TextKind(
     line_formats=('{"query": ..., "pos": [...], "neg": [...]}',),
     keys=("query",),
     features={"query": 1, "pos": 2, "neg": 2},
+    fields=("query", "pos", "neg", "prompt"),
     canonical=canonical_embedding,
+    notes=notes_on_embedding,
+    form=lambda canonical: "embedding examples",
     tokenize=embedding_example,
     options=("query_length", "passage_length"),
     example=EmbeddingExample,
@@ -88,7 +103,10 @@ GENERATIVE = TextKind(
     line_formats=('{"messages": [...]}', '{"text": [user, assistant, ...]}', '{"text": "..."}'),
     keys=("text", "messages"),
     features={"text": 1},
+    fields=("text", "messages"),
     canonical=canonical_chat,
+    notes=notes_on_chat,
+    form=chat_form,
     tokenize=chat_example,
     options=("chat_length", "chat_labels"),
     example=ChatExample,

@@ -4,7 +4,7 @@ If no piece spans a word boundary, a text is encoded word by word with a cache o
 which gives the same ids as encoding it whole and is faster on text with repeated words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import re
 
@@ -12,8 +12,9 @@ from jaxtyping import Int
 import numpy as np
 import sentencepiece
 
-# The character for a space in SentencePiece.
-SPACE = "\u2581"
+from grit_jax.text.hugging_face_tokenizer import HuggingFaceTokenizer
+from grit_jax.text.sentencepiece_conversion import SPACE, convert_sentencepiece
+
 # A word with the spaces before it.
 WORDS = re.compile(" *[^ ]+| +")
 # Texts that test whether a model can be applied word by word.
@@ -49,30 +50,72 @@ class SentencePieceTokenizer:
       model: content of the model file.
 
     Raises:
-      ValueError: the model is invalid, or has no begin or end token.
+      ValueError: the model is invalid.
     """
 
     def __init__(self, model: bytes):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise ValueError("not a SentencePiece model") from None
-        self._model = model
+            raise ValueError(
+                "not a SentencePiece model: use the model's tokenizer.json if it is of another "
+                "kind, as Llama 3's is"
+            ) from None
+        self.content = model
         self.vocab_size: int = self._processor.vocab_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        for token, name in ((self.bos_id, "begin"), (self.eos_id, "end")):
-            if token < 0:  # T5 has no begin token.
-                raise ValueError(f"it has no {name} token: use another tokenizer")
+        ids = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id()}
+        ids["unk"] = self._processor.unk_id()
+        # Their names in transformers. T5 has no BOS token.
+        self.special_tokens = {
+            f"{name}_token": self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0
+        }
 
-    def special_tokens(self) -> dict[str, str]:
-        """Returns the begin, end and unknown token by their names in transformers."""
-        ids = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
-        return {f"{name}_token": self._processor.id_to_piece(i) for name, i in ids.items()}
+    @property
+    def last_id(self) -> int:
+        """The largest id that a text may have."""
+        return self.vocab_size - 1
 
-    def exported(self) -> bytes:
-        """Returns the model file, with which transformers prepends `<s>` to each text."""
-        return self._model
+    last_base_id = last_id
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token, or None if there is no such token."""
+        token_id = self._processor.piece_to_id(token)
+        return token_id if self.token(token_id) == token else None
+
+    def token(self, token_id: int | None) -> str | None:
+        """Returns the token with an id, or None if there is none."""
+        if token_id is None or not 0 <= token_id < self.vocab_size:
+            return None
+        return self._processor.id_to_piece(token_id)
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """The special tokens, which no text becomes, with their ids."""
+        processor = self._processor
+        ids = range(self.vocab_size)
+        special = (i for i in ids if processor.is_control(i) or processor.is_unknown(i))
+        return {processor.id_to_piece(i): i for i in special}
+
+    def exported(self, begin: Sequence[str], end: Sequence[str]) -> bytes:
+        """Returns a tokenizer.json that puts these tokens before and after each text.
+
+        Raises:
+          ValueError: no tokenizer.json has the same ids.
+        """
+        converted = convert_sentencepiece(self.content).to_str().encode()
+        return HuggingFaceTokenizer(converted).exported(begin, end)
+
+    def encode_markup(self, text: str) -> list[int]:
+        """Returns the ids of `text`, in which special tokens are tokens."""
+        ids: list[int] = []
+        for part in self._markup.split(text):
+            control = self.control_tokens.get(part)
+            ids += self.encode(part) if control is None else [control]
+        return ids
+
+    @functools.cached_property
+    def _markup(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(map(re.escape, self.control_tokens))})")
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without begin and end token."""

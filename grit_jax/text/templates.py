@@ -26,18 +26,24 @@ from typing import Any
 USER = "<|user|>\n"
 EMBED = "<|embed|>\n"
 ASSISTANT = "<|assistant|>\n"
+ROLES = ("system", "user", "assistant")
 
 
 class ChatError(ValueError):
     """Messages are not a chat; the message says why."""
 
 
+def strip_instruction(instruction: str) -> str:
+    """Returns an instruction without the tabs, line breaks, spaces and colons around it."""
+    return instruction.strip("\t\n :")
+
+
 def embedding_prefix(instruction: str) -> str:
     """Returns the prompt that precedes a text to embed, without `<s>`.
 
-    Tabs, line breaks, spaces and colons are stripped from the instruction, as in training.
+    The instruction is stripped (`strip_instruction`), as in training.
     """
-    instruction = instruction.strip("\t\n :")
+    instruction = strip_instruction(instruction)
     return f"{USER}{instruction}\n{EMBED}" if instruction else EMBED
 
 
@@ -50,13 +56,14 @@ def turns_of_messages(messages: Any) -> list[str]:
     """Returns the alternating turns of a chat: user, assistant, user, ...
 
     System messages are prepended to the user message that follows them, separated by an empty line.
+    Empty ones are ignored.
 
     Args:
       messages: a list of `{"role": "system" | "user" | "assistant", "content": ...}`.
 
     Raises:
-      ChatError: `messages` is not a list of messages, user and assistant do not alternate, or a
-        system message is not followed by a user message.
+      ChatError: `messages` is not a list of messages, a role is unknown, user and assistant do not
+        alternate, or a system message is not followed by a user message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ChatError("'messages' is not a list")
@@ -65,10 +72,10 @@ def turns_of_messages(messages: Any) -> list[str]:
     for message in messages:
         role, content = _role_and_content(message)
         if role == "system":
-            system.append(content)
+            system += [content] if content.strip() else []
             continue
         if role != ("user", "assistant")[len(turns) % 2]:
-            raise ChatError("user and assistant do not alternate")
+            raise ChatError("user and assistant do not alternate, beginning with the user")
         if role == "user":
             content, system = "\n\n".join([*system, content]), []
         elif system:
@@ -106,8 +113,13 @@ def chat_segments(messages: Any, *, add_generation_prompt: bool = True) -> list[
 
 
 def _role_and_content(message: Any) -> tuple[str, str]:
-    if isinstance(message, Mapping):
-        role, content = message.get("role"), message.get("content")
-        if isinstance(role, str) and isinstance(content, str):
-            return role, content
+    fields = message if isinstance(message, Mapping) else {}
+    role, content = fields.get("role"), fields.get("content")
+    if isinstance(role, str) and role not in ROLES:
+        hint = "use 'system'" if role == "developer" else f"use {', '.join(map(repr, ROLES))}"
+        raise ChatError(f"role {role!r} is unknown: {hint}")
+    if fields.get("tool_calls") or fields.get("function_call"):
+        raise ChatError("a message with tool calls, which are not supported")
+    if isinstance(role, str) and isinstance(content, str):
+        return role, content
     raise ChatError("a message whose role or content is not a string")

@@ -312,7 +312,9 @@ def _renamed(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_field(description: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of a description, by the names of their fields as far as they have one."""
-    flat = flatten_dict(dict(description), sep=".")
+    flat: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
+        dict(description), sep="."
+    )
     return {FIELDS.get(name, name): value for name, value in flat.items()}
 
 

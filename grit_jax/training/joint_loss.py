@@ -110,6 +110,7 @@ class ContrastiveTerm(LossTerm):
             part.positives,
             part.passage_ids,
             temperature,
+            query_ids=part.query_ids,
             is_symmetric=self.config.is_symmetric,
         )
         return {"embedding_loss": loss}

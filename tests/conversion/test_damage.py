@@ -10,10 +10,12 @@ import reference_values
 from safetensors.numpy import load_file, save_file
 from tokenizer_files import write_tokenizer
 
+from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.models import config_from_hugging_face, config_to_hugging_face
+from grit_jax.text.tokenizer_files import read_tokenizer_files
 
 WEIGHTS = "model.safetensors"
 
@@ -171,13 +173,39 @@ def test_what_keeps_a_destination_from_being_made_is_named(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, None, f"^{QUERY} has 2 values that are NaN or infinite in .*tiny"),
+        (-np.inf, "bfloat16", f"^{QUERY} has 2 values that are NaN or infinite in .*tiny"),
+        (1e6, "float16", f"^{QUERY} has 2 values that are .* as float16: use --dtype bfloat16"),
+    ],
+)
+def test_an_export_has_no_values_that_are_not_finite(folder, tmp_path, value, dtype, message):
+    tiny = folder.rename(tmp_path / "tiny")
+    write_tokenizer(tiny, "gpt2", size=HuggingFaceModel(tiny).config.vocab_size)
+    change(tiny, lambda tensors: tensors[QUERY].flat.__setitem__(slice(2), value))
+    with pytest.raises(ConversionError, match=message):
+        write_hugging_face(open_model(tiny), tmp_path / "new", dtype=dtype)
+    assert list(tmp_path.iterdir()) == [tiny]
+
+
+@pytest.mark.parametrize("linear_dtype", [None, "int8"])
+def test_weights_that_are_not_finite_are_not_loaded(folder, tmp_path, linear_dtype):
+    change(folder, lambda tensors: tensors[QUERY].flat.__setitem__(0, np.nan))
+    write_orbax(HuggingFaceModel(folder), tmp_path / "orbax")
+    for path in (folder, tmp_path / "orbax"):
+        with pytest.raises(ConversionError, match=rf"^{path} has .* in layers\.attention\.query"):
+            GritLM.from_pretrained(path, linear_dtype=linear_dtype)
+
+
 @pytest.mark.parametrize("write", [write_orbax, write_hugging_face])
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch, write):
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     model = HuggingFaceModel(reference_values.FOLDER / "tiny-mistral")
     write_tokenizer(tmp_path, "gpt2", size=model.config.vocab_size)
-    model.tokenizer_folder = tmp_path
+    model.tokenizer_files = read_tokenizer_files(tmp_path)
     with pytest.raises(ConversionError, match=f"^{tmp_path} has 0.0 GB free"):
         write(model, tmp_path / "new")
 

@@ -22,7 +22,8 @@ from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, GgufModel, open_model
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.sharding import make_mesh
-from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import tokenizer_path
 
 FOLDER = reference_values.FOLDER / "tiny-mistral"
 KINDS = gguf.GGMLQuantizationType
@@ -208,7 +209,7 @@ def test_a_sentencepiece_model_is_the_one_that_it_was_made_of(tmp_path):
         "eos": 2,
     }
     model = open_model(write(tmp_path / "model.gguf", metadata))
-    tokenizer, expected = Tokenizer(str(model.tokenizer_folder / "tokenizer.model")), Tokenizer()
+    tokenizer, expected = Tokenizer.of_files(model.tokenizer_files), Tokenizer()
     for text in (*TEXTS, "</s> <s>", "\n a", ""):
         assert tokenizer.ids(text).tolist() == expected.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == expected.decode(expected.encode(text))
@@ -250,7 +251,7 @@ def test_a_tokenizer_that_is_not_known_can_be_given(tmp_path):
     with pytest.raises(ConversionError, match=r"splits text as 'another'.*tokenizer=PATH"):
         load(path)
     mesh = make_mesh(devices=jax.devices()[:1])
-    write_orbax(GgufModel(path, given.name), tmp_path / "checkpoint")
+    write_orbax(GgufModel(path, given), tmp_path / "checkpoint")
     for source, name in ((path, given.name), (tmp_path / "checkpoint", None)):
         model = GritLM.from_pretrained(source, mesh=mesh, tokenizer=name)
         assert model.tokenizer.encode("a word") == given.encode("a word")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 import shutil
 
@@ -19,6 +20,7 @@ from grit_jax.conversion import HuggingFaceModel, open_model
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.conversion.stored_tokenizer import find_end_tokens
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.pooling import normalize
 from grit_jax.sharding import make_mesh
 from grit_jax.text.examples import chat_text
@@ -117,6 +119,40 @@ def test_transformers_reads_an_export_in_the_type_that_it_was_given(saved_models
     assert str(AutoConfig.from_pretrained(tmp_path / "exported").dtype) == "torch.float32"
 
 
+def test_others_can_read_an_export_and_a_checkpoint_if_the_umask_lets_them(saved_models, tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_orbax(HuggingFaceModel(saved_models["mixtral"]), tmp_path / "orbax")
+        write_hugging_face(open_model(tmp_path / "orbax"), tmp_path / "exported")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "orbax", tmp_path / "exported"):
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_instructions_go_with_the_weights(saved_models, tmp_path):
+    query, document = embedding_prefix("Find the sense"), embedding_prefix("Read")
+    how = {"query_instruction": "Find the sense", "document_instruction": "Read"}
+    write_hugging_face(open_model(saved_models["mistral"]), tmp_path / "exported", **how)
+    write_orbax(HuggingFaceModel(tmp_path / "exported"), tmp_path / "orbax")
+    write_hugging_face(open_model(tmp_path / "orbax"), tmp_path / "again", query_instruction="")
+    for folder, prompts in {
+        "exported": (query, document),
+        "orbax": (query, document),
+        "again": (embedding_prefix(""), document),
+    }.items():
+        spec = EmbeddingSpec.from_fields(open_model(tmp_path / folder).fields)
+        assert (spec.query_prompt, spec.document_prompt) == prompts
+    # What sentence-transformers reads is what we read.
+    path = tmp_path / "exported" / "config_sentence_transformers.json"
+    path.write_text(path.read_text().replace("Find the sense", "Find it"))
+    spec = EmbeddingSpec.from_fields(open_model(tmp_path / "exported").fields)
+    assert spec.query_prompt == embedding_prefix("Find it")
+    with pytest.raises(ValueError, match=r"document_instruction='<\|embed\|>' has the marker"):
+        EmbeddingSpec.from_fields({}, document_instruction="<|embed|>")
+
+
 def test_an_export_needs_no_code_of_its_source(saved_models, tmp_path):
     """GritLM 7B brings code of its own, and embedding models are saved as if without a head."""
     from transformers import AutoModelForCausalLM
@@ -199,38 +235,6 @@ def test_transformers_reads_an_exported_tokenizer_json_as_we_do(saved_models, ex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_sentence_transformers_embeds_as_we_do(exported, name):
-    from sentence_transformers import SentenceTransformer
-
-    folder = exported[name][1]
-    theirs = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").float()
-    loaded = load(folder)
-    module, tokenizer = loaded.model, loaded.tokenizer
-    instruction = embedding_prefix("Given a word, retrieve its meaning")
-    texts = ["A short one", "A rather longer text, which the shorter one is padded to.", "Mid size"]
-
-    def ours(text, prefix):
-        skipped = [tokenizer.bos_id, *tokenizer.encode(prefix)]
-        tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + text)]])
-        hidden = module(tokens, is_causal=False)[0, len(skipped) :]
-        return normalize(jnp.mean(hidden, axis=0, keepdims=True))[0]
-
-    for prompt, prefix in ((None, embedding_prefix("")), (instruction, instruction)):
-        expected = np.stack([ours(text, prefix) for text in texts])
-        together = theirs.encode(texts, prompt=prompt)
-        alone = np.stack([theirs.encode(text, prompt=prompt) for text in texts])
-        for embeddings in (together, alone):
-            assert np.sum(embeddings * expected, axis=1).min() > 0.9999
-    # Read causally, the same weights give other embeddings: the comparison can fail.
-    tokens = jnp.asarray([[tokenizer.bos_id, *tokenizer.encode(prefix + texts[0])]])
-    causal = module(tokens, is_causal=True)
-    skipped = 1 + len(tokenizer.encode(prefix))
-    causal = normalize(jnp.mean(causal[0, skipped:], axis=0, keepdims=True))[0]
-    assert float(causal @ expected[0]) < 0.999
-
-
-@pytest.mark.slow
 def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_models, tmp_path):
     from sentence_transformers import SentenceTransformer
 
@@ -279,13 +283,27 @@ def test_a_model_on_eight_devices_in_bfloat16(name):
     np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())
 
 
+def test_an_export_refuses_versions_of_sentence_transformers_that_pool_prompts(
+    exported, tmp_path, monkeypatch
+):
+    import sentence_transformers
+
+    folder = tmp_path / "older"
+    shutil.copytree(exported["mistral"][1], folder)
+    monkeypatch.setattr(sentence_transformers, "__version__", "5.3.0")
+    with pytest.raises(
+        ImportError, match=r"needs sentence-transformers 5\.4 or newer, not 5\.3\.0"
+    ):
+        sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+
+
 @pytest.mark.slow
 def test_an_export_that_would_be_read_causally_does_not_load(exported, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     folder = tmp_path / "causal"
     shutil.copytree(exported["mistral"][1], folder)
-    module = folder / "bidirectional_transformer.py"
+    module = folder / "grit_transformer.py"
     text = module.read_text()
     assert text.count("is_causal = False") == 2
     # As a version of transformers does that does not know the setting.

@@ -136,24 +136,28 @@ def test_tokens_are_counted(any_batches):
         assert batch.num_tokens == sum(np.count_nonzero(texts.segment_ids) for texts in packed)
 
 
-def test_passage_ids_are_equal_exactly_for_equal_passages(any_batches):
+@pytest.mark.parametrize("stream", ["queries", "passages"])
+def test_ids_are_equal_exactly_for_equal_texts(any_batches, stream):
     copies = 0
     for step in range(25):
         batch = any_batches[step].parts["embedding"]
-        passages = texts_of(batch.passages)
-        ids = batch.passage_ids.tolist()
-        assert [passage_id == -1 for passage_id in ids] == [p is None for p in passages]
-        pairs = [(p[0], i) for p, i in zip(passages, ids, strict=True) if p is not None]
-        for tokens, passage_id in pairs:
-            for other_tokens, other_id in pairs:
-                assert (passage_id == other_id) == (tokens == other_tokens)
-        copies += len(pairs) - len({passage_id for _, passage_id in pairs})
+        texts = texts_of(getattr(batch, stream))
+        ids = {"queries": batch.query_ids, "passages": batch.passage_ids}[stream].tolist()
+        assert [text_id == -1 for text_id in ids] == [text is None for text in texts]
+        tokens = [None if text is None else text[0] for text in texts]
+        for text, text_id in zip(tokens, ids, strict=True):
+            assert text is None or text_id == tokens.index(text)
+        used = [text_id for text_id in ids if text_id >= 0]
+        copies += len(used) - len(set(used))
     assert copies
 
 
 def test_copies_may_be_negatives_as_in_the_original(folder, batches):
-    other = make_batches(folder, duplicate_positives_are_negatives=True)
+    other = make_batches(
+        folder, duplicate_positives_are_negatives=True, same_query_positives_are_negatives=True
+    )
     for step in range(5):
+        assert other[step].parts["embedding"].query_ids is None
         masked, plain = (b[step].parts["embedding"].passage_ids for b in (batches, other))
         np.testing.assert_array_equal(masked == -1, plain == -1)
         used = plain[plain >= 0]
@@ -232,6 +236,7 @@ def joined(hosts):
     for host, own in zip(hosts[1:], pairs[1:], strict=True):
         np.testing.assert_array_equal(own.positives, pairs[0].positives)
         np.testing.assert_array_equal(own.passage_ids, pairs[0].passage_ids)
+        np.testing.assert_array_equal(own.query_ids, pairs[0].query_ids)
         assert host.num_tokens == first.num_tokens
 
     def rows(name):

@@ -41,7 +41,7 @@ assert len(set(samples)) == 2
 assert hidden.shape == (1, 3, 32)
 """,
     "conversion.md": "assert scores.shape == (2, 2) and len(answer[0]) > len(inputs.input_ids[0])",
-    "rag.md": "assert answered.answer and len(answered.document_ids) == 2 and len(index) == 3",
+    "rag.md": "assert answered.answer and len(sources) == 2 and len(index) == 3",
 }
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 # If several pages have the same block, only the first runs it; the README is last.

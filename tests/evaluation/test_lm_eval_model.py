@@ -1,17 +1,21 @@
 """In lm-eval, a `GritLM` has the same scores as its export in lm-eval's model for transformers."""
 
 import json
+import shutil
 
 from command_line import assert_fails_in_one_line
 from command_line import grit_jax_in_process as grit_jax
 import numpy as np
 import pytest
 from sample_tasks import held_out
+from tokenizer_files import BEGIN, END, write_tokenizer
 import yaml
 
+from grit_jax import GritLM
 from grit_jax.evaluation.lm_eval_model import LmEvalModel
 from grit_jax.evaluation.paper import GENERATIVE, NUM_FEWSHOT
 from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +157,26 @@ def test_a_turn_of_the_chat_is_the_export_s_template(sides):
     assert ours.apply_chat_template(begun, False).endswith("<|assistant|>\nI am")
     said = [{"role": "system", "content": "Be kind."}, *chat]
     assert f"<s>{ours.apply_chat_template(said)}" == theirs.apply_chat_template(said)
+
+
+@pytest.mark.parametrize("begin", [(), (BEGIN,)])
+@pytest.mark.parametrize("bos", [BEGIN, None])
+def test_texts_begin_as_in_the_harness_own_model(exported, model, tmp_path, begin, bos):
+    from lm_eval.models.huggingface import HFLM
+
+    folder = shutil.copytree(exported, tmp_path / "model")
+    write_tokenizer(folder, "gpt2", begin=begin)
+    for name in ("special_tokens_map.json", "tokenizer.model"):
+        (folder / name).unlink()
+    tokens = {"bos_token": bos, "eos_token": END, "pad_token": END}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = LmEvalModel(GritLM(model.model, model.mesh, Tokenizer(folder)))
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4)
+    assert ours.prefix_token_id == theirs.prefix_token_id
+    for text in ("A text.", f"{BEGIN}A text.", f"a{END} b"):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        assert ours._encode_pair(text, " more") == theirs._encode_pair(text, " more")
 
 
 def test_what_a_task_asks_of_generation_reaches_the_model(sides):

@@ -9,11 +9,12 @@ from prepared_data import chat_examples, embedding_examples, open_datasets, writ
 import pytest
 
 from grit_jax.data.manifest import PreparedDataError
-from grit_jax.evaluation.held_out import HeldOut, TextBatcher
+from grit_jax.evaluation.held_out import HeldOut, RetrievalTask, TextBatcher
 from grit_jax.evaluation.retrieval import bm25_scores, retrieval_metrics
 from grit_jax.models import ModelConfig
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.sharding import make_mesh
+from grit_jax.text.examples import EmbeddingExample, Text
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss
 from grit_jax.training.train_step import Trainer
 
@@ -95,6 +96,17 @@ def held_out(tmp_path):
         return HeldOut(trainer, datasets, lengths, 4, EmbeddingSpec())
 
     return make
+
+
+def test_a_query_in_several_lines_is_one_query_with_the_positives_of_all(tmp_path):
+    query, other, *passages = (Text(np.array([n], np.int32), np.ones(1, bool)) for n in range(1, 6))
+    lines = [(query, passages[:2]), (other, passages[1:2]), (query, passages[1:])]
+    examples = [EmbeddingExample(query, positives, []) for query, positives in lines]
+    write_prepared(tmp_path, "pairs", examples)
+    task = RetrievalTask.of(next(iter(open_datasets(tmp_path, {"pairs": 1.0}))))
+    assert [text.tokens.tolist() for text in task.queries] == [[1], [2]]
+    assert [text.tokens.tolist() for text in task.passages] == [[3], [4], [5]]
+    assert task.relevant == [{0, 1, 2}, {1}]
 
 
 @pytest.mark.parametrize("stream", ["query", "passage", "chat"])

@@ -5,7 +5,7 @@ from small_model import small_model
 
 from experiments import measure_model, rag
 from experiments.files import read_lines
-from grit_jax.rag.pipeline import RagAnswer
+from grit_jax.rag.pipeline import RagAnswer, Source
 
 
 def test_answers_of_questions_are_documents(whole_data):
@@ -21,12 +21,13 @@ class Fixed:
 
     def ask(self, questions, max_new_tokens):
         assert questions == ["one?", "two?"]
-        return [RagAnswer("It is uno.", [0], [1.0]), RagAnswer("Not known.", [0], [0.5])]
+        source = Source({"text": "uno"}, 1.0)
+        return [RagAnswer("It is uno.", [source]), RagAnswer("Not known.", [source])]
 
 
 def test_an_answer_matches_if_it_contains_the_definition():
     questions = [("one?", "uno"), ("two?", "due")]
-    assert rag.measure(Fixed(), questions, ["uno", "due"]) == (0.5, 0.5)
+    assert rag.measure(Fixed(), questions) == (0.5, 0.5)
 
 
 @pytest.mark.slow

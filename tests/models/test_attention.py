@@ -45,10 +45,10 @@ PICTURES = {
         . . . . . . x
     """,
     "window": """
-        x x . . . . .
         x x x . . . .
+        x x x x . . .
+        x x x x . . .
         . x x x . . .
-        . . x x . . .
         . . . . x x .
         . . . . x x .
         . . . . . . x
@@ -62,6 +62,15 @@ PICTURES = {
         . . . . x x .
         . . . . . . x
     """,
+    "causal instruction in a window": """
+        x . . . . . .
+        x x . . . . .
+        x x x x . . .
+        . x x x . . .
+        . . . . x . .
+        . . . . x x .
+        . . . . . . x
+    """,
 }
 KINDS = {
     "full": {"is_causal": False},
@@ -69,6 +78,11 @@ KINDS = {
     "causal instruction": {"is_causal": False, "causal_query_mask": INSTRUCTION},
     "window": {"is_causal": False, "sliding_window": 2},
     "causal window": {"is_causal": True, "sliding_window": 2},
+    "causal instruction in a window": {
+        "is_causal": False,
+        "causal_query_mask": INSTRUCTION,
+        "sliding_window": 2,
+    },
 }
 
 

@@ -1,5 +1,7 @@
 """The contrastive loss against a softmax cross-entropy written as loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,16 +20,32 @@ def embeddings(count, seed):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def loss_by_hand(queries, passages, positives, contents, temperature):
+def loss_by_hand(queries, passages, positives, contents, temperature, query_contents=range(8)):
+    pairs = set(zip(query_contents, contents[positives], strict=True))
     losses = []
-    for query, positive in zip(queries, positives, strict=True):
+    for query, query_content, positive in zip(queries, query_contents, positives, strict=True):
         own = np.exp(query @ passages[positive] / temperature)
         total = own
         for passage, content in zip(passages, contents, strict=True):
-            if content != -1 and content != contents[positive]:
+            if content != -1 and (query_content, content) not in pairs:
                 total += np.exp(query @ passage / temperature)
         losses.append(-np.log(own / total))
     return np.mean(losses)
+
+
+def reverse_loss_by_hand(queries, passages, positives, contents, query_contents=range(8)):
+    """The other way round: the positives look for their queries among all queries."""
+    pairs = set(zip(query_contents, contents[positives], strict=True))
+    losses = []
+    for number, positive in enumerate(positives):
+        scores = np.exp(queries @ passages[positive] / TEMPERATURE)
+        negatives = [(content, contents[positive]) not in pairs for content in query_contents]
+        losses.append(-np.log(scores[number] / (scores[number] + scores[negatives].sum())))
+    return np.mean(losses)
+
+
+# Queries 1 and 6 are copies of 0, and 3 of 2; 2 and 3 also have the same positive.
+QUERY_CONTENTS = np.array([0, 0, 2, 2, 4, 5, 0, 7])
 
 
 @pytest.fixture
@@ -43,15 +61,31 @@ def batch():
     return embeddings(8, 0), passages, positives, contents
 
 
-def compute(queries, passages, positives, contents, temperature=TEMPERATURE, **options):
+def compute(
+    queries, passages, positives, contents, temperature=TEMPERATURE, query_ids=None, **options
+):
     return contrastive_loss(
         jnp.asarray(queries),
         jnp.asarray(passages),
         jnp.asarray(positives),
         jnp.asarray(contents),
         temperature,
+        query_ids=None if query_ids is None else jnp.asarray(query_ids),
         **options,
     )
+
+
+def test_a_positive_of_a_copy_of_the_query_is_no_negative(batch):
+    expected = loss_by_hand(*batch, TEMPERATURE, QUERY_CONTENTS)
+    assert expected < loss_by_hand(*batch, TEMPERATURE) - 0.03
+    loss = compute(*batch, query_ids=QUERY_CONTENTS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    queries, passages, positives, contents = batch
+    # All queries are one: only negatives that are nobody's positive are left.
+    one = np.zeros(8, int)
+    loss = compute(queries[[0] * 8], passages, positives, contents, query_ids=one)
+    expected = loss_by_hand(queries[[0] * 8], passages, positives, contents, TEMPERATURE, one)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.5])
@@ -103,7 +137,9 @@ def test_a_query_without_any_negative_costs_nothing():
 
 
 def test_devices_see_the_passages_of_all_devices(batch):
-    loss_and_gradient = jax.value_and_grad(compute, argnums=(0, 1))
+    loss_and_gradient = jax.value_and_grad(
+        functools.partial(compute, query_ids=QUERY_CONTENTS), argnums=(0, 1)
+    )
     arguments = [jnp.asarray(part) for part in batch]
     expected = loss_and_gradient(*arguments)
     with jax.set_mesh(make_mesh()):
@@ -112,15 +148,12 @@ def test_devices_see_the_passages_of_all_devices(batch):
         np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_the_symmetric_loss_is_the_mean_of_both_directions(batch):
-    queries, passages, positives, contents = batch
-    of_queries = loss_by_hand(*batch, TEMPERATURE)
-    # The other way round: the positives look for their queries among all queries.
-    of_positives = loss_by_hand(
-        passages[positives], queries, range(8), contents[positives], TEMPERATURE
-    )
+@pytest.mark.parametrize("query_contents", [np.arange(8), QUERY_CONTENTS], ids=["all", "copies"])
+def test_the_symmetric_loss_is_the_mean_of_both_directions(batch, query_contents):
+    of_queries = loss_by_hand(*batch, TEMPERATURE, query_contents)
+    of_positives = reverse_loss_by_hand(*batch, query_contents)
     assert abs(of_queries - of_positives) > 0.1
-    symmetric = compute(*batch, is_symmetric=True)
+    symmetric = compute(*batch, query_ids=query_contents, is_symmetric=True)
     np.testing.assert_allclose(symmetric, (of_queries + of_positives) / 2, rtol=1e-4)
 
 
@@ -130,7 +163,8 @@ def test_blocks_of_rows_change_nothing(batch, axes, block_rows, monkeypatch):
     arguments = [jnp.asarray(part) for part in batch]
 
     def loss_and_gradient(*arguments):
-        return jax.value_and_grad(compute, argnums=(0, 1))(*arguments)
+        loss = functools.partial(compute, query_ids=QUERY_CONTENTS, is_symmetric=True)
+        return jax.value_and_grad(loss, argnums=(0, 1))(*arguments)
 
     whole = loss_and_gradient(*arguments)
     monkeypatch.setattr(contrastive, "BLOCK_ROWS", block_rows)

@@ -58,7 +58,10 @@ FILES = {
         pair("with much to obey", instruction="word " * 50),
         pair("ünï 日本語 🙂"),
     ],
-    "more": [pair("other")],
+    "more": [
+        {**pair("other", ["word " * 30], instruction="Another:"), "id": 3},
+        {**pair("twice", negatives=["yes", "no"], instruction="Another"), "score": None},
+    ],
     "chats": [
         {"text": ["hello", "world"]},
         {"text": ["alone"]},
@@ -87,6 +90,7 @@ def prepared(project):
     lengths = ("--query-length", 40, "--passage-length", 16, "--chat-length", 48)
     finished = grit_jax_in_process("prepare", *names, *lengths, "--max-rejected", 1, cwd=project)
     assert finished.returncode == 0, finished.stderr
+    (output / "report.txt").write_text(finished.stdout)
     return output
 
 
@@ -126,6 +130,34 @@ def test_rejects_are_counted_by_their_reason(prepared):
         "prompt alone is too long": 1,
     }
     assert chats["count"] == 2
+
+
+def test_cut_texts_instructions_and_what_is_not_read_are_recorded_and_reported(prepared):
+    tokenizer = Tokenizer()
+    whole = 1 + len(tokenizer.encode("<|embed|>\n" + "word " * 30))
+    manifest = PreparedDataset(prepared, "more", "train").manifest
+    lengths = manifest.token_lengths
+    assert manifest.cut == {
+        "query": {"texts": 0, "tokens": 0, "longest": manifest.longest["query"]},
+        "passage": {"texts": 1, "tokens": whole - 16, "longest": whole},
+    }
+    assert manifest.instructions == {
+        "query": {"count": 1, "first": ["Another"]},
+        "passage": {"count": 1, "first": [""]},
+    }
+    assert manifest.notes == {"a negative that is also a positive is left out": 1}
+    total = lengths["passage"]["sum"] + whole - 16
+    expected = [
+        f"{prepared}/more/train: 2 embedding examples, 0 rejected",
+        f"  cut: 1 of 3 (33%) passage texts, losing {whole - 16} of {total} "
+        f"({(whole - 16) / total:.0%}) tokens; --passage-length {whole} keeps all",
+        "  1 of 2 lines: a negative that is also a positive is left out",
+        "  fields that are not read: id, score",
+    ]
+    assert "\n".join(expected) in (prepared / "report.txt").read_text()
+    chats = PreparedDataset(prepared, "chats", "train").manifest
+    assert chats.instructions == {} and set(chats.cut) == {"chat"}
+    assert f"{prepared}/chats/train: 2 chats, 2 rejected" in (prepared / "report.txt").read_text()
 
 
 def test_the_manifest_says_what_the_data_were_made_from(prepared):

@@ -156,7 +156,7 @@ def test_published_collections_are_prepared_from_their_own_formats(tmp_path):
     ]
     write_lines(tmp_path / "tulu" / "train.jsonl", tulu2)
     report = prepare("medi2=MEDI2", "e5=E5S", "tulu2=tulu", "--output", "out", cwd=tmp_path)
-    assert "tulu2.train/train: 2 examples, 1 left out, 0 rejected" in report
+    assert "tulu2.train/train: 2 chats, 1 left out, 0 rejected" in report
 
     def wholes(mixture, kind):
         (dataset,) = load_mixture(tmp_path / "out", mixture, "train", kind, "x")

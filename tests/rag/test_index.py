@@ -41,7 +41,7 @@ def embeddings_of(model, documents):
 
 @pytest.mark.usefixtures("small_parts")
 def test_the_nearest_documents_are_found_on_any_devices(tmp_path, model):
-    assert build_index(model, DOCUMENTS, tmp_path / "index") == 11
+    assert build_index(model, DOCUMENTS, tmp_path / "index").added == 11
     queries = model.encode(["sea and salt", "a lamp of glass", "river"], instruction=EMBED)
     products = queries @ embeddings_of(model, DOCUMENTS).T
     best = np.argsort(-products, axis=1)[:, :5]
@@ -93,9 +93,9 @@ def test_an_interrupted_index_goes_on_and_is_added_to(tmp_path, model):
         build_index(model, cut_off(), tmp_path / "index")
     assert len(DocumentIndex(tmp_path / "index", model)) == 4  # Only complete parts.
     (tmp_path / "index" / ".part-of-a-killed-process").mkdir()
-    assert build_index(model, DOCUMENTS[:7], tmp_path / "index") == 3
-    assert build_index(model, DOCUMENTS, tmp_path / "index") == 4
-    assert build_index(model, DOCUMENTS, tmp_path / "index") == 0
+    assert build_index(model, DOCUMENTS[:7], tmp_path / "index").added == 3
+    assert build_index(model, DOCUMENTS, tmp_path / "index").added == 4
+    assert build_index(model, DOCUMENTS, tmp_path / "index").added == 0
     index = DocumentIndex(tmp_path / "index", model)
     assert index.documents == DOCUMENTS
     names = {path.name for path in (tmp_path / "index").iterdir()}
@@ -107,12 +107,12 @@ def test_an_interrupted_index_goes_on_and_is_added_to(tmp_path, model):
 def test_one_process_at_a_time_adds_to_an_index(tmp_path, model):
     def documents():
         yield DOCUMENTS[0]
-        with pytest.raises(DocumentIndexError, match=r"another process is adding to .*index: wait"):
+        with pytest.raises(DocumentIndexError, match=r"another process is changing .*index: wait"):
             build_index(model, DOCUMENTS, tmp_path / "index")
         yield DOCUMENTS[1]
 
-    assert build_index(model, documents(), tmp_path / "index") == 2
-    assert build_index(model, DOCUMENTS, tmp_path / "index") == len(DOCUMENTS) - 2
+    assert build_index(model, documents(), tmp_path / "index").added == 2
+    assert build_index(model, DOCUMENTS, tmp_path / "index").added == len(DOCUMENTS) - 2
 
 
 @pytest.mark.filterwarnings("ignore:1 of 1 texts were truncated to 64 tokens")
@@ -122,7 +122,7 @@ def test_with_more_room_an_index_goes_on_of_which_nothing_was_cut(tmp_path, mode
     documents, folder = [DOCUMENTS[0], {"text": "river " * 100}, DOCUMENTS[1]], tmp_path / "index"
     with pytest.raises(InputError, match="or pass truncate=True"):
         build_index(model, documents, folder, max_length=64)
-    assert build_index(model, documents, folder, max_length=64, truncate=True) == 2
+    assert build_index(model, documents, folder, max_length=64, truncate=True).added == 2
     assert DocumentIndex(folder, model).settings["truncate"]
     for options in ({"max_length": 64}, {"max_length": 128, "truncate": True}):
         with pytest.raises(DocumentIndexError, match="use the same value, or choose"):
@@ -221,13 +221,13 @@ def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model,
     with pytest.raises(InputError, match="max_length=0 must be positive"):
         build_index(model, documents, tmp_path / "other", max_length=0)
     with pytest.warns(UserWarning, match="1 of 3 texts were truncated to 700 tokens"):
-        assert build_index(model, documents, tmp_path / "cut", truncate=True) == 3
+        assert build_index(model, documents, tmp_path / "cut", truncate=True).added == 3
 
 
 def test_a_title_of_none_is_no_title(tmp_path, model):
     for title in (None, ""):
         documents = [{"text": "one", "title": title}, {"text": "one"}]
-        assert build_index(model, documents, tmp_path / f"index {title}") == 1
+        assert build_index(model, documents, tmp_path / f"index {title}").added == 1
 
 
 def test_documents_are_read_from_files(tmp_path):
@@ -241,8 +241,10 @@ def test_documents_are_read_from_files(tmp_path):
     (tmp_path / "inner" / "._c.txt").write_bytes(b"\xa3")
     (tmp_path / "inner" / "d.png").write_bytes(b"\x89PNG")
     found = list(read_documents(str(tmp_path)))
-    assert found == [{"title": "first", "text": "one"}, {"text": "two"}, {"text": "three\n"}]
-    assert list(read_documents(str(tmp_path / "inner" / "c.txt"))) == [{"text": "three\n"}]
+    text_file = {"id": str(tmp_path / "inner" / "c.txt"), "text": "three\n"}
+    first = {"text": "one", "title": "first", "more": 1}
+    assert found == [first, {"text": "two", "title": None}, text_file]
+    assert list(read_documents(text_file["id"])) == [text_file]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,8 @@ def test_a_source_that_is_not_there_is_named_at_once(tmp_path):
     with pytest.raises(InputError, match=r"has no \.jsonl"):
         read_documents(str(tmp_path))
     (tmp_path / "folder.md" / "a.txt").write_text("one")
-    assert list(read_documents(str(tmp_path))) == [{"text": "one"}]
+    (found,) = read_documents(str(tmp_path))
+    assert found["text"] == "one"
 
 
 TFDS_MODULE = """

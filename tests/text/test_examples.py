@@ -21,7 +21,8 @@ from grit_jax.text.examples import (
     embedding_text,
 )
 from grit_jax.text.kinds import TEXT_KINDS
-from grit_jax.text.tokenizer import Tokenizer, tokenizer_path
+from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer_files import tokenizer_path
 
 COLLATION = json.loads((Path(__file__).parents[1] / "reference" / "collation.json").read_text())
 CASES = [case for case in COLLATION["cases"].values() if not case["prefixlm"]]
@@ -225,7 +226,7 @@ def test_records_give_back_their_example(query, positives, negatives):
 def test_a_tokenizer_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.model"):
         tokenizer_path(str(tmp_path / "missing.model"))
-    with pytest.raises(FileNotFoundError, match=r"is a folder: name the tokenizer\.model or"):
+    with pytest.raises(FileNotFoundError, match=r"the folder has no tokenizer\.json"):
         tokenizer_path(str(tmp_path))
 
 

@@ -75,7 +75,24 @@ def test_other_fields_are_ignored():
         ("generative", {"messages": [message("user", [{"text": "a"}])]}, "content is not a string"),
         ("generative", {"messages": [message("assistant", "a")]}, "do not alternate"),
         ("generative", {"messages": [message("user", "u")] * 2}, "do not alternate"),
-        ("generative", {"messages": [message("tool", "u")]}, "do not alternate"),
+        (
+            "generative",
+            {"messages": [message("tool", "u")]},
+            "'tool' is unknown: use 'system'",
+        ),
+        (
+            "generative",
+            {"messages": [message("developer", "u")]},
+            "is unknown: use 'system'$",
+        ),
+        (
+            "generative",
+            {"messages": [message("user", "u"), {"role": "assistant", "tool_calls": [{"id": 1}]}]},
+            "tool calls, which are not supported",
+        ),
+        ("embedding", {"query": "q"}, "no 'pos'"),
+        ("embedding", {**PAIR, "prompt": 3}, "'prompt' is not a string"),
+        ("embedding", {**PAIR, "prompt": "other"}, "'prompt' is another instruction"),
     ],
 )
 def test_an_invalid_line_is_rejected_with_the_reason(kind, line, reason):
@@ -95,6 +112,89 @@ def test_a_system_message_is_prepended_to_the_next_user_message():
     assert GENERATIVE.to_canonical({"messages": messages}) == {
         "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"]
     }
+
+
+MEDI = {
+    "query": ["Represent the question:", "q"],
+    "pos": ["Represent the document:", "p"],
+    "neg": ["Represent the document:", "n"],
+}
+MEDI_READ = {
+    "query": ["Represent the question:", "q"],
+    "pos": [["Represent the document:", "p"]],
+    "neg": [["Represent the document:", "n"]],
+}
+FLAT, NOT_FLAT = "two strings are read as [instr", "two strings is read as two passages"
+TURNS = [message("user", "u"), message("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "expected", "note"),
+    [
+        # FlagEmbedding: the prompt is the query's instruction.
+        (
+            "embedding",
+            {"query": "q", "pos": ["p"], "neg": ["n"], "prompt": "find", "pos_scores": [1.0]},
+            {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["", "n"]]},
+            "",
+        ),
+        ("embedding", {**PAIR, "prompt": None}, PAIR, ""),
+        ("embedding", {**PAIR, "prompt": "find"}, PAIR, ""),
+        ("embedding", MEDI, MEDI_READ, FLAT),
+        ("embedding", {**MEDI, "neg": []}, {**MEDI_READ, "neg": []}, FLAT),
+        ("embedding", {**MEDI, "neg": None}, {**MEDI_READ, "neg": []}, FLAT),
+        (
+            "embedding",
+            {"query": ["Same task", "q"], "pos": ["Same task", "p"]},
+            {"query": ["Same task", "q"], "pos": [["Same task", "p"]], "neg": []},
+            FLAT,
+        ),
+        # Two answers of a question, as in docs/data.md.
+        (
+            "embedding",
+            {"query": ["Find the answer", "q"], "pos": ["p", "p2"], "neg": ["n", "n2"]},
+            {
+                "query": ["Find the answer", "q"],
+                "pos": [["", "p"], ["", "p2"]],
+                "neg": [["", "n"], ["", "n2"]],
+            },
+            NOT_FLAT,
+        ),
+        (
+            "embedding",
+            {"query": "q", "pos": ["p", "p2"], "neg": ["n", "p2", "p"]},
+            {"query": ["", "q"], "pos": [["", "p"], ["", "p2"]], "neg": [["", "n"]]},
+            "a negative that is also a positive is left out",
+        ),
+        # TRL keeps a text with another template's markers beside its messages.
+        (
+            "generative",
+            {"text": "<|im_start|>user", "messages": TURNS},
+            {"text": ["u", "a"]},
+            "'messages' is read, and 'text' beside it is not",
+        ),
+        ("generative", {"text": None, "messages": TURNS}, {"text": ["u", "a"]}, ""),
+        ("generative", {"text": "t", "messages": None}, {"text": [NO_PROMPT, "t"]}, ""),
+        ("generative", {"messages": [message("system", " "), *TURNS]}, {"text": ["u", "a"]}, ""),
+        (
+            "generative",
+            {"messages": [*TURNS, message("user", "c")]},
+            {"text": ["u", "a", "c"]},
+            "the last user message has no answer",
+        ),
+    ],
+)
+def test_published_forms_are_read_as_meant_or_noted(kind, line, expected, note):
+    kind = TEXT_KINDS[kind]
+    canonical = kind.to_canonical(line)
+    assert canonical == expected
+    notes = kind.notes(line, canonical)
+    assert len(notes) == bool(note) and note in "".join(notes)
+
+
+def test_plain_texts_are_told_from_chats():
+    forms = [GENERATIVE.form(GENERATIVE.to_canonical({"text": t})) for t in ("a", ["a", "b"])]
+    assert forms == ["plain texts", "chats"]
 
 
 def test_lines_of_tulu_2_about_itself_are_skipped():

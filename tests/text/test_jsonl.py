@@ -63,6 +63,8 @@ def test_a_line_that_is_too_long_is_never_held(monkeypatch):
         (b'{"query": "\xff"}', "invalid UTF-8"),
         ('{"query": "x"}'.encode("utf-16"), "NUL"),
         (b'{"query": "a\0b"}', "NUL"),
+        (b'{"query": "a"},', "a comma after the object"),
+        (b'{"query": "a"}\r{"query": "b"}\r', r"lines end with \\r instead of \\n"),
         (b"[1, 2]", "not a JSON object"),
         (b"null", "not a JSON object"),
     ],
@@ -130,6 +132,40 @@ def test_files_are_found_in_subfolders_and_in_order(tmp_path):
         find_files(tmp_path / "empty")
 
 
+LINE = b'{"query": "q", "pos": ["p"]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        (
+            "x.jsonl",
+            b"[" + LINE + b",\n" + LINE + b"]\n",
+            r"JSON array: .*jq -c '.\[\]' x",
+        ),
+        ("x.json", b"\xef\xbb\xbf \n[\n " + LINE + b"\n]", "is a JSON array"),
+        ("x.jsonl.gz", gzip.compress(b"[" + LINE + b"]"), "is a JSON array"),
+        (
+            "x.json",
+            json.dumps({"query": "q"}, indent=2).encode(),
+            "several lines: .*jq -c .",
+        ),
+        ("x.parquet", b"PAR1", r"table, .*pandas.read_parquet\('x.parquet'\)"),
+        ("x.jsonl", b"PAR1", "pandas.read_parquet"),
+        ("x.csv", b"query,pos\na,b\n", "pandas.read_csv"),
+        ("x.jsonl", gzip.compress(LINE), "is compressed: .*jsonl.gz"),
+        ("x.jsonl", LINE.decode().encode("utf-16"), "not UTF-8: .*iconv -f UTF-16"),
+        ("x.jsonl", LINE.decode().encode("utf-16-le"), "not UTF-8: .*iconv -f UTF-16"),
+    ],
+)
+def test_a_file_of_another_format_is_named_with_what_to_do(tmp_path, name, content, remedy):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=remedy) as error:
+        kind_of_files([path], None)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_kind_of_a_file_is_that_of_its_first_example(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('broken\n{"title": 1}\n\n{"text": ["u", "a"]}\n{"query": "q"}\n')
@@ -139,9 +175,6 @@ def test_the_kind_of_a_file_is_that_of_its_first_example(tmp_path):
         SourceError,
         match=r"a\.jsonl: no line is an example \(line 1: it has 'title'\); .*\"messages\"",
     ):
-        kind_of_files([path], None)
-    path.write_bytes('{"query": "q"}\n'.encode("utf-16"))
-    with pytest.raises(SourceError, match=r"\(line 1: NUL character\)"):
         kind_of_files([path], None)
     path.write_text('{"title": 1}\n')
     assert kind_of_files([path], lambda raw: {"query": raw["title"]}) == "embedding"

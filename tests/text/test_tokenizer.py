@@ -10,7 +10,7 @@ import pytest
 from tokenizer_files import BEGIN, END, SPLITS, STYLES, write_sentencepiece, write_tokenizer
 
 from grit_jax.conversion import sidecar_files as companion_files
-from grit_jax.text.examples import chat_text, embedding_text
+from grit_jax.text.examples import RejectedExample, chat_text, embedding_text, plain_text
 from grit_jax.text.templates import chat_prompt, embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer, TokenizerError
 
@@ -89,6 +89,22 @@ def test_an_answer_is_trained_on_after_the_ids_of_its_prompt(style, turns):
     assert position == len(tokens) and tokens[0] == own.bos_id
 
 
+def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path):
+    own = Tokenizer(write_tokenizer(tmp_path, "gpt2", begin=(), end=(END,)))
+    prefix, ids = own.encode(PREFIX), own.encode(f"{PREFIX}one two three four")
+    for length in (len(ids) + 1, len(ids) - 1):  # The text is cut, and EOS is kept.
+        text = embedding_text(own, "Find it", "one two three four", length)
+        assert text.tokens.tolist() == [*ids[: length - 1], own.eos_id]
+        assert text.mask.tolist() == [i >= len(prefix) for i in range(length)]
+    with pytest.raises(RejectedExample, match="instruction alone is too long"):
+        embedding_text(own, "Find it", "one", len(prefix) + 1)
+    chat = chat_text(own, ["one", "two"], 100)
+    assert chat.tokens.tolist() == [*own.encode(f"{chat_prompt('one', is_first=True)}two"), 1]
+    plain = plain_text(own, "one two", 100)
+    assert plain.tokens.tolist() == [*own.encode("one two"), own.eos_id]
+    assert plain.mask.tolist() == [i > 0 for i in range(len(plain))]
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_special_tokens_in_a_text_are_text(style):
     own = tokenizer(style)
@@ -136,8 +152,10 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
         Tokenizer(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(("name", "token"), [("bos", "begin"), ("eos", "end")])
-def test_a_sentencepiece_model_without_begin_or_end_is_named(tmp_path, name, token):
-    path = write_sentencepiece(tmp_path, 300, byte_fallback=True, **{f"{name}_id": -1})
-    with pytest.raises(TokenizerError, match=rf"other\.model: it has no {token} token"):
+def test_a_sentencepiece_model_may_lack_bos_but_not_eos(tmp_path):
+    path = write_sentencepiece(tmp_path, 300, byte_fallback=True, bos_id=-1)
+    own = Tokenizer(path)
+    assert (own.bos_id, own.adds_bos, own.files) == (None, False, Tokenizer(path).files)
+    path = write_sentencepiece(tmp_path, 300, byte_fallback=True, eos_id=-1)
+    with pytest.raises(TokenizerError, match=r"other\.model: its eos_token is unknown"):
         Tokenizer(str(path))

@@ -113,6 +113,8 @@ def hand_loss(parameters, texts, attention="bbcc"):
     queries = jnp.stack([embed(text) for text in texts["queries"]])
     passages = jnp.stack([embed(text) for text in texts["passages"]])
     scores = queries @ passages.T / LOSS.temperature
+    # Queries 0 and 5 are copies: the positive of one is not a negative of the other.
+    scores = scores.at[0, 10].set(-jnp.inf).at[5, 0].set(-jnp.inf)
     own = jnp.array([scores[i, 2 * i] for i in range(8)])
     embedding_loss = jnp.mean(jnp.log(jnp.sum(jnp.exp(scores), axis=1)) - own)
 
