@@ -32,7 +32,7 @@ demo: data/sample/.prepared
 
 test: $(VENV)/.installed-test
 	$(PYTEST) --durations=30 --ignore=$(TORTURE) --ignore=tests/experiments --ignore=tests/tools \
-	  tests/training tests
+	  tests/planning tests/docs/test_blocks.py tests/notebooks tests/training tests
 
 test-experiments: $(VENV)/.installed-test
 	$(PYTEST) tests/experiments tests/tools

@@ -91,6 +91,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["grit_jax", "grit_jax.*"]),
     package_data={
+        "grit_jax": ["train_help.txt"],
         "grit_jax.conversion": ["files/*"],
         "grit_jax.sample": ["*.md", "*/*.jsonl.gz"],
     },

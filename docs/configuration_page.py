@@ -1,4 +1,6 @@
-"""Writes the tables of docs/configuration.md: python docs/configuration_page.py
+"""Writes the tables of docs/configuration.md, and grit_jax/train_help.txt with the same fields.
+
+    python docs/configuration_page.py
 
 The tables show the sections of `grit_jax.config.Config`: their fields, types and defaults, and the
 `Attributes` in their docstrings.
@@ -13,19 +15,33 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from grit_jax.config import SECTIONS, Config, default_config
+from grit_jax.config import SECTIONS, Config, ModelSection, default_config
 from grit_jax.fields import field_type, plain_fields
 from grit_jax.models import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("configuration.md")
+HELP = ROOT / "grit_jax" / "train_help.txt"
 BEGIN, END = "<!-- fields -->", "<!-- /fields -->"
+HELP_HEAD = """\
+usage: grit-jax train --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Trains a model, or continues the run in DIR.
+
+  --config=FILE         the configuration: a Python file with a function get_config(), like those in
+                        the folder configs
+  --workdir=DIR         folder for checkpoints and metrics; runs/NAME for NAME.py by default
+  --config.FIELD=VALUE  changes a field of the configuration
+
+The fields and their defaults, which FILE may change (docs/configuration.md describes them):
+"""
 CONFIGS = ("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
 
 
 def main() -> None:
-    """Updates the tables of the page."""
+    """Updates the tables of the page, and the output of `grit-jax train --help`."""
     PAGE.write_text(with_tables(PAGE.read_text()))
+    HELP.write_text(train_help())
 
 
 def with_tables(page: str) -> str:
@@ -34,6 +50,25 @@ def with_tables(page: str) -> str:
     _, _, after = rest.partition(END)
     tables = [*_fields(), *_sizes(), *_files()]
     return "\n".join([before + BEGIN, *tables, END + after])
+
+
+def train_help() -> str:
+    """Returns the output of `grit-jax train --help`."""
+    lines = [HELP_HEAD, *_flags("config", Config)]
+    for name, section in SECTIONS.items():
+        lines += ["", *_flags(f"config.{name}", section)]
+    return "\n".join([*lines, ""])
+
+
+def _flags(name: str, section: type) -> Iterator[str]:
+    """Yields a line with each field of a section and its default, as they are typed."""
+    defaults = section()
+    for field, annotation in plain_fields(section).items():
+        if field_type(annotation) is not dict:
+            yield f"  --{name}.{field}={getattr(defaults, field)}"
+        else:
+            for size, value in ARCHITECTURES[ModelSection.architecture].sizes.items():
+                yield f"  --{name}.{field}.{size}={value}"
 
 
 def descriptions() -> dict[str, str]:

@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 import importlib
 import os
+from pathlib import Path
 import signal
 import sys
 import traceback
 
+from grit_jax import __version__
+
+HELP = {"-h", "--help"}
 USAGE_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT  # As in shells.
 
@@ -24,7 +28,7 @@ MODULES = {
     "convert": "grit_jax.conversion.command",
     "plan": "grit_jax.planning.command",
     "rag": "grit_jax.rag.command",
-    "evaluate": "grit_jax.evaluation.evaluate_command",
+    "evaluate": "grit_jax.evaluation.command",
 }
 # The extra of grit-jax that installs a package.
 EXTRAS = {
@@ -35,16 +39,19 @@ EXTRAS = {
     "tensorflow": "data",
     "tensorflow_datasets": "data",
 }
-TRAIN_HELP = f"""{COMMANDS["train"]}
-
-docs/configuration.md describes every field, and so do the docstrings of grit_jax/config.py."""
+# Lists all fields of the configuration. docs/configuration_page.py writes it, because importing
+# grit_jax.config takes seconds.
+TRAIN_HELP = Path(__file__).with_name("train_help.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with the given arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in HELP:
         print(_usage())
+        return
+    if argv[0] == "--version":
+        print(f"grit-jax {__version__}")
         return
     command, *arguments = argv
     if command not in COMMANDS:
@@ -71,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _usage() -> str:
     lines = [f"  {name:10}{description}" for name, description in COMMANDS.items()]
     head = f"usage: grit-jax {{{','.join(COMMANDS)}}} ..."
-    return "\n".join([head, "", *lines, "", "grit-jax COMMAND --help describes a command."])
+    foot = "grit-jax COMMAND --help describes a command; grit-jax --version prints the version."
+    return "\n".join([head, "", *lines, "", foot])
 
 
 def fail(message: str) -> None:
@@ -88,8 +96,8 @@ def _is_own(error: Exception) -> bool:
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax train` with the given arguments, by default those of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(TRAIN_HELP)
+    if not argv or HELP & set(argv):
+        print(TRAIN_HELP.read_text(), end="")
         return
     from etils import epath
 
@@ -98,16 +106,16 @@ def train(argv: Sequence[str] | None = None) -> None:
     from grit_jax.processes import connect, exit_now, is_primary
     from grit_jax.run import run
     from grit_jax.training.checkpoints import RestartRequired
-    from grit_jax.training.hooks.preemption import EXIT_CODE, Preempted
+    from grit_jax.training.hooks.stop_signals import RESTART, Stopped
 
     try:
         config, workdir = parse_flags(argv)
         connect()
         run(config, open_bucket(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
-    except Preempted as reason:
+    except Stopped as stopped:
         if is_primary():
-            print(f"{reason}; the same command continues the run", file=sys.stderr)
-        raise SystemExit(EXIT_CODE) from None
+            print(f"{stopped}; the same command continues the run", file=sys.stderr)
+        raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
         line = "interrupted; the same command continues from the newest checkpoint"
         print(line, file=sys.stderr, flush=True)
@@ -122,4 +130,4 @@ def train(argv: Sequence[str] | None = None) -> None:
         can_retry = isinstance(error, RestartRequired) or is_transient_storage_error(
             error.__cause__
         )
-        exit_now(EXIT_CODE if can_retry else USAGE_ERROR)
+        exit_now(RESTART if can_retry else USAGE_ERROR)

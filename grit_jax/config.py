@@ -5,6 +5,7 @@ A file in `configs/` starts from `default_config()` and changes fields of it, an
 result and returns it as a `Config`. `docs/configuration.md` is generated from the docstrings here.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Annotated, Any, Literal
 
@@ -345,6 +346,24 @@ def check_not_renamed(name: str) -> None:
     """Refuses the former name of a field, such as "config.hang_seconds", with its new name."""
     if name in RENAMED:
         raise ConfigError(f"{name} is now {RENAMED[name]}")
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each field with another value than in an earlier start of a run.
+
+    Args:
+      before: the fields of the earlier start, as nested dictionaries. It may be of another version
+        of grit-jax: fields that it does not have are left out.
+      now: the fields of this start.
+    """
+    old = {f"config.{name}": value for name, value in flatten_dict(dict(before), sep=".").items()}
+    old = {RENAMED.get(name, name): value for name, value in old.items()}
+    new = {f"config.{name}": value for name, value in flatten_dict(dict(now), sep=".").items()}
+    return [
+        f"{name}: {old[name]!r} -> {value!r}"
+        for name, value in new.items()
+        if name in old and old[name] != value
+    ]
 
 
 def _embedding_spec(model: ModelSection) -> EmbeddingSpec:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.compilation_cache import compilation_cache
-from grit_jax.config import Config
+from grit_jax.config import Config, changed_fields
 from grit_jax.config_from_data import complete_config
 from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import StoredModel
@@ -40,10 +40,10 @@ from grit_jax.training.checkpoints import CheckpointError, Checkpoints, RestartR
 from grit_jax.training.flops import peak_flops
 from grit_jax.training.hooks.bucket_mirror import BucketMirror
 from grit_jax.training.hooks.metrics import METRICS, MetricsWriter, draw_curves, read_metrics
-from grit_jax.training.hooks.preemption import Preempted, Preemption
 from grit_jax.training.hooks.profiler import Profiler
 from grit_jax.training.hooks.progress import ProgressReport
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
+from grit_jax.training.hooks.stop_signals import Stopped, StopSignals
 from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.loop import SkipGuard, StepReport, train
 from grit_jax.training.train_step import Trainer, TrainState
@@ -63,7 +63,7 @@ def run(config: Config, workdir: epath.Path) -> None:
       ProcessError: the processes of the run differ in their settings, or do not share `workdir`.
       RestartRequired: another run uses `workdir`.
       NotFiniteError: too many consecutive steps had a gradient that is not finite.
-      Preempted: the machine is about to be shut down, and the state is saved.
+      Stopped: the process received SIGTERM or SIGINT, and the state is saved.
     """
     console = Console(quiet=not is_primary(), markup=False)  # Paths may contain [brackets].
     config = complete_config(config)
@@ -89,7 +89,7 @@ def run(config: Config, workdir: epath.Path) -> None:
         state = _first_state(config, trainer, pretrained, checkpoints, console)
         if is_primary():
             _report_new_masking(config, batches, workdir / "config.json", console)
-            _write_config(config, trainer.model_config, workdir / "config.json")
+            _write_config(config, trainer.model_config, workdir / "config.json", state, console)
         with MetricsWriter(workdir, int(state.step), is_primary()) as metrics:
             is_evaluated = any(
                 name.startswith("held_out/") for line in metrics.kept for name in line
@@ -97,8 +97,10 @@ def run(config: Config, workdir: epath.Path) -> None:
             if held_out is not None and not broadcast_from_primary(is_evaluated):
                 _evaluate(held_out, state, metrics, console.print)
             if int(state.step) < config.steps:
-                # SIGTERM must not end the process until `checkpoints` has written the last one.
-                preemption = after_checkpoints.enter_context(Preemption())
+                # Signals must not end the process until `checkpoints` has written the last one.
+                stop_signals = after_checkpoints.enter_context(
+                    StopSignals(checkpoints.newest_complete_step)
+                )
                 _train(
                     config,
                     trainer,
@@ -107,7 +109,7 @@ def run(config: Config, workdir: epath.Path) -> None:
                     checkpoints,
                     metrics,
                     held_out,
-                    preemption,
+                    stop_signals,
                     console,
                 )
     if is_primary():
@@ -164,9 +166,16 @@ def _report_new_masking(
         console.print(changed, highlight=False, soft_wrap=True)
 
 
-def _write_config(config: Config, model: ModelConfig, path: epath.Path) -> None:
+def _write_config(
+    config: Config, model: ModelConfig, path: epath.Path, state: TrainState, console: Console
+) -> None:
+    """Writes config.json; prints the fields that have changed since the last start of the run."""
     fields = config.to_dict()
     fields["model"]["sizes"] = {name: getattr(model, name) for name in config.model.sizes}
+    if int(state.step) and path.exists():
+        with contextlib.suppress(ValueError):  # It is not needed to continue.
+            for line in changed_fields(json.loads(path.read_bytes()), fields):
+                console.print(line, highlight=False, soft_wrap=True)
     write_json(path, fields)
 
 
@@ -218,7 +227,7 @@ def _train(
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     held_out: HeldOut | None,
-    preemption: Preemption,
+    stop_signals: StopSignals,
     console: Console,
 ) -> None:
     start = int(state.step)
@@ -243,14 +252,14 @@ def _train(
             if held_out is not None and (is_last or (every and report.step % every == 0)):
                 with step_timer.pause(report):
                     held_out_metrics = _evaluate(held_out, report.state, metrics, progress.log)
-            is_preempted = preemption.is_due(report.step)
-            if is_last or is_preempted or checkpoints.is_due(report.step):
+            is_stopping = stop_signals.is_due(report.step)
+            if is_last or is_stopping or checkpoints.is_due(report.step):
                 with step_timer.pause(report):
                     metrics.flush()
                     seconds = checkpoints.save(report.step, report.state, held_out_metrics)
                 metrics.write(report.step, {"checkpoint_seconds": seconds})
-            if is_preempted and not is_last:
-                raise Preempted(f"preempted: saved after step {report.step}")
+            if is_stopping and not is_last:
+                raise Stopped(report.step, stop_signals.exit_code)
 
         skip_guard = SkipGuard(config.optimizer.max_consecutive_skips)
         upcoming = read_ahead(batches, start, config.steps, config.data.data_threads)

@@ -13,7 +13,7 @@ import pytest
 import reference_values
 from tokenizer_files import write_tokenizer
 
-from grit_jax.config import RENAMED, ConfigError, default_config, parse_config
+from grit_jax.config import RENAMED, ConfigError, changed_fields, default_config, parse_config
 from grit_jax.config_flags import parse_flags
 from grit_jax.data.manifest import PreparedDataError
 from grit_jax.from_config import (
@@ -341,7 +341,9 @@ def test_a_size_that_the_architecture_does_not_have_is_named(own_file, size):
 )
 def test_a_size_of_the_wrong_type_is_named(own_file, size, value, wanted):
     config = parse(own_file(f"config.model.sizes = {{{size!r}: {value!r}}}"))
-    with pytest.raises(ConfigError, match=f"{size}={value!r} must be of type {wanted}$"):
+    with pytest.raises(
+        ConfigError, match=f"^config.model.sizes.{size}={value!r} must be of type {wanted}$"
+    ):
         model_config(config)
 
 
@@ -369,6 +371,17 @@ def test_schedules_of_the_learning_rate(schedule, halfway):
 def test_an_unknown_schedule_is_named():
     with pytest.raises(ConfigError, match=r"config\.optimizer\.schedule='square' must be one of"):
         parse(TINY, "--config.optimizer.schedule=square")
+
+
+def test_the_fields_that_a_continued_run_changes_are_listed():
+    now = parse(TINY, "--config.optimizer.mu_dtype=bfloat16", "--config.loss.temperature=0.1")
+    before = parse(TINY).to_dict()
+    before["optimizer"]["moment_dtype"] = before["optimizer"].pop("mu_dtype")  # Its former name.
+    del before["seed"]  # As if it were a new field.
+    assert changed_fields(before, now.to_dict()) == [
+        "config.loss.temperature: 0.05 -> 0.1",
+        "config.optimizer.mu_dtype: 'float32' -> 'bfloat16'",
+    ]
 
 
 # ---- Weights to start from ----
@@ -511,7 +524,7 @@ def test_data_of_another_tokenizer_than_the_weights_have_are_refused(prepared_sa
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
-        ("--config.model.sizes.num_attention_heads=3", "num_attention_heads=3"),
+        ("--config.model.sizes.num_attention_heads=3", "config.model.sizes.num_attention_heads=3"),
         ("--config.mesh.fsdp=3", "fsdp=3"),
         ("--config.data.folder=nowhere", "nowhere/sample_embedding.json"),
         ("--config.data.query_row_length=16", "config.data.query_row_length=16"),

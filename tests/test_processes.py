@@ -1,6 +1,6 @@
 """Processes that cannot connect fail first, with an error that names what is missing."""
 
-from command_line import assert_fails_in_one_line, grit_jax, run_python
+from command_line import assert_fails_in_one_line, grit_jax_in_process, run_python
 import jax
 import pytest
 
@@ -50,7 +50,7 @@ def test_a_mistake_in_the_environment_is_named(tmp_path, monkeypatch, environmen
         monkeypatch.setenv(name, value)
     config = tmp_path / "config.py"
     config.write_text("from grit_jax.config import default_config as get_config\n")
-    finished = grit_jax("train", f"--config={config}", cwd=tmp_path)
+    finished = grit_jax_in_process("train", f"--config={config}", cwd=tmp_path)
     assert_fails_in_one_line(finished, "ProcessError", named)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
 

@@ -72,7 +72,7 @@ class MixedSampler:
                 share = "a batch" if in_a_batch == self.batch_size else "its share of a batch,"
                 raise PreparedDataError(
                     f"{dataset.folder} has {len(dataset)} examples, fewer than {share} of "
-                    f"{in_a_batch}: add examples or lower the batch size"
+                    f"{in_a_batch}: add examples, or lower config.data.{self.kind}_batch_size"
                 )
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from etils import epath
 from flax import nnx
+from flax.traverse_util import flatten_dict
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -16,7 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from grit_jax.bucket import one_line
 from grit_jax.consistency import describe_differences
 from grit_jax.fields import NonNegativeInt, PositiveInt
-from grit_jax.models import ModelConfig, config_to_hugging_face
+from grit_jax.models import ARCHITECTURES, ModelConfig, config_to_hugging_face
 from grit_jax.objectives.embedding import GRIT_FIELD
 from grit_jax.training.checkpoint_recovery import is_damage, quarantine, remove_unreadable_metrics
 from grit_jax.training.orbax_files_handler import Files
@@ -26,6 +27,25 @@ from grit_jax.training.train_step import TrainState
 USAGE_FIELDS = (GRIT_FIELD, "bos_token_id", "eos_token_id")
 # Former names of settings in the stored description of a run.
 RENAMED_SETTINGS = {"moment_dtype": "mu_dtype"}
+
+# Fields of the configuration, by the names of their settings in the description of a run.
+FIELDS = {
+    "data.seed": "config.seed",
+    "data.embedding.batches": "config.data.embedding_batches",
+    "data.embedding.batch_size": "config.data.embedding_batch_size",
+    "data.embedding.group_size": "config.data.group_size",
+    "data.generative.batches": "config.data.generative_batches",
+    "data.generative.batch_size": "config.data.generative_batch_size",
+    "trained.param_dtype": "config.model.param_dtype",
+    "trained.mu_dtype": "config.optimizer.mu_dtype",
+    "trained.learn_temperature": "config.loss.learn_temperature",
+    **{f"lora.{name}": f"config.lora.{name}" for name in ("rank", "alpha", "targets")},
+    **{
+        f"model.{size}": f"config.model.sizes.{size}"
+        for architecture in ARCHITECTURES.values()
+        for size in architecture.sizes
+    },
+}
 
 
 class CheckpointError(Exception):
@@ -154,6 +174,10 @@ class Checkpoints:
         """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
+    def newest_complete_step(self) -> int | None:
+        """Returns the step of the newest checkpoint that is completely written, None if none is."""
+        return max(ocp.utils.checkpoint_steps(self.folder), default=None)
+
     def is_due(self, step: int) -> bool:
         """Returns whether the state after `step` steps should be saved."""
         return step % self._every_steps == 0 or self.latest_step is None
@@ -250,7 +274,7 @@ class Checkpoints:
         stored = self._manager.restore(step, args=items)
         theirs = {"model": _sizes(stored["model_config"]), **_renamed(stored["description"])}
         ours = {"model": _sizes(self._model_config), **self._description}
-        if differences := describe_differences(theirs, ours):
+        if differences := describe_differences(_by_field(theirs), _by_field(ours)):
             raise CheckpointError(
                 f"{self.folder / str(step)} is of another run: {'; '.join(differences)}. Give the "
                 "new run its own --workdir, or start it from these weights with "
@@ -284,6 +308,14 @@ def _renamed(description: Mapping[str, Any]) -> dict[str, Any]:
     trained = description.get("trained", {})
     renamed = {RENAMED_SETTINGS.get(name, name): value for name, value in trained.items()}
     return {**description, **({"trained": renamed} if renamed else {})}
+
+
+def _by_field(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a description, by the names of their fields as far as they have one."""
+    flat: dict[str, Any] = flatten_dict(  # pyright: ignore[reportAssignmentType]
+        dict(description), sep="."
+    )
+    return {FIELDS.get(name, name): value for name, value in flat.items()}
 
 
 def _sizes(model_config: Mapping[str, Any]) -> dict[str, Any]:

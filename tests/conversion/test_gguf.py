@@ -6,7 +6,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from command_line import assert_fails_in_one_line, grit_jax
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import gguf
 import jax
 import jax.numpy as jnp

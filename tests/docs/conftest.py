@@ -114,8 +114,8 @@ def clone(tmp_path_factory, prepared_sample):
     # Mark installation and preparation as done.
     for mark in (".venv/.installed-demo", "data/sample/.prepared"):
         (folder / mark).touch()
-    model = ".venv/bin/grit-jax convert to-hf runs/gritlm_tiny"
-    finished = reader.run_shell(f"make demo && {model} Mistral-7B-v0.1 && {model} exported")
+    export = ".venv/bin/grit-jax convert to-hf runs/gritlm_tiny exported"
+    finished = reader.run_shell(f"make demo && {export} && cp -r exported Mistral-7B-v0.1")
     assert finished.returncode == 0, finished.stderr
     (folder / "GritLM-7B").symlink_to("exported")
     return folder

@@ -1,4 +1,4 @@
-"""The page of configuration fields is up to date: python docs/configuration_page.py"""
+"""The page of fields and `grit-jax train --help` are up to date: docs/configuration_page.py"""
 
 from pathlib import Path
 import runpy
@@ -13,6 +13,7 @@ script = runpy.run_path(str(PAGE.with_name("configuration_page.py")))
 
 def test_the_page_is_up_to_date():
     assert script["with_tables"](PAGE.read_text()) == PAGE.read_text()
+    assert script["HELP"].read_text() == script["train_help"]()
 
 
 def test_every_field_is_described():

@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from command_line import assert_fails_in_one_line, grit_jax
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import numpy as np
 import pytest
 from sample_tasks import held_out

@@ -3,7 +3,8 @@
 import json
 import shutil
 
-from command_line import assert_fails_in_one_line, grit_jax
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 import mteb
 from mteb.results import TaskResult
 from mteb.types import PromptType
@@ -15,7 +16,7 @@ from scipy.stats import spearmanr
 
 from grit_jax import GritLM
 from grit_jax.conversion import open_model
-from grit_jax.evaluation import evaluate_command
+from grit_jax.evaluation import command as evaluate_command
 from grit_jax.evaluation.mteb_model import MtebModel
 from grit_jax.evaluation.paper import EMBEDDING, MTEB_BENCHMARK, QUICK_TASKS
 from grit_jax.evaluation.results import Results, ResultsError

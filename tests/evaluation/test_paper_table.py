@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from grit_jax import cli
-from grit_jax.evaluation import evaluate_command
+from grit_jax.evaluation import command as evaluate_command
 from grit_jax.evaluation.paper import (
     EMBEDDING,
     EMBEDDING_AVERAGE,

@@ -326,7 +326,7 @@ def test_texts_are_truncated_on_request(model):
 
 def test_devices_that_do_not_divide_a_model_are_refused():
     folder, three = reference_values.FOLDER / "tiny-mistral", make_mesh(devices=jax.devices()[:3])
-    with pytest.raises(MeshError, match=r"fsdp=3 does not divide config.model hidden_size=32: "):
+    with pytest.raises(MeshError, match=r"fsdp=3 does not divide config.model.sizes.hidden_size"):
         GritLM.from_pretrained(folder, mesh=three)
 
 

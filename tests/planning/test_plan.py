@@ -2,7 +2,8 @@
 
 import json
 
-from command_line import assert_fails_in_one_line, grit_jax
+from command_line import assert_fails_in_one_line
+from command_line import grit_jax_in_process as grit_jax
 from flax import nnx
 import jax
 import jax.numpy as jnp

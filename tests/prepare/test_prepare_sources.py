@@ -510,7 +510,8 @@ for _ in range(2):
 def test_any_seqio_source_is_prepared_including_tfds(tmp_path):
     (tmp_path / "questions.py").write_text(QUESTIONS)
     write_lines(tmp_path / "pairs.jsonl", [pair(n) for n in range(10)])
-    sources = ("questions", "numbers", "--module", "questions")
+    # Each process loads TensorFlow.
+    sources = ("questions", "numbers", "--module", "questions", "--processes=1")
     finished = run_python(PREPARE_TWICE, *sources, "--output", "out", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("up to date") == 3

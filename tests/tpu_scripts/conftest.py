@@ -21,7 +21,7 @@ SETTINGS = {
     "PROVISIONING": "spot",
     "CONFIG": "configs/gritlm_7b.py",
     "WEIGHTS": "gs://bucket/weights",
-    "OVERRIDES": "(--config.data.folder=gs://bucket/data '--config.profile.steps=(1, 2)')",
+    "OVERRIDES": "(--config.data.folder=gs://bucket/data '--config.data.embedding=words (2)')",
 }
 QUICK = {
     "POLL_SECONDS": "0.1",

@@ -46,7 +46,7 @@ def test_dry_run_prints_the_commands(pod):
     start = (
         f"{ssh} '--command=LOG_SECONDS=0.2 {worker} start ID {launch} --config"
         " configs/gritlm_7b.py --workdir gs://bucket/run/run --config.data.folder=gs://bucket/data"
-        r" --config.profile.steps=\(1\,\ 2\) --config.model.weights=$HOME/grit-jax/weights'"
+        r" --config.data.embedding=words\ \(2\) --config.model.weights=$HOME/grit-jax/weights'"
         f" {where}"
     )
     mark = "echo stopped | gcloud storage cp - gs://bucket/run/launches/NEWEST/stopped"

@@ -29,7 +29,7 @@ def test_run_preempted_twice_finishes_and_nodes_are_deleted(pod):
     assert [log.name for log in logs] == ["run-w-0.log", "run-w-1.log"] * 3
     last = [path.read_text() for path in sorted(logs[-1].parent.glob("*.exit_code"))]
     assert last == ["0\n", "0\n"]
-    assert "--config.profile.steps=(1, 2) --config.model.weights=" in logs[-1].read_text()
+    assert "--config.data.embedding=words (2) --config.model.weights=" in logs[-1].read_text()
     pod.assert_nothing_is_left()
     for path in pod.cloud.rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path

@@ -15,7 +15,7 @@ from storage_server import StorageServer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grit_jax.training.checkpoint_recovery import DAMAGED
-from grit_jax.training.hooks.preemption import EXIT_CODE
+from grit_jax.training.hooks.stop_signals import RESTART
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = "commit_success.txt"
@@ -169,7 +169,7 @@ def test_a_run_in_a_bucket_that_is_killed_has_the_losses_of_an_undisturbed_one(
     processes = start(server, *common, "--config.data.folder=gs://bucket/data", count=2)
     wait_until(processes, lambda: max(checkpoints(server, "stopped")[0]) > max(whole))
     processes[1].terminate()
-    output = finish(processes, EXIT_CODE)
+    output = finish(processes, RESTART)
     assert f"continuing from step {max(whole)} of gs://bucket/stopped/checkpoints" in output
     whole, cut_off = checkpoints(server, "stopped")
     assert f"saved after step {max(whole)}; the same command continues" in output

@@ -119,7 +119,9 @@ def test_a_run_of_an_older_version_is_continued(trainer, states, tmp_path):
     now["trained"]["mu_dtype"] = "bfloat16"
     with (
         open_folder(tmp_path, now) as checkpoints,
-        pytest.raises(CheckpointError, match=r"trained\.mu_dtype was 'float32' and is 'bfloat16'"),
+        pytest.raises(
+            CheckpointError, match=r"config\.optimizer\.mu_dtype was 'float32' and is 'bfloat16'"
+        ),
     ):
         checkpoints.restore(trainer.abstract_state())
 
@@ -263,11 +265,11 @@ def test_one_that_was_never_finished_does_not_count(trainer, states, tmp_path):
 @pytest.mark.parametrize(
     ("description", "config", "named"),
     [
-        ({"data": {"seed": 1, "embedding": {}}}, CONFIG, ["data.seed was 0 and is 1", "senses"]),
+        ({"data": {"seed": 1, "embedding": {}}}, CONFIG, ["config.seed was 0 and is 1", "senses"]),
         (
             DESCRIPTION,
             ModelConfig(**vars(CONFIG) | {"hidden_size": 16}),
-            ["model.hidden_size was 8 and is 16"],
+            ["config.model.sizes.hidden_size was 8 and is 16"],
         ),
     ],
 )

@@ -174,7 +174,7 @@ def test_rows_of_a_batch_are_split_over_the_devices_in_order(folder):
 HOST = """
 import json, sys
 import jax
-address, process, tensor = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+address, process, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, num_processes=2, process_id=process)
 sys.path[:0] = ["tests", "tests/training"]
 from pathlib import Path
@@ -182,34 +182,35 @@ import numpy as np
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 import test_loop
 
-mesh = make_mesh(tensor=tensor)
-held = local_shards(mesh)
+whole = test_loop.make_batches(Path(folder))
 trainer = test_loop.make_trainer()
-trainer.mesh = mesh
-folder = Path(sys.argv[4])
-whole = test_loop.make_batches(folder)
-own = test_loop.make_batches(folder, [8 // batch_shards(mesh) * s + n for s in held
-                                      for n in range(8 // batch_shards(mesh))])
-for step in (0, 17):
-    expected, placed = whole[step], trainer.to_devices(own[step])
-    expected, placed = expected.parts["embedding"], placed.parts["embedding"]
-    for name in ("queries", "passages"):
-        array = getattr(placed, name).tokens
-        rows = getattr(expected, name).tokens
-        assert array.shape == rows.shape, (array.shape, rows.shape)
-        for shard in array.addressable_shards:
-            np.testing.assert_array_equal(shard.data, rows[shard.index])
-    np.testing.assert_array_equal(placed.positives.addressable_data(0),
-                                  expected.positives)
-print(json.dumps(held))
+
+def compare(tensor):
+    trainer.mesh = mesh = make_mesh(tensor=tensor)
+    held = local_shards(mesh)
+    rows_of_shard = 8 // batch_shards(mesh)
+    own_rows = [rows_of_shard * shard + n for shard in held for n in range(rows_of_shard)]
+    own = test_loop.make_batches(Path(folder), own_rows)
+    for step in (0, 17):
+        expected, placed = whole[step], trainer.to_devices(own[step])
+        expected, placed = expected.parts["embedding"], placed.parts["embedding"]
+        for name in ("queries", "passages"):
+            array = getattr(placed, name).tokens
+            rows = getattr(expected, name).tokens
+            assert array.shape == rows.shape, (array.shape, rows.shape)
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, rows[shard.index])
+        np.testing.assert_array_equal(
+            placed.positives.addressable_data(0), expected.positives
+        )
+    return held
+
+print(json.dumps([compare(tensor) for tensor in (1, 2)]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tensor", "held"), [(1, [range(4), range(4, 8)]), (2, [range(2), range(2, 4)])]
-)
-def test_two_hosts_combine_the_rows_that_each_has_read(folder, tensor, held):
+def test_two_hosts_combine_the_rows_that_each_has_read(folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -220,7 +221,7 @@ def test_two_hosts_combine_the_rows_that_each_has_read(folder, tensor, held):
     }
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", HOST, address, str(process), str(tensor), str(folder)],
+            [sys.executable, "-c", HOST, address, str(process), str(folder)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -229,10 +230,11 @@ def test_two_hosts_combine_the_rows_that_each_has_read(folder, tensor, held):
         )
         for process in range(2)
     ]
-    for host, shards in zip(hosts, held, strict=True):
+    # The shards of each host without and with tensor parallelism.
+    for host, shards in zip(hosts, [[(0, 4), (0, 2)], [(4, 8), (2, 4)]], strict=True):
         output, errors = host.communicate(timeout=900)
         assert host.returncode == 0, errors
-        assert json.loads(output.splitlines()[-1]) == list(shards)
+        assert json.loads(output.splitlines()[-1]) == [list(range(*each)) for each in shards]
 
 
 def test_a_run_stops_when_too_many_steps_in_a_row_are_skipped():

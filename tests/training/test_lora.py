@@ -218,9 +218,9 @@ def test_a_run_resumes_only_with_the_base_model_it_started_from(prepared_sample,
 
     for base, settings, named in (
         (other, {}, "lora.base was"),
-        (tmp_path / "moved", {"rank": 3}, "lora.rank was 2 and is 3"),
-        (tmp_path / "moved", {"targets": "*.down"}, r"lora.targets was 'attention.\*,"),
-        (tmp_path / "moved", {"rank": 0}, "lora.rank was 2 and is None"),
+        (tmp_path / "moved", {"rank": 3}, "config.lora.rank was 2 and is 3"),
+        (tmp_path / "moved", {"targets": "*.down"}, r"config.lora.targets was 'attention.\*,"),
+        (tmp_path / "moved", {"rank": 0}, "config.lora.rank was 2 and is None"),
     ):
         with pytest.raises(CheckpointError, match=named):
             run_on(base, prepared_sample, tmp_path / "stopped", **settings)

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
-from command_line import ROOT, grit_jax, run_python
+from command_line import ROOT, assert_fails_in_one_line, grit_jax_in_process, run_python
 from etils import epath
 import numpy as np
 from PIL import Image
@@ -19,10 +20,11 @@ from grit_jax.conversion import open_model
 from grit_jax.conversion.stored_tokenizer import find_end_tokens, find_tokenizer
 from grit_jax.files import locked
 from grit_jax.objectives.embedding import EmbeddingSpec
+import grit_jax.run
 from grit_jax.run import run
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.training.checkpoints import CheckpointError, RestartRequired
-from grit_jax.training.hooks.preemption import EXIT_CODE
+from grit_jax.training.hooks.stop_signals import INTERRUPTED
 
 
 def start_training(*arguments, devices=1, **variables):
@@ -76,9 +78,9 @@ def test_a_run_stopped_and_continued_has_the_losses_of_an_undisturbed_one(
 
     process = start_in_background(*common, f"--workdir={stopped}")
     wait_for_step(process, stopped, 7)
-    process.terminate()  # SIGTERM: saved at once, wherever it is.
+    process.send_signal(signal.SIGINT)  # As Ctrl-C does. SIGTERM is sent in test_bucket_run.py.
     _, stderr = process.communicate()
-    assert process.returncode == EXIT_CODE, stderr
+    assert process.returncode == INTERRUPTED, stderr
     assert "saved after step" in stderr and "the same command continues" in stderr
     saved = max(int(path.name) for path in (stopped / "checkpoints").iterdir())
     assert saved == read_lines(stopped)[-1]["step"] >= 7
@@ -98,16 +100,19 @@ def test_a_run_stopped_and_continued_has_the_losses_of_an_undisturbed_one(
     kept = {int(path.name) for path in (stopped / "checkpoints").iterdir()}
     assert kept >= {20, 40, 55, 60}
 
-    # A third start finds the run finished and shows its results again.
-    finished = start_training(*common, f"--workdir={stopped}")
+    # A third start finds the run finished and shows its results again, and what has changed.
+    finished = start_training(
+        *common, f"--workdir={stopped}", "--config.optimizer.learning_rate=0.25"
+    )
     assert finished.returncode == 0, finished.stderr
+    assert "config.optimizer.learning_rate: 0.0005 -> 0.25\n" in finished.stdout
     assert "nDCG@10" in finished.stdout and "step 60" in finished.stdout
     assert "compiling" not in finished.stdout
 
     # Another run does not go on from these.
     other = start_training(*common, f"--workdir={stopped}", "--config.data.group_size=3")
     assert other.returncode == 2
-    assert "data.embedding.group_size was 2 and is 3" in other.stderr
+    assert "config.data.group_size was 2 and is 3" in other.stderr
     assert len(other.stderr.strip().splitlines()) == 1
     assert json.loads((stopped / "config.json").read_text())["data"]["group_size"] == 2
 
@@ -161,7 +166,7 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
 
     # Its newest checkpoint goes to Hugging Face, with the values that training left.
     exported = tmp_path / "exported"
-    finished = grit_jax("convert", "to-hf", tmp_path, exported, cwd=ROOT)
+    finished = grit_jax_in_process("convert", "to-hf", tmp_path, exported, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
     trained, written = open_model(tmp_path), open_model(exported)
     assert trained.folder == tmp_path / "checkpoints" / "3"
@@ -202,58 +207,35 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (["--config.optimizer.learning_rat=1"], "learning_rat"),
-        (["--config.data.embedding_batch_size=5000"], "fewer than a batch of 5000"),
+        (
+            ["--config.data.embedding_batch_size=5000"],
+            "fewer than a batch of 5000: add examples, or lower config.data.embedding_batch_size",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line_before_anything_is_compiled(
     prepared_sample, tmp_path, arguments, named
 ):
-    workdir = tmp_path / "run"
-    finished = start_training(
-        *SMALL, f"--config.data.folder={prepared_sample}", f"--workdir={workdir}", *arguments
-    )
-    assert finished.returncode == 2
-    assert len(finished.stderr.strip().splitlines()) == 1, finished.stderr
-    assert named in finished.stderr
+    folders = [f"--config.data.folder={prepared_sample}", f"--workdir={tmp_path / 'run'}"]
+    finished = grit_jax_in_process("train", *SMALL, *folders, *arguments, cwd=ROOT)
+    assert_fails_in_one_line(finished, named)
+    assert len(finished.stderr.splitlines()) == 1, finished.stderr
     assert "compiling" not in finished.stdout
-    assert not workdir.exists()
-
-
-def test_training_from_prepared_data_loads_no_tensorflow(prepared_sample, tmp_path):
-    arguments = [
-        *SMALL,
-        f"--config.data.folder={prepared_sample}",
-        "--config.steps=1",
-        "--config.evaluation.enabled=False",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    script = """
-import sys
-from grit_jax.cli import train
-train(sys.argv[1:])
-loaded = {name.split(".")[0] for name in sys.modules}
-assert "jax" in loaded
-unwanted = {"tensorflow", "seqio", "tensorflow_text", "tensorflow_datasets"}
-assert not loaded & unwanted, loaded & unwanted
-"""
-    finished = run_python(script, *arguments, cwd=ROOT)
-    assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(prepared_sample, tmp_path):
+    """And training from prepared data loads no TensorFlow."""
     workdir = tmp_path / "[run]"
     arguments = [
         *SMALL,
         f"--config.data.folder={prepared_sample}",
         "--config.steps=1",
-        "--config.mode=generative",
         "--config.evaluation.enabled=False",
         f"--workdir={workdir}",
     ]
@@ -267,6 +249,9 @@ def tell_and_close(*arguments):
     close(*arguments)
 Checkpoints.__exit__ = tell_and_close
 train(sys.argv[1:])
+loaded = {name.split(".")[0] for name in sys.modules}
+unwanted = {"tensorflow", "seqio", "tensorflow_text", "tensorflow_datasets"}
+assert not loaded & unwanted, loaded & unwanted
 """
     finished = run_python(script, *arguments, cwd=ROOT)
     assert finished.returncode == 0, finished.stderr
@@ -291,9 +276,10 @@ def test_a_folder_that_another_run_has_or_that_cannot_be_made_is_named(
         run(config, workdir)
 
 
-def test_a_run_that_is_interrupted_says_how_to_go_on_in_one_line():
-    script = "import signal, sys, grit_jax.run, grit_jax.cli\n"
-    script += "grit_jax.run.run = lambda *_: signal.raise_signal(signal.SIGINT)\n"
-    finished = run_python(f"{script}grit_jax.cli.train(sys.argv[1:])", *SMALL, cwd=ROOT)
-    assert finished.returncode == 130
+def test_an_interrupt_before_the_first_step_says_how_to_go_on_in_one_line(monkeypatch):
+    codes = []
+    monkeypatch.setattr(grit_jax.run, "run", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(os, "_exit", codes.append)
+    finished = grit_jax_in_process("train", *SMALL, cwd=ROOT)
+    assert codes == [130]
     assert finished.stderr == "interrupted; the same command continues from the newest checkpoint\n"

@@ -19,7 +19,7 @@ import pytest
 from small_run import SMALL
 
 from grit_jax.training.checkpoint_recovery import DAMAGED
-from grit_jax.training.hooks.preemption import EXIT_CODE
+from grit_jax.training.hooks.stop_signals import INTERRUPTED, RESTART
 from grit_jax.training.hooks.watchdog import EXIT_CODE as HUNG
 
 ROOT = Path(__file__).parents[2]
@@ -71,8 +71,8 @@ class Processes:
             process.kill()
         return self.wait()
 
-    def terminate(self, number):
-        self._processes[number].terminate()
+    def interrupt(self, number):
+        self._processes[number].send_signal(signal.SIGINT)
 
     def stop(self, number):
         """Suspends a process."""
@@ -162,12 +162,12 @@ def undisturbed(start, tmp_path_factory):
 def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     undisturbed, start, tmp_path
 ):
-    # SIGTERM to one process: all save together, and exit with the code for a restart.
+    # Ctrl-C in one process: all save together, and the other exits with the code for a restart.
     processes = start(tmp_path)
     wait_until(processes, lambda: read_losses(tmp_path))
-    processes.terminate(1)
+    processes.interrupt(1)
     codes, outputs = processes.wait()
-    assert codes == [EXIT_CODE, EXIT_CODE], outputs
+    assert codes == [RESTART, INTERRUPTED], outputs
     last = max(read_losses(tmp_path))
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
     assert f"saved after step {last}; the same command continues" in outputs[0]
@@ -186,7 +186,7 @@ def test_a_run_killed_at_random_moments_has_the_losses_of_an_undisturbed_one(
     codes, outputs = start(tmp_path).wait()
     if codes != [0, 0]:  # One process exited while the others were reading: restart.
         assert any("is damaged" in output for output in outputs), outputs
-        assert EXIT_CODE in codes, outputs
+        assert RESTART in codes, outputs
         codes, outputs = start(tmp_path).wait()
     assert codes == [0, 0], outputs
     assert f"continuing from step {saved[-2]} " in outputs[0]

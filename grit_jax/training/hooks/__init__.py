@@ -1,1 +1,1 @@
-"""Hooks of the training loop: metrics, progress, profiling, preemption, a watchdog."""
+"""Hooks of the training loop: metrics, progress, profiling, signals that stop a run, a watchdog."""

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from etils import epath
-from matplotlib.figure import Figure
 
 from grit_jax.arithmetic import ceil_div
 from grit_jax.files import write_atomically
@@ -128,6 +127,8 @@ def draw_curves(lines: list[dict[str, Any]], path: epath.Path) -> None:
     panels += sorted({name for line in lines for name in line if name.startswith("held_out/")})
     if not panels:
         return
+    from matplotlib.figure import Figure  # This import takes a second.
+
     columns = 2
     rows = ceil_div(len(panels), columns)
     figure = Figure(figsize=(4.5 * columns, 2.6 * rows), layout="constrained")
