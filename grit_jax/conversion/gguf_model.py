@@ -189,9 +189,11 @@ class GgufModel(StoredModel):
         # Old files have another name for the factor, and name no type for "linear".
         factor = self._setting("rope.scaling.factor", self._setting("rope.scale_linear", 1.0))
         kind = self._setting("rope.scaling.type", "none" if factor in (0, 1) else "linear")
-        rope: dict[str, Any] = {"rope_type": kind.replace("none", "default")}
-        if rope["rope_type"] != "default":
-            rope["factor"] = factor
+        if kind != "none":
+            raise ConversionError(
+                f"{self.folder}: rotary embeddings of type {kind!r} are not supported in GGUF "
+                "files: use the model's Hugging Face folder"
+            )
         end, end_of_turn = (self._value(f"tokenizer.ggml.{n}_token_id") for n in ("eos", "eot"))
         ends = [token for token in dict.fromkeys((end, end_of_turn)) if token is not None]
         return {
@@ -202,7 +204,10 @@ class GgufModel(StoredModel):
             "head_dim": head_dim,
             "vocab_size": int(self._tensors[EMBEDDINGS].shape[-1]),
             "rms_norm_eps": _shortest(self._setting("attention.layer_norm_rms_epsilon", 1e-6)),
-            "rope_parameters": rope | {"rope_theta": self._setting("rope.freq_base", 10000.0)},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self._setting("rope.freq_base", 10000.0),
+            },
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "hidden_act": "silu",
             "attention_bias": False,

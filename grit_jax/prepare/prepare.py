@@ -159,15 +159,18 @@ def _pool(
         build.name: WorkerPlan(build.dataset.kind, build.dataset.source.files) for build in builds
     }
     try:
-        pickled_plans = cloudpickle.dumps(plans)
+        settings = cloudpickle.dumps((tokenizer.files, options, plans))
     except Exception as error:
         raise SourceError(f"a `preprocess` cannot be sent to other processes: {error}") from None
+    # In a file: a process that starts while the parent is interrupted would read half a pipe.
+    settings_file = folder / ".settings"
+    settings_file.write_bytes(settings)
     pool = ProcessPoolExecutor(
         processes,
         # Forking is not safe: a module of the user may have loaded TensorFlow, and tests load JAX.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
-        initargs=(tokenizer.files, options, pickled_plans, folder),
+        initargs=(settings_file, folder),
     )
     try:
         yield pool

@@ -106,24 +106,20 @@ class _Worker:
 _worker: _Worker
 
 
-def start_worker(
-    tokenizer: Mapping[str, bytes], options: TextOptions, pickled_plans: bytes, folder: Path
-) -> None:
+def start_worker(settings: Path, folder: Path) -> None:
     """Initializes a worker process.
 
     Args:
-      tokenizer: names and contents of the tokenizer's files.
-      options: how texts are tokenized.
-      pickled_plans: the WorkerPlan of each dataset by name, pickled with cloudpickle.
+      settings: a file with the names and contents of the tokenizer's files, how texts are
+        tokenized, and the WorkerPlan of each dataset by name, pickled with cloudpickle.
       folder: where to write shards.
     """
     global _worker
     # The parent handles Ctrl-C. Without a parent, the worker exits.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = _Worker(
-        Tokenizer.of_files(tokenizer), options, cloudpickle.loads(pickled_plans), folder
-    )
+    tokenizer, options, plans = cloudpickle.loads(settings.read_bytes())
+    _worker = _Worker(Tokenizer.of_files(tokenizer), options, plans, folder)
 
 
 def _exit_with_parent() -> None:

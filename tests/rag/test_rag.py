@@ -77,7 +77,7 @@ def test_rotated_keys_are_those_of_later_positions(model):
         positions = first + np.arange(20)[None]
         return module(tokens, positions, is_causal=False, cache=cache)[1].keys
 
-    found = rotate_keys(np.asarray(keys(0)), 37, module.config.rope_theta)
+    found = rotate_keys(np.asarray(keys(0)), 37, module.config.rotary_frequencies())
     np.testing.assert_allclose(found, keys(37), atol=2e-5)
 
 
@@ -113,8 +113,8 @@ def test_the_prompts_of_the_paper(index, model, cache_mode):
     cached = {"query": [query], "document": caches}
     names = cache_mode.removesuffix("-cache").split("-") if "cache" in cache_mode else []
     parts = [cache for name in names for cache in cached[name]]
-    theta = model.model.config.rope_theta
-    cache = concat_caches(parts, theta, continue_positions=True) if parts else None
+    frequencies = model.model.config.rotary_frequencies()
+    cache = concat_caches(parts, frequencies, continue_positions=True) if parts else None
     prompt = PROMPTS[cache_mode].format(query=QUESTIONS[0], documents="\n\n".join(texts))
     assert answered.answer == model.generate(f"{prompt}The answer is", 8, cache=cache)
 
