@@ -48,7 +48,7 @@ TRAIN_HELP = Path(__file__).with_name("train_help.txt")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with the given arguments, by default those of the process."""
-    warnings.showwarning = _print_warning
+    _quiet_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in HELP:
         print(_usage())
@@ -91,6 +91,12 @@ def fail(message: str) -> None:
     raise SystemExit(USAGE_ERROR)
 
 
+def _quiet_output() -> None:
+    """Prints warnings in one line, and hides what TensorFlow logs about missing GPUs."""
+    warnings.showwarning = _print_warning
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
 def _print_warning(message: Warning | str, *where: Any, **options: Any) -> None:
     """Prints a warning in one line, without the line of code that caused it."""
     del where, options
@@ -104,7 +110,7 @@ def _is_own(error: Exception) -> bool:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax train` with the given arguments, by default those of the process."""
-    warnings.showwarning = _print_warning
+    _quiet_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or HELP & set(argv):
         print(TRAIN_HELP.read_text(), end="")
