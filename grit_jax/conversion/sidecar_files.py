@@ -16,6 +16,13 @@ FILES = Path(__file__).with_name("files")
 TRANSFORMER = "grit_transformer.py"
 # The settings of sentence-transformers for a whole model, among them its prompts.
 SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
+# The field of the settings of pooling that switches each pooling on.
+POOLING_FIELDS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
@@ -77,18 +84,12 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
             for i, (kind, path) in enumerate(modules)
         ],
     )
-    modes = {
-        "cls": "cls_token",
-        "mean": "mean_tokens",
-        "weightedmean": "weightedmean_tokens",
-        "lasttoken": "lasttoken",
-    }
     (folder / "1_Pooling").mkdir()
     write_json(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": config.hidden_size,
-            **{f"pooling_mode_{name}": mode == spec.pooling for mode, name in modes.items()},
+            **{field: pooling == spec.pooling for pooling, field in POOLING_FIELDS.items()},
             "include_prompt": spec.pooling in ("lasttoken", "cls"),
         },
     )
