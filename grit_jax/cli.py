@@ -7,6 +7,8 @@ from pathlib import Path
 import signal
 import sys
 import traceback
+from typing import Any
+import warnings
 
 from grit_jax import __version__
 
@@ -46,6 +48,7 @@ TRAIN_HELP = Path(__file__).with_name("train_help.txt")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax` with the given arguments, by default those of the process."""
+    _quiet_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in HELP:
         print(_usage())
@@ -88,6 +91,18 @@ def fail(message: str) -> None:
     raise SystemExit(USAGE_ERROR)
 
 
+def _quiet_output() -> None:
+    """Prints warnings in one line, and hides what TensorFlow logs about missing GPUs."""
+    warnings.showwarning = _print_warning
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _print_warning(message: Warning | str, *where: Any, **options: Any) -> None:
+    """Prints a warning in one line, without the line of code that caused it."""
+    del where, options
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def _is_own(error: Exception) -> bool:
     """Returns whether grit-jax defines the type of an error, whose message is then for users."""
     return type(error).__module__.startswith("grit_jax.")
@@ -95,6 +110,7 @@ def _is_own(error: Exception) -> bool:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs `grit-jax train` with the given arguments, by default those of the process."""
+    _quiet_output()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or HELP & set(argv):
         print(TRAIN_HELP.read_text(), end="")

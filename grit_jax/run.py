@@ -191,8 +191,14 @@ def _first_state(
     if trainer.model_config.lora is not None:
         console.print(_describe_lora(trainer), highlight=False, soft_wrap=True)
     if restored is not None:
+        step = int(restored.step)
         console.print(
-            f"continuing from step {restored.step} of {checkpoints.folder}", highlight=False
+            f"continuing from step {step} of {checkpoints.folder}"
+            if step < config.steps
+            else f"this run is finished, with {step} steps: to train further, raise "
+            f"{'config.epochs' if config.epochs else 'config.steps'}",
+            highlight=False,
+            soft_wrap=True,
         )
         if trainer.model_config.lora is None or pretrained is None:
             return restored

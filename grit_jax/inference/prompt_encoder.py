@@ -194,7 +194,8 @@ class PromptEncoder:
         self._has_warned = True
         warnings.warn(
             f"{name} contains {', '.join(dict.fromkeys(found))}, which is read as ordinary text, "
-            "not as a control token: use chat(messages) for a chat, or give token ids",
+            "not as a control token: remove it, pass the messages of a chat to `chat`, or give "
+            "token ids",
             UserWarning,
             stacklevel=2,
         )

@@ -88,7 +88,9 @@ def make_config(architecture: str, **fields: Any) -> ModelConfig:
     sizes = ARCHITECTURES[architecture].sizes
     types = get_type_hints(ModelConfig)
     if unknown := fields.keys() - sizes.keys() - set(SETTINGS):
-        raise ValueError(f"config.model.sizes: a {architecture} has no {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"config.model.sizes: a {architecture} has no {', '.join(sorted(unknown))}"
+        )
     for name, value in fields.items():
         wanted = types[name]
         allowed = (int, float) if wanted is float else wanted

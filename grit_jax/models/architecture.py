@@ -62,7 +62,7 @@ IGNORED_FIELDS = frozenset(
     num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores
     remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens
     target_lookbehind temperature top_k top_p typical_p
-    """.split()
+    """.split()  # noqa: SIM905  It reads better.
 )
 # Fields that change the computation unless they have this value.
 IGNORED_VALUES = {
@@ -92,8 +92,8 @@ class HuggingFaceFormat:
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
         transformers assumes where the file leaves them out. Without "head_dim", a head has
         hidden_size / num_attention_heads dimensions.
-      reads_layer_types: whether `layer_types`, or a field of `WINDOW_FIELDS`, says which layers have
-        a sliding window.
+      reads_layer_types: whether `layer_types` or `WINDOW_FIELDS` say which layers have a sliding
+        window.
     """
 
     model_type: str

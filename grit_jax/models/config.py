@@ -221,7 +221,6 @@ class ModelConfig:
         }
 
 
-
 def typed_name(field: str) -> str:
     """Returns the name of a field of `ModelConfig` on the command line of training."""
     return f"config.model.{field}" if field in SETTINGS else f"config.model.sizes.{field}"

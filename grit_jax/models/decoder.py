@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from grit_jax.pytree import pytree_dataclass
 from grit_jax.models.architecture import Architecture
 from grit_jax.models.attention import AttentionMask
 from grit_jax.models.config import ModelConfig
@@ -25,6 +24,7 @@ from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.layers import Attention, EmbeddingProjection, RMSNorm
 from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.models.weights import WeightTable
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import all_gather_fsdp, mesh_axes, partition_spec, with_logical_constraint
 
 
@@ -52,7 +52,7 @@ class HeadError(ValueError):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and a feed-forward network, each with a norm before it and a residual connection."""
+    """Attention and a feed-forward network, each with a norm and a residual connection."""
 
     def __init__(
         self,

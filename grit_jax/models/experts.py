@@ -12,7 +12,6 @@ device. Unused room costs memory, but no products.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grit_jax.pytree import pytree_dataclass
 from grit_jax.models.grouped_matmul import exclusive_cumsum, grouped_matmul
 from grit_jax.models.linear import LinearLayers, Weight, linear
+from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import mesh_axes, partition_spec
 
 # Logical axes of the experts' matrices: experts, inputs, outputs.
@@ -139,9 +138,7 @@ def _apply_on_mesh(
     def all_gather(matrix: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         if "embed" not in axes:
             return matrix
-        return jax.lax.all_gather(
-            matrix, mesh_axes("embed"), axis=axes.index("embed"), tiled=True
-        )
+        return jax.lax.all_gather(matrix, mesh_axes("embed"), axis=axes.index("embed"), tiled=True)
 
     def whole(weight: Weight, axes: tuple[str, str, str]) -> Weight:
         pairs = zip(weight, _axes(weight, axes), strict=True)

@@ -66,7 +66,11 @@ class Attention(LinearLayers):
                 bias = weights[f"{scope}.{name}_bias"].initialize(config, rngs)
                 setattr(self, f"{name}_bias", bias)
             if f"{scope}.{name}_norm.scale" in weights:
-                setattr(self, f"{name}_norm", RMSNorm(config, weights, f"{scope}.{name}_norm", rngs=rngs))
+                setattr(
+                    self,
+                    f"{name}_norm",
+                    RMSNorm(config, weights, f"{scope}.{name}_norm", rngs=rngs),
+                )
 
     def __call__(
         self,

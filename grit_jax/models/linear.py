@@ -21,7 +21,7 @@ from grit_jax.sharding import with_logical_constraint
 Weight = tuple[Array, ...]
 
 
-def linear(inputs: Float[Array, "M *inputs"], weight: Weight) -> Float[Array, "M *outputs"]:
+def linear(inputs: Float[Array, " M *inputs"], weight: Weight) -> Float[Array, " M *outputs"]:
     """Returns x W, plus (alpha / rank) (x A) B for a layer with a low-rank update.
 
     Args:

@@ -129,15 +129,16 @@ class RopeScaling:
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
     def _llama3_kept(self, frequencies: Float[np.ndarray, " half"]) -> Float[np.ndarray, " half"]:
-        assert self.original_max_position_embeddings and self.low_freq_factor
-        assert self.high_freq_factor
+        assert self.original_max_position_embeddings is not None
+        assert self.low_freq_factor is not None
+        assert self.high_freq_factor is not None
         rotations = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         width = self.high_freq_factor - self.low_freq_factor
         return np.clip((rotations - self.low_freq_factor) / width, 0, 1)
 
     def _yarn_kept(self, half: int, theta: float) -> Float[np.ndarray, " half"]:
         length = self.original_max_position_embeddings
-        assert length
+        assert length is not None
 
         def index_of(rotations: float) -> float:
             """Returns the index of the frequency of which `rotations` fit the original length."""

@@ -12,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from grit_jax.config import ConfigError
 from grit_jax.config_flags import parse_flags
+from grit_jax.config_from_data import complete_config
 from grit_jax.planning.chips import describe_topology, suppress_stderr
 from grit_jax.planning.plan import fastest, make_plan, search
 from grit_jax.planning.report import as_json, print_line, print_plan
@@ -24,7 +25,8 @@ def run(argv: Sequence[str]) -> None:
     """Compiles a training step for TPUs without having any, and prints whether it fits.
 
     Raises:
-      BucketError, ConfigError, MeshError, TopologyError: the message says what is wrong.
+      BucketError, ConfigError, MeshError, PreparedDataError, TopologyError: the message says what
+        is wrong.
     """
     arguments, rest = _parser().parse_known_args(argv)
     tokens = {stream: getattr(arguments, f"{stream}_tokens") for stream in AVERAGE_TOKENS}
@@ -32,6 +34,7 @@ def run(argv: Sequence[str]) -> None:
     if arguments.slices > 1:
         rest.append(f"--config.mesh.slice={arguments.slices}")
     config, _ = parse_flags(rest)
+    config = complete_config(config)
     with suppress_stderr():
         topology = describe_topology(arguments.topology, arguments.slices)
     what = f"compiling the training step for {len(topology.devices)} chips ({arguments.topology})"

@@ -273,9 +273,13 @@ def find_files(path: epath.PathLike) -> list[epath.Path]:
         return [path]
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    files = [file for file in files_below(path) if file.name.endswith(SUFFIXES)]
+    all_files = list(files_below(path))
+    files = [file for file in all_files if file.name.endswith(SUFFIXES)]
     if not files:
-        raise SourceError(f"{path}: no {' or '.join(SUFFIXES)} file in it")
+        other = f", only {all_files[0].relative_to(path)}" if all_files else ""
+        raise SourceError(
+            f"{path} has no {' or '.join(SUFFIXES)} file{other}: write one JSON object per line"
+        )
     return files
 
 

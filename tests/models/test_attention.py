@@ -259,9 +259,7 @@ def run_partly_causal(model):
         ),
     ],
 )
-def test_an_unsupported_case_is_named(
-    implementation, fields, read, reason
-):
+def test_an_unsupported_case_is_named(implementation, fields, read, reason):
     model = make_model(implementation, **fields)
     with pytest.raises(AttentionError, match=reason) as error:
         read(model)

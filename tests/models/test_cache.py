@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import reference_values
 
-from grit_jax.sharding import make_mesh, variable_shardings
 from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.sharding import make_mesh, variable_shardings
 
 ARCHITECTURES = ("mistral", "mixtral")
 # The widths of the calls that a text is read in: a prompt, single tokens, a longer insertion.

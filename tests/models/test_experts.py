@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grit_jax.models import grouped_matmul as grouped_matmul_module, make_config, weights_of
+from grit_jax.models import grouped_matmul as grouped_matmul_module
+from grit_jax.models import make_config, weights_of
 from grit_jax.models.experts import (
-    EXPERT_UP_AXES,
     EXPERT_DOWN_AXES,
+    EXPERT_UP_AXES,
     Experts,
     apply_experts,
     ragged_all_to_all_on_cpu,

@@ -1,6 +1,7 @@
 """Training steps compiled with the TPU compiler, on platforms that have libtpu."""
 
 import json
+from pathlib import Path
 
 from command_line import assert_fails_in_one_line
 from command_line import grit_jax_in_process as grit_jax
@@ -281,6 +282,12 @@ def test_attention_that_does_not_serve_a_step_is_named():
     config.model.attention_implementation = "cudnn"
     with pytest.raises(ConfigError, match="'cudnn' does not support the platform tpu"):
         make_plan(parse_config(config), describe_topology("v5e:2x2"), TOKENS)
+
+
+def test_fields_that_are_taken_from_the_data_need_it(tmp_path):
+    config = Path(__file__).parents[2] / "configs" / "finetune.py"
+    wrong = grit_jax("plan", f"--config={config}", "--topology=v5e-4", cwd=tmp_path)
+    assert_fails_in_one_line(wrong, "config.data.folder", "has no prepared data")
 
 
 @pytest.mark.slow

@@ -128,7 +128,10 @@ def test_files_are_found_in_subfolders_and_in_order(tmp_path):
     with pytest.raises(SourceError, match=r"nowhere: no such file or folder"):
         find_files(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match=r"empty: no \.jsonl or \.jsonl\.gz file"):
+    with pytest.raises(SourceError, match=r"empty has no \.jsonl or \.jsonl\.gz file: write one"):
+        find_files(tmp_path / "empty")
+    (tmp_path / "empty" / "x.csv").touch()
+    with pytest.raises(SourceError, match=r"empty has no \.jsonl .* file, only x\.csv: write one"):
         find_files(tmp_path / "empty")
 
 

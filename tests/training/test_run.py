@@ -108,6 +108,9 @@ def test_a_run_stopped_and_continued_has_the_losses_of_an_undisturbed_one(
     assert finished.returncode == 0, finished.stderr
     assert "config.optimizer.learning_rate: 0.0005 -> 0.25\n" in finished.stdout
     assert "nDCG@10" in finished.stdout and "step 60" in finished.stdout
+    assert "this run is finished, with 60 steps: to train further, raise config.steps" in (
+        finished.stdout
+    )
     assert "compiling" not in finished.stdout
 
     # Another run does not go on from these.
