@@ -85,7 +85,9 @@ def write_hugging_face(
         )
     with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
-        write_tokenizer(found, unfinished, model.config.max_position_embeddings)
+        write_tokenizer(
+            found, unfinished, model.fields["model_type"], model.config.max_position_embeddings
+        )
         write_chat_template(unfinished, adds_bos=found.adds_bos)
         write_sentence_transformers(unfinished, model.config, spec)
         stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)

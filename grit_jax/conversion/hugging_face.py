@@ -10,7 +10,7 @@ import numpy as np
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, SafetensorsFolder, read_json
-from grit_jax.conversion.sidecar_files import SENTENCE_TRANSFORMERS
+from grit_jax.conversion.sentence_transformers_folder import read_embedding_fields
 from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights, warn
 from grit_jax.models import config_from_hugging_face, unread_fields
 from grit_jax.objectives.embedding import GRIT_FIELD
@@ -39,8 +39,8 @@ class HuggingFaceModel(StoredModel):
     def __init__(self, folder: Path, head: str | Path | None = None):
         self.folder = folder
         self.fields = read_json(folder / "config.json") | _end_tokens(folder)
-        if prompts := _prompts(folder):
-            self.fields[GRIT_FIELD] = self.fields.get(GRIT_FIELD, {}) | prompts
+        if embedding := read_embedding_fields(folder, self.fields):
+            self.fields[GRIT_FIELD] = self.fields.get(GRIT_FIELD, {}) | embedding
         self._weights = SafetensorsFolder(folder)
         self._base: SafetensorsFolder | None = None
         self._choose_head(head)
@@ -149,11 +149,3 @@ def _end_tokens(folder: Path) -> dict[str, Any]:
     path = folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     return {name: value for name, value in generation.items() if name == "eos_token_id"}
-
-
-def _prompts(folder: Path) -> dict[str, str]:
-    """Returns the prompts of queries and documents that sentence-transformers would use."""
-    path = folder / SENTENCE_TRANSFORMERS
-    prompts = (read_json(path).get("prompts") or {}) if path.is_file() else {}
-    kinds = [kind for kind in ("query", "document") if isinstance(prompts.get(kind), str)]
-    return {f"{kind}_prompt": prompts[kind] for kind in kinds}

@@ -13,17 +13,28 @@ from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.text.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
 
 FILES = Path(__file__).with_name("files")
-TRANSFORMER = "grit_transformer.py"
+TRANSFORMER, TOKENIZER = "grit_transformer.py", "grit_tokenizer.py"
+# For these models transformers 5 takes Qwen2's tokenizer, which overrides parts of tokenizer.json,
+# unless the settings name a class in the folder.
+OVERRIDDEN_TOKENIZERS = ("qwen2",)
 # The settings of sentence-transformers for a whole model, among them its prompts.
 SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
+# The field of the settings of pooling that switches each pooling on.
+POOLING_FIELDS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str, max_length: int) -> None:
     """Writes a tokenizer for transformers that begins and ends texts as it does here.
 
     Args:
       tokenizer: the model's tokenizer.
       folder: the folder to write to.
+      model_type: the model's type in config.json.
       max_length: the longest text that the model supports, in tokens.
 
     Raises:
@@ -40,6 +51,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         "model_max_length": max_length,
         "padding_side": "right",
     }
+    if model_type in OVERRIDDEN_TOKENIZERS:
+        shutil.copyfile(FILES / TOKENIZER, folder / TOKENIZER)
+        settings["auto_map"] = {"AutoTokenizer": [None, "grit_tokenizer.GritTokenizer"]}
     (folder / HUGGING_FACE).write_bytes(tokenizer.exported())
     if tokenizer.sentencepiece_model is not None:  # llama.cpp converts this one.
         (folder / SENTENCEPIECE).write_bytes(tokenizer.sentencepiece_model)
@@ -77,18 +91,12 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
             for i, (kind, path) in enumerate(modules)
         ],
     )
-    modes = {
-        "cls": "cls_token",
-        "mean": "mean_tokens",
-        "weightedmean": "weightedmean_tokens",
-        "lasttoken": "lasttoken",
-    }
     (folder / "1_Pooling").mkdir()
     write_json(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": config.hidden_size,
-            **{f"pooling_mode_{name}": mode == spec.pooling for mode, name in modes.items()},
+            **{field: pooling == spec.pooling for pooling, field in POOLING_FIELDS.items()},
             "include_prompt": spec.pooling in ("lasttoken", "cls"),
         },
     )

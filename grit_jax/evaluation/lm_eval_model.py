@@ -248,7 +248,8 @@ def _check_unicode(requests: Sequence[Instance]) -> None:
 def _sampling(options: dict[str, Any]) -> Sampling:
     """Removes the sampling options of lm-eval from `options`, and returns them."""
     do_sample = options.pop("do_sample")
-    given = {name: options.pop(name) for name in SAMPLING_OPTIONS if name in options}
+    given = {name: options.pop(name, None) for name in SAMPLING_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
     # A temperature of 0 is greedy decoding, as in vLLM.
     if not do_sample or given.get("temperature") == 0:
         do_sample = False  # lm-eval's own model ignores the filters, too.

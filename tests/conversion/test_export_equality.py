@@ -86,7 +86,7 @@ def sample_cases(count):
     """Returns cases in which every value of a field, and most pairs of values, occur."""
     generator = random.Random(0)
     values = (
-        ("Mistral", "Llama", "Mistral", "Llama", "Mixtral"),
+        ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3"),
         tuple(TOKENIZERS),
         POOLINGS,
         EXPORTED_PATTERNS,
@@ -124,6 +124,8 @@ def save_model(case, folder):
         options["tie_word_embeddings"] = True
     else:
         options["sliding_window"] = case.sliding_window
+    if case.architecture.startswith("Qwen"):
+        options |= {"use_sliding_window": case.sliding_window is not None, "max_window_layers": 0}
     config = getattr(transformers, f"{case.architecture}Config")(**SIZES, **options)
     model = getattr(transformers, f"{case.architecture}ForCausalLM")(config)
     model.save_pretrained(folder)
@@ -134,7 +136,7 @@ def save_model(case, folder):
 def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path):
     from sentence_transformers import SentenceTransformer
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, folder = tmp_path / "source", tmp_path / "exported"
     save_model(case, source)
@@ -158,10 +160,13 @@ def test_an_export_is_read_as_gritlm_reads_it(case, tokenizer_folders, tmp_path)
             "query": ours.encode_query(texts, **options),
             "document": ours.encode_document(texts, **options),
         }
+    plain = AutoTokenizer.from_pretrained(folder)
+    plain.split_special_tokens = True
     for text in texts:
         ids = original.encode(text)
         assert ours.tokenizer.encode(text) == ids
         assert theirs.tokenizer(text, add_special_tokens=False).input_ids == ids, ascii(text)
+        assert plain(text, add_special_tokens=False).input_ids == ids, ascii(text)
     results = {
         "encode": theirs.encode(texts, prompt=prompt),
         "without prompt": theirs.encode(texts, prompt=""),

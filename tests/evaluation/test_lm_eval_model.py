@@ -192,6 +192,7 @@ def test_what_a_task_asks_of_generation_reaches_the_model(sides):
     greedy = generate(draw | {"do_sample": False})
     assert generate(draw) != greedy
     assert generate(draw | {"top_k": 1}) == greedy
+    assert generate(draw | {"top_k": None, "min_p": None}) == generate(draw)
     assert generate(draw | {"temperature": 0.0, "top_p": 0.9}) == greedy
     assert generate({"max_gen_toks": 8, "temperature": 1.5}) == generate(draw)
     assert generate({"max_gen_toks": 8, "top_p": 0.9, "num_beams": 1}) == greedy

@@ -139,7 +139,7 @@ def test_begin_and_end_token_are_found_in_the_files_next_to_the_tokenizer(tmp_pa
 def test_an_export_leaves_the_tokenizer_as_it_is(tmp_path, style):
     own = tokenizer(style)
     before = own.files, dict(own.special_tokens)
-    companion_files.write_tokenizer(own, tmp_path, 512)
+    companion_files.write_tokenizer(own, tmp_path, "mistral", 512)
     assert (own.files, own.special_tokens) == before
     written = json.loads((tmp_path / "special_tokens_map.json").read_text())
     assert written == {**own.special_tokens, "pad_token": END}

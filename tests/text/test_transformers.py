@@ -136,21 +136,23 @@ KINDS = {
 
 @functools.cache
 def load(kind):
-    """Returns our tokenizer, and those of transformers for the folder and for its export."""
+    """Returns our tokenizer, and those of transformers for the folder and for its exports."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as name:
-        folder, exported = Path(name, "folder"), Path(name, "exported")
-        for path in (folder, exported):
-            path.mkdir()
-            (path / "config.json").write_text('{"model_type": "mistral"}')
+        folder = Path(name, "folder")
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "mistral"}')
         KINDS[kind](folder)
-        own = Tokenizer(folder)
-        export(own, exported, 512)
-        write_chat_template(exported, adds_bos=own.adds_bos)
-        theirs = [AutoTokenizer.from_pretrained(path) for path in (folder, exported)]
-        (exported / "config.json").write_text('{"model_type": "llama"}')
-        theirs.append(AutoTokenizer.from_pretrained(exported))
+        own, theirs = Tokenizer(folder), [AutoTokenizer.from_pretrained(folder)]
+        # transformers has tokenizers of its own for some types of models.
+        for model_type in ("mistral", "llama", "qwen2"):
+            exported = Path(name, model_type)
+            exported.mkdir()
+            (exported / "config.json").write_text(json.dumps({"model_type": model_type}))
+            export(own, exported, model_type, 512)
+            write_chat_template(exported, adds_bos=own.adds_bos)
+            theirs.append(AutoTokenizer.from_pretrained(exported))
         return own, Tokenizer(exported), theirs
 
 
