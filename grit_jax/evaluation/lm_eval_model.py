@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 import json
 import logging
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -118,7 +118,8 @@ class LmEvalModel(TemplateLM):
         """
         _check_unicode(requests)
         for request in requests:
-            if not request.args[1]:
+            _, continuation = cast(tuple[str, str], request.args)
+            if not continuation:
                 raise InputError(
                     f"{_document(request)}: the continuation is empty: correct the task"
                 )

@@ -89,7 +89,9 @@ class RopeScaling:
             if name not in ("rope_type", "truncate") and not is_number:
                 raise ValueError(f"rotary embeddings: {name}={value!r} must be a positive number")
         whole = ("rope_type", "truncate", "original_max_position_embeddings")
-        return cls(**{n: value if n in whole else float(value) for n, value in given.items()})
+        # JSON may have 8 for 8.0.
+        values: dict[str, Any] = {n: v if n in whole else float(v) for n, v in given.items()}
+        return cls(**values)
 
     def to_fields(self) -> dict[str, Any]:
         """Returns the fields that have a value, under their names in config.json."""
