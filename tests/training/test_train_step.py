@@ -244,7 +244,9 @@ def test_eight_devices_take_the_step_of_one_device(config, axes):
         np.testing.assert_allclose(eight_metrics[name], value, rtol=2e-5, err_msg=name)
     for name, value in flat(nnx.to_pure_dict(one)).items():
         other = flat(nnx.to_pure_dict(eight))[name]
-        np.testing.assert_allclose(other, value, atol=2e-5, err_msg=name)
+        # Attention hardly depends on a bias of keys, and AdamW enlarges the errors of its gradient.
+        atol = 1e-4 if "key_bias" in name else 2e-5
+        np.testing.assert_allclose(other, value, atol=atol, err_msg=name)
 
 
 def test_eight_devices_compute_the_bfloat16_loss_of_one_device():
