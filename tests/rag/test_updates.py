@@ -17,6 +17,7 @@ import pytest
 
 from grit_jax import GritLM
 from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.inference.results import NotFiniteError
 from grit_jax.models import make_model
 from grit_jax.rag import index as index_module
 from grit_jax.rag import index_folder
@@ -277,7 +278,7 @@ def test_embeddings_of_nan_are_refused_before_they_are_written(tmp_path, model):
     broken = GritLM(make_model(model.model.config, 0), model.mesh, Tokenizer())
     state = nnx.state(broken.model)
     nnx.update(broken.model, jax.tree.map(lambda leaf: leaf * np.nan, state))
-    with pytest.raises(DocumentIndexError, match="the model's embeddings are NaN or infinite"):
+    with pytest.raises(NotFiniteError, match="the model's output for text 0 is not finite"):
         build_index(broken, DOCUMENTS, tmp_path / "index")
     assert not (tmp_path / "index").exists()
     build_index(model, DOCUMENTS, tmp_path / "index")
