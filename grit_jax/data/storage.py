@@ -54,7 +54,7 @@ def _read_object(address: str) -> bytes:
     return found.value
 
 
-def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:
+def with_retries[Result](action: Callable[[], Result], path: epath.PathLike) -> Result:
     """Returns the result of `action`, which reads `path`; retries transient failures.
 
     Raises:
