@@ -1,11 +1,9 @@
 """Dataclasses that are JAX pytrees."""
 
 import dataclasses
-from typing import TypeVar, dataclass_transform
+from typing import dataclass_transform
 
 import jax
-
-Class = TypeVar("Class", bound=type)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 import re
-from typing import TypeVar
 
 from tools.sample.text import clean, count_words, is_welcome
-
-Parsed = TypeVar("Parsed")
 
 # Short texts, so that many fit in the sample.
 SENTENCE_WORDS = range(4, 17)
