@@ -27,8 +27,8 @@ def test_dry_run_prints_the_commands(pod):
         state,
         f"{tpus} tpu-vm accelerator-types describe v6e-16 '--format=value(type)' {where}",
         f"{tpus} tpu-vm describe run '--format=value(state)' {where}",
-        "# run: 16 chips, per hour 16 chip-hours; for a run, set RUN_HOURS to the hours that grit-jax"
-        " plan prints (docs/pods.md)",
+        "# run: 16 chips, per hour 16 chip-hours; for a run, set RUN_HOURS to the hours that"
+        " grit-jax plan prints (docs/pods.md)",
         f"{tpus} queued-resources create run --accelerator-type=v6e-16"
         f" --runtime-version=v2-alpha-tpuv6e --node-id=run --spot {where}",
         state,
