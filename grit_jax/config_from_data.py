@@ -3,9 +3,17 @@
 from collections.abc import Mapping
 import dataclasses
 
+from etils import epath
+
 from grit_jax.arithmetic import ceil_div, round_up
+from grit_jax.bucket import in_bucket
 from grit_jax.config import AUTO, Config, ConfigError, DataSection
-from grit_jax.data.manifest import Manifest, mixture_manifests, mixtures_by_kind
+from grit_jax.data.manifest import (
+    Manifest,
+    mixture_average_tokens,
+    mixture_manifests,
+    mixtures_by_kind,
+)
 from grit_jax.text.kinds import TEXT_KINDS
 
 # Rows longer than the longest text can be filled better.
@@ -43,6 +51,27 @@ def complete_config(config: Config) -> Config:
         for kind, count in examples.items()
     )
     return dataclasses.replace(config, steps=max(1, steps))
+
+
+def average_tokens(config: Config) -> dict[str, float]:
+    """Returns the average tokens of a text of each stream that a run trains on.
+
+    Streams whose data are in a bucket, are not prepared yet or do not record it are left out.
+
+    Args:
+      config: a completed configuration.
+
+    Raises:
+      PreparedDataError: the data are damaged.
+    """
+    folder, found = epath.Path(config.data.folder), {}
+    for kind in TEXT_KINDS:
+        mixture = getattr(config.data, kind)
+        if config.mode not in ("unified", kind) or in_bucket(folder):
+            continue
+        if (folder / f"{mixture}.json").exists():
+            found |= mixture_average_tokens(folder, mixture, kind)
+    return found
 
 
 def _with_mixtures(config: Config) -> Config:

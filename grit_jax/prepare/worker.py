@@ -76,7 +76,8 @@ class SplitResult:
 
     Attributes:
       shard: the shard written, or None without examples.
-      rejected: line number and reason of each line that could not be used.
+      rejected: number ("line") and "reason" of each line that could not be used, and the details
+        of the reason.
       left_out: number of lines that `preprocess` skipped.
       forms: number of examples by what they are called (`TextKind.form`).
       notes: number of lines by note (`TextKind.notes`).
@@ -85,7 +86,7 @@ class SplitResult:
     """
 
     shard: Shard | None = None
-    rejected: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: int = 0
     forms: Counter[str] = dataclasses.field(default_factory=Counter)
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -145,7 +146,8 @@ def tokenize(item: WorkItem) -> dict[str, SplitResult]:
             example = kind.tokenize(_worker.tokenizer, canonical, _worker.options)
         except RejectedExample as reason:
             # A reject counts against the whole file: few of its lines may be held out.
-            results[item.split].rejected.append((number, str(reason)))
+            rejected = {"line": number, "reason": str(reason), **reason.details}
+            results[item.split].rejected.append(rejected)
             continue
         examples[split].append(example)
         results[split].forms[kind.form(canonical)] += 1

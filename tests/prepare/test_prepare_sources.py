@@ -220,7 +220,7 @@ def test_every_kind_of_damage_rejects_its_line_and_is_reported(tmp_path):
     stored = (tmp_path / "out" / "pairs" / "train" / "rejected.jsonl").read_text().splitlines()
     assert {line["reason"]: line["line"] for line in map(json.loads, stored)} == lines
     for reason, line in lines.items():
-        assert f"1 {reason} (pairs.jsonl:{line})" in report
+        assert f"1 {reason} (pairs.jsonl:{line}" in report
 
 
 @pytest.mark.slow
