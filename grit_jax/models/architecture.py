@@ -51,9 +51,9 @@ SUPPORTED_VALUES = {
 # whose names begin with "_".
 IGNORED_FIELDS = frozenset(
     """
-    architectures auto_map dtype grit model_type name_or_path tokenizer_class torch_dtype
+    architectures auto_map dtype grit is_causal model_type name_or_path tokenizer_class torch_dtype
     torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_flash_attn
+    use_bfloat16 use_bidirectional_attention use_cache use_flash_attn
 
     bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
 
@@ -75,7 +75,6 @@ IGNORED_FIELDS = frozenset(
 # Fields that change the computation unless they have this value.
 IGNORED_VALUES = {
     "attention_dropout": 0.0,
-    "is_causal": True,
     "is_llama_config": True,
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
