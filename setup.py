@@ -68,6 +68,7 @@ TEST = [
     # The TPU compiler, which runs without a TPU.
     "jax[tpu]>=0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "nbclient>=0.11",
+    "peft>=0.21.2",  # Loads exported adapters.
     "pre-commit>=4.7",
     "pyright>=1.1.414",
     "pytest>=9.2",

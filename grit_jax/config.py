@@ -106,11 +106,14 @@ class LoraSection:
       alpha: the updates are scaled by alpha / rank.
       targets: comma-separated names of linear layers, with shell wildcards. Each pattern must match
         a layer. The default leaves out Mixtral's router, which is smaller than its update.
+      adapter: PEFT adapter or LoRA run whose matrices a new run starts from. The fields above must
+        be those of the adapter; "" starts with new matrices.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: str = "attention.*,feed_forward.gate,feed_forward.up,feed_forward.down"
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ from grit_jax.from_config import (
     make_held_out,
     make_schedule,
     make_trainer,
+    open_adapter,
     open_pretrained,
 )
 from grit_jax.models import ModelConfig, lora_layers
@@ -220,7 +221,11 @@ def _first_state(
         return dataclasses.replace(restored, frozen=start.frozen)
     if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
-        return trainer.state_from(pretrained.load, config.seed)
+        if not config.lora.adapter:
+            return trainer.state_from(pretrained.load, config.seed)
+        adapter = open_adapter(config, trainer, pretrained)
+        console.print(f"and the adapter {adapter.folder}", highlight=False, soft_wrap=True)
+        return trainer.state_from(adapter.load_unmerged, config.seed)
     count = _count_parameters(trainer.abstract_state().parameters)
     console.print(f"starting from {count:,} random parameters", highlight=False)
     return trainer.initial_state(config.seed)
