@@ -74,6 +74,9 @@ def run(config: Config, workdir: epath.Path) -> None:
     _, instructions = make_embedding_spec(config, batches, pretrained)
     if instructions:
         console.print(instructions, highlight=False, soft_wrap=True)
+    for sampler in batches.samplers.values():
+        if sharing := sampler.describe_sharing():
+            console.print(sharing, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:

@@ -22,10 +22,15 @@ def find_folder(path: str | os.PathLike) -> Path:
     Raises:
       ConversionError: there is no such model, or it cannot be downloaded.
     """
+    return _download(str(path)) if is_hub_name(path) else Path(path)
+
+
+def is_hub_name(path: str | os.PathLike) -> bool:
+    """Returns whether a path is the name OWNER/MODEL of a model on the Hub."""
     local = Path(path)
-    if local.exists() or local.parent.is_dir() or not NAME.fullmatch(str(path)):
-        return local
-    return _download(str(path))
+    if local.exists() or local.parent.is_dir():
+        return False
+    return NAME.fullmatch(str(path)) is not None
 
 
 def _download(name: str) -> Path:
