@@ -167,6 +167,8 @@ class DataSection:
 
     Attributes:
       folder: output folder of `grit-jax prepare`.
+      sources: what `grit-jax prepare` reads, separated by spaces, as on its command line. With
+        `--prepare`, training first prepares them if the folder lacks a mixture of the run.
       embedding: name of the mixture of embedding examples in that folder; "auto" is the only one.
       generative: name of the mixture of chats in that folder; "auto" is the only one.
       query_instruction: the instruction that the trained model embeds queries with by default. ""
@@ -192,6 +194,7 @@ class DataSection:
     """
 
     folder: str = "data/prepared"
+    sources: str = ""
     embedding: str = "embedding"
     generative: str = "chat"
     query_instruction: str = AUTO

@@ -80,6 +80,9 @@ def run(config: Config, workdir: epath.Path) -> None:
         console.print(instructions, highlight=False, soft_wrap=True)
     passes = describe_passes(batches.passes(config.steps), config.steps)
     console.print(passes, highlight=False, soft_wrap=True)
+    for sampler in batches.samplers.values():
+        if sharing := sampler.describe_sharing():
+            console.print(sharing, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
