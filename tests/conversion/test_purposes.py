@@ -98,6 +98,7 @@ def test_a_causal_transformers_is_warned_of(exported_both, tmp_path, monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         main(["convert", "to-hf", source, str(tmp_path / "new"), "--for", "embedding"])
+    assert warning in capsys.readouterr().err
     main(["convert", "to-hf", source, str(tmp_path / "generation"), "--for", "generation"])
     causal = ["--for", "embedding", "--attention", "cccc"]
     main(["convert", "to-hf", source, str(tmp_path / "causal"), *causal])
@@ -111,6 +112,8 @@ def test_what_a_folder_cannot_be_for_is_refused(exported_both, tmp_path):
         write_hugging_face(model, tmp_path / "new", purpose="both", pooling="weightedmean")
     with pytest.raises(ValueError, match="purpose='embed' must be one of generation, embedding"):
         write_hugging_face(model, tmp_path / "new", purpose="embed")
+    with pytest.raises(SystemExit):
+        main(["convert", "to-hf", str(model.folder), "new", "--for", "both", "--adapter"])
     assert not (tmp_path / "new").exists()
 
 
