@@ -37,6 +37,7 @@ from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
 from grit_jax.models.qwen import QWEN2, QWEN3
+from grit_jax.models.qwen_moe import QWEN3_MOE
 from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
@@ -65,6 +66,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 

@@ -94,12 +94,28 @@ class HuggingFaceFormat:
         hidden_size / num_attention_heads dimensions.
       reads_layer_types: whether `layer_types` or `WINDOW_FIELDS` say which layers have a sliding
         window.
+      other_names: names in config.json of fields that `ModelConfig` names differently. The first
+        that a file has is read; the last is written.
+      ignored: fields that do not change the computation in this format.
     """
 
     model_type: str
     class_name: str
     defaults: Mapping[str, Any]
     reads_layer_types: bool = False
+    other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Returns the names in config.json of a field of `ModelConfig`; see `other_names`."""
+        return self.other_names.get(field, (field,))
+
+    def sizes(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of `ModelConfig` that a config.json has, and the other defaults."""
+        return {
+            field: next((fields[name] for name in self.names(field) if name in fields), default)
+            for field, default in self.defaults.items()
+        }
 
     def class_for(self, config: ModelConfig) -> str:
         """Returns the class of transformers for a model with or without its language model head."""
@@ -161,7 +177,7 @@ class Architecture:
                 "quantization_config), which is not supported: use the model that they were made of"
             )
         written = self._format(fields)
-        sizes = {name: fields.get(name, default) for name, default in written.defaults.items()}
+        sizes = written.sizes(fields)
         if written.reads_layer_types and _has_no_window(fields.get("layer_types"), sizes):
             sizes["sliding_window"] = None
         for name in WINDOW_FIELDS:
@@ -185,7 +201,8 @@ class Architecture:
         Fields without a value are left out, and those that are known not to matter.
         """
         written = self._format(fields)
-        read = {*written.defaults, *self.supported_values, "head_dim", "num_key_value_heads"}
+        read = {name for field in written.defaults for name in written.names(field)}
+        read |= {*self.supported_values, *written.ignored, "head_dim", "num_key_value_heads"}
         read |= {"rope_theta", "rope_parameters", "rope_scaling", "quantization_config"}
         if written.reads_layer_types:
             read.add("layer_types")
@@ -209,8 +226,8 @@ class Architecture:
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""
         written, scaling = self.formats[0], config.rope_scaling
-        names = (*written.defaults, "head_dim")
-        fields = {name: getattr(config, name) for name in names if name not in WINDOW_FIELDS}
+        names = [name for name in (*written.defaults, "head_dim") if name not in WINDOW_FIELDS]
+        fields = {written.names(name)[-1]: getattr(config, name) for name in names}
         if "use_sliding_window" in written.defaults:
             has_window = config.sliding_window is not None
             first_with_window = 0 if has_window else config.num_hidden_layers

@@ -91,6 +91,7 @@ class ModelConfig:
         embeds.
       num_local_experts: experts of each feed-forward network; 0 for one dense network.
       num_experts_per_tok: experts that each token is sent to.
+      norm_topk_prob: whether the weights of a token's experts are divided by their sum.
       router_aux_loss_coef: weight of the router's load-balancing loss.
       embedding_projection_size: output size of a linear layer applied to pooled hidden states;
         None for no such layer.
@@ -130,6 +131,7 @@ class ModelConfig:
 
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
 
     embedding_projection_size: int | None = None
@@ -227,7 +229,7 @@ def typed_name(field: str) -> str:
 
 
 # Features that are off unless an architecture's record sets them.
-FEATURES = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+FEATURES = ("num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
 
 # How a model is computed and trained: the fields that every architecture has besides its sizes.
 SETTINGS = (

@@ -31,7 +31,11 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
-CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3")
+CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+}
 # Of the 12 tokens, some are beyond the original length.
 LLAMA3 = {
     "rope_type": "llama3",
@@ -100,6 +104,9 @@ READ = [
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ...}, None),
+    ("Qwen3Moe", {"norm_topk_prob": True}, None),
+    ("Qwen3Moe", {"num_local_experts": ..., "num_experts": 4, "max_window_layers": 48}, None),
+    ("Qwen3Moe", {"num_experts": 7, "intermediate_size": 7, "sliding_window": 3}, None),
     ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
 ]
 REFUSED = [
@@ -108,6 +115,10 @@ REFUSED = [
     ("Llama", {"rope_scaling": LINEAR | {"beta_fast": 2.0}}, "'linear' have no beta_fast"),
     ("Llama", {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ("Qwen3", QWEN_MIX, "full_attention and sliding_attention"),
+    ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+    ("Qwen3Moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("Qwen3Moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
     ("Llama", {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "differs between layers"),
     ("Mistral", {"layer_types": [FULL, SLIDING]}, "full_attention and sliding_attention"),
     ("Mistral", {"layer_types": ["chunked_attention"]}, "layers of type chunked_attention"),
@@ -130,9 +141,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name in CLASSES:
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES)
-        if name == "Mixtral":
-            config.num_local_experts = 4
+        config = getattr(transformers, f"{name}Config")(**SIZES, **EXPERTS.get(name, {}))
         getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(root / name)
     return {name: root / name for name in CLASSES}
 
