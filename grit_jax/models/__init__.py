@@ -34,6 +34,7 @@ from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig, typed_name
 from grit_jax.models.decoder import Decoder, HeadError, Stream
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
+from grit_jax.models.ministral import MINISTRAL3
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
 from grit_jax.models.qwen import QWEN2, QWEN3
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,

@@ -75,8 +75,13 @@ IGNORED_VALUES = {
 }
 
 
-# Fields of `rope_parameters` that every type has.
-ROPE_FIELDS = ("type", "rope_type", "rope_theta")
+# Fields of `rope_parameters` that every type may have. The last has no effect there.
+ROPE_FIELDS = ("type", "rope_type", "rope_theta", "max_position_embeddings")
+# The length of pretraining, which these types read from `rope_parameters` or outside of it.
+ORIGINAL = "original_max_position_embeddings"
+TYPES_WITH_ORIGINAL = ("llama3", "yarn", "longrope")
+# A field of `rope_parameters` that transformers reads only for some model types.
+QUERY_SCALING = "llama_4_scaling_beta"
 
 # Qwen's fields that say which layers have a sliding window.
 WINDOW_FIELDS = ("use_sliding_window", "max_window_layers")
@@ -97,6 +102,7 @@ class HuggingFaceFormat:
       other_names: names in config.json of fields that `ModelConfig` names differently. The first
         that a file has is read; the last is written.
       ignored: fields that do not change the computation in this format.
+      rope_parameters: what transformers assumes where the file has no `rope_parameters`.
     """
 
     model_type: str
@@ -105,6 +111,7 @@ class HuggingFaceFormat:
     reads_layer_types: bool = False
     other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    rope_parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def names(self, field: str) -> tuple[str, ...]:
         """Returns the names in config.json of a field of `ModelConfig`; see `other_names`."""
@@ -182,7 +189,9 @@ class Architecture:
             sizes["sliding_window"] = None
         for name in WINDOW_FIELDS:
             sizes.pop(name, None)
-        sizes["rope_theta"], sizes["rope_scaling"] = _rotary(fields, sizes)
+        if not fields.get("rope_parameters"):
+            fields = {**fields, "rope_parameters": written.rope_parameters}
+        sizes["rope_theta"], sizes["rope_scaling"] = _rotary(written, fields, sizes)
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
             fields.get("head_dim")
@@ -206,15 +215,16 @@ class Architecture:
         read |= {"rope_theta", "rope_parameters", "rope_scaling", "quantization_config"}
         if written.reads_layer_types:
             read.add("layer_types")
-        ignored = IGNORED_FIELDS | read
         name, rope = _rope_parameters(fields)
+        if _rope_type(rope) in TYPES_WITH_ORIGINAL:
+            read.add(ORIGINAL)
         rope = {} if _rope_type(rope) != "default" else rope  # `_rotary` checks the others.
         rope = {f"{name}.{key}": value for key, value in rope.items() if key not in ROPE_FIELDS}
         return {
             name: value
             for name, value in {**fields, **rope}.items()
             if value is not None
-            and name not in ignored
+            and name not in IGNORED_FIELDS | read
             and not name.startswith("_")
             and IGNORED_VALUES.get(name.rpartition(".")[2]) != value
         }
@@ -287,12 +297,13 @@ def _rope_type(parameters: Mapping[str, Any]) -> str:
 
 
 def _rotary(
-    fields: Mapping[str, Any], sizes: Mapping[str, Any]
+    written: HuggingFaceFormat, fields: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> tuple[float, RopeScaling | None]:
     """Returns the base of the rotary frequencies, and their scaling.
 
     Args:
-      fields: the content of config.json.
+      written: the format of config.json.
+      fields: its content.
       sizes: fields of `ModelConfig`, defaults included.
 
     Raises:
@@ -306,6 +317,12 @@ def _rotary(
         )
     theta = parameters.get("rope_theta") or fields.get("rope_theta") or sizes["rope_theta"]
     rope_type = _rope_type(parameters)
+    scales_queries = parameters.get(QUERY_SCALING) is not None
+    if scales_queries and (rope_type != "yarn" or QUERY_SCALING not in written.rope_parameters):
+        raise ValueError(
+            f"config.json: {name}: {QUERY_SCALING} is not supported for model_type="
+            f"{written.model_type!r} with rotary embeddings of type {rope_type!r}"
+        )
     if rope_type == "default":
         return float(theta), None
     # Like transformers, which moves these two fields to the others.
@@ -313,11 +330,13 @@ def _rotary(
     scaling = {key: value for key, value in scaling.items() if key not in ROPE_FIELDS}
     if scaling["partial_rotary_factor"] in (None, 1.0):
         del scaling["partial_rotary_factor"]
-    longest, original = sizes["max_position_embeddings"], "original_max_position_embeddings"
-    if rope_type in ("llama3", "yarn"):
-        scaling[original] = fields.get(original) or scaling.get(original) or longest
-    if rope_type == "yarn" and scaling.get("factor") is None:
-        scaling["factor"] = longest / scaling[original]
+    longest = sizes["max_position_embeddings"]
+    if rope_type in TYPES_WITH_ORIGINAL:
+        scaling[ORIGINAL] = fields.get(ORIGINAL) or scaling.get(ORIGINAL) or longest
+    elif rope_type == "dynamic":
+        scaling[ORIGINAL] = longest
+    if rope_type in ("yarn", "longrope") and scaling.get("factor") is None:
+        scaling["factor"] = longest / scaling[ORIGINAL]
     try:
         return float(theta), RopeScaling.from_fields({"rope_type": rope_type, **scaling})
     except ValueError as error:

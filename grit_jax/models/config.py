@@ -9,7 +9,7 @@ import fnmatch
 from jaxtyping import Float
 import numpy as np
 
-from grit_jax.models.rotary import RopeScaling, rotary_frequencies
+from grit_jax.models.rotary import FACTOR_LISTS, RopeScaling, rotary_frequencies
 
 REMAT_NAMES = ("none", "save_matmuls", "offload", "full")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -163,6 +163,13 @@ class ModelConfig:
             raise ValueError(
                 f"config.model.sizes.head_dim={self.head_dim} must be even for rotary embeddings"
             )
+        for name in FACTOR_LISTS:
+            factors = self.rope_scaling and getattr(self.rope_scaling, name)
+            if factors and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"config.model.sizes.rope_scaling: {name} must have head_dim/2 = "
+                    f"{self.head_dim // 2} factors, not {len(factors)}"
+                )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"config.model.sizes.num_experts_per_tok={self.num_experts_per_tok} is more than "

@@ -31,7 +31,7 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
-CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe")
+CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "Ministral3")
 EXPERTS = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen3Moe": {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
@@ -50,6 +50,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 8,
     "rope_theta": 10.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 20.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 8,
 }
 QWEN_MIX = {
     "use_sliding_window": True,
@@ -97,6 +104,26 @@ READ = [
     ("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, None),
     ("Llama", {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5}}, None),
     ("Llama", {"rope_parameters": YARN | {"factor": None}}, None),
+    ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}, None),
+    ("Qwen3", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, None),
+    (
+        "Llama",
+        {"rope_parameters": ..., "rope_scaling": DYNAMIC, "max_position_embeddings": 8},
+        None,
+    ),
+    ("Mistral", {"rope_parameters": ROPE | LONGROPE}, None),
+    ("Llama", {"rope_parameters": ..., "rope_scaling": LONGROPE | {"factor": 4.0}}, None),
+    (
+        "Llama",
+        {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": None},
+            "original_max_position_embeddings": 16,
+        },
+        None,
+    ),
+    ("Ministral3", {}, None),
+    ("Ministral3", {"rope_parameters": ...}, None),
+    ("Ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}, None),
     ("Qwen2", {}, None),
     ("Qwen3", {}, None),
     ("Qwen3", {"head_dim": 8, "rope_parameters": ..., "rope_theta": 5e5}, None),
@@ -110,7 +137,11 @@ READ = [
     ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
 ]
 REFUSED = [
-    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*'dynamic'"),
+    ("Llama", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling.*'ntk'"),
+    ("Llama", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "long_factor must have"),
+    ("Llama", {"rope_parameters": LONGROPE | {"long_factor": 2.0}}, "long_factor=2.0 must be"),
+    ("Mistral", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}, "'mistral' with"),
+    ("Ministral3", {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1}}, "type 'default'"),
     ("Llama", {"rope_parameters": ROPE | {"rope_type": "llama3"}}, "rope_parameters.*need factor"),
     ("Llama", {"rope_scaling": LINEAR | {"beta_fast": 2.0}}, "'linear' have no beta_fast"),
     ("Llama", {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),

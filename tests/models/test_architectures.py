@@ -45,6 +45,15 @@ YARN = {
     "rope_theta": 100.0,
 }
 MODELS = {
+    "ministral3": (
+        "Ministral3",
+        # As in Mistral Nemo, the heads together are not as wide as the model.
+        {
+            "head_dim": 12,
+            "pad_token_id": 0,
+            "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5},
+        },
+    ),
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"rope_parameters": YARN}),
@@ -69,7 +78,7 @@ def model(request, tmp_path_factory):
     name, fields = MODELS[request.param]
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES, **fields)
+        getattr(transformers, f"{name}Config")(**(SIZES | fields))
     ).eval()
     with torch.no_grad():  # Biases start at 0, and scales at 1.
         for parameter_name, parameter in theirs.named_parameters():
