@@ -28,6 +28,7 @@ MINISTRAL3 = Architecture(
     },
     weights=mistral_weights,
     feed_forward=MLP,
+    scales_queries=True,
     formats=(
         HuggingFaceFormat(
             model_type="ministral3",
@@ -40,7 +41,7 @@ MINISTRAL3 = Architecture(
                 "max_position_embeddings": 262144,
                 "rms_norm_eps": 1e-5,
             },
-            rope_parameters={**_ROPE_PARAMETERS, "rope_theta": 1e6},
+            other_defaults={"rope_parameters": {**_ROPE_PARAMETERS, "rope_theta": 1e6}},
         ),
     ),
 )

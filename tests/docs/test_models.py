@@ -25,10 +25,8 @@ def test_the_readme_has_a_row_for_every_architecture():
 
 
 def test_the_page_on_conversion_has_a_row_for_every_model_type():
-    listed = {
-        model_type for (model_type,), _ in rows("docs/conversion.md", "| `model_type` | Models |")
-    }
-    assert listed == {
+    table = rows("docs/conversion.md", "| `model_type` | Models |")
+    assert {model_type for model_types, _ in table for model_type in model_types} == {
         written.model_type
         for architecture in ARCHITECTURES.values()
         for written in architecture.formats
