@@ -97,6 +97,8 @@ class Gemma3(Architecture):
         return {
             **fields,
             "hidden_activation": "gelu_pytorch_tanh",
+            # Transformers accepts no 256.0.
+            "query_pre_attn_scalar": int(config.query_pre_attn_scalar or config.head_dim),
             "layer_types": [SLIDING if sliding else FULL for sliding in is_sliding],
             "rope_parameters": {
                 FULL: fields["rope_parameters"],

@@ -158,6 +158,7 @@ class RopeScaling:
           lengths: number of tokens in the text of each token.
         """
         original, lengths = self.original_max_position_embeddings, lengths[:, :, None, None]
+        assert original is not None
         if self.rope_type == "longrope":
             assert self.short_factor is not None
             assert self.long_factor is not None
@@ -168,7 +169,7 @@ class RopeScaling:
             return jnp.where(lengths > original, long, short)
         growth = self.factor * jnp.maximum(lengths, original) / original - (self.factor - 1)
         half = len(frequencies)
-        return frequencies * growth ** (-np.arange(half) / (half - 1))
+        return growth ** (-np.arange(half) / (half - 1)) * frequencies
 
     def query_scale(self, positions: Int[Array | np.ndarray, "B S"]) -> Float[Array, "B S 1 1"]:
         """Returns what the queries of each token are multiplied by (`llama_4_scaling_beta`)."""

@@ -20,6 +20,7 @@ from grit_jax.models import (
     make_model,
     weights_of,
 )
+from grit_jax.models.config import FULL, SLIDING
 from grit_jax.models.weights import linear_layers
 from grit_jax.sharding import batch_shards, make_mesh
 from grit_jax.training.joint_loss import LossConfig, make_joint_loss
@@ -31,8 +32,10 @@ TOKENS = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (2, 12))
 
 def small_config(architecture, **settings):
     sizes = ARCHITECTURES[architecture].sizes
-    experts = {name: size for name, size in EXPERTS.items() if name in sizes}
-    return make_config(architecture, **SIZES, **experts, **settings)
+    fields = {name: size for name, size in EXPERTS.items() if name in sizes}
+    if sizes.get("layer_types") is not None:
+        fields |= {"layer_types": (SLIDING, FULL), "sliding_window": 4}
+    return make_config(architecture, **SIZES, **fields, **settings)
 
 
 def one_device():
@@ -52,7 +55,8 @@ def theirs(architecture):
 
     torch.manual_seed(0)
     fields = config_to_hugging_face(small_config(architecture)) | {"initializer_range": 0.2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).float()
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModelForCausalLM.from_config(config).float()
 
 
 def test_operations_are_counted(architecture, theirs):
@@ -81,9 +85,11 @@ def test_int8_is_close_to_float32(theirs, tmp_path):
     assert jnp.abs(exact - rounded).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_of_low_rank_updates(architecture):
     """With W + s A B for W, those of A and B are s dW B^T and s A^T dW."""
-    config = small_config(architecture, lora=LoraConfig(rank=2, alpha=3.0, targets="*"))
+    lora = LoraConfig(rank=2, alpha=3.0, targets="*")
+    config = small_config(architecture, lora=lora)
     graph, state = nnx.split(make_model(config, 0))
     generator = np.random.default_rng(0)
     state = jax.tree.map(  # B starts at 0.
@@ -100,7 +106,7 @@ def test_gradients_of_low_rank_updates(architecture):
     specs = linear_layers(weights_of(config))
     for layer in lora_layers(config):
         module, name = layer.split(".")
-        path, lora = ("layers", module, name), ("layers", module, f"{name}_lora")
+        path, update = ("layers", module, name), ("layers", module, f"{name}_lora")
         num_stack_axes = 1 + specs[layer].num_stack_axes
         middle = num_stack_axes + specs[layer].num_inputs
 
@@ -110,15 +116,15 @@ def test_gradients_of_low_rank_updates(architecture):
             split = (shape[:num_stack_axes], shape[num_stack_axes:middle], shape[middle:])
             return np.asarray(matrix).reshape([int(np.prod(axes)) for axes in split])
 
-        of_w, a = flat(found[path]), flat(state[*lora, "a"])
-        b = np.asarray(state[*lora, "b"]).reshape(len(of_w), -1, of_w.shape[2])
-        scale = config.lora.alpha / config.lora.rank
+        of_w, a = flat(found[path]), flat(state[*update, "a"])
+        b = np.asarray(state[*update, "b"]).reshape(len(of_w), -1, of_w.shape[2])
+        scale = lora.alpha / lora.rank
         expected = {
             "a": scale * of_w @ b.swapaxes(1, 2),
             "b": scale * a.swapaxes(1, 2) @ of_w,
         }
         for matrix, value in expected.items():
-            ours = np.asarray(found[*lora, matrix]).reshape(value.shape)
+            ours = np.asarray(found[*update, matrix]).reshape(value.shape)
             largest = np.abs(value).max()
             assert largest > 0, layer
             np.testing.assert_allclose(ours, value, atol=1e-4 * largest, err_msg=layer)
@@ -127,7 +133,7 @@ def test_gradients_of_low_rank_updates(architecture):
 @pytest.mark.slow
 def test_eight_devices_in_chunks_have_the_gradient_of_one_device(architecture):
     config = small_config(architecture)
-    axes = {"fsdp": 2, "expert": 2} if config.has_experts else {"fsdp": 4}
+    fsdp, expert = (2, 2) if config.has_experts else (4, 1)
     loss = make_joint_loss(
         LossConfig(
             embedding_weight=0.5,
@@ -137,7 +143,7 @@ def test_eight_devices_in_chunks_have_the_gradient_of_one_device(architecture):
             generative_group_size=3,
         )
     )
-    mesh = make_mesh(**axes, tensor=2)
+    mesh = make_mesh(fsdp=fsdp, expert=expert, tensor=2)
     batch, _ = make_batch(seed=0, shards=2 * batch_shards(mesh))
     results = []
     for devices, num_chunks in ((one_device(), 1), (mesh, 2)):
@@ -150,7 +156,7 @@ def test_eight_devices_in_chunks_have_the_gradient_of_one_device(architecture):
         results.append((metrics, dict(jax.tree.leaves_with_path(gradient))))
     (one_metrics, one), (metrics, eight) = results
     query = state.parameters["layers"]["attention"]["query"][...]
-    assert query.addressable_shards[0].data.size == query.size // (axes["fsdp"] * 2)
+    assert query.addressable_shards[0].data.size == query.size // (fsdp * 2)
     assert ("router_loss" in metrics) == config.has_experts
     assert metrics.keys() == one_metrics.keys()
     for name, value in one_metrics.items():
