@@ -35,7 +35,7 @@ def small_config(architecture, **settings):
     fields = {name: size for name, size in EXPERTS.items() if name in sizes}
     if sizes.get("layer_types") is not None:
         fields |= {"layer_types": (SLIDING, FULL), "sliding_window": 4}
-    return make_config(architecture, **SIZES, **fields, **settings)
+    return make_config(architecture, **(SIZES | fields | settings))
 
 
 def one_device():
@@ -54,7 +54,7 @@ def theirs(architecture):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    fields = config_to_hugging_face(small_config(architecture)) | {"initializer_range": 0.2}
+    fields = config_to_hugging_face(small_config(architecture, initializer_range=0.2))
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoModelForCausalLM.from_config(config).float()
 
