@@ -82,9 +82,10 @@ def check_prepared(config: Config) -> None:
       ConfigError: it does not; the message says how to prepare them.
     """
     if missing := missing_mixtures(config):
+        command = shlex.join(["grit-jax", "prepare", *prepare_arguments(config)])
         raise ConfigError(
             f"config.data.folder={config.data.folder!r} lacks {' and '.join(missing)}: add "
-            f"--prepare, or run {shlex.join(['grit-jax', 'prepare', *prepare_arguments(config)])}"
+            f"--prepare (with one process), or run {command}"
         )
 
 

@@ -138,8 +138,9 @@ def test_the_papers_run_prepares_its_data_and_trains_on_all_of_it(hub, monkeypat
     monkeypatch.setattr("grit_jax.run.run", lambda config, workdir: started.append(config))
     cli.train(CONFIG)
     command = (
-        r"config\.data\.folder='data/gritlm' lacks medi2 and tulu2: add --prepare, or run grit-jax "
-        r"prepare medi2=hf:GritLM/MEDI2 tulu2=hf:GritLM/tulu2 --output data/gritlm$"
+        r"config\.data\.folder='data/gritlm' lacks medi2 and tulu2: add --prepare "
+        r"\(with one process\), or run grit-jax prepare medi2=hf:GritLM/MEDI2 "
+        r"tulu2=hf:GritLM/tulu2 --output data/gritlm$"
     )
     with pytest.raises(ConfigError, match=command):
         check_prepared(started[0])
