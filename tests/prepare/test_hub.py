@@ -154,7 +154,7 @@ def test_the_papers_run_prepares_its_data_and_trains_on_all_of_it(hub, monkeypat
     batches = make_batches(config, make_trainer(config))
     sampler = batches.samplers["embedding"]
     total = sum(sizes[:NUM_FILES])
-    sharing = sampler.describe_sharing()
+    sharing = str(sampler.describe_sharing())
     assert sharing.startswith("200 of 202 embedding datasets are too small for batches of their")
     assert f"their {total:,} examples share" in sharing
     steps = 2 * sum(sizes) // BATCH_SIZE
