@@ -73,10 +73,7 @@ ROWS = [
     Row("gritlm_8x7b", "v5p-128", "v5p:4x4x4", fields=(EXPERTS,)),
     Row("gritlm_8x7b", "v5p-256", "v5p:4x4x8", fields=(EXPERTS,)),
     Row("gritlm_8x7b", "v6e-256", "v6e:16x16", fields=(EXPERTS,)),
-    Row("qwen3_0_6b", "v6e-8", "v6e:2x4"),
 ]
-# What the table calls models.
-NAMES = {"gritlm_7b": "7B", "gritlm_8x7b": "8x7B", "qwen3_0_6b": "Qwen3 0.6B"}
 
 
 def main() -> None:
@@ -144,7 +141,7 @@ def cells(row: Row, plan: dict) -> list[str]:
     remat = [] if plan["remat"] == "full" else [plan["remat"]]
     used, limit = plan["hbm_bytes_per_chip"] / gib, plan["hbm_limit_bytes_per_chip"] / gib
     start = [
-        NAMES[row.model],
+        row.model.removeprefix("gritlm_").upper().replace("X", "x"),
         row.accelerator,
         str(plan["num_chips"]),
         ", ".join(axes + remat + chunks),
