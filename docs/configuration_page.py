@@ -39,7 +39,7 @@ The fields and their defaults, which FILE may change (docs/configuration.md desc
 """
 CONFIGS = (
     *("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b"),
-    *("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "llama3_8b"),
+    *("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "llama3_8b", "gemma3_1b"),
 )
 
 
