@@ -88,12 +88,13 @@ def write_hugging_face(
         write_tokenizer(
             found, unfinished, model.fields["model_type"], model.config.max_position_embeddings
         )
-        write_chat_template(unfinished, adds_bos=found.adds_bos)
+        write_chat_template(unfinished, found)
         write_sentence_transformers(unfinished, model.config, spec)
         stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
         fields = model.fields | {"torch_dtype": stored_dtype}
         # The prompts are in the file of sentence-transformers, from which we read them, too.
-        fields[GRIT_FIELD] = {"attention": spec.attention, "pooling": spec.pooling}
+        stored = ("attention", "pooling", "template")
+        fields[GRIT_FIELD] = {name: getattr(spec, name) for name in stored}
         fields["architectures"] = [_class_name(model)]
         # The new name of torch_dtype has precedence, and still holds the type of the source.
         fields.pop("dtype", None)

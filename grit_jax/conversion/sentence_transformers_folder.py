@@ -9,6 +9,7 @@ from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.conversion.sidecar_files import POOLING_FIELDS, SENTENCE_TRANSFORMERS
 from grit_jax.conversion.stored_model import ConversionError, warn
 from grit_jax.objectives.embedding import GRIT_FIELD
+from grit_jax.text.templates import template_of_prompt
 
 MODULES = "modules.json"
 KINDS = ("query", "document")
@@ -36,6 +37,8 @@ def read_embedding_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, 
     fields = {f"{k}_prompt": prompts[k] for k in KINDS if isinstance(prompts.get(k), str)}
     if GRIT_FIELD in config or not (folder / MODULES).is_file():
         return fields
+    if template := template_of_prompt(fields.get("query_prompt", "")):
+        fields["template"] = template
     modules = _read_modules(folder / MODULES)
     transformer = modules[0]["type"] if modules else ""
     is_own = transformer.startswith("sentence_transformers.") and "auto_map" not in config

@@ -150,6 +150,7 @@ def tokenize(item: WorkItem) -> dict[str, SplitResult]:
         examples[split].append(example)
         results[split].forms[kind.form(canonical)] += 1
         results[split].notes.update(kind.notes(raw, canonical))
+        results[split].notes.update({text.note for text in example.texts if text.note})
         results[split].unread_fields.update(raw.keys() - set(kind.fields))
     for split, split_examples in examples.items():
         folder = _worker.folder / item.dataset / split
