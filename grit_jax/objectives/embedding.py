@@ -111,10 +111,11 @@ class EmbeddingSpec:
           ValueError: the instruction has the markers of the template.
         """
         if has_markers(instruction, self.template):
-            markers = embedding_prefix("...", self.template) if self.template != GRIT else EMBED
+            marker = EMBED if self.template == GRIT else embedding_prefix("...", self.template)
+            marker = marker.strip().replace("\n", "\\n")
             raise ValueError(
-                f"{name}={instruction!r} has the marker {markers.strip()}, which is added for you: "
-                "give the instruction in plain words, or call `encode`"
+                f"{name}={instruction!r} has the marker {marker}, which is added for you: give the "
+                "instruction in plain words, or call `encode`"
             )
         return embedding_prefix(instruction, self.template)
 
