@@ -22,7 +22,15 @@ PATTERNS = ("bbcc", "cbcc", "cccc")
 
 # The field of config.json that stores an `EmbeddingSpec`. Only grit-jax reads it.
 GRIT_FIELD = "grit"
-STORED = ("attention", "pooling", "query_prompt", "document_prompt", "template")
+STORED = (
+    "attention",
+    "pooling",
+    "normalize",
+    "pool_instruction",
+    "query_prompt",
+    "document_prompt",
+    "template",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +77,7 @@ class EmbeddingSpec:
         *,
         query_instruction: str | None = None,
         document_instruction: str | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
     ) -> EmbeddingSpec:
         """Returns the spec stored in a model's config.json; without one, that of GritLM.
 
@@ -79,15 +87,15 @@ class EmbeddingSpec:
           pooling: overrides the stored pooling.
           query_instruction: overrides the stored prompt of queries, in plain words; "" is none.
           document_instruction: overrides the stored prompt of documents, as for queries.
-          normalize: see `EmbeddingSpec`.
+          normalize: overrides whether embeddings are scaled to length 1.
 
         Raises:
           ValueError: the pattern or the pooling is unknown, or an instruction has the model's
             markers.
         """
-        given = {"attention": attention, "pooling": pooling}
+        given = {"attention": attention, "pooling": pooling, "normalize": normalize}
         given = {name: value for name, value in given.items() if value is not None}
-        spec = cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
+        spec = cls(**{**fields.get(GRIT_FIELD, {}), **given})
         instructions = {"query": query_instruction, "document": document_instruction}
         prompts = {
             f"{kind}_prompt": spec.prompt(instruction, f"{kind}_instruction")
@@ -96,7 +104,7 @@ class EmbeddingSpec:
         }
         return dataclasses.replace(spec, **prompts)
 
-    def to_fields(self) -> dict[str, dict[str, str]]:
+    def to_fields(self) -> dict[str, dict[str, Any]]:
         """Returns the fields of config.json that store the spec."""
         return {GRIT_FIELD: {name: getattr(self, name) for name in STORED}}
 
