@@ -26,13 +26,12 @@ from grit_jax.inference.gritlm import Chat, GritLM
 from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
-    check_instruction,
     document_text,
+    prompt_of_instruction,
 )
 from grit_jax.models import KVCache
 from grit_jax.rag.documents import Document, document_id
 from grit_jax.rag.index import DocumentIndex
-from grit_jax.text.templates import embedding_prefix
 
 # What the user's message consists of, separated by empty lines. What is cached precedes it.
 MESSAGES = {
@@ -180,7 +179,7 @@ class RagPipeline:
             stored = index.settings["query_prompt"]
             self._query_prompt = model.embedding_spec.query_prompt if stored is None else stored
         else:
-            self._query_prompt = embedding_prefix(check_instruction(instruction))
+            self._query_prompt = prompt_of_instruction(instruction, model.embedding_spec)
         # What is cached, in the order of the prompt: "query", "document", both or none.
         is_cached = cache_mode.endswith("-cache")
         self._cached = cache_mode.removesuffix("-cache").split("-") if is_cached else []

@@ -99,11 +99,17 @@ def _pair(value: Any, name: str) -> list[str]:
 def canonical_chat(raw: dict[str, Any]) -> dict[str, Any]:
     """Returns `{"text": [user, assistant, ...]}`; plain text becomes `[NO_PROMPT, text]`.
 
+    Messages of the system and other fields of messages, which only chat templates use, are in the
+    result's "messages".
+
     Raises:
       RejectedExample: a field has the wrong type, or the roles do not alternate.
     """
     if "text" not in raw or raw.get("messages"):
-        return {"text": _chat(_turns_of_messages(raw["messages"]))}
+        turns = _chat(_turns_of_messages(raw["messages"]))
+        messages = [*map(_strings, raw["messages"])]
+        is_plain = all({*m} == {"role", "content"} and m["role"] != "system" for m in messages)
+        return {"text": turns} if is_plain else {"text": turns, "messages": messages}
     text = raw["text"]
     if isinstance(text, str):
         return {"text": [NO_PROMPT, _valid_text(text)]}
@@ -136,6 +142,10 @@ def _turns_of_messages(messages: Any) -> list[str]:
     except ChatError as error:
         raise RejectedExample(str(error)) from None
     return [_valid_text(turn) for turn in turns]
+
+
+def _strings(message: dict[str, Any]) -> dict[str, str]:
+    return {key: _valid_text(text) for key, text in message.items() if isinstance(text, str)}
 
 
 def notes_on_embedding(raw: dict[str, Any], canonical: dict[str, Any]) -> list[str]:

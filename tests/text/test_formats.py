@@ -110,7 +110,8 @@ def test_a_system_message_is_prepended_to_the_next_user_message():
         message("assistant", "yes"),
     ]
     assert GENERATIVE.to_canonical({"messages": messages}) == {
-        "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"]
+        "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"],
+        "messages": messages,  # For chat templates.
     }
 
 
@@ -175,7 +176,12 @@ TURNS = [message("user", "u"), message("assistant", "a")]
         ),
         ("generative", {"text": None, "messages": TURNS}, {"text": ["u", "a"]}, ""),
         ("generative", {"text": "t", "messages": None}, {"text": [NO_PROMPT, "t"]}, ""),
-        ("generative", {"messages": [message("system", " "), *TURNS]}, {"text": ["u", "a"]}, ""),
+        (
+            "generative",
+            {"messages": (messages := [message("system", " "), *TURNS])},
+            {"text": ["u", "a"], "messages": messages},
+            "",
+        ),
         (
             "generative",
             {"messages": [*TURNS, message("user", "c")]},
