@@ -57,7 +57,8 @@ class ModelSection:
     Attributes:
       weights: weights to start from: a Hugging Face folder, a GGUF file, a checkpoint or a run's
         folder. "" starts from random weights. With weights, `sizes` are those of the weights.
-      architecture: "mistral" (also for Llama), "mixtral", "qwen2", "qwen3" or "gemma3".
+      architecture: "mistral" (also for Llama), "ministral3", "mixtral", "qwen2", "qwen3",
+        "qwen3_moe" or "gemma3".
       sizes: sizes of the model, named as in Hugging Face's config.json. Sizes that are left out
         have the architecture's defaults.
       dtype: type of the computation: "bfloat16" or "float32".

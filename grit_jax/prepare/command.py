@@ -6,6 +6,7 @@ from pathlib import Path
 import sys
 
 from grit_jax.prepare.data_file import FILE_TYPES
+from grit_jax.prepare.datasets import COLLECTIONS
 from grit_jax.prepare.hub import MODEL, download_tokenizer
 from grit_jax.prepare.prepare import prepare_mixtures
 from grit_jax.text.chat_template import ChatTemplate
@@ -103,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=f"a folder or file, as PATH or NAME=PATH (medi2=PATH, e5=PATH and tulu2=PATH for "
-        f"these collections as published), of these types: {FILE_TYPES}; a folder of BEIR or of "
+        help=f"a folder or file, as PATH or NAME=PATH ({', '.join(COLLECTIONS)} are names of "
+        f"collections as published), of these types: {FILE_TYPES}; a folder of BEIR or of "
         "save_to_disk; a dataset of the Hugging Face Hub, as hf:OWNER/NAME or "
         "hf:OWNER/NAME/CONFIG; or the name of a mixture (sample_embedding, sample_chat, "
         "squad_embedding, or one of yours)",

@@ -160,6 +160,13 @@ class RagPipeline:
             raise InputError(f"cache_mode={cache_mode!r} must be one of {', '.join(CACHE_MODES)}")
         if positions not in ("continued", "restarted"):
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
+        scaling = model.model.config.rope_scaling
+        moves_keys = "cache" in cache_mode and positions == "continued"
+        if moves_keys and scaling is not None and scaling.depends_on_length:
+            raise InputError(
+                f"keys with rotary embeddings of type {scaling.rope_type!r} cannot be moved: pass "
+                "positions='restarted' or cache_mode='document-prompt'"
+            )
         model.model.check_has_head()
         if num_documents < 1:
             raise InputError(f"num_documents={num_documents} must be positive")

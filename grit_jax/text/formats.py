@@ -179,3 +179,8 @@ def chat_form(canonical: dict[str, Any]) -> str:
 def tulu2(raw: dict[str, Any]) -> dict[str, Any] | None:
     """Skips the lines of Tulu 2 in which the assistant calls itself Tulu."""
     return None if raw.get("dataset") == "hard_coded" else raw
+
+
+def tulu3(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Skips the lines of Tulu 3 in which the assistant calls itself Tulu."""
+    return None if "hard_coded" in str(raw.get("source")) else raw

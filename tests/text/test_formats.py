@@ -3,7 +3,7 @@
 import pytest
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
-from grit_jax.text.formats import tulu2
+from grit_jax.text.formats import tulu2, tulu3
 from grit_jax.text.kinds import EMBEDDING, GENERATIVE, TEXT_KINDS, kind_of_line
 
 PAIR = {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["i", "n"]]}
@@ -207,6 +207,8 @@ def test_lines_of_tulu_2_about_itself_are_skipped():
     assert tulu2({"dataset": "hard_coded", "messages": []}) is None
     line = {"dataset": "flan_v2", "messages": []}
     assert tulu2(line) is line
+    assert tulu3({"source": "ai2-adapt-dev/tulu_hard_coded_repeated_10", "messages": []}) is None
+    assert tulu3(line) is line
 
 
 def test_the_kind_of_a_line():
