@@ -30,8 +30,8 @@ CORE = [
     "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
-# `grit-jax prepare` on JSONL files, and the tokenizer "mistral".
-PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13"]
+# `grit-jax prepare` on files, and the tokenizer "mistral".
+PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13", "pyarrow>=26.0.1", "zstandard>=0.25"]
 # Datasets of seqio and TFDS; includes TensorFlow, which training never loads.
 DATA = [
     *PREPARE,

@@ -169,13 +169,13 @@ def _lora_config(config: Config, pretrained: StoredModel | None) -> LoraConfig |
                 "targets, those of the adapter"
             )
         return None
-    if pretrained is None:
+    if pretrained is None and not config.model.weights:
         # Random weights would have to be saved with each checkpoint, and are not worth keeping.
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights: LoRA neither trains "
             "nor saves the weights that its updates are added to"
         )
-    if in_bucket(pretrained.folder):
+    if pretrained is not None and in_bucket(pretrained.folder):
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights on a local disk of "
             f"each host, not {pretrained.folder}: copy them with gcloud storage cp -r"

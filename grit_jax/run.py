@@ -1,6 +1,6 @@
 """A training run: makes its parts from the configuration, trains, and shows the results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import errno
@@ -49,6 +49,9 @@ from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.loop import SkipGuard, StepReport, train
 from grit_jax.training.train_step import Trainer, TrainState
 
+# Datasets whose passes are printed.
+MAX_NAMED_DATASETS = 20
+
 
 def run(config: Config, workdir: epath.Path) -> None:
     """Trains a model, from the newest checkpoint in `workdir` if there is one.
@@ -75,6 +78,11 @@ def run(config: Config, workdir: epath.Path) -> None:
     _, instructions = make_embedding_spec(config, batches, pretrained)
     if instructions:
         console.print(instructions, highlight=False, soft_wrap=True)
+    passes = describe_passes(batches.passes(config.steps), config.steps)
+    console.print(passes, highlight=False, soft_wrap=True)
+    for sampler in batches.samplers.values():
+        if sharing := sampler.describe_sharing():
+            console.print(sharing, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
@@ -153,6 +161,15 @@ def _exclusive(workdir: epath.Path) -> Iterator[None]:
                 f"{workdir}: the disk is full; free some space, and the same command continues "
                 "from the newest checkpoint, which is intact"
             ) from error
+
+
+def describe_passes(passes: Mapping[str, float], num_steps: int) -> str:
+    """Returns a line about how many times a run reads each dataset, the most often read first."""
+    ordered = sorted(passes.items(), key=lambda each: -each[1])
+    named = [f"{name} {count:.3g}" for name, count in ordered[:MAX_NAMED_DATASETS]]
+    if others := [count for _, count in ordered[MAX_NAMED_DATASETS:]]:
+        named.append(f"{len(others)} others {others[-1]:.3g} to {others[0]:.3g}")
+    return f"passes over each dataset in {num_steps:,} steps: {', '.join(named)}"
 
 
 def _report_new_masking(

@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
-from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+from grit_jax.conversion.bidirectional_check import warn_if_causal
+from grit_jax.conversion.export import (
+    DTYPES,
+    EXPORTED_PATTERNS,
+    GENERATION,
+    PURPOSES,
+    write_hugging_face,
+)
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.conversion.peft_export import write_adapter
@@ -32,9 +39,11 @@ def run(argv: Sequence[str]) -> None:
     elif arguments.adapter:
         _export_adapter(arguments)
     else:
-        write_hugging_face(
-            open_model(arguments.source, base=arguments.base),
+        model = open_model(arguments.source, base=arguments.base)
+        spec = write_hugging_face(
+            model,
             arguments.destination,
+            purpose=arguments.purpose,
             tokenizer=arguments.tokenizer,
             dtype=arguments.dtype,
             attention=arguments.attention,
@@ -42,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
             query_instruction=arguments.query_instruction,
             document_instruction=arguments.document_instruction,
         )
+        if arguments.purpose != GENERATION and spec.attention[1] == "b":
+            warn_if_causal(model.fields["model_type"])
     print(f"{arguments.source} -> {arguments.destination}")
 
 
@@ -87,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         "--head",
         help="output projection of a checkpoint without lm_head: 'tied' for its token embeddings, "
         "or the folder of a base model to take it from",
+    )
+    to_hf.add_argument(
+        "--for",
+        dest="purpose",
+        choices=PURPOSES,
+        help="one folder that generates, one that embeds by its config.json alone, or both with "
+        "shared weights (default: one folder that generates with transformers and embeds with "
+        "sentence-transformers)",
     )
     to_hf.add_argument(
         "--base", help="folder or name of the model that LoRA was trained on, if it has moved"

@@ -29,12 +29,24 @@ def find_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
     Raises:
       ConversionError: there is no such model, or it cannot be downloaded.
     """
-    local, name = Path(path), str(path).removeprefix(PREFIX)
+    return _download(_without_prefix(path), revision) if is_hub_name(path) else Path(path)
+
+
+def is_hub_name(path: str | os.PathLike) -> bool:
+    """Returns whether a path is the name of a model on the Hub: hf:OWNER/MODEL, or OWNER/MODEL.
+
+    Raises:
+      ConversionError: it begins with "hf:" and has another form.
+    """
+    local, name = Path(path), _without_prefix(path)
     if str(path).startswith(PREFIX):
         check_name(name)
-    elif local.exists() or local.parent.is_dir() or not NAME.fullmatch(name):
-        return local
-    return _download(name, revision)
+        return True
+    return not (local.exists() or local.parent.is_dir()) and NAME.fullmatch(name) is not None
+
+
+def _without_prefix(path: str | os.PathLike) -> str:
+    return str(path).removeprefix(PREFIX)
 
 
 def name_in_cache(folder: Path) -> tuple[str, str] | None:
