@@ -13,8 +13,7 @@ from grit_jax.conversion.adapted_model import AdaptedModel
 from grit_jax.conversion.hub import NAME, PREFIX, name_in_cache
 from grit_jax.conversion.run_facts import RunFacts
 from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, read_json
-from grit_jax.conversion.sentence_transformers_folder import MODULES
-from grit_jax.conversion.sidecar_files import TRANSFORMER
+from grit_jax.conversion.sidecar_files import MODULES, TOKENIZER, TRANSFORMER
 from grit_jax.conversion.stored_model import StoredModel
 from grit_jax.objectives.embedding import EmbeddingSpec
 
@@ -57,7 +56,7 @@ scores = embedder.similarity(queries, documents)
 TRANSFORMERS = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}"{code})
 model = AutoModelForCausalLM.from_pretrained("{name}")
 chat = [{{"role": "user", "content": "What is a lake?"}}]
 prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -158,11 +157,9 @@ def _metadata(
 
 
 def _introduction(model: StoredModel, base: str | None) -> str:
-    abilities = "embeds texts and chats" if model.config.has_lm_head else "embeds texts"
-    kind = model.fields["model_type"]
-    of_base = f" of {base}" if base and NAME.fullmatch(base) else ""
-    lora = "A LoRA adapter" if isinstance(model, AdaptedModel) else f"A {kind}"
-    return f"{lora}{of_base or (f' of a {kind}' if lora != f'A {kind}' else '')} that {abilities}."
+    abilities = "embeds and generates text" if model.config.has_lm_head else "embeds text"
+    start = f", finetuned from {base}" if base and NAME.fullmatch(base) else ""
+    return f"A model of the architecture {model.config.architecture} that {abilities}{start}."
 
 
 def _usage(folder: Path, name: str, model: StoredModel, base: str | None) -> Iterable[str]:
@@ -181,7 +178,8 @@ def _usage(folder: Path, name: str, model: StoredModel, base: str | None) -> Ite
         )
     is_causal = read_json(folder / "config.json").get("is_causal", True)
     if chats and is_causal:
-        yield _block("transformers", TRANSFORMERS.format(name=name))
+        needs_code = ", trust_remote_code=True" if (folder / TOKENIZER).exists() else ""
+        yield _block("transformers", TRANSFORMERS.format(name=name, code=needs_code))
 
 
 def _block(library: str, code: str) -> str:
@@ -210,7 +208,9 @@ def _training(run: RunFacts) -> Iterable[str]:
             rows["passages per query, at most"] = fields["group_size"]
     rows |= {title: run.config[field] for field, title in SHOWN.items() if field in run.config}
     if run.config.get("lora.rank"):
-        rows |= {f"LoRA {name}": run.config[f"lora.{name}"] for name in ("rank", "alpha", "targets")}
+        rows |= {
+            f"LoRA {name}": run.config[f"lora.{name}"] for name in ("rank", "alpha", "targets")
+        }
     yield _table(("", ""), rows.items())
     yield "Share of each dataset in the batches:"
     yield _table(("dataset", "kind", "share"), _datasets(run.data))
