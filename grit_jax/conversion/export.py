@@ -73,8 +73,8 @@ def write_hugging_face(
       query_instruction: what precedes a query by default, in plain words; by default the one stored
         with the model, or none.
       document_instruction: what precedes a document by default, as for queries.
-      license_name: the license in the model card, an identifier of the Hub; by default the one in the
-        base model's card, if there is one.
+      license_name: the license in the model card, an identifier of the Hub; by default the one in
+        the base model's card, if there is one.
       shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
     Returns:

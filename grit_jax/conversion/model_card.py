@@ -73,7 +73,11 @@ model = PeftModel.from_pretrained(base, "{name}")
 
 
 def write_card(
-    folder: Path, name: str, model: StoredModel, spec: EmbeddingSpec, license: str | None = None
+    folder: Path,
+    name: str,
+    model: StoredModel,
+    spec: EmbeddingSpec,
+    license_name: str | None = None,
 ) -> None:
     """Writes the model card of an export whose other files are complete.
 
@@ -82,11 +86,11 @@ def write_card(
       name: what its code calls the export; `with_name` changes it.
       model: the model that was exported.
       spec: how it embeds.
-      license: its license, an identifier of the Hub; None for that in the base model's card.
+      license_name: its license, an identifier of the Hub; None for that in the base model's card.
     """
     run = RunFacts.of(model)
     base = _base_name(folder, model, run)
-    data = _metadata(folder, name, model, base, license or _license_of_base(model))
+    data = _metadata(folder, name, model, base, license_name or _license_of_base(model))
     sections = [
         f"# {name}",
         _introduction(model, base),
@@ -131,7 +135,7 @@ def _license_of_base(model: StoredModel) -> str | None:
 
 
 def _metadata(
-    folder: Path, name: str, model: StoredModel, base: str | None, license: str | None
+    folder: Path, name: str, model: StoredModel, base: str | None, license_name: str | None
 ) -> ModelCardData:
     embeds, is_adapter = (folder / MODULES).exists(), (folder / ADAPTER_CONFIG).exists()
     tags = ["grit-jax"]
@@ -149,7 +153,7 @@ def _metadata(
     return ModelCardData(
         model_name=name,
         base_model=base if base and NAME.fullmatch(base) else None,
-        license=license,
+        license=license_name,
         library_name=library,
         pipeline_tag=task,
         tags=tags,
