@@ -3,7 +3,7 @@
 # make test-experiments  run the tests of experiments/ and tools/
 # make torture           kill multi-process runs at random moments, KILLS times (20)
 # make lint              ruff, pyright and shellcheck
-# make smoke             train, embed and generate for a moment with Python 3.11
+# make smoke             train, embed and generate for a moment with Python 3.12
 # make pods              compile the 7B step for 64 TPU chips and compare its memory with the record
 # make claim             train and evaluate a real model on public text, in little more than an hour
 # make docs              build the documentation in site/; make docs-serve serves it
@@ -13,7 +13,7 @@
 # Each target creates $(VENV) first, with the versions of constraints.txt.
 
 # The newest supported Python that runs. Override it with make PYTHON=python3.12 ...
-PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3,\
+PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3,\
   $(if $(shell $(python) -c "" 2>/dev/null && echo yes),$(python))))
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -47,9 +47,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/shellcheck --check-sourced tpu_scripts/pod.sh tpu_scripts/worker.sh tpu_scripts/settings.example.sh
 
 smoke:
-	rm -rf .venv-3.11/smoke
-	$(MAKE) demo PYTHON=python3.11 VENV=.venv-3.11 WORKDIR=.venv-3.11/smoke FLAGS=--config.steps=2
-	.venv-3.11/bin/python tests/smoke.py .venv-3.11/smoke
+	rm -rf .venv-3.12/smoke
+	$(MAKE) demo PYTHON=python3.12 VENV=.venv-3.12 WORKDIR=.venv-3.12/smoke FLAGS=--config.steps=2
+	.venv-3.12/bin/python tests/smoke.py .venv-3.12/smoke
 
 pods: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/pods.py --check v5p-128
@@ -88,15 +88,15 @@ $(VENV)/.installed-test: $(BIN)/python constraints.txt setup.py
 	touch $(VENV)/.installed-demo $(VENV)/.installed-docs $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "grit-jax needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "grit-jax needs Python 3.12 or 3.13: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # The newest versions that setup.py allows, for every supported Python at once.
 constraints: $(BIN)/python
 	$(BIN)/python -m pip install uv
-	$(BIN)/uv pip compile --universal --python-version 3.11 --quiet --no-header --no-annotate \
+	$(BIN)/uv pip compile --universal --python-version 3.12 --quiet --no-header --no-annotate \
 	  --extra data --extra eval --extra test --upgrade setup.py --output-file constraints.txt
 
 clean:
-	rm -rf .venv .venv-3.11 .pytest_cache site
+	rm -rf .venv .venv-3.12 .pytest_cache site

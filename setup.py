@@ -10,9 +10,9 @@ CORE = [
     "array-record>=0.8.6",
     "etils[epath]>=1.15",
     "filelock>=4.2",  # JAX needs it to bound the compilation cache.
-    "flax>=0.12.8",
+    "flax>=0.12.12",
     "grain>=0.2.18",
-    "jax>=0.10.2",
+    "jax>=0.12",
     "jaxtyping>=0.3.11",
     "matplotlib>=3.11",
     "ml-collections>=1.1",
@@ -29,8 +29,8 @@ CORE = [
     "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
-# `grit-jax prepare` on JSONL files, and the tokenizer "mistral".
-PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13"]
+# `grit-jax prepare` on files, and the tokenizer "mistral".
+PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13", "pyarrow>=26.0.1", "zstandard>=0.25"]
 # Datasets of seqio and TFDS; includes TensorFlow, which training never loads.
 DATA = [
     *PREPARE,
@@ -66,8 +66,9 @@ TEST = [
     "hypothesis>=6.170",
     "ipykernel>=7.4",  # Runs the notebooks, with nbclient.
     # The TPU compiler, which runs without a TPU.
-    "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "jax[tpu]>=0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "nbclient>=0.11",
+    "peft>=0.21.2",  # Loads exported adapters.
     "pre-commit>=4.7",
     "pyright>=1.1.414",
     "pytest>=9.2",
@@ -88,7 +89,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "grit_jax/sample/LICENSES.md"],
-    python_requires=">=3.11",
+    python_requires=">=3.12",
     packages=find_packages(include=["grit_jax", "grit_jax.*"]),
     package_data={
         "grit_jax": ["train_help.txt"],
@@ -100,8 +101,8 @@ setup(
         "bucket": BUCKET,
         "prepare": PREPARE,
         "data": DATA,
-        "tpu": [*BUCKET, "jax[tpu]>=0.10.2"],
-        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": [*BUCKET, "jax[tpu]>=0.12"],
+        "cuda": ["jax[cuda13]>=0.12"],
         "docs": DOCS,
         "eval": EVAL,
         "harnesses": HARNESSES,

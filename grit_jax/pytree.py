@@ -1,15 +1,13 @@
 """Dataclasses that are JAX pytrees."""
 
 import dataclasses
-from typing import TypeVar, dataclass_transform
+from typing import dataclass_transform
 
 import jax
 
-Class = TypeVar("Class", bound=type)
-
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def pytree_dataclass(cls: Class) -> Class:
+def pytree_dataclass[Class: type](cls: Class) -> Class:
     """Makes a class a frozen dataclass that is registered as a pytree.
 
     Fields with `metadata={"static": True}` are static. Runtime type checkers do not check the

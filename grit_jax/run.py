@@ -32,6 +32,7 @@ from grit_jax.from_config import (
     make_held_out,
     make_schedule,
     make_trainer,
+    open_adapter,
     open_pretrained,
 )
 from grit_jax.models import ModelConfig, lora_layers
@@ -79,6 +80,9 @@ def run(config: Config, workdir: epath.Path) -> None:
         console.print(instructions, highlight=False, soft_wrap=True)
     passes = describe_passes(batches.passes(config.steps), config.steps)
     console.print(passes, highlight=False, soft_wrap=True)
+    for sampler in batches.samplers.values():
+        if sharing := sampler.describe_sharing():
+            console.print(sharing, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
@@ -220,7 +224,11 @@ def _first_state(
         return dataclasses.replace(restored, frozen=start.frozen)
     if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
-        return trainer.state_from(pretrained.load, config.seed)
+        if not config.lora.adapter:
+            return trainer.state_from(pretrained.load, config.seed)
+        adapter = open_adapter(config, trainer, pretrained)
+        console.print(f"and the adapter {adapter.folder}", highlight=False, soft_wrap=True)
+        return trainer.state_from(adapter.load_unmerged, config.seed)
     count = _count_parameters(trainer.abstract_state().parameters)
     console.print(f"starting from {count:,} random parameters", highlight=False)
     return trainer.initial_state(config.seed)

@@ -49,10 +49,7 @@ setup() {
 }
 
 make_environment() {
-  local python
-  for python in python3.12 python3.11; do
-    if command -v "$python" >/dev/null && "$python" -m venv .venv; then return; fi
-  done
+  if command -v python3.12 >/dev/null && python3.12 -m venv .venv; then return; fi
   python3 -m pip install --quiet --user "uv==$UV_VERSION"
   python3 -m uv venv --quiet --seed --clear --python 3.12 .venv
 }

@@ -9,12 +9,10 @@ import functools
 import os
 import resource
 import time
-from typing import Any, TypeVar
+from typing import Any
 
 from etils import epath
 import tensorstore
-
-Result = TypeVar("Result")
 
 # Seconds to wait before each retry.
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -54,7 +52,7 @@ def _read_object(address: str) -> bytes:
     return found.value
 
 
-def with_retries(action: Callable[[], Result], path: epath.PathLike) -> Result:
+def with_retries[Result](action: Callable[[], Result], path: epath.PathLike) -> Result:
     """Returns the result of `action`, which reads `path`; retries transient failures.
 
     Raises:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from grit_jax.config import Config, ConfigError
+from grit_jax.conversion.hub import is_hub_name
 from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
@@ -113,7 +114,9 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
       ConfigError, MeshError: the configuration does not fit the topology.
       BucketError: the weights are in a bucket that cannot be read.
     """
-    trainer = make_trainer(config, open_pretrained(config), topology.devices)
+    # Weights are not downloaded for a plan: a configuration that names them has their sizes.
+    pretrained = None if is_hub_name(config.model.weights) else open_pretrained(config)
+    trainer = make_trainer(config, pretrained, topology.devices)
     batch = typical_batch(config, trainer, tokens)
     started = time.perf_counter()
     compiled, used = _compile(trainer, batch)

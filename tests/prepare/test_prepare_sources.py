@@ -247,7 +247,7 @@ def test_a_damaged_archive_and_a_file_without_examples_are_named(tmp_path):
     assert not list((tmp_path / "out").rglob("manifest.json"))
     write_lines(tmp_path / "other.jsonl", [{"title": "x"}])
     finished = grit_jax_in_process("prepare", "other.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "other.jsonl", "no line is an example")
+    assert_fails_in_one_line(finished, "other.jsonl", "no row is an example")
 
 
 @pytest.mark.slow

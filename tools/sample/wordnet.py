@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 import re
-from typing import TypeVar
 
 from tools.sample.text import clean, count_words, is_welcome
-
-Parsed = TypeVar("Parsed")
 
 # Short texts, so that many fit in the sample.
 SENTENCE_WORDS = range(4, 17)
@@ -184,7 +181,7 @@ def _parse_tag_count(line: str) -> tuple[str, int]:
     return sense_key.rpartition("%")[0].replace("_", " "), int(count)
 
 
-def _parsed(path: Path, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
+def _parsed[Parsed](path: Path, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
     """Yields the parsed lines of a file, without the license, whose lines start with two spaces."""
     if not path.is_file():
         raise FileNotFoundError(f"the WordNet folder {path.parent} has no {path.name}")
