@@ -15,7 +15,9 @@ from grit_jax.conversion.export import (
 )
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.peft_export import write_adapter
 from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.pooling import POOLINGS
 
 
@@ -34,6 +36,8 @@ def run(argv: Sequence[str]) -> None:
         given = arguments.tokenizer and open_tokenizer(arguments.tokenizer)
         model = GgufModel(arguments.source, given)
         write_orbax(model, arguments.destination)
+    elif arguments.adapter:
+        _export_adapter(arguments)
     else:
         model = open_model(arguments.source, base=arguments.base)
         spec = write_hugging_face(
@@ -50,6 +54,25 @@ def run(argv: Sequence[str]) -> None:
         if arguments.purpose != GENERATION and spec.attention[1] == "b":
             warn_if_causal(model.fields["model_type"])
     print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _export_adapter(arguments: argparse.Namespace) -> None:
+    model = open_model(arguments.source, base=arguments.base)
+    spec = EmbeddingSpec.from_fields(
+        model.fields,
+        arguments.attention,
+        arguments.pooling,
+        query_instruction=arguments.query_instruction,
+        document_instruction=arguments.document_instruction,
+    )
+    write_adapter(
+        model,
+        arguments.destination,
+        spec,
+        base_name=arguments.base_name,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype or "float32",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +108,18 @@ def _parser() -> argparse.ArgumentParser:
         "sentence-transformers)",
     )
     to_hf.add_argument(
-        "--base", help="current folder of the model that LoRA was trained on, if it has moved"
+        "--base", help="folder or name of the model that LoRA was trained on, if it has moved"
+    )
+    to_hf.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write only the LoRA adapter, in PEFT's format, not the merged model",
+    )
+    to_hf.add_argument(
+        "--base-name",
+        metavar="NAME_OR_FOLDER",
+        help="with --adapter: what adapter_config.json calls the base model (default: its name on "
+        "the Hub, else its folder)",
     )
     to_hf.add_argument(
         "--tokenizer",

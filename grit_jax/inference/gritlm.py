@@ -152,10 +152,10 @@ class GritLM:
         configured otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE).
 
         Args:
-          path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub, a
-            GGUF file, a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
-            Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA checkpoints are merged
-            into their base model.
+          path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub (or
+            hf:OWNER/MODEL), a GGUF file, a checkpoint, or the folder of a run, whose newest
+            checkpoint is loaded. Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA
+            checkpoints and PEFT adapters are merged into their base model.
           dtype: "bfloat16" or "float32", of the parameters and of the computation; or this type of
             JAX, NumPy or PyTorch.
           linear_dtype: "int8" quantizes the weights of linear layers while loading, which halves
@@ -172,7 +172,8 @@ class GritLM:
             or a folder with a tokenizer. By default the tokenizer stored with the model, or, with a
             warning, Mistral's for a Mistral or Mixtral of the same vocabulary size without one.
           mesh: the devices, by default all of them (see `grit_jax.sharding.make_mesh`).
-          base: path of a LoRA checkpoint's base model, if it has moved.
+          base: path or name of the base model of a LoRA checkpoint or PEFT adapter, if it is not
+            the one that is stored there.
 
         Raises:
           ConversionError: there is no model at `path`, it is damaged, or weights are not finite.
