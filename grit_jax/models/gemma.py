@@ -66,7 +66,8 @@ class Gemma3(Architecture):
         # Published files leave it out, and they are read elsewhere, too.
         fields = {"tie_word_embeddings": defaults["tie_word_embeddings"], **fields}
         if fields.pop("use_bidirectional_attention", False):
-            fields["sliding_window"] = fields.get("sliding_window", defaults["sliding_window"]) // 2
+            window = fields.get("sliding_window", defaults["sliding_window"])
+            fields["sliding_window"] = window and window // 2
         return fields
 
     def bidirectional_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class Gemma3(Architecture):
         fields = super().config_to_hugging_face(config)
         del fields["hidden_act"]
         is_sliding = config.sliding_layers() & (config.sliding_window is not None)
-        local = config.rope_local_base_freq or config.rope_theta
+        local, scaling = config.rope_local_base_freq or config.rope_theta, config.rope_scaling
         return {
             **fields,
             "hidden_activation": "gelu_pytorch_tanh",
@@ -130,10 +131,7 @@ class Gemma3(Architecture):
                 FULL: fields["rope_parameters"],
                 SLIDING: {"rope_type": "default", "rope_theta": local},
             },
-            # The name in transformers 4.
-            "rope_scaling": None
-            if config.rope_scaling is None
-            else config.rope_scaling.to_fields(),
+            "rope_scaling": scaling and scaling.to_fields(),  # The name in transformers 4.
         }
 
 

@@ -101,6 +101,8 @@ def save(folder, name):
     write_tokenizer(folder, "llama3" if begin else "gpt2", 400, begin, end)
     special = {"bos_token": BEGIN if begin else None, "eos_token": END, "pad_token": END}
     settings = {**special, "padding_side": "left" if own else "right"}
+    if architecture == "Gemma3Text":  # Its own class overrides parts of tokenizer.json.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     types = [f"{MODULES}.Transformer", f"{MODULES}.Pooling", f"{MODULES}.Normalize"]
     if not own:
