@@ -49,8 +49,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers":
 MODELS = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": YARN}),
-    "qwen3-windows": ("Qwen3", WINDOWS),
+    "qwen3": ("Qwen3", {"rope_parameters": YARN, **WINDOWS}),
     "gemma3": (
         "Gemma3",
         {
