@@ -205,10 +205,12 @@ def _write_config(
 ) -> None:
     """Writes config.json; prints the fields that have changed since the last start of the run."""
     fields = config.to_dict()
-    fields["model"]["sizes"] = {name: getattr(model, name) for name in config.model.sizes}
+    sizes = dataclasses.asdict(model)
+    fields["model"]["sizes"] = {name: sizes[name] for name in config.model.sizes}
     if int(state.step) and path.exists():
         with contextlib.suppress(ValueError):  # It is not needed to continue.
-            for line in changed_fields(json.loads(path.read_bytes()), fields):
+            now = json.loads(json.dumps(fields))  # With lists for tuples.
+            for line in changed_fields(json.loads(path.read_bytes()), now):
                 console.print(line, highlight=False, soft_wrap=True)
     write_json(path, fields)
 

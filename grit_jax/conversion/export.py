@@ -4,7 +4,6 @@ import dataclasses
 import os
 from pathlib import Path
 import shutil
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -161,22 +160,15 @@ def _write_config(
     model: StoredModel, folder: Path, spec: EmbeddingSpec, purpose: str | None, dtype: str
 ) -> None:
     fields = {name: value for name, value in model.fields.items() if name not in NOT_EXPORTED}
-    fields |= {"torch_dtype": dtype, "architectures": [_class_name(model)]}
-    write_json(folder / "config.json", fields | _embedding_fields(spec, purpose))
-
-
-def _embedding_fields(spec: EmbeddingSpec, purpose: str | None) -> dict[str, Any]:
-    """Returns the fields of config.json that say how the model embeds."""
-    fields = spec.to_fields()
+    fields |= {"torch_dtype": dtype, "architectures": [_class_name(model)], **spec.to_fields()}
     if purpose != GENERATION:  # Then we read the prompts, too, from sentence-transformers' file.
         for kind in ("query", "document"):
             del fields[GRIT_FIELD][f"{kind}_prompt"]
-    if spec.attention[1] == "c" or purpose == GENERATION:
-        return fields
-    if purpose is None:
-        return {"is_causal": True, **fields}  # sentence-transformers only changes fields it finds.
-    # text-embeddings-inference reads the second name.
-    return {"is_causal": False, "use_bidirectional_attention": True, **fields}
+    if spec.attention[1] == "b" and purpose is None:
+        fields["is_causal"] = True  # sentence-transformers only changes fields that it finds.
+    elif spec.attention[1] == "b" and purpose != GENERATION:
+        fields = ARCHITECTURES[model.config.architecture].bidirectional_fields(fields)
+    write_json(folder / "config.json", fields)
 
 
 def _share_weights(source: Path, folder: Path) -> None:
@@ -276,15 +268,16 @@ def _dtype(model: StoredModel, parameter: ParamSpec, name: str, dtype: str | Non
 
 def _is_dense(name: str) -> bool:
     """Returns whether a tensor belongs to the embedding projection, which has its own folder."""
-    return name.startswith(f"{DENSE}/")
+    return name.partition("/")[0] in DENSE
 
 
 def _write_dense(model: StoredModel, folder: Path, tensors: list[_Tensor]) -> None:
     """Writes the embedding projection, if there is one, for sentence-transformers."""
-    if not tensors:
-        return
-    content = {tensor.name.removeprefix(f"{DENSE}/"): tensor.read(model) for tensor in tensors}
-    write_tensors(folder / DENSE / SINGLE, content)
+    for name in DENSE:
+        own = [tensor for tensor in tensors if tensor.name.startswith(f"{name}/")]
+        if own:
+            content = {tensor.name.removeprefix(f"{name}/"): tensor.read(model) for tensor in own}
+            write_tensors(folder / name / SINGLE, content)
 
 
 def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:

@@ -54,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "RouterStatistics",
     "Stream",
+    "causal_fields",
     "config_from_hugging_face",
     "config_to_hugging_face",
     "lora_layers",
@@ -148,6 +149,15 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
         field.
     """
     return _architecture_of(fields).config_from_hugging_face(fields)
+
+
+def causal_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a Hugging Face `config.json`, as it is for causal attention.
+
+    Raises:
+      ValueError: the architecture is not supported.
+    """
+    return _architecture_of(fields).causal_fields(fields)
 
 
 def unread_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,17 +182,24 @@ class GegluMLP(MLP):
 
 
 class EmbeddingProjection(nnx.Module):
-    """A linear layer, with a bias, from hidden states to embeddings.
+    """Linear layers, one or two, from hidden states to embeddings.
 
-    It is applied after pooling. Since pooling takes a mean, that equals applying it to every token,
-    at a fraction of the cost.
+    They are applied after pooling. Since pooling takes a mean, that equals applying them to every
+    token, at a fraction of the cost.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightTable, scope: str, *, rngs: nnx.Rngs):
-        self.weight = weights[f"{scope}.weight"].initialize(config, rngs)
-        self.bias = weights[f"{scope}.bias"].initialize(config, rngs)
+        for name in ("hidden_weight", "hidden_bias", "weight", "bias"):
+            if f"{scope}.{name}" in weights:
+                setattr(self, name, weights[f"{scope}.{name}"].initialize(config, rngs))
 
     def __call__(self, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the projected embeddings, not normalized."""
-        weight, bias = self.weight[...].astype(pooled.dtype), self.bias[...].astype(pooled.dtype)
-        return jnp.einsum("TD,DP->TP", pooled, weight) + bias
+        for layer in ("hidden_", ""):
+            weight = getattr(self, f"{layer}weight", None)
+            bias = getattr(self, f"{layer}bias", None)
+            if weight is not None:
+                pooled = jnp.einsum("TD,DP->TP", pooled, weight[...].astype(pooled.dtype))
+            if bias is not None:
+                pooled += bias[...].astype(pooled.dtype)
+        return pooled
