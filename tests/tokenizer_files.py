@@ -103,3 +103,14 @@ def write_sentencepiece(folder, vocab_size, lines=LINES, **options):
         **options,
     )
     return folder / "other.model"
+
+
+def write_llama_tokenizer(folder, vocab_size, **settings):
+    """Writes a SentencePiece model with byte fallback, as Mistral's and Llama's."""
+    lines = [*LINES, *TEXT.read_text(encoding="utf-8").splitlines()]
+    options = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
+    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    write_sentencepiece(folder, vocab_size, lines, **options).rename(folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **special, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

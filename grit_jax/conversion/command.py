@@ -16,6 +16,7 @@ from grit_jax.conversion.export import (
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.conversion.peft_export import write_adapter
+from grit_jax.conversion.stored_model import ConversionError
 from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.pooling import POOLINGS
@@ -58,6 +59,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _export_adapter(arguments: argparse.Namespace) -> None:
+    if arguments.purpose is not None:
+        raise ConversionError("an adapter is one folder: leave out --for, or --adapter")
     model = open_model(arguments.source, base=arguments.base)
     spec = EmbeddingSpec.from_fields(
         model.fields,
