@@ -36,6 +36,7 @@ from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
+from grit_jax.models.paged_cache import PagedCache
 from grit_jax.models.qwen import QWEN2, QWEN3
 from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
@@ -49,6 +50,7 @@ __all__ = [
     "KVCache",
     "LoraConfig",
     "ModelConfig",
+    "PagedCache",
     "RouterStatistics",
     "Stream",
     "config_from_hugging_face",
