@@ -29,8 +29,8 @@ CORE = [
     "tensorstore>=0.1.86",
     "tokenizers>=0.23.3",
 ]
-# `grit-jax prepare` on JSONL files, and the tokenizer "mistral".
-PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13"]
+# `grit-jax prepare` on files, and the tokenizer "mistral".
+PREPARE = ["cloudpickle>=3.1", "mistral-common>=1.13", "pyarrow>=26.0.1", "zstandard>=0.25"]
 # Datasets of seqio and TFDS; includes TensorFlow, which training never loads.
 DATA = [
     *PREPARE,
@@ -68,6 +68,7 @@ TEST = [
     # The TPU compiler, which runs without a TPU.
     "jax[tpu]>=0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "nbclient>=0.11",
+    "peft>=0.21.2",  # Loads exported adapters.
     "pre-commit>=4.7",
     "pyright>=1.1.414",
     "pytest>=9.2",

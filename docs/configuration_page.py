@@ -24,7 +24,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 HELP = ROOT / "grit_jax" / "train_help.txt"
 BEGIN, END = "<!-- fields -->", "<!-- /fields -->"
 HELP_HEAD = """\
-usage: grit-jax train --config=FILE [--workdir=DIR] [--config.FIELD=VALUE ...]
+usage: grit-jax train --config=FILE [--workdir=DIR] [--prepare] [--config.FIELD=VALUE ...]
 
 Trains a model, or continues the run in DIR.
 
@@ -32,10 +32,14 @@ Trains a model, or continues the run in DIR.
                         the folder configs
   --workdir=DIR         folder for checkpoints and metrics; runs/NAME for NAME.py by default
   --config.FIELD=VALUE  changes a field of the configuration
+  --prepare             first prepares config.data.sources, if config.data.folder lacks them
 
 The fields and their defaults, which FILE may change (docs/configuration.md describes them):
 """
-CONFIGS = ("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b")
+CONFIGS = (
+    *("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b"),
+    *("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "llama3_8b"),
+)
 
 
 def main() -> None:

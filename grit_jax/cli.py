@@ -13,11 +13,13 @@ import warnings
 from grit_jax import __version__
 
 HELP = {"-h", "--help"}
+# Flag of `train` that first prepares the data.
+PREPARE = "--prepare"
 USAGE_ERROR = 2
 INTERRUPTED = 128 + signal.SIGINT  # As in shells.
 
 COMMANDS = {
-    "train": "Trains a model: --config FILE [--workdir DIR] [--config.FIELD=VALUE ...]",
+    "train": "Trains a model: --config FILE [--workdir DIR] [--prepare] [--config.FIELD=VALUE ...]",
     "prepare": "Tokenizes datasets, once, for training",
     "convert": "Converts weights between Hugging Face, GGUF and Orbax: from-hf, from-gguf, to-hf",
     "plan": "Compiles a training step for TPUs without having any, and reports memory and speed",
@@ -37,9 +39,11 @@ EXTRAS = {
     "lm_eval": "harnesses",
     "mistral_common": "prepare",
     "mteb": "harnesses",
+    "pyarrow": "prepare",
     "seqio": "data",
     "tensorflow": "data",
     "tensorflow_datasets": "data",
+    "zstandard": "prepare",
 }
 # Lists all fields of the configuration. docs/configuration_page.py writes it, because importing
 # grit_jax.config takes seconds.
@@ -116,17 +120,22 @@ def train(argv: Sequence[str] | None = None) -> None:
         print(TRAIN_HELP.read_text(), end="")
         return
     from etils import epath
+    import jax
 
     from grit_jax.bucket import in_bucket, is_transient_storage_error, open_bucket
     from grit_jax.config_flags import parse_flags
+    from grit_jax.config_from_data import missing_mixtures, prepare_arguments
     from grit_jax.processes import connect, exit_now, is_primary
     from grit_jax.run import run
     from grit_jax.training.checkpoints import RestartRequired
     from grit_jax.training.hooks.stop_signals import RESTART, Stopped
 
     try:
-        config, workdir = parse_flags(argv)
+        is_preparing = PREPARE in argv
+        config, workdir = parse_flags([argument for argument in argv if argument != PREPARE])
         connect()
+        if is_preparing and jax.process_count() == 1 and missing_mixtures(config):
+            importlib.import_module(MODULES["prepare"]).run(prepare_arguments(config))
         run(config, open_bucket(workdir) if in_bucket(workdir) else epath.Path(workdir).resolve())
     except Stopped as stopped:
         if is_primary():

@@ -57,7 +57,7 @@ class ModelSection:
     Attributes:
       weights: weights to start from: a Hugging Face folder, a GGUF file, a checkpoint or a run's
         folder. "" starts from random weights. With weights, `sizes` are those of the weights.
-      architecture: "mistral" (also for Llama), "mixtral", "qwen2" or "qwen3".
+      architecture: "mistral" (also for Llama), "mixtral", "qwen2", "qwen3" or "gemma3".
       sizes: sizes of the model, named as in Hugging Face's config.json. Sizes that are left out
         have the architecture's defaults.
       dtype: type of the computation: "bfloat16" or "float32".
@@ -106,11 +106,14 @@ class LoraSection:
       alpha: the updates are scaled by alpha / rank.
       targets: comma-separated names of linear layers, with shell wildcards. Each pattern must match
         a layer. The default leaves out Mixtral's router, which is smaller than its update.
+      adapter: PEFT adapter or LoRA run whose matrices a new run starts from. The fields above must
+        be those of the adapter; "" starts with new matrices.
     """
 
     rank: int = 0
     alpha: float = 16.0
     targets: str = "attention.*,feed_forward.gate,feed_forward.up,feed_forward.down"
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,8 @@ class DataSection:
 
     Attributes:
       folder: output folder of `grit-jax prepare`.
+      sources: what `grit-jax prepare` reads, separated by spaces, as on its command line. With
+        `--prepare`, training first prepares them if the folder lacks a mixture of the run.
       embedding: name of the mixture of embedding examples in that folder; "auto" is the only one.
       generative: name of the mixture of chats in that folder; "auto" is the only one.
       query_instruction: the instruction that the trained model embeds queries with by default. ""
@@ -189,6 +194,7 @@ class DataSection:
     """
 
     folder: str = "data/prepared"
+    sources: str = ""
     embedding: str = "embedding"
     generative: str = "chat"
     query_instruction: str = AUTO

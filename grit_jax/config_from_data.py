@@ -2,10 +2,19 @@
 
 from collections.abc import Mapping
 import dataclasses
+import shlex
+
+from etils import epath
 
 from grit_jax.arithmetic import ceil_div, round_up
+from grit_jax.bucket import in_bucket, open_bucket
 from grit_jax.config import AUTO, Config, ConfigError, DataSection
-from grit_jax.data.manifest import Manifest, mixture_manifests, mixtures_by_kind
+from grit_jax.data.manifest import (
+    Manifest,
+    mixture_average_tokens,
+    mixture_manifests,
+    mixtures_by_kind,
+)
 from grit_jax.text.kinds import TEXT_KINDS
 
 # Rows longer than the longest text can be filled better.
@@ -20,9 +29,10 @@ def complete_config(config: Config) -> Config:
     "auto", row lengths of 0, and `config.steps` if `config.epochs` is set.
 
     Raises:
-      ConfigError: the data leave open which mixture is meant.
+      ConfigError: the data are not prepared, or leave open which mixture is meant.
       PreparedDataError: the data are missing or damaged.
     """
+    check_prepared(config)
     config = _with_mixtures(config)
     if not config.epochs and all(config.data.row_lengths.values()):
         return config
@@ -43,6 +53,57 @@ def complete_config(config: Config) -> Config:
         for kind, count in examples.items()
     )
     return dataclasses.replace(config, steps=max(1, steps))
+
+
+def average_tokens(config: Config) -> dict[str, float]:
+    """Returns the average tokens of a text of each stream that a run trains on.
+
+    Streams whose data are in a bucket, are not prepared yet or do not record it are left out.
+
+    Args:
+      config: a completed configuration.
+
+    Raises:
+      PreparedDataError: the data are damaged.
+    """
+    folder, found = epath.Path(config.data.folder), {}
+    for kind in TEXT_KINDS:
+        mixture = getattr(config.data, kind)
+        if config.mode not in ("unified", kind) or in_bucket(folder):
+            continue
+        if (folder / f"{mixture}.json").exists():
+            found |= mixture_average_tokens(folder, mixture, kind)
+    return found
+
+
+def check_prepared(config: Config) -> None:
+    """Checks that the folder has the mixtures of a run that names its sources.
+
+    Raises:
+      ConfigError: it does not; the message says how to prepare them.
+    """
+    if missing := missing_mixtures(config):
+        raise ConfigError(
+            f"config.data.folder={config.data.folder!r} lacks {' and '.join(missing)}: add "
+            f"--prepare, or run {shlex.join(['grit-jax', 'prepare', *prepare_arguments(config)])}"
+        )
+
+
+def missing_mixtures(config: Config) -> list[str]:
+    """Returns the mixtures that a run needs from `config.data.sources` and that are missing."""
+    if not config.data.sources:
+        return []
+    kinds = [kind for kind in TEXT_KINDS if config.mode in (AUTO, "unified", kind)]
+    names = {getattr(config.data, kind) for kind in kinds} - {AUTO}
+    folder = config.data.folder
+    folder = open_bucket(folder) if in_bucket(folder) else epath.Path(folder)
+    return sorted(name for name in names if not (folder / f"{name}.json").exists())
+
+
+def prepare_arguments(config: Config) -> list[str]:
+    """Returns the arguments of `grit-jax prepare` that prepare `config.data.sources`."""
+    tokenizer = ["--tokenizer", config.model.weights] if config.model.weights else []
+    return [*config.data.sources.split(), *tokenizer, "--output", config.data.folder]
 
 
 def _with_mixtures(config: Config) -> Config:

@@ -5,6 +5,7 @@ Mistakes in the configuration or the data raise errors here, before anything is 
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 from etils import epath
@@ -17,6 +18,7 @@ import optax
 from grit_jax.bucket import in_bucket
 from grit_jax.config import AUTO, Config, ConfigError
 from grit_jax.conversion import ConversionError, StoredModel, open_model
+from grit_jax.conversion.adapted_model import AdaptedModel
 from grit_jax.conversion.stored_tokenizer import may_have_mistrals
 from grit_jax.data.batches import Batches
 from grit_jax.data.manifest import (
@@ -161,19 +163,70 @@ def model_config(config: Config, pretrained: StoredModel | None = None) -> Model
 def _lora_config(config: Config, pretrained: StoredModel | None) -> LoraConfig | None:
     """Returns the configuration of LoRA, None to train all parameters."""
     if not config.lora.rank:
+        if config.lora.adapter:
+            raise ConfigError(
+                f"config.lora.adapter={config.lora.adapter!r} needs config.lora.rank, alpha and "
+                "targets, those of the adapter"
+            )
         return None
-    if pretrained is None:
+    if pretrained is None and not config.model.weights:
         # Random weights would have to be saved with each checkpoint, and are not worth keeping.
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights: LoRA neither trains "
             "nor saves the weights that its updates are added to"
         )
-    if in_bucket(pretrained.folder):
+    if pretrained is not None and in_bucket(pretrained.folder):
         raise ConfigError(
             f"config.lora.rank={config.lora.rank} needs config.model.weights on a local disk of "
             f"each host, not {pretrained.folder}: copy them with gcloud storage cp -r"
         )
-    return LoraConfig(**dataclasses.asdict(config.lora))
+    lora = config.lora
+    return LoraConfig(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+
+
+def open_adapter(config: Config, trainer: Trainer, base: StoredModel) -> AdaptedModel:
+    """Opens the adapter that a new run with LoRA starts from.
+
+    Args:
+      config: the configuration, with a `config.lora.adapter`.
+      trainer: the trainer.
+      base: the model that `config.model.weights` names.
+
+    Raises:
+      ConfigError: there is no adapter, or the settings of LoRA are not those of the adapter.
+    """
+    name, lora = config.lora.adapter, trainer.model_config.lora
+    assert lora is not None
+    try:
+        adapter = open_model(name, base=base.folder)
+    except (ConversionError, OSError) as error:
+        raise ConfigError(f"config.lora.adapter: {error}") from None
+    assert isinstance(adapter, AdaptedModel)  # Others refuse `base`.
+    if adapter.stored_whole:
+        whole = ", ".join(".".join(path) for path in adapter.stored_whole)
+        raise ConfigError(
+            f"config.lora.adapter={name!r} also has whole parameters ({whole}), which LoRA does "
+            "not train: to train on top of the merged model, set config.model.weights to it"
+        )
+    adapted = [p for p in adapter.parameters if p.path in adapter.adapted]
+    ranks = set().union(*(adapter.ranks(parameter) for parameter in adapted))
+    scales = {adapter.update(parameter).scale for parameter in adapted}
+    if len(ranks) > 1 or len(scales) > 1:
+        raise ConfigError(
+            f"config.lora.adapter={name!r} has several ranks or scales, or leaves out layers "
+            "(rank_pattern, alpha_pattern, layers_to_transform): to train on top of the merged "
+            "model, set config.model.weights to it"
+        )
+    (rank,), (scale,) = ranks, scales
+    layers = [".".join(parameter.path[1:]) for parameter in adapted]
+    same_layers = set(layers) == set(lora_layers(trainer.model_config))
+    if rank != lora.rank or not same_layers or not math.isclose(scale, lora.alpha / lora.rank):
+        raise ConfigError(
+            f"config.lora.adapter={name!r} has other settings: set config.lora.rank={rank}, "
+            f"config.lora.alpha={scale * rank:.10g} and "
+            f"config.lora.targets={','.join(layers)}"
+        )
+    return adapter
 
 
 def _check_sizes(config: Config, pretrained: StoredModel) -> None:

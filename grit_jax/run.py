@@ -1,6 +1,6 @@
 """A training run: makes its parts from the configuration, trains, and shows the results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import errno
@@ -32,6 +32,7 @@ from grit_jax.from_config import (
     make_held_out,
     make_schedule,
     make_trainer,
+    open_adapter,
     open_pretrained,
 )
 from grit_jax.models import ModelConfig, lora_layers
@@ -47,6 +48,9 @@ from grit_jax.training.hooks.stop_signals import Stopped, StopSignals
 from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.loop import SkipGuard, StepReport, train
 from grit_jax.training.train_step import Trainer, TrainState
+
+# Datasets whose passes are printed.
+MAX_NAMED_DATASETS = 20
 
 
 def run(config: Config, workdir: epath.Path) -> None:
@@ -74,6 +78,11 @@ def run(config: Config, workdir: epath.Path) -> None:
     _, instructions = make_embedding_spec(config, batches, pretrained)
     if instructions:
         console.print(instructions, highlight=False, soft_wrap=True)
+    passes = describe_passes(batches.passes(config.steps), config.steps)
+    console.print(passes, highlight=False, soft_wrap=True)
+    for sampler in batches.samplers.values():
+        if sharing := sampler.describe_sharing():
+            console.print(sharing, highlight=False, soft_wrap=True)
     held_out = make_held_out(config, trainer)
     check_attention(trainer, batches, held_out)
     if jax.process_count() > 1:
@@ -154,6 +163,15 @@ def _exclusive(workdir: epath.Path) -> Iterator[None]:
             ) from error
 
 
+def describe_passes(passes: Mapping[str, float], num_steps: int) -> str:
+    """Returns a line about how many times a run reads each dataset, the most often read first."""
+    ordered = sorted(passes.items(), key=lambda each: -each[1])
+    named = [f"{name} {count:.3g}" for name, count in ordered[:MAX_NAMED_DATASETS]]
+    if others := [count for _, count in ordered[MAX_NAMED_DATASETS:]]:
+        named.append(f"{len(others)} others {others[-1]:.3g} to {others[0]:.3g}")
+    return f"passes over each dataset in {num_steps:,} steps: {', '.join(named)}"
+
+
 def _report_new_masking(
     config: Config, batches: Batches, path: epath.Path, console: Console
 ) -> None:
@@ -206,7 +224,11 @@ def _first_state(
         return dataclasses.replace(restored, frozen=start.frozen)
     if pretrained is not None:
         console.print(f"starting from {pretrained.folder}", highlight=False, soft_wrap=True)
-        return trainer.state_from(pretrained.load, config.seed)
+        if not config.lora.adapter:
+            return trainer.state_from(pretrained.load, config.seed)
+        adapter = open_adapter(config, trainer, pretrained)
+        console.print(f"and the adapter {adapter.folder}", highlight=False, soft_wrap=True)
+        return trainer.state_from(adapter.load_unmerged, config.seed)
     count = _count_parameters(trainer.abstract_state().parameters)
     console.print(f"starting from {count:,} random parameters", highlight=False)
     return trainer.initial_state(config.seed)

@@ -35,6 +35,10 @@ from grit_jax.training.optimizer import learning_rate_schedule
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
 PARAMETERS = {
+    "llama3_8b": 8_030_261_248,
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
     "embedding_7b": MISTRAL_7B,
     "generative_7b": MISTRAL_7B,
     "gritlm_7b": MISTRAL_7B,
@@ -410,7 +414,10 @@ def test_the_fields_that_a_continued_run_changes_are_listed():
             ],
             ["config.model.sizes.hidden_size=64", "tiny-mistral has 32"],
         ),
-        (["--config.lora.rank=8"], ["config.lora.rank=8 needs config.model.weights"]),
+        (
+            ["--config.model.weights=", "--config.lora.rank=8"],
+            ["config.lora.rank=8 needs config.model.weights"],
+        ),
         (
             [
                 f"--config.model.weights={TINY_MODELS / 'tiny-mistral'}",

@@ -30,6 +30,7 @@ load_settings() {
   [[ -f $file ]] ||
     fail "there is no $file: run cp tpu_scripts/settings.example.sh $file, and fill it in"
   NUM_SLICES=1 WEIGHTS="" MAX_TRIES=5 VALID_UNTIL_DURATION="" RUNTIME_VERSION=""
+  RUN_HOURS="" PRICE_PER_CHIP_HOUR=""
   OVERRIDES=() CREATE_FLAGS=() SSH_FLAGS=()
   [[ $file == */* ]] || file=./$file # A bare name would be searched in PATH.
   # shellcheck source=settings.example.sh
@@ -39,6 +40,9 @@ load_settings() {
   done
   for name in NUM_SLICES MAX_TRIES; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} in $file is not a positive integer"
+  done
+  for name in RUN_HOURS PRICE_PER_CHIP_HOUR; do
+    [[ ${!name} =~ ^([0-9]+(\.[0-9]+)?)?$ ]] || fail "$name=${!name} in $file is not a number"
   done
   [[ $NAME =~ ^[a-z][a-z0-9-]{0,38}[a-z0-9]$ ]] ||
     fail "NAME=$NAME in $file: use 2 to 40 lowercase letters, digits and hyphens, first a letter"
@@ -50,7 +54,8 @@ load_settings() {
   describe_accelerator "$file"
 }
 
-# Sets DEVICES, the number of JAX devices in all slices, and RUNTIME_VERSION if it is not set.
+# Sets CHIPS and DEVICES, the number of JAX devices, in all slices, and RUNTIME_VERSION if it is
+# not set.
 describe_accelerator() {
   local size=${ACCELERATOR_TYPE##*-} version
   [[ $ACCELERATOR_TYPE =~ ^[a-z0-9]+-[1-9][0-9]*$ ]] ||
@@ -68,6 +73,10 @@ describe_accelerator() {
   esac
   RUNTIME_VERSION=${RUNTIME_VERSION:-$version}
   DEVICES=$((DEVICES * NUM_SLICES))
+  case $ACCELERATOR_TYPE in
+    v2-* | v3-*) CHIPS=$((DEVICES / 2)) ;;
+    *) CHIPS=$DEVICES ;;
+  esac
 }
 
 # Runs a command, or prints it with --dry-run. Descriptor 3 is the output of pod.sh, even inside

@@ -39,6 +39,7 @@ create_pod() {
     fail "the queued resource $NAME already exists ($state): continue with setup, or delete it"
   check_accelerator_is_offered
   check_nodes_are_free
+  show_cost
   request_nodes
   wait_for_nodes
 }
@@ -60,6 +61,21 @@ check_nodes_are_free() {
       fail "there is a node $node in $ZONE already that this run did not create: choose another" \
         "NAME, or delete it with: gcloud compute tpus tpu-vm delete $node"
   done
+}
+
+# Prints what the nodes cost, in chip-hours, and in money for PRICE_PER_CHIP_HOUR.
+show_cost() {
+  local hours=${RUN_HOURS:-1} cost text
+  cost=$(LC_ALL=C awk -v hours="$hours" -v chips="$CHIPS" -v price="${PRICE_PER_CHIP_HOUR:-0}" 'BEGIN {
+    printf "%.10g chip-hours", hours * chips
+    if (price) printf ", %.2f at %s each", hours * chips * price, price
+  }')
+  text="$NAME: $CHIPS chips for $RUN_HOURS hours (RUN_HOURS): $cost"
+  if [[ -z $RUN_HOURS ]]; then
+    text="$NAME: $CHIPS chips, per hour $cost; for a run, set RUN_HOURS to the hours that"
+    text+=" grit-jax plan prints (docs/pods.md)"
+  fi
+  if [[ -n $DRY_RUN ]]; then printf '# %s\n' "$text" >&3; else say "$text"; fi
 }
 
 request_nodes() {

@@ -20,6 +20,10 @@ OVERRIDES=(
   --config.checkpoint.every_steps=100
 )
 
+# What the run costs is shown before the nodes are requested.
+RUN_HOURS=""                   # expected hours of the run, such as those of grit-jax plan
+PRICE_PER_CHIP_HOUR=""         # such as 2.70
+
 # Defaults that rarely need changes.
 MAX_TRIES=5                    # consecutive launches without a new checkpoint before watch gives up
 VALID_UNTIL_DURATION=""        # maximum wait for the nodes, such as 6h; "" for no limit

@@ -5,10 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grit_jax.conversion import GgufModel, HuggingFaceModel, open_model
-from grit_jax.conversion.export import DTYPES, EXPORTED_PATTERNS, write_hugging_face
+from grit_jax.conversion.bidirectional_check import warn_if_causal
+from grit_jax.conversion.export import (
+    DTYPES,
+    EXPORTED_PATTERNS,
+    GENERATION,
+    PURPOSES,
+    write_hugging_face,
+)
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
+from grit_jax.conversion.peft_export import write_adapter
 from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
+from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.pooling import POOLINGS
 
 
@@ -27,10 +36,14 @@ def run(argv: Sequence[str]) -> None:
         given = arguments.tokenizer and open_tokenizer(arguments.tokenizer)
         model = GgufModel(arguments.source, given)
         write_orbax(model, arguments.destination)
+    elif arguments.adapter:
+        _export_adapter(arguments)
     else:
-        write_hugging_face(
-            open_model(arguments.source, base=arguments.base),
+        model = open_model(arguments.source, base=arguments.base)
+        spec = write_hugging_face(
+            model,
             arguments.destination,
+            purpose=arguments.purpose,
             tokenizer=arguments.tokenizer,
             dtype=arguments.dtype,
             attention=arguments.attention,
@@ -38,7 +51,28 @@ def run(argv: Sequence[str]) -> None:
             query_instruction=arguments.query_instruction,
             document_instruction=arguments.document_instruction,
         )
+        if arguments.purpose != GENERATION and spec.attention[1] == "b":
+            warn_if_causal(model.fields["model_type"])
     print(f"{arguments.source} -> {arguments.destination}")
+
+
+def _export_adapter(arguments: argparse.Namespace) -> None:
+    model = open_model(arguments.source, base=arguments.base)
+    spec = EmbeddingSpec.from_fields(
+        model.fields,
+        arguments.attention,
+        arguments.pooling,
+        query_instruction=arguments.query_instruction,
+        document_instruction=arguments.document_instruction,
+    )
+    write_adapter(
+        model,
+        arguments.destination,
+        spec,
+        base_name=arguments.base_name,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype or "float32",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,7 +100,26 @@ def _parser() -> argparse.ArgumentParser:
         "or the folder of a base model to take it from",
     )
     to_hf.add_argument(
-        "--base", help="current folder of the model that LoRA was trained on, if it has moved"
+        "--for",
+        dest="purpose",
+        choices=PURPOSES,
+        help="one folder that generates, one that embeds by its config.json alone, or both with "
+        "shared weights (default: one folder that generates with transformers and embeds with "
+        "sentence-transformers)",
+    )
+    to_hf.add_argument(
+        "--base", help="folder or name of the model that LoRA was trained on, if it has moved"
+    )
+    to_hf.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write only the LoRA adapter, in PEFT's format, not the merged model",
+    )
+    to_hf.add_argument(
+        "--base-name",
+        metavar="NAME_OR_FOLDER",
+        help="with --adapter: what adapter_config.json calls the base model (default: its name on "
+        "the Hub, else its folder)",
     )
     to_hf.add_argument(
         "--tokenizer",

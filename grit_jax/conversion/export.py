@@ -1,7 +1,10 @@
 """Exports a model as a folder for transformers, sentence-transformers and vLLM."""
 
 import dataclasses
+import os
 from pathlib import Path
+import shutil
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +13,7 @@ from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import ParamSpec
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, write_tensors
 from grit_jax.conversion.sidecar_files import (
+    needs_code,
     write_chat_template,
     write_json,
     write_sentence_transformers,
@@ -20,6 +24,7 @@ from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.models import ARCHITECTURES
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import GRIT_FIELD, PATTERNS, EmbeddingSpec
+from grit_jax.text.tokenizer import Tokenizer
 
 # Default size of a file of weights. It bounds the memory of an export.
 SHARD_BYTES = 2**30
@@ -27,12 +32,18 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 # Patterns that the exported model can follow: sentence-transformers cannot mix the two kinds of
 # attention in one text, as cbcc does.
 EXPORTED_PATTERNS = tuple(pattern for pattern in PATTERNS if pattern[0] == pattern[1])
+# Fields of config.json that are not copied: they are written anew, name code that the export
+# neither has nor needs, or say with which attention the source is read. `dtype` is the new name of
+# `torch_dtype`, and has precedence.
+NOT_EXPORTED = ("auto_map", "dtype", "is_causal", "use_bidirectional_attention")
+GENERATION, EMBEDDING, BOTH = PURPOSES = ("generation", "embedding", "both")
 
 
 def write_hugging_face(
     model: StoredModel,
     folder: Path,
     *,
+    purpose: str | None = None,
     tokenizer: str | None = None,
     dtype: str | None = None,
     attention: str | None = None,
@@ -40,7 +51,7 @@ def write_hugging_face(
     query_instruction: str | None = None,
     document_instruction: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
+) -> EmbeddingSpec:
     """Exports a model as a Hugging Face folder.
 
     If writing fails, nothing is left behind.
@@ -48,6 +59,10 @@ def write_hugging_face(
     Args:
       model: the model to export.
       folder: the folder to create.
+      purpose: "generation" leaves out the files of sentence-transformers; "embedding" makes
+        attention bidirectional in config.json, for servers that read nothing else; "both" makes
+        these two folders, called so, with shared files of weights. By default one folder generates
+        with transformers and embeds with sentence-transformers.
       tokenizer: see `open_tokenizer`; by default see `find_tokenizer`.
       dtype: "float32", "bfloat16" or "float16"; by default the stored type of each tensor.
       attention: the attention pattern of the model, "bbcc" or "cccc"; by default the one stored
@@ -58,11 +73,15 @@ def write_hugging_face(
       document_instruction: what precedes a document by default, as for queries.
       shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
+    Returns:
+      How the exported model embeds.
+
     Raises:
       ConversionError: the folder exists, the disk is full, the pattern cannot be exported, the
-        model has no tokenizer that fits, or a weight is not finite in the type to write.
-      ValueError: the attention pattern or the pooling is unknown, or an instruction has the model's
-        markers.
+        model has no tokenizer that fits, cannot generate, or needs code of its own to embed
+        (pooling "weightedmean"), or a weight is not finite in the type to write.
+      ValueError: the purpose, the attention pattern or the pooling is unknown, or an instruction
+        has the model's markers.
       FileNotFoundError, TokenizerError: the tokenizer is missing or damaged.
     """
     spec = EmbeddingSpec.from_fields(
@@ -78,6 +97,7 @@ def write_hugging_face(
             f"sentence-transformers does not support: use --attention "
             f"{' or '.join(EXPORTED_PATTERNS)}"
         )
+    _check_purpose(model, purpose, spec)
     found = find_tokenizer(model, tokenizer)
     if found is None:
         raise ConversionError(
@@ -85,22 +105,85 @@ def write_hugging_face(
         )
     with atomic_folder(folder) as unfinished:
         unfinished.mkdir()
-        write_tokenizer(
-            found, unfinished, model.fields["model_type"], model.config.max_position_embeddings
+        parts: dict[str | None, Path] = {purpose: unfinished}
+        if purpose == BOTH:
+            parts = {name: unfinished / name for name in (GENERATION, EMBEDDING)}
+        for name, part in parts.items():
+            part.mkdir(exist_ok=True)
+            _write_small_files(model, part, found, spec, name)
+        first, *others = parts.values()
+        stored_dtype = write_weights(model, first, dtype, shard_bytes)
+        for other in others:
+            _share_weights(first, other)
+        for name, part in parts.items():
+            _write_config(model, part, spec, name, stored_dtype)
+    return spec
+
+
+def _check_purpose(model: StoredModel, purpose: str | None, spec: EmbeddingSpec) -> None:
+    if purpose not in (None, *PURPOSES):
+        raise ValueError(f"purpose={purpose!r} must be one of {', '.join(PURPOSES)}, or None")
+    if purpose in (GENERATION, BOTH) and not model.config.has_lm_head:
+        raise ConversionError(
+            f"{model.folder} cannot generate, as it has no head: use --for embedding"
         )
-        write_chat_template(unfinished, adds_bos=found.adds_bos)
-        write_sentence_transformers(unfinished, model.config, spec)
-        stored_dtype = write_weights(model, unfinished, dtype, shard_bytes)
-        fields = model.fields | {"torch_dtype": stored_dtype}
-        # The prompts are in the file of sentence-transformers, from which we read them, too.
-        fields[GRIT_FIELD] = {"attention": spec.attention, "pooling": spec.pooling}
-        fields["architectures"] = [_class_name(model)]
-        # The new name of torch_dtype has precedence, and still holds the type of the source.
-        fields.pop("dtype", None)
-        fields.pop("auto_map", None)  # It names code that the export neither has nor needs.
-        write_json(unfinished / "config.json", fields)
-        ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
-        write_json(unfinished / "generation_config.json", ends)
+    if purpose in (EMBEDDING, BOTH) and needs_code(spec):
+        raise ConversionError(
+            "sentence-transformers needs code of the export's own for pooling='weightedmean': "
+            "leave out --for, and load the export with trust_remote_code=True"
+        )
+
+
+def _write_small_files(
+    model: StoredModel,
+    folder: Path,
+    tokenizer: Tokenizer,
+    spec: EmbeddingSpec,
+    purpose: str | None,
+) -> None:
+    """Writes everything but the weights and what depends on their type."""
+    model_type = model.fields["model_type"]
+    write_tokenizer(tokenizer, folder, model_type, model.config.max_position_embeddings)
+    write_chat_template(folder, adds_bos=tokenizer.adds_bos)
+    if purpose != GENERATION:
+        write_sentence_transformers(folder, model.config, spec)
+    ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
+    write_json(folder / "generation_config.json", ends)
+
+
+def _write_config(
+    model: StoredModel, folder: Path, spec: EmbeddingSpec, purpose: str | None, dtype: str
+) -> None:
+    fields = {name: value for name, value in model.fields.items() if name not in NOT_EXPORTED}
+    fields |= {"torch_dtype": dtype, "architectures": [_class_name(model)]}
+    write_json(folder / "config.json", fields | _embedding_fields(spec, purpose))
+
+
+def _embedding_fields(spec: EmbeddingSpec, purpose: str | None) -> dict[str, Any]:
+    """Returns the fields of config.json that say how the model embeds."""
+    fields = spec.to_fields()
+    if purpose != GENERATION:  # Then we read the prompts, too, from sentence-transformers' file.
+        for kind in ("query", "document"):
+            del fields[GRIT_FIELD][f"{kind}_prompt"]
+    if spec.attention[1] == "c" or purpose == GENERATION:
+        return fields
+    if purpose is None:
+        return {"is_causal": True, **fields}  # sentence-transformers only changes fields it finds.
+    # text-embeddings-inference reads the second name.
+    return {"is_causal": False, "use_bidirectional_attention": True, **fields}
+
+
+def _share_weights(source: Path, folder: Path) -> None:
+    """Makes the files of weights of a folder appear in another; copies where links cannot be."""
+    for path in [*source.rglob("*.safetensors"), *source.glob(INDEX)]:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:
+            check_space(target.parent, path.stat().st_size)
+            shutil.copyfile(path, target)
+            shutil.copymode(path, target)
 
 
 def _class_name(model: StoredModel) -> str:

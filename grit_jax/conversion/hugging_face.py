@@ -10,7 +10,10 @@ import numpy as np
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, SafetensorsFolder, read_json
-from grit_jax.conversion.sentence_transformers_folder import read_embedding_fields
+from grit_jax.conversion.sentence_transformers_folder import (
+    read_embedding_fields,
+    standard_config,
+)
 from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights, warn
 from grit_jax.models import config_from_hugging_face, unread_fields
 from grit_jax.objectives.embedding import GRIT_FIELD
@@ -38,8 +41,9 @@ class HuggingFaceModel(StoredModel):
 
     def __init__(self, folder: Path, head: str | Path | None = None):
         self.folder = folder
-        self.fields = read_json(folder / "config.json") | _end_tokens(folder)
-        if embedding := read_embedding_fields(folder, self.fields):
+        config = read_json(folder / "config.json")
+        self.fields = standard_config(config) | _end_tokens(folder)
+        if embedding := read_embedding_fields(folder, config):
             self.fields[GRIT_FIELD] = self.fields.get(GRIT_FIELD, {}) | embedding
         self._weights = SafetensorsFolder(folder)
         self._base: SafetensorsFolder | None = None

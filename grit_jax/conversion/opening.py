@@ -15,7 +15,9 @@ from grit_jax.conversion.orbax_model import (
     OrbaxModel,
     read_item,
 )
-from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, adapter_error
+from grit_jax.conversion.peft_adapter import PeftAdapter
+from grit_jax.conversion.peft_settings import PeftSettings
+from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, INDEX, SINGLE
 from grit_jax.conversion.stored_model import ConversionError, Folder, StoredModel
 
 
@@ -26,13 +28,14 @@ def open_model(
 ) -> StoredModel:
     """Opens a Hugging Face folder, a GGUF file, a checkpoint, or the newest checkpoint of a run.
 
-    A LoRA checkpoint is opened together with its base model.
+    A LoRA checkpoint or a PEFT adapter is opened together with its base model.
 
     Args:
       path: the folder or file. A run's folder is the `--workdir` of training. Checkpoints and runs
         may be in a bucket. OWNER/MODEL is downloaded from the Hugging Face Hub.
       head: see `HuggingFaceModel`.
-      base: the current path of a LoRA checkpoint's base model, if it has moved.
+      base: the path or name of the base model of a LoRA checkpoint or PEFT adapter, if it is not
+        the one that is stored there.
 
     Raises:
       ConversionError: there is no model at `path`, or the base model is missing or has other
@@ -54,10 +57,11 @@ def open_model(
         path = max(steps, key=lambda step: int(step.name))
     if (path / PARAMETERS).is_dir():
         return _open_checkpoint(path, base)
+    if isinstance(path, Path) and _is_adapter(path):
+        return PeftAdapter(path, _open_base_of_adapter(path, base))
     if isinstance(path, Path) and (path / "config.json").exists():
+        _check_no_base(path, base)
         return HuggingFaceModel(path, head)
-    if isinstance(path, Path) and (path / ADAPTER_CONFIG).exists():
-        raise adapter_error(path)
     if (path / "config.json").exists():
         raise ConversionError(f"{path} is not on a disk: copy it to one (gcloud storage cp -r)")
     raise ConversionError(
@@ -84,6 +88,12 @@ def _check_no_base(path: Folder, base: str | os.PathLike | None) -> None:
         raise ConversionError(f"{path} is a full model and has no base model: leave out --base")
 
 
+def _is_adapter(folder: Path) -> bool:
+    """Returns whether a folder has a PEFT adapter, and no model next to it."""
+    has_model = (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return (folder / ADAPTER_CONFIG).exists() and not has_model
+
+
 def _is_complete(checkpoint: Folder) -> bool:
     """Returns whether a checkpoint was saved to its end.
 
@@ -101,4 +111,22 @@ def _open_base(checkpoint: Folder, moved_to: str | os.PathLike | None) -> Stored
         raise ConversionError(
             f"{checkpoint} is a LoRA checkpoint of {folder}: {error}. If the base model has moved, "
             "use --base FOLDER"
+        ) from None
+
+
+def _open_base_of_adapter(folder: Path, given: str | os.PathLike | None) -> StoredModel:
+    """Opens the base model of a PEFT adapter."""
+    settings = PeftSettings.read(folder)
+    name = given or settings.base
+    if not name:
+        raise ConversionError(
+            f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path: name the base model "
+            "(base=, --base)"
+        )
+    try:
+        return open_model(name if given else find_folder(name, settings.revision))
+    except ConversionError as error:
+        raise ConversionError(
+            f"{folder} is a PEFT adapter of {name}: {error}. Name its base model with base= "
+            "(--base)"
         ) from None

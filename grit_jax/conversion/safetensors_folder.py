@@ -44,15 +44,19 @@ class SafetensorsFolder:
     them: the prefixes of wrappers are removed, and the prefix that embedding-only checkpoints lack
     is added.
 
+    Args:
+      folder: the folder.
+      is_adapter: whether to read the tensors of a PEFT adapter in the folder, not of a model.
+
     Raises:
       ConversionError: there are no safetensors, a file is missing or damaged, or a tensor is there
         twice.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, is_adapter: bool = False):
+        self.folder, self._is_adapter = folder, is_adapter
         self._tensors: dict[str, _Tensor] = {}
-        paths, names_in_index = _files(folder)
+        paths, names_in_index = ([_adapter_file(folder)], set()) if is_adapter else _files(folder)
         for path in paths:
             for tensor in _tensors(path):
                 self._add(_standard_name(tensor.stored_name), tensor)
@@ -67,7 +71,7 @@ class SafetensorsFolder:
             self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(dense)}
 
     def _add(self, name: str, tensor: "_Tensor") -> None:
-        if ".lora_" in name or ".base_layer." in name:
+        if not self._is_adapter and (".lora_" in name or ".base_layer." in name):
             raise ConversionError(
                 f"{tensor.path} holds LoRA updates of PEFT ({tensor.stored_name}): merge them with "
                 "merge_and_unload(), and save the model with save_pretrained()"
@@ -88,6 +92,10 @@ class SafetensorsFolder:
     def path(self, name: str) -> Path:
         """Returns the path of the file that holds a tensor."""
         return self._tensors[name].path
+
+    def stored_name(self, name: str) -> str:
+        """Returns the name of a tensor in its file."""
+        return self._tensors[name].stored_name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
@@ -181,8 +189,6 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
             f"{folder / pickles[0]} is a pickle, which can run any code when it is loaded: load "
             "the model with transformers and save it with save_pretrained() as safetensors"
         )
-    if (folder / ADAPTER_CONFIG).exists():
-        raise adapter_error(folder)
     if any(folder.glob(MISTRAL_NATIVE)):
         raise ConversionError(
             f"{folder} has weights in Mistral's own format ({MISTRAL_NATIVE}), but neither "
@@ -191,13 +197,12 @@ def _files(folder: Path) -> tuple[list[Path], set[str]]:
     raise ConversionError(f"{folder} has neither {SINGLE} nor {INDEX}")
 
 
-def adapter_error(folder: Path) -> ConversionError:
-    """Returns the error for a folder that holds only a PEFT adapter."""
-    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return ConversionError(
-        f"{folder} is a PEFT adapter of the model {base}, without its weights: load it with "
-        "AutoPeftModelForCausalLM.from_pretrained(), merge it with merge_and_unload(), and save "
-        "the model with save_pretrained()"
+def _adapter_file(folder: Path) -> Path:
+    if (folder / ADAPTER).is_file():
+        return folder / ADAPTER
+    raise ConversionError(
+        f"{folder} has {ADAPTER_CONFIG}, but no {ADAPTER}: load the adapter with PEFT and save it "
+        "with save_pretrained()"
     )
 
 

@@ -17,8 +17,14 @@ TRANSFORMER, TOKENIZER = "grit_transformer.py", "grit_tokenizer.py"
 # For these models transformers 5 takes Qwen2's tokenizer, which overrides parts of tokenizer.json,
 # unless the settings name a class in the folder.
 OVERRIDDEN_TOKENIZERS = ("qwen2",)
-# The settings of sentence-transformers for a whole model, among them its prompts.
+# Files of sentence-transformers: the modules of a model, the settings of the first of them, and
+# those of the whole model, among them its prompts.
+MODULES, TRANSFORMER_SETTINGS = "modules.json", "sentence_bert_config.json"
 SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
+# The first module. Versions of sentence-transformers that may come with a version of transformers
+# without bidirectional attention do not have the second name, and refuse the model.
+TRANSFORMER_CLASS = "sentence_transformers.models.Transformer"
+BIDIRECTIONAL_CLASS = "sentence_transformers.base.modules.transformer.Transformer"
 # The field of the settings of pooling that switches each pooling on.
 POOLING_FIELDS = {
     "cls": "pooling_mode_cls_token",
@@ -72,20 +78,40 @@ def write_chat_template(folder: Path, *, adds_bos: bool) -> None:
     write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
 
 
+def needs_code(spec: EmbeddingSpec) -> bool:
+    """Returns whether sentence-transformers needs code of the export's own.
+
+    Its module for "weightedmean" counts the tokens of a prompt, even if it does not pool them.
+    """
+    return spec.pooling == "weightedmean" and not spec.pool_instruction
+
+
 def write_sentence_transformers(folder: Path, config: ModelConfig, spec: EmbeddingSpec) -> None:
-    """Writes the settings with which sentence-transformers computes the model's embeddings."""
-    shutil.copyfile(FILES / TRANSFORMER, folder / TRANSFORMER)
-    modules = [
-        ("grit_transformer.GritTransformer", ""),
-        ("sentence_transformers.models.Pooling", "1_Pooling"),
-        ("sentence_transformers.models.Normalize", "2_Normalize"),
-    ]
+    """Writes the settings with which sentence-transformers computes the model's embeddings.
+
+    They make attention bidirectional even if config.json describes a causal model, as long as it
+    has the field `is_causal`.
+    """
+    is_bidirectional = spec.attention[1] == "b"
+    # "</s>" in a text is four characters, not a special token.
+    settings: dict[str, Any] = {"tokenizer_args": {"split_special_tokens": True}}
+    if is_bidirectional:
+        settings["config_args"] = {"is_causal": False}
+    if needs_code(spec):
+        shutil.copyfile(FILES / TRANSFORMER, folder / TRANSFORMER)
+        first, settings = "grit_transformer.GritTransformer", {}
+    else:
+        first = BIDIRECTIONAL_CLASS if is_bidirectional else TRANSFORMER_CLASS
+    modules = [(first, ""), ("sentence_transformers.models.Pooling", "1_Pooling")]
     if config.embedding_projection_size is not None:
         _write_dense_settings(folder / DENSE, config)
-        modules.insert(2, ("sentence_transformers.models.Dense", DENSE))
-        modules[3] = (modules[3][0], "3_Normalize")
+        modules.append(("sentence_transformers.models.Dense", DENSE))
+    if spec.normalize:
+        path = f"{len(modules)}_Normalize"
+        (folder / path).mkdir()
+        modules.append(("sentence_transformers.models.Normalize", path))
     write_json(
-        folder / "modules.json",
+        folder / MODULES,
         [
             {"idx": i, "name": str(i), "path": path, "type": kind}
             for i, (kind, path) in enumerate(modules)
@@ -97,14 +123,15 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
         {
             "word_embedding_dimension": config.hidden_size,
             **{field: pooling == spec.pooling for pooling, field in POOLING_FIELDS.items()},
-            "include_prompt": spec.pooling in ("lasttoken", "cls"),
+            # These two take one token, wherever the prompt ends.
+            "include_prompt": spec.pool_instruction or spec.pooling in ("lasttoken", "cls"),
         },
     )
-    (folder / modules[-1][1]).mkdir()
     # As `GritLM.encode` by default.
     max_length = min(512, config.max_position_embeddings)
     write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
+        folder / TRANSFORMER_SETTINGS,
+        {"max_seq_length": max_length, "do_lower_case": False, **settings},
     )
     write_json(
         folder / SENTENCE_TRANSFORMERS,

@@ -63,6 +63,18 @@ class Batches:
         """The datasets of all samplers."""
         return [dataset for sampler in self.samplers.values() for dataset in sampler.datasets]
 
+    def passes(self, num_steps: int) -> dict[str, float]:
+        """Returns how many times a number of steps reads each dataset, by its name."""
+        found = {}
+        for sampler in self.samplers.values():
+            described = describe_sampler(sampler)
+            turns = {name: each["turns"] for name, each in described["datasets"].items()}
+            num_examples = num_steps * sampler.batch_size
+            for dataset in sampler.datasets:
+                share = turns[dataset.name] / sum(turns.values())
+                found[dataset.name] = num_examples * share / len(dataset)
+        return found
+
     @property
     def shapes(self) -> list[Shape]:
         """The shapes that steps may have."""

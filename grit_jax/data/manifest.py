@@ -295,6 +295,35 @@ def mixture_manifests(
     return manifests
 
 
+def mixture_average_tokens(folder: epath.PathLike, mixture: str, field: str) -> dict[str, float]:
+    """Returns the average tokens of a text of each stream, for datasets sampled at their rates.
+
+    The result is empty if a dataset does not record its average.
+
+    Args:
+      folder: the output folder of `grit-jax prepare`.
+      mixture: name of the mixture.
+      field: the field of `config.data` that names the mixture, for error messages.
+
+    Raises:
+      PreparedDataError: the mixture is missing or damaged.
+    """
+    folder = epath.Path(folder)
+    stored = _read_mixture(folder / f"{mixture}.json", field)
+    sums: dict[str, float] = {}
+    total = 0.0
+    for name, rate in stored["rates"].items():
+        if "train" not in stored.get("splits", {}).get(name, ["train"]):
+            continue
+        manifest = read_manifest(folder / name / "train" / "manifest.json")
+        if not manifest.token_lengths:
+            return {}
+        total += rate
+        for stream, summary in manifest.token_lengths.items():
+            sums[stream] = sums.get(stream, 0.0) + rate * summary["mean"]
+    return {stream: value / total for stream, value in sums.items()}
+
+
 def mixtures_by_kind(folder: epath.PathLike) -> dict[str, list[str]]:
     """Returns the names of the prepared mixtures in a folder, by their kind of text.
 

@@ -57,6 +57,50 @@ class MixtureSchedule:
         return datasets, blocks * self.counts[datasets] + self._ranks[offsets]
 
 
+class RoundSchedule:
+    """Assigns slots to several datasets, each at its rate, in long runs of the same dataset.
+
+    In each round, every dataset has one run, and the order of the datasets is shuffled again. With
+    rates by size, a round is an epoch of all datasets. No run is longer than its dataset, if the
+    rates allow it.
+
+    Args:
+      rates: rates of the datasets; only their proportions matter.
+      sizes: number of examples of each dataset.
+      seed: any text.
+
+    Attributes:
+      counts: the slots of each dataset in a round.
+
+    Raises:
+      ValueError: a rate is not a positive number.
+    """
+
+    def __init__(self, rates: Sequence[int | float], sizes: Sequence[int], seed: str):
+        counts = np.array(block_counts(rates), np.int64)
+        self.counts = counts * max(1, int((np.array(sizes) // counts).min()))
+        self._order = EpochShuffle(len(rates), seed)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    def __getitem__(
+        self, slots: Int[np.ndarray, " N"]
+    ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+        """Returns the dataset of each slot, and the number of earlier slots of that dataset."""
+        rounds, offsets = np.divmod(slots, len(self))
+        datasets, positions = np.empty_like(slots), np.empty_like(slots)
+        for number in np.unique(rounds):
+            order, _ = self._order[number * len(self.counts) + np.arange(len(self.counts))]
+            ends = np.cumsum(self.counts[order])
+            own = rounds == number
+            run = np.searchsorted(ends, offsets[own], side="right")
+            datasets[own] = order[run]
+            ranks = offsets[own] - (ends - self.counts[order])[run]
+            positions[own] = number * self.counts[order[run]] + ranks
+        return datasets, positions
+
+
 def block_counts(rates: Sequence[int | float]) -> list[int]:
     """Returns the number of slots of each rate in the shortest block that has exact proportions.
 

@@ -6,6 +6,7 @@ Legend of dimensions: N examples, T texts sampled per example, C streams.
 from collections import OrderedDict
 from collections.abc import Mapping
 import dataclasses
+from fractions import Fraction
 import threading
 from typing import Any
 
@@ -16,7 +17,7 @@ from grit_jax.arithmetic import ceil_div
 from grit_jax.data.kinds import BATCH_KINDS, SampledExamples
 from grit_jax.data.length_balancing import balance_batches
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset
-from grit_jax.data.mixing import EpochShuffle, MixtureSchedule, stable_seed
+from grit_jax.data.mixing import EpochShuffle, MixtureSchedule, RoundSchedule, stable_seed
 from grit_jax.text.kinds import TEXT_KINDS
 
 # Examples whose lengths are balanced together, and windows of them that a sampler caches.
@@ -39,6 +40,7 @@ class MixedSampler:
       batch_size: examples per batch.
       group_size: passages per query (one positive, the others negatives); 0 for other kinds.
       seed: seed of the shuffles and of the sampled texts.
+      schedule: the dataset of each example; by default datasets are evenly spread at their rates.
 
     Raises:
       PreparedDataError: a rate is not positive, or a dataset has fewer examples than its share of
@@ -51,11 +53,13 @@ class MixedSampler:
         batch_size: int,
         group_size: int,
         seed: int,
+        schedule: MixtureSchedule | RoundSchedule | None = None,
     ):
         self.datasets = list(datasets)
         self.kind = self.datasets[0].manifest.kind
         self.batch_size, self.group_size, self._seed = batch_size, group_size, seed
-        self.schedule = make_mixture_schedule(datasets)
+        self.turns = make_mixture_schedule(datasets).counts.tolist()
+        self.schedule = schedule or make_mixture_schedule(datasets)
         self._orders = [
             EpochShuffle(len(dataset), f"{seed}/order/{dataset.name}") for dataset in self.datasets
         ]
@@ -79,6 +83,10 @@ class MixedSampler:
     def texts_per_example(self) -> int:
         """Number of texts sampled per example (T)."""
         return BATCH_KINDS[self.kind].texts_per_example(self.group_size)
+
+    def describe_sharing(self) -> str | None:
+        """Returns None: batches of several datasets are what the configuration asks for."""
+        return None
 
     def __getitem__(self, batch: int) -> SampledExamples:
         """Returns the sampled examples of the batch with this index."""
@@ -150,7 +158,16 @@ class MixedSampler:
 class SingleDatasetSampler:
     """Batches of one dataset each; batches are assigned to datasets at their rates.
 
+    Datasets with fewer examples than a batch share batches: each batch has all examples of one
+    after another, in an order that changes (`RoundSchedule`). If they have too few for a batch
+    together, the smallest others join them.
+
     Arguments and errors are those of `MixedSampler`.
+
+    Attributes:
+      datasets: the datasets.
+      sharing: indices of the datasets that share batches, in order.
+      turns: the rates of the datasets as integers.
     """
 
     def __init__(
@@ -163,10 +180,37 @@ class SingleDatasetSampler:
         self.datasets = list(datasets)
         self.kind = self.datasets[0].manifest.kind
         self.batch_size, self.group_size = batch_size, group_size
-        self.schedule = make_mixture_schedule(datasets)
+        self.turns = make_mixture_schedule(datasets).counts.tolist()
+        self.sharing = self._find_sharing()
+        # The datasets of each sampler: one, or those that share batches.
+        alone = [index for index in range(len(self.datasets)) if index not in set(self.sharing)]
+        self._members = [[index] for index in alone] + ([self.sharing] if self.sharing else [])
+        rates = list(datasets.values())
+        self.schedule = MixtureSchedule(
+            [float(sum(Fraction(str(rates[index])) for index in each)) for each in self._members]
+        )
         self.samplers = [
-            MixedSampler({dataset: 1.0}, batch_size, group_size, seed) for dataset in self.datasets
+            MixedSampler({self.datasets[index]: 1.0}, batch_size, group_size, seed)
+            for index in alone
         ]
+        if self.sharing:
+            shared = {self.datasets[index]: rates[index] for index in self.sharing}
+            sizes = [len(dataset) for dataset in shared]
+            schedule = RoundSchedule(list(shared.values()), sizes, f"{seed}/rounds")
+            self.samplers.append(MixedSampler(shared, batch_size, group_size, seed, schedule))
+
+    def _find_sharing(self) -> list[int]:
+        sizes = [len(dataset) for dataset in self.datasets]
+        if len(sizes) == 1 or min(sizes) >= self.batch_size:
+            return []
+        smallest_first = sorted(range(len(sizes)), key=lambda index: (sizes[index], index))
+        total, sharing = 0, []
+        for index in smallest_first:
+            if sizes[index] >= self.batch_size and total >= self.batch_size:
+                break
+            sharing.append(index)
+            total += sizes[index]
+        return sorted(sharing)
 
     @property
     def texts_per_example(self) -> int:
@@ -175,19 +219,32 @@ class SingleDatasetSampler:
 
     def __getitem__(self, batch: int) -> SampledExamples:
         """Returns the sampled examples of the batch with this index."""
-        (dataset,), (own_batch,) = self.schedule[np.array([batch])]
-        sampled = self.samplers[dataset][int(own_batch)]
-        return dataclasses.replace(sampled, datasets=np.full(len(sampled), dataset))
+        (index,), (own_batch,) = self.schedule[np.array([batch])]
+        sampled = self.samplers[index][int(own_batch)]
+        members = np.array(self._members[index])
+        return dataclasses.replace(sampled, datasets=members[sampled.datasets])
 
     def previews(self) -> list[tuple[float, list[SampledExamples]]]:
-        """Returns for each dataset its share of all batches, and the samples of some batches."""
-        windows = ceil_div(PREVIEWED_WINDOWS, len(self.datasets))
+        """Returns for each sampler its share of all batches, and the samples of some batches."""
+        windows = ceil_div(PREVIEWED_WINDOWS, len(self.samplers))
         shares = self.schedule.counts / len(self.schedule)
         return [
             (float(share), sampled)
             for share, sampler in zip(shares, self.samplers, strict=True)
             for _, sampled in sampler.previews(windows)
         ]
+
+    def describe_sharing(self) -> str | None:
+        """Returns a line about the datasets that share batches, None if there are none."""
+        if not self.sharing:
+            return None
+        examples = sum(len(self.datasets[index]) for index in self.sharing)
+        share = self.schedule.counts[-1] / len(self.schedule)
+        return (
+            f"{len(self.sharing):,} of {len(self.datasets):,} {self.kind} datasets are too small "
+            f"for batches of their own ({self.batch_size:,}): their {examples:,} examples share "
+            f"{share:.1%} of the batches"
+        )
 
 
 Sampler = MixedSampler | SingleDatasetSampler
@@ -214,13 +271,12 @@ def describe_sampler(sampler: Sampler) -> dict[str, Any]:
     Checkpoints store the result, and a run resumes only if it is unchanged. So its keys and values
     must not change between versions.
     """
-    counts = sampler.schedule.counts.tolist()
     return {
         "batches": "mixed" if isinstance(sampler, MixedSampler) else "homogeneous",
         "batch_size": sampler.batch_size,
         "group_size": sampler.group_size,
         "datasets": {
             dataset.name: {"turns": count, "contents": dataset.lengths.dataset_fingerprint}
-            for dataset, count in zip(sampler.datasets, counts, strict=True)
+            for dataset, count in zip(sampler.datasets, sampler.turns, strict=True)
         },
     }

@@ -249,7 +249,9 @@ class PerplexityEvaluator:
         hidden = model(chats.tokens, chats.positions, chats.segment_ids, is_causal=True)
         targets, is_target = shift_targets(chats.tokens, chats.segment_ids, chats.mask)
         weights = is_target.astype(jnp.float32)
-        nats = next_token_loss(hidden, model.output_projection(), targets, weights)
+        softcap = model.config.final_logit_softcapping
+        projection = model.output_projection()
+        nats = next_token_loss(hidden, projection, targets, weights, softcap=softcap)
         return nats, jnp.sum(weights)
 
 

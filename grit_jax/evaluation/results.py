@@ -85,12 +85,19 @@ class Results:
             )
         for harness, settings in self._settings.items():
             before = content["settings"].get(harness, settings)
-            if content[harness] and (differences := describe_differences(before, settings)):
+            if content[harness] and (
+                differences := describe_differences(_as_options(before), _as_options(settings))
+            ):
                 raise ResultsError(
                     f"{self.folder} holds results with other settings: {'; '.join(differences)}. "
                     "Choose another --output"
                 )
         return content
+
+
+def _as_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by the names of the options that set them."""
+    return {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
 
 
 def model_settings(model: GritLM) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def stack_caches(
 
 def concat_caches(
     caches: Sequence[KVCache],
-    frequencies: Float[np.ndarray, " half"],
+    frequencies: Float[np.ndarray, "L half"],
     *,
     continue_positions: bool,
 ) -> KVCache:
@@ -47,7 +47,7 @@ def concat_caches(
 
     Args:
       caches: caches of one row without padding, each with positions from 0 on.
-      frequencies: the model's rotary frequencies (`ModelConfig.rotary_frequencies`).
+      frequencies: the model's rotary frequencies (`ModelConfig.layer_rotary_frequencies`).
       continue_positions: whether to rotate the keys of each cache to the positions that follow the
         previous cache. If not, the keys keep their positions from 0 on, as in the original; tokens
         after the caches have the same positions in both cases.
@@ -63,12 +63,12 @@ def concat_caches(
 
 
 def rotate_keys(
-    keys: Float[np.ndarray, "L B T K H"], shift: int, frequencies: Float[np.ndarray, " half"]
+    keys: Float[np.ndarray, "L B T K H"], shift: int, frequencies: Float[np.ndarray, "L half"]
 ) -> Float[np.ndarray, "L B T K H"]:
     """Returns rotary keys moved to positions that are `shift` larger: rotations add up."""
     if shift == 0:
         return keys
-    angles = shift * frequencies.astype(np.float64)
+    angles = shift * frequencies.astype(np.float64)[:, None, None, None]
     cosine, sine = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     first, second = np.split(keys.astype(np.float32), 2, axis=-1)
     rotated = (first * cosine - second * sine, second * cosine + first * sine)

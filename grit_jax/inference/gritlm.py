@@ -141,7 +141,7 @@ class GritLM:
         pooling: str | None = None,
         query_instruction: str | None = None,
         document_instruction: str | None = None,
-        normalized: bool = True,
+        normalized: bool | None = None,
         tokenizer: str | os.PathLike | None = None,
         mesh: Mesh | None = None,
         base: str | os.PathLike | None = None,
@@ -152,10 +152,10 @@ class GritLM:
         configured otherwise (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE).
 
         Args:
-          path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub, a
-            GGUF file, a checkpoint, or the folder of a run, whose newest checkpoint is loaded.
-            Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA checkpoints are merged
-            into their base model.
+          path: a Hugging Face folder, the name OWNER/MODEL of a model on the Hugging Face Hub (or
+            hf:OWNER/MODEL), a GGUF file, a checkpoint, or the folder of a run, whose newest
+            checkpoint is loaded. Checkpoints and runs may be in a bucket, gs://BUCKET/FOLDER. LoRA
+            checkpoints and PEFT adapters are merged into their base model.
           dtype: "bfloat16" or "float32", of the parameters and of the computation; or this type of
             JAX, NumPy or PyTorch.
           linear_dtype: "int8" quantizes the weights of linear layers while loading, which halves
@@ -167,12 +167,13 @@ class GritLM:
             stored one.
           document_instruction: what precedes a document in `encode_document`, in plain words. By
             default the stored one.
-          normalized: whether embeddings are scaled to length 1.
+          normalized: whether embeddings are scaled to length 1. By default as stored, or True.
           tokenizer: "mistral", or the path of a SentencePiece model, a tokenizer.json, a GGUF file
             or a folder with a tokenizer. By default the tokenizer stored with the model, or, with a
             warning, Mistral's for a Mistral or Mixtral of the same vocabulary size without one.
           mesh: the devices, by default all of them (see `grit_jax.sharding.make_mesh`).
-          base: path of a LoRA checkpoint's base model, if it has moved.
+          base: path or name of the base model of a LoRA checkpoint or PEFT adapter, if it is not
+            the one that is stored there.
 
         Raises:
           ConversionError: there is no model at `path`, it is damaged, or weights are not finite.
@@ -266,7 +267,7 @@ class GritLM:
         batch_size: int = 256,
         max_length: int = 512,
         instruction: TextLike = "",
-        embed_instruction: bool = False,
+        embed_instruction: bool | None = None,
         get_cache: bool = False,
         convert_to_tensor: bool = False,
         recast: bool = False,
@@ -291,7 +292,8 @@ class GritLM:
             "<|user|>\\nGiven a question, find its answer\\n<|embed|>\\n" (see
             `grit_jax.text.templates.embedding_prefix`). Its tokens and `<s>` are attended to but
             not pooled by "mean" and "weightedmean". Without an instruction all tokens are pooled.
-          embed_instruction: whether to pool the instruction as well.
+          embed_instruction: whether to pool the instruction as well. None follows the model: no for
+            those of grit-jax, yes for most models of others.
           get_cache: whether to also return the `KVCache` of each text, to generate after it. Caches
             take memory for each token of all texts.
           convert_to_tensor: whether to return JAX arrays on the devices instead of NumPy arrays.
@@ -332,10 +334,13 @@ class GritLM:
             ],
             truncate=truncate,
         )
+        spec = self.embedding_spec
+        if embed_instruction is None:
+            embed_instruction = spec.pool_instruction
         spec = dataclasses.replace(
-            self.embedding_spec,
+            spec,
             pool_instruction=embed_instruction,
-            normalize=self.embedding_spec.normalize or normalize_embeddings,
+            normalize=spec.normalize or normalize_embeddings,
         )
         tokens_per_device = self._tokens_per_device(batch_size, max_length)
         caches = None

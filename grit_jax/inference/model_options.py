@@ -1,7 +1,6 @@
 """Command-line options that choose a model and how to load it."""
 
 import argparse
-from pathlib import Path
 
 from grit_jax.inference.gritlm import GritLM
 from grit_jax.objectives.embedding import PATTERNS
@@ -22,7 +21,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pooling", choices=POOLINGS, help="pooling of embeddings (as stored)")
     parser.add_argument("--tokenizer", help="path of a tokenizer (the model's own)")
-    parser.add_argument("--base", type=Path, help="path of a LoRA checkpoint's base model")
+    parser.add_argument("--base", help="base model of a LoRA checkpoint or adapter (as stored)")
 
 
 def load_model(arguments: argparse.Namespace) -> GritLM:

@@ -286,9 +286,20 @@ def as_text_list(texts: Any) -> tuple[list[TextLike], bool]:
     if isinstance(texts, str):
         return [texts], True
     listed = as_list(texts, "texts")
+    _refuse_dictionaries(listed)
     if isinstance(listed[0], int | np.integer):
         return [listed], True
     return listed, False
+
+
+def _refuse_dictionaries(texts: Sequence[Any]) -> None:
+    first = texts[0][0] if isinstance(texts[0], list | tuple) and texts[0] else texts[0]
+    if isinstance(first, Mapping):
+        method = "`chat` or `stream_chat`" if "role" in first else "`encode_document`"
+        raise InputError(
+            f"texts are dictionaries with {', '.join(map(repr, first))}: pass them to {method}, "
+            "or give strings"
+        )
 
 
 def check_count(name: str, value: Any, smallest: int = 1, largest: int | None = None) -> None:

@@ -33,6 +33,7 @@ from grit_jax.models.attention import AttentionError
 from grit_jax.models.config import SETTINGS, LoraConfig, ModelConfig, typed_name
 from grit_jax.models.decoder import Decoder, HeadError, Stream
 from grit_jax.models.experts import RouterStatistics
+from grit_jax.models.gemma import GEMMA3
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
@@ -63,6 +64,7 @@ __all__ = [
 ]
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma3": GEMMA3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,

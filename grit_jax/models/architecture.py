@@ -8,7 +8,15 @@ from typing import Any
 
 from flax import nnx
 
-from grit_jax.models.config import COMMON_SIZES, FEATURES, ModelConfig, typed_name
+from grit_jax.models.config import (
+    COMMON_SIZES,
+    FEATURES,
+    FLOATS,
+    FULL,
+    SLIDING,
+    ModelConfig,
+    typed_name,
+)
 from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
@@ -43,9 +51,9 @@ SUPPORTED_VALUES = {
 # whose names begin with "_".
 IGNORED_FIELDS = frozenset(
     """
-    architectures auto_map dtype grit model_type name_or_path tokenizer_class torch_dtype
+    architectures auto_map dtype grit is_causal model_type name_or_path tokenizer_class torch_dtype
     torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version
-    use_bfloat16 use_cache use_flash_attn
+    use_bfloat16 use_bidirectional_attention use_cache use_flash_attn
 
     bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id
 
@@ -67,7 +75,6 @@ IGNORED_FIELDS = frozenset(
 # Fields that change the computation unless they have this value.
 IGNORED_VALUES = {
     "attention_dropout": 0.0,
-    "is_causal": True,
     "is_llama_config": True,
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
@@ -78,9 +85,6 @@ IGNORED_VALUES = {
 # Fields of `rope_parameters` that every type has.
 ROPE_FIELDS = ("type", "rope_type", "rope_theta")
 
-# Qwen's fields that say which layers have a sliding window.
-WINDOW_FIELDS = ("use_sliding_window", "max_window_layers")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFaceFormat:
@@ -89,22 +93,29 @@ class HuggingFaceFormat:
     Attributes:
       model_type: its name.
       class_name: the class of transformers, with a language model head.
+      headless_class_name: the class without the head; by default the same with "Model" for
+        "ForCausalLM".
       defaults: the fields that `ModelConfig` takes from config.json, and the values that
         transformers assumes where the file leaves them out. Without "head_dim", a head has
         hidden_size / num_attention_heads dimensions.
-      reads_layer_types: whether `layer_types` or `WINDOW_FIELDS` say which layers have a sliding
-        window.
+      reads_layer_types: whether `layer_types`, or without it `Architecture.layer_types`, says which
+        layers have a sliding window.
+      other_defaults: the fields that only methods of the `Architecture` read, and the values that
+        transformers assumes for them.
     """
 
     model_type: str
     class_name: str
     defaults: Mapping[str, Any]
+    headless_class_name: str | None = None
     reads_layer_types: bool = False
+    other_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def class_for(self, config: ModelConfig) -> str:
         """Returns the class of transformers for a model with or without its language model head."""
-        head = "ForCausalLM"
-        return self.class_name if config.has_lm_head else self.class_name.replace(head, "Model")
+        if config.has_lm_head:
+            return self.class_name
+        return self.headless_class_name or self.class_name.replace("ForCausalLM", "Model")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +146,15 @@ class Architecture:
         """All sizes of the architecture, with their defaults."""
         return {**COMMON_SIZES, **self.defaults}
 
+    def causal_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a config.json, as it would be of a causal model."""
+        return dict(fields)
+
+    def embedding_scale(self, config: ModelConfig) -> float:
+        """Returns what token embeddings are multiplied by."""
+        del config
+        return 1.0
+
     def matmul_flops_per_token(self, config: ModelConfig) -> float:
         """Returns the operations of the linear layers for one token, in a forward pass.
 
@@ -161,12 +181,13 @@ class Architecture:
                 "quantization_config), which is not supported: use the model that they were made of"
             )
         written = self._format(fields)
+        fields = {**written.other_defaults, **fields}
         sizes = {name: fields.get(name, default) for name, default in written.defaults.items()}
-        if written.reads_layer_types and _has_no_window(fields.get("layer_types"), sizes):
-            sizes["sliding_window"] = None
-        for name in WINDOW_FIELDS:
-            sizes.pop(name, None)
-        sizes["rope_theta"], sizes["rope_scaling"] = _rotary(fields, sizes)
+        if written.reads_layer_types:
+            sizes |= self._windows(fields, sizes)
+        sizes |= self.rotary(fields, sizes)
+        for name in FLOATS & sizes.keys():  # JSON may have 10000 for 10000.0.
+            sizes[name] = None if sizes[name] is None else float(sizes[name])
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = (
             fields.get("head_dim")
@@ -179,20 +200,80 @@ class Architecture:
         except ValueError as error:  # It has the name of the field in a run's configuration.
             raise ValueError(f"config.json: {str(error).replace(typed_name(''), '')}") from None
 
+    def layer_types(self, fields: Mapping[str, Any]) -> Sequence[str]:
+        """Returns the type of each layer for a config.json without `layer_types`.
+
+        Args:
+          fields: the content of config.json, with the defaults of its format.
+        """
+        return [SLIDING] * fields["num_hidden_layers"]
+
+    def rotary(self, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of `ModelConfig` for the rotary embeddings.
+
+        Args:
+          fields: the content of config.json.
+          sizes: the other fields of `ModelConfig`.
+
+        Raises:
+          ValueError: the scaling is not supported, or differs between layers.
+        """
+        name, parameters = _rope_parameters(fields)
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise ValueError(
+                f"config.json: {name} differs between layers ({', '.join(parameters)}), which is "
+                f"not supported for model_type={fields['model_type']!r}"
+            )
+        theta, scaling = read_rotary(name, parameters, fields, sizes)
+        return {"rope_theta": theta, "rope_scaling": scaling}
+
+    def _windows(self, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns `sliding_window` and `layer_types`, which is None if all layers are alike.
+
+        Raises:
+          ValueError: a type is not supported, or there are too few or too many.
+        """
+        named = fields.get("layer_types")
+        types = list(named or self.layer_types({**fields, **sizes}))
+        window, num_layers = sizes["sliding_window"], sizes["num_hidden_layers"]
+        if unknown := sorted(set(types) - {SLIDING, FULL}):
+            raise ValueError(
+                f"config.json: layers of type {', '.join(unknown)} in layer_types are not "
+                f"supported, only {SLIDING!r} and {FULL!r}"
+            )
+        if len(types) != num_layers:
+            raise ValueError(
+                f"config.json: layer_types has {len(types)} layers, but num_hidden_layers="
+                f"{num_layers}"
+            )
+        if named and SLIDING in types and window is None:
+            raise ValueError(
+                f"config.json: layer_types has {SLIDING!r}, but sliding_window is not set"
+            )
+        if len(set(types)) == 1:
+            return {"sliding_window": window if types[0] == SLIDING else None, "layer_types": None}
+        period = next(n for n in range(1, num_layers + 1) if types[n:] == types[:-n])
+        return {"sliding_window": window, "layer_types": tuple(types[:period])}
+
     def unread_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the fields of a config.json that may matter but are not read.
 
         Fields without a value are left out, and those that are known not to matter.
         """
         written = self._format(fields)
-        read = {*written.defaults, *self.supported_values, "head_dim", "num_key_value_heads"}
+        read = {*written.defaults, *written.other_defaults, *self.supported_values}
+        read |= {"head_dim", "num_key_value_heads"}
         read |= {"rope_theta", "rope_parameters", "rope_scaling", "quantization_config"}
         if written.reads_layer_types:
             read.add("layer_types")
         ignored = IGNORED_FIELDS | read
         name, rope = _rope_parameters(fields)
         rope = {} if _rope_type(rope) != "default" else rope  # `_rotary` checks the others.
-        rope = {f"{name}.{key}": value for key, value in rope.items() if key not in ROPE_FIELDS}
+        rope = {
+            f"{name}.{key}": value
+            for key, value in rope.items()
+            if key not in ROPE_FIELDS and not isinstance(value, dict)
+        }
         return {
             name: value
             for name, value in {**fields, **rope}.items()
@@ -209,12 +290,10 @@ class Architecture:
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""
         written, scaling = self.formats[0], config.rope_scaling
-        names = (*written.defaults, "head_dim")
-        fields = {name: getattr(config, name) for name in names if name not in WINDOW_FIELDS}
-        if "use_sliding_window" in written.defaults:
-            has_window = config.sliding_window is not None
-            first_with_window = 0 if has_window else config.num_hidden_layers
-            fields |= {"use_sliding_window": has_window, "max_window_layers": first_with_window}
+        fields = {name: getattr(config, name) for name in (*written.defaults, "head_dim")}
+        if config.layer_types is not None:
+            types = [SLIDING if is_sliding else FULL for is_sliding in config.sliding_layers()]
+            fields["layer_types"] = types
         if config.embedding_projection_size is None:
             del fields["embedding_projection_size"]
         if config.has_lm_head:
@@ -234,28 +313,6 @@ class Architecture:
         }
 
 
-def _has_no_window(layer_types: Sequence[str] | None, sizes: Mapping[str, Any]) -> bool:
-    """Returns whether no layer has a sliding window, by `layer_types` or Qwen's older fields.
-
-    Raises:
-      ValueError: only some layers have one.
-    """
-    kinds = set(layer_types or ())
-    if not kinds and "use_sliding_window" in sizes:
-        num_layers = sizes["num_hidden_layers"]
-        has_any = sizes["use_sliding_window"] and sizes["sliding_window"] is not None
-        num_full = sizes["max_window_layers"] if has_any else num_layers
-        kinds |= {"full_attention"} if num_full > 0 else set()
-        kinds |= {"sliding_attention"} if num_full < num_layers else set()
-    if kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
-        raise ValueError(
-            f"config.json: layers of type {' and '.join(sorted(kinds))} (layer_types, "
-            "max_window_layers) are not supported: all layers must be 'full_attention', or all "
-            "'sliding_attention'"
-        )
-    return kinds == {"full_attention"}
-
-
 def _rope_parameters(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns the field with the parameters of the rotary embeddings, and its content.
 
@@ -269,24 +326,20 @@ def _rope_type(parameters: Mapping[str, Any]) -> str:
     return parameters.get("rope_type", parameters.get("type", "default"))
 
 
-def _rotary(
-    fields: Mapping[str, Any], sizes: Mapping[str, Any]
+def read_rotary(
+    name: str, parameters: Mapping[str, Any], fields: Mapping[str, Any], sizes: Mapping[str, Any]
 ) -> tuple[float, RopeScaling | None]:
     """Returns the base of the rotary frequencies, and their scaling.
 
     Args:
+      name: the field of config.json that has the parameters.
+      parameters: its content.
       fields: the content of config.json.
       sizes: fields of `ModelConfig`, defaults included.
 
     Raises:
-      ValueError: the scaling is not supported, or differs between layers.
+      ValueError: the scaling is not supported.
     """
-    name, parameters = _rope_parameters(fields)
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise ValueError(
-            f"config.json: {name} differs between layers ({', '.join(parameters)}), which is not "
-            "supported"
-        )
     theta = parameters.get("rope_theta") or fields.get("rope_theta") or sizes["rope_theta"]
     rope_type = _rope_type(parameters)
     if rope_type == "default":

@@ -6,6 +6,7 @@ For dimensions see `grit_jax.models`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -50,6 +51,7 @@ class AttentionMask:
       is_causal: whether all queries are causal.
       causal_query_mask: queries that are causal even if `is_causal` is False.
       sliding_window: the window of transformers' configurations; None for no limit.
+      is_sliding: whether the window applies: an array in a scan over layers that differ.
       key_segment_ids: segment ids of the keys in a cache; None if the keys are the queries' own.
       key_positions: positions of the keys in a cache.
     """
@@ -59,6 +61,7 @@ class AttentionMask:
     is_causal: bool
     causal_query_mask: Bool[Array | np.ndarray, "B S"] | None = None
     sliding_window: int | None = None
+    is_sliding: bool | Bool[Array, ""] = True
     key_segment_ids: Int[Array | np.ndarray, "B T"] | None = None
     key_positions: Int[Array | np.ndarray, "B T"] | None = None
 
@@ -74,11 +77,22 @@ class AttentionMask:
             key_segment_ids, key_positions = self.segment_ids, self.positions
         distance = self.positions[:, :, None] - key_positions[:, None, :]
         is_same_segment = self.segment_ids[:, :, None] == key_segment_ids[:, None, :]
-        in_reach = _in_reach(distance, self.is_causal, self.sliding_window)
+        in_reach = self._in_reach(distance, self.is_causal)
         if not self.is_causal and self.causal_query_mask is not None:
-            in_reach_causally = _in_reach(distance, True, self.sliding_window)
+            in_reach_causally = self._in_reach(distance, True)
             in_reach = jnp.where(self.causal_query_mask[:, :, None], in_reach_causally, in_reach)
         return is_same_segment & in_reach
+
+    def _in_reach(
+        self, distance: Int[Array | np.ndarray, "B S T"], is_causal: bool
+    ) -> Bool[Array | np.ndarray, "B S T"] | bool:
+        """Returns whether keys are at a permitted distance before (or, if negative, after)."""
+        everywhere = distance >= 0 if is_causal else True
+        if self.sliding_window is None or self.is_sliding is False:
+            return everywhere
+        before, after = window_size(self.sliding_window, is_causal)
+        in_window = (distance <= before) & (distance >= -after)
+        return in_window if self.is_sliding is True else in_window | (everywhere & ~self.is_sliding)
 
 
 def window_size(sliding_window: int, is_causal: bool) -> tuple[int, int]:
@@ -90,16 +104,6 @@ def window_size(sliding_window: int, is_causal: bool) -> tuple[int, int]:
     return (sliding_window - 1, 0) if is_causal else (sliding_window, sliding_window)
 
 
-def _in_reach(
-    distance: Int[Array | np.ndarray, "B S T"], is_causal: bool, sliding_window: int | None
-) -> Bool[Array | np.ndarray, "B S T"] | bool:
-    """Returns whether keys are at a permitted distance before (or, if negative, after) queries."""
-    if sliding_window is None:
-        return distance >= 0 if is_causal else True
-    before, after = window_size(sliding_window, is_causal)
-    return (distance <= before) & (distance >= -after)
-
-
 def attention(
     query: Float[Array, "B S N H"],
     key: Float[Array, "B T K H"],
@@ -107,8 +111,9 @@ def attention(
     mask: AttentionMask,
     implementation: str = "auto",
     splash_block_size: int = 1024,
+    scale: float | None = None,
 ) -> Float[Array, "B S N H"]:
-    """Softmax attention, scaled by 1/sqrt(H). Each key head serves N/K query heads.
+    """Softmax attention. Each key head serves N/K query heads.
 
     Scores and softmax are in float32.
 
@@ -122,6 +127,7 @@ def attention(
         one within a segment. "cudnn" is the kernel for NVIDIA GPUs. "auto" is "splash" on a TPU
         where it supports the case, else "xla".
       splash_block_size: maximum block size of the splash kernel, in positions.
+      scale: what scores are multiplied by; None for 1/sqrt(H).
 
     Raises:
       AttentionError: the chosen implementation does not support the case.
@@ -135,12 +141,13 @@ def attention(
             "use 'auto'"
         )
     if implementation == "splash":
-        return splash_attention(query, key, value, mask, splash_block_size)
+        return splash_attention(query, key, value, mask, splash_block_size, scale)
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
         mask=mask.as_array()[:, None],  # [B, S, T] -> [B, 1, S, T]
+        scale=scale,
         implementation=cast(Any, implementation),
     )
 
@@ -189,12 +196,26 @@ def splash_attention(
     value: Float[Array, "B S K H"],
     mask: AttentionMask,
     max_block_size: int,
+    scale: float | None = None,
 ) -> Float[Array, "B S N H"]:
     """Splash attention, the block-sparse Pallas kernel for TPUs that JAX ships.
 
-    The kernel masks by index in the row. Within a segment, indices differ as positions do.
+    The kernel masks by index in the row. Within a segment, indices differ as positions do. Its mask
+    is a constant, so layers that differ have two kernels, and run one.
     """
-    is_causal, sliding_window = mask.is_causal, mask.sliding_window
+    if isinstance(mask.is_sliding, jax.Array):
+        sliding, full = (
+            functools.partial(
+                splash_attention,
+                mask=dataclasses.replace(mask, is_sliding=is_sliding),
+                max_block_size=max_block_size,
+                scale=scale,
+            )
+            for is_sliding in (True, False)
+        )
+        return jax.lax.cond(mask.is_sliding, sliding, full, query, key, value)
+    is_causal = mask.is_causal
+    sliding_window = mask.sliding_window if mask.is_sliding else None
 
     def attend(
         query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
@@ -208,7 +229,8 @@ def splash_attention(
             interpret=platform() == "cpu",
         )
         # [B, S, heads, H] -> [B, heads, S, H]
-        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query * H**-0.5, key, value))
+        query *= scale or H**-0.5
+        query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
         mixed = jax.vmap(kernel)(query, key, value, splash.SegmentIds(segment_ids, segment_ids))
         return jnp.swapaxes(cast(jax.Array, mixed), 1, 2)
 

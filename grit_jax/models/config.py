@@ -6,7 +6,7 @@ from collections.abc import Collection
 import dataclasses
 import fnmatch
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 import numpy as np
 
 from grit_jax.models.rotary import RopeScaling, rotary_frequencies
@@ -16,6 +16,9 @@ ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
 
 # The splash kernel needs blocks whose size is a multiple of the lanes of a TPU's vector registers.
 SPLASH_LANES = 128
+
+# The types of layers: those with the sliding window, and those that attend to whole texts.
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 # The field of `ModelConfig` that holds the size of each logical axis of the weights.
 AXIS_FIELDS = {
@@ -85,6 +88,9 @@ class ModelConfig:
       max_position_embeddings: longest text that the model was made for, in tokens.
       rope_theta: base of the rotary frequencies.
       rope_scaling: how they are scaled for long texts; None for no scaling.
+      sliding_window: how far a token attends (`attention.window_size`); None for no limit.
+      layer_types: `SLIDING` or `FULL` for each of the first layers, repeated for the others. Only
+        sliding layers have the window. None: all layers are sliding.
       initializer_range: standard deviation of the token embeddings of an untrained model. Other
         weights are scaled by the number of their inputs.
       has_lm_head: whether the model computes logits; a model without a language model head only
@@ -94,6 +100,10 @@ class ModelConfig:
       router_aux_loss_coef: weight of the router's load-balancing loss.
       embedding_projection_size: output size of a linear layer applied to pooled hidden states;
         None for no such layer.
+      rope_local_base_freq: base of the rotary frequencies of sliding layers, which are not scaled;
+        None for that of the other layers.
+      query_pre_attn_scalar: attention scores are divided by its square root; None for `head_dim`.
+      final_logit_softcapping: bound of the logits (`layers.soft_cap`); None for no bound.
       dtype: type of the computation.
       param_dtype: type of the parameters.
       logits_dtype: type of the logits.
@@ -125,12 +135,17 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     sliding_window: int | None = None
+    layer_types: tuple | None = None
     tie_word_embeddings: bool = False
     has_lm_head: bool = True
 
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
     router_aux_loss_coef: float = 0.0
+
+    rope_local_base_freq: float | None = None
+    query_pre_attn_scalar: float | None = None
+    final_logit_softcapping: float | None = None
 
     embedding_projection_size: int | None = None
     dtype: str = "float32"
@@ -150,8 +165,20 @@ class ModelConfig:
             # 0 turns a feature off.
             if value < 0 or (value == 0 and field.default != 0):
                 raise ValueError(f"{typed_name(field.name)} must be positive, not {value}")
-            if isinstance(field.default, float):  # config.json may say 10000 for 10000.0.
+            if field.name in FLOATS:  # config.json may say 10000 for 10000.0.
                 object.__setattr__(self, field.name, float(value))
+        if self.layer_types is not None:
+            object.__setattr__(self, "layer_types", tuple(self.layer_types))
+            if not self.layer_types or set(self.layer_types) - {SLIDING, FULL}:
+                raise ValueError(
+                    f"{typed_name('layer_types')}={self.layer_types} must be a list of "
+                    f"{SLIDING!r} and {FULL!r}"
+                )
+            if SLIDING in self.layer_types and self.sliding_window is None:
+                raise ValueError(
+                    f"{typed_name('layer_types')} has {SLIDING!r}: set "
+                    f"{typed_name('sliding_window')}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.model.sizes.num_attention_heads={self.num_attention_heads} is not a "
@@ -195,9 +222,25 @@ class ModelConfig:
         """Whether feed-forward networks are mixtures of experts, with a router."""
         return self.num_local_experts > 0
 
+    def sliding_layers(self) -> Bool[np.ndarray, " L"]:
+        """Returns whether each layer is one with the sliding window."""
+        types = self.layer_types or (SLIDING,)
+        return np.resize(np.array(types) == SLIDING, self.num_hidden_layers)
+
     def rotary_frequencies(self) -> Float[np.ndarray, " half"]:
         """Returns the rotation of each pair of a head per position, in radians."""
         return rotary_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    def local_rotary_frequencies(self) -> Float[np.ndarray, " half"]:
+        """Returns the same for sliding layers."""
+        if self.rope_local_base_freq is None:
+            return self.rotary_frequencies()
+        return rotary_frequencies(self.head_dim, self.rope_local_base_freq)
+
+    def layer_rotary_frequencies(self) -> Float[np.ndarray, "L half"]:
+        """Returns the same for each layer."""
+        is_sliding = self.sliding_layers()[:, None]
+        return np.where(is_sliding, self.local_rotary_frequencies(), self.rotary_frequencies())
 
     @property
     def rotary_amplitude(self) -> float:
@@ -226,8 +269,19 @@ def typed_name(field: str) -> str:
     return f"config.model.{field}" if field in SETTINGS else f"config.model.sizes.{field}"
 
 
+# The fields that are floats, or None.
+FLOATS = {field.name for field in dataclasses.fields(ModelConfig) if "float" in str(field.type)}
+
 # Features that are off unless an architecture's record sets them.
-FEATURES = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+FEATURES = (
+    "layer_types",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "rope_local_base_freq",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+)
 
 # How a model is computed and trained: the fields that every architecture has besides its sizes.
 SETTINGS = (

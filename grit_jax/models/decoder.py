@@ -21,7 +21,7 @@ from grit_jax.models.attention import AttentionMask
 from grit_jax.models.config import ModelConfig
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
-from grit_jax.models.layers import Attention, EmbeddingProjection, RMSNorm
+from grit_jax.models.layers import Attention, EmbeddingProjection, RMSNorm, soft_cap
 from grit_jax.models.paged_cache import Cache, PagedCache
 from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.models.weights import WeightTable
@@ -53,7 +53,10 @@ class HeadError(ValueError):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and a feed-forward network, each with a norm and a residual connection."""
+    """Attention and a feed-forward network, each with a norm and a residual connection.
+
+    The table of weights says whether their outputs are normalized, too (Gemma).
+    """
 
     def __init__(
         self,
@@ -70,6 +73,9 @@ class DecoderLayer(nnx.Module):
         self.feed_forward = cast(Any, feed_forward)(
             config, weights, "layers.feed_forward", rngs=rngs
         )
+        for name in ("attention_output_norm", "feed_forward_output_norm"):
+            if f"layers.{name}.scale" in weights:
+                setattr(self, name, RMSNorm(config, weights, f"layers.{name}", rngs=rngs))
 
     def __call__(
         self,
@@ -84,7 +90,7 @@ class DecoderLayer(nnx.Module):
           hidden: hidden states of the stream's tokens.
           stream: the stream.
           cache: a cache with slots reserved for the tokens, or None.
-          layer: index of the layer, for the cache.
+          layer: index of the layer.
         """
         mask = AttentionMask(
             stream.segment_ids,
@@ -92,15 +98,30 @@ class DecoderLayer(nnx.Module):
             stream.is_causal,
             stream.causal_query_mask,
             self.config.sliding_window,
+            self._is_sliding(layer),
             key_segment_ids=None if cache is None else cache.segment_ids,
             key_positions=None if cache is None else cache.positions,
         )
         update, cache = self.attention(self.attention_norm(hidden), mask, cache, layer)
-        hidden += update
+        hidden += self._output_norm("attention", update)
         update, statistics = self.feed_forward(
             self.feed_forward_norm(hidden), jnp.asarray(stream.segment_ids).reshape(-1) > 0
         )
-        return with_logical_constraint(hidden + update, "batch", None), cache, statistics
+        hidden += self._output_norm("feed_forward", update)
+        return with_logical_constraint(hidden, "batch", None), cache, statistics
+
+    def _is_sliding(self, layer: int | Int[Array, ""]) -> bool | Bool[Array, ""]:
+        """Returns whether a layer has the sliding window: a bool if all are alike."""
+        are_sliding = self.config.sliding_layers()
+        if are_sliding.all() or not are_sliding.any():
+            return bool(are_sliding[0])
+        if isinstance(layer, int):
+            return bool(are_sliding[layer])
+        return jnp.asarray(are_sliding)[layer]
+
+    def _output_norm(self, name: str, update: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        norm = getattr(self, f"{name}_output_norm", None)
+        return update if norm is None else norm(update)
 
 
 class Decoder(nnx.Module):
@@ -113,6 +134,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, architecture: Architecture, *, rngs: nnx.Rngs):
         self.config = config
         weights = architecture.weights(config)
+        self.embedding_scale = architecture.embedding_scale(config)
 
         @nnx.split_rngs(splits=config.num_hidden_layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -289,6 +311,15 @@ class Decoder(nnx.Module):
     def embed(self, tokens: Sequence[Int[Array, " _"]]) -> list[Float[Array, "_ D"]]:
         """Returns the token embeddings of each stream, in `config.dtype`."""
         table = self.embedding[...].astype(self.config.dtype)
+        embedded = self._embed(table, tokens)
+        if self.embedding_scale == 1.0:
+            return embedded
+        scale = jnp.asarray(self.embedding_scale, table.dtype)  # Rounded, as in transformers.
+        return [scale * hidden for hidden in embedded]
+
+    def _embed(
+        self, table: Float[Array, "V D"], tokens: Sequence[Int[Array, " _"]]
+    ) -> list[Float[Array, "_ D"]]:
         if jax.sharding.get_abstract_mesh().empty:
             return embed_tokens(table, list(tokens))
         rows = [partition_spec("batch") for _ in tokens]
@@ -327,7 +358,8 @@ class Decoder(nnx.Module):
         """Returns the logits of the next token, in `config.logits_dtype`."""
         dtype = self.config.logits_dtype
         projection = self.output_projection().astype(hidden.dtype)
-        return jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=dtype)
+        logits = jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=dtype)
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
     def project(self, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the embeddings of pooled texts.

@@ -24,13 +24,25 @@ from grit_jax.sharding import with_logical_constraint
 
 # Recomputed in the backward pass from inputs that are saved anyway: without a matrix product in it,
 # that is faster than storing and loading the intermediate values.
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
 def rms_norm(
-    hidden: Float[Array, "*axes D"], scale: Float[Array, " D"], epsilon: float
+    hidden: Float[Array, "*axes D"],
+    scale: Float[Array, " D"],
+    epsilon: float,
+    is_centered: bool = False,
 ) -> Float[Array, "*axes D"]:
-    """Root-mean-square normalization (arXiv 1910.07467), computed in float32."""
+    """Root-mean-square normalization (arXiv 1910.07467), computed in float32.
+
+    Args:
+      hidden: hidden states.
+      scale: what they are multiplied by.
+      epsilon: added to the mean square.
+      is_centered: whether 1 is to be added to `scale`.
+    """
     wide = hidden.astype(jnp.float32)
     normalized = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+    if is_centered:  # In float32, since 1 + scale has few digits in bfloat16.
+        return ((1.0 + scale.astype(jnp.float32)) * normalized).astype(hidden.dtype)
     return scale.astype(hidden.dtype) * normalized.astype(hidden.dtype)
 
 
@@ -40,16 +52,32 @@ def swiglu(gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "
     return jax.nn.silu(gate) * up
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def geglu(gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    """Returns GELU(gate) * up (GEGLU, arXiv 2002.05202), GELU by its approximation with tanh."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+def soft_cap(logits: Float[Array, "*axes"], cap: float | None) -> Float[Array, "*axes"]:
+    """Returns logits smoothly bounded to (-cap, cap); unchanged without a cap."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization with a learned scale."""
+    """Root-mean-square normalization with a learned scale.
+
+    A scale that the table of weights initializes to zeros is stored minus 1 (Gemma).
+    """
 
     def __init__(self, config: ModelConfig, weights: WeightTable, scope: str, *, rngs: nnx.Rngs):
+        spec = weights[f"{scope}.scale"]
         self.epsilon = config.rms_norm_eps
-        self.scale = weights[f"{scope}.scale"].initialize(config, rngs)
+        self.is_centered = spec.init == "zeros"
+        self.scale = spec.initialize(config, rngs)
 
     def __call__(self, hidden: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         """Returns the normalized hidden states."""
-        return rms_norm(hidden, self.scale[...], self.epsilon)
+        return rms_norm(hidden, self.scale[...], self.epsilon, self.is_centered)
 
 
 class Attention(LinearLayers):
@@ -102,11 +130,16 @@ class Attention(LinearLayers):
         query, key = heads("query", "heads"), heads("key", "kv_heads")
         value = heads("value", "kv_heads")
         frequencies, amplitude = self.config.rotary_frequencies(), self.config.rotary_amplitude
+        if self.config.rope_local_base_freq is not None:
+            local = self.config.local_rotary_frequencies()
+            frequencies = jnp.where(mask.is_sliding, local, frequencies)
+            amplitude = jnp.where(mask.is_sliding, 1.0, amplitude)
         query = rotary_embedding(query, positions, frequencies, amplitude)
         key = rotary_embedding(key, positions, frequencies, amplitude)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.layer_keys_and_values(layer)
+        scalar = self.config.query_pre_attn_scalar
         mixed = attention(
             query,
             key,
@@ -114,6 +147,7 @@ class Attention(LinearLayers):
             mask,
             self.config.attention_implementation,
             self.config.splash_block_size,
+            None if scalar is None else scalar**-0.5,
         )
         mixed = mixed.reshape(B * S, *mixed.shape[2:])  # [B, S, N, H] -> [M, N, H]
         return linear(mixed, self.weight("output")), cache
@@ -122,6 +156,8 @@ class Attention(LinearLayers):
 class MLP(LinearLayers):
     """The gated feed-forward network of Llama and Mistral (SwiGLU, arXiv 2002.05202)."""
 
+    activation = staticmethod(swiglu)
+
     def __call__(
         self, hidden: Float[Array, "M D"], is_token: Bool[Array, " M"]
     ) -> tuple[Float[Array, "M D"], None]:
@@ -129,8 +165,14 @@ class MLP(LinearLayers):
         del is_token  # Skipping padding would save nothing in a dense product.
         gate = linear(hidden, self.weight("gate"))
         up = linear(hidden, self.weight("up"))
-        activated = with_logical_constraint(swiglu(gate, up), "batch", "mlp")
+        activated = with_logical_constraint(self.activation(gate, up), "batch", "mlp")
         return linear(activated, self.weight("down")), None
+
+
+class GegluMLP(MLP):
+    """The gated feed-forward network of Gemma (GEGLU, arXiv 2002.05202)."""
+
+    activation = staticmethod(geglu)
 
 
 class EmbeddingProjection(nnx.Module):

@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825), and Llama 2 and 3, whose computation is the same."""
+"""Mistral (arXiv 2310.06825) and Ministral, and Llama 2 and 3, whose computation is the same."""
 
 from grit_jax.models.architecture import TRANSFORMERS_DEFAULTS, Architecture, HuggingFaceFormat
 from grit_jax.models.config import ModelConfig
@@ -21,6 +21,7 @@ def mistral_weights(config: ModelConfig) -> WeightTable:
 
 MISTRAL = Architecture(
     name="mistral",
+    defaults={"layer_types": None},
     weights=mistral_weights,
     feed_forward=MLP,
     formats=(
@@ -29,6 +30,12 @@ MISTRAL = Architecture(
             class_name="MistralForCausalLM",
             defaults={**TRANSFORMERS_DEFAULTS, "sliding_window": 4096},
             # AutoModel reads such a Mistral as a Ministral.
+            reads_layer_types=True,
+        ),
+        HuggingFaceFormat(
+            model_type="ministral",
+            class_name="MinistralForCausalLM",
+            defaults={**TRANSFORMERS_DEFAULTS, "sliding_window": 4096},
             reads_layer_types=True,
         ),
         HuggingFaceFormat(

@@ -4,8 +4,11 @@ Qwen2 is a Llama with biases of queries, keys and values. Qwen3 normalizes each 
 keys instead.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from grit_jax.models.architecture import TRANSFORMERS_DEFAULTS, Architecture, HuggingFaceFormat
-from grit_jax.models.config import ModelConfig
+from grit_jax.models.config import FULL, SLIDING, ModelConfig
 from grit_jax.models.layers import MLP
 from grit_jax.models.weights import WeightTable, base_weights, head_biases, head_norms, mlp_weights
 
@@ -16,9 +19,30 @@ _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
 }
+_WINDOW_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28}
+
+
+class Qwen(Architecture):
+    """An architecture whose config.json says from which layer on there is a sliding window."""
+
+    def layer_types(self, fields: Mapping[str, Any]) -> Sequence[str]:
+        """Returns the type of each layer, by `use_sliding_window` and `max_window_layers`."""
+        num_layers = fields["num_hidden_layers"]
+        num_full = min(fields["max_window_layers"], num_layers)
+        if not fields["use_sliding_window"] or fields["sliding_window"] is None:
+            num_full = num_layers
+        return [FULL] * num_full + [SLIDING] * (num_layers - num_full)
+
+    def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
+        """Returns the content of a config.json that old and new versions of transformers read."""
+        is_sliding = config.sliding_layers() & (config.sliding_window is not None)
+        num_full = int(is_sliding.argmax()) if is_sliding.any() else config.num_hidden_layers
+        return {
+            **super().config_to_hugging_face(config),
+            "use_sliding_window": bool(is_sliding.any()),
+            "max_window_layers": num_full,
+        }
 
 
 def qwen2_weights(config: ModelConfig) -> WeightTable:
@@ -32,9 +56,10 @@ def qwen3_weights(config: ModelConfig) -> WeightTable:
 
 
 # The sizes of Qwen2.5-7B and Qwen3-8B.
-QWEN2 = Architecture(
+QWEN2 = Qwen(
     name="qwen2",
     defaults={
+        "layer_types": None,
         "vocab_size": 152064,
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -52,12 +77,14 @@ QWEN2 = Architecture(
             class_name="Qwen2ForCausalLM",
             defaults=_QWEN_DEFAULTS,
             reads_layer_types=True,
+            other_defaults=_WINDOW_DEFAULTS,
         ),
     ),
 )
-QWEN3 = Architecture(
+QWEN3 = Qwen(
     name="qwen3",
     defaults={
+        "layer_types": None,
         "vocab_size": 151936,
         "intermediate_size": 12288,
         "num_hidden_layers": 36,
@@ -73,6 +100,7 @@ QWEN3 = Architecture(
             class_name="Qwen3ForCausalLM",
             defaults={**_QWEN_DEFAULTS, "head_dim": 128},
             reads_layer_types=True,
+            other_defaults=_WINDOW_DEFAULTS,
         ),
     ),
 )

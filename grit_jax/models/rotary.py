@@ -177,8 +177,8 @@ def rotary_frequencies(
 def rotary_embedding(
     heads: Float[Array, "B S heads H"],
     positions: Int[Array | np.ndarray, "B S"],
-    frequencies: Float[np.ndarray, " half"],
-    amplitude: float = 1.0,
+    frequencies: Float[Array | np.ndarray, " half"],
+    amplitude: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B S heads H"]:
     """Rotates the pairs (i, i + H/2) of each head by position x frequency.
 
@@ -191,7 +191,7 @@ def rotary_embedding(
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    if amplitude != 1.0:
+    if not isinstance(amplitude, float) or amplitude != 1.0:
         cosine, sine = amplitude * cosine, amplitude * sine
     rotated = (first * cosine - second * sine, second * cosine + first * sine)
     return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

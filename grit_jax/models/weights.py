@@ -152,13 +152,13 @@ def head_biases() -> WeightTable:
     }
 
 
-def head_norms() -> WeightTable:
+def head_norms(init: Literal["ones", "zeros"] = "ones") -> WeightTable:
     """Returns the scales that normalize each head of queries and keys, as Qwen3 names them."""
     return {
         f"layers.attention.{name}_norm.scale": WeightSpec(
             axes=("head_dim",),
             name=f"model.layers.{{layer}}.self_attn.{name[0]}_norm.weight",
-            init="ones",
+            init=init,
         )
         for name in ("query", "key")
     }

@@ -22,7 +22,14 @@ PATTERNS = ("bbcc", "cbcc", "cccc")
 
 # The field of config.json that stores an `EmbeddingSpec`. Only grit-jax reads it.
 GRIT_FIELD = "grit"
-STORED = ("attention", "pooling", "query_prompt", "document_prompt")
+STORED = (
+    "attention",
+    "pooling",
+    "normalize",
+    "pool_instruction",
+    "query_prompt",
+    "document_prompt",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ class EmbeddingSpec:
         *,
         query_instruction: str | None = None,
         document_instruction: str | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
     ) -> EmbeddingSpec:
         """Returns the spec stored in a model's config.json; without one, that of GritLM.
 
@@ -77,7 +84,7 @@ class EmbeddingSpec:
           pooling: overrides the stored pooling.
           query_instruction: overrides the stored prompt of queries, in plain words; "" is none.
           document_instruction: overrides the stored prompt of documents, as for queries.
-          normalize: see `EmbeddingSpec`.
+          normalize: overrides whether embeddings are scaled to length 1.
 
         Raises:
           ValueError: the pattern or the pooling is unknown, or an instruction has the model's
@@ -86,13 +93,14 @@ class EmbeddingSpec:
         given = {
             "attention": attention,
             "pooling": pooling,
+            "normalize": normalize,
             "query_prompt": _prompt("query_instruction", query_instruction),
             "document_prompt": _prompt("document_instruction", document_instruction),
         }
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**fields.get(GRIT_FIELD, {}), **given}, normalize=normalize)
+        return cls(**{**fields.get(GRIT_FIELD, {}), **given})
 
-    def to_fields(self) -> dict[str, dict[str, str]]:
+    def to_fields(self) -> dict[str, dict[str, Any]]:
         """Returns the fields of config.json that store the spec."""
         return {GRIT_FIELD: {name: getattr(self, name) for name in STORED}}
 

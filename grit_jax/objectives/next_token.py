@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from grit_jax.arithmetic import ceil_div
+from grit_jax.models.layers import soft_cap
 from grit_jax.objectives.pooling import sum_by_text
 from grit_jax.sharding import all_gather_fsdp, mesh_axes, partition_spec, with_logical_constraint
 
@@ -80,6 +81,7 @@ def next_token_loss(
     weights: Float[Array | np.ndarray, "B S"],
     chunk_size: int | None = None,
     logits_dtype: str = "float32",
+    softcap: float | None = None,
 ) -> Float[Array, ""]:
     """Returns the weighted sum of the cross-entropies of `targets`, in nats and float32.
 
@@ -94,6 +96,7 @@ def next_token_loss(
       weights: weight of each target, a constant without a gradient.
       chunk_size: positions of each row in a chunk, by default an eighth of the row, at most 256.
       logits_dtype: type of the logits.
+      softcap: bound of the logits (`models.layers.soft_cap`); None for no bound.
     """
     S = hidden.shape[1]
     chunk_size = chunk_size or min(256, ceil_div(S, 8))
@@ -114,9 +117,9 @@ def next_token_loss(
     has_weight = jnp.any(inputs[2] != 0, axis=(1, 2))
     projection = projection.astype(hidden.dtype)
     if jax.sharding.get_abstract_mesh().empty:
-        return _sum_over_chunks(projection, inputs, has_weight, logits_dtype)
+        return _sum_over_chunks(projection, inputs, has_weight, logits_dtype, softcap)
     sum_on_mesh = jax.shard_map(
-        functools.partial(_sum_on_mesh, logits_dtype=logits_dtype),
+        functools.partial(_sum_on_mesh, logits_dtype=logits_dtype, softcap=softcap),
         in_specs=(
             partition_spec("embed", None),
             tuple(partition_spec(None, "batch", *(None,) * (x.ndim - 2)) for x in inputs),
@@ -134,13 +137,14 @@ def _sum_on_mesh(
     has_weight: jax.Array,
     *,
     logits_dtype: str,
+    softcap: float | None,
 ) -> Float[Array, ""]:
     """Sums over one device's rows, then over devices.
 
     The projection is gathered once, and its gradient reduced once, instead of once for each chunk.
     """
     whole = all_gather_fsdp(projection, axis=0)
-    total = _sum_over_chunks(whole, inputs, has_weight, logits_dtype)
+    total = _sum_over_chunks(whole, inputs, has_weight, logits_dtype, softcap)
     return jax.lax.psum(total, mesh_axes("batch"))
 
 
@@ -149,6 +153,7 @@ def _sum_over_chunks(
     inputs: tuple[jax.Array, ...],
     has_weight: Bool[Array, " chunks"],
     logits_dtype: str,
+    softcap: float | None,
 ) -> Float[Array, ""]:
     """Returns the weighted sum over chunks of hidden states, targets and weights.
 
@@ -157,6 +162,7 @@ def _sum_over_chunks(
 
     def weighted_sum(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
         logits = jnp.einsum("BSD,DV->BSV", hidden, projection, preferred_element_type=logits_dtype)
+        logits = soft_cap(logits, softcap)
         logits = with_logical_constraint(logits, None, None, "vocab").astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.sum(losses * weights)

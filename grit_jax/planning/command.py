@@ -10,14 +10,14 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from grit_jax.config import ConfigError
+from grit_jax.config import Config, ConfigError
 from grit_jax.config_flags import parse_flags
-from grit_jax.config_from_data import complete_config
+from grit_jax.config_from_data import average_tokens, complete_config
 from grit_jax.planning.chips import describe_topology, suppress_stderr
 from grit_jax.planning.plan import fastest, make_plan, search
 from grit_jax.planning.report import as_json, print_line, print_plan
 
-# Average tokens of a text in each stream.
+# Assumed average tokens of a text in each stream, without an option or prepared data.
 AVERAGE_TOKENS = {"query": 64, "passage": 256, "chat": 1024}
 
 
@@ -29,12 +29,12 @@ def run(argv: Sequence[str]) -> None:
         is wrong.
     """
     arguments, rest = _parser().parse_known_args(argv)
-    tokens = {stream: getattr(arguments, f"{stream}_tokens") for stream in AVERAGE_TOKENS}
     jax.config.update("jax_platforms", "cpu")  # Nothing runs: do not look for devices.
     if arguments.slices > 1:
         rest.append(f"--config.mesh.slice={arguments.slices}")
     config, _ = parse_flags(rest)
     config = complete_config(config)
+    tokens, sources = _average_tokens(config, arguments)
     with suppress_stderr():
         topology = describe_topology(arguments.topology, arguments.slices)
     what = f"compiling the training step for {len(topology.devices)} chips ({arguments.topology})"
@@ -59,9 +59,26 @@ def run(argv: Sequence[str]) -> None:
             "config.data.generative_batch_size"
         )
     if arguments.json:
-        print(as_json(plan, arguments.price_per_chip_hour))
+        print(as_json(plan, sources, arguments.price_per_chip_hour))
     else:
-        print_plan(plan, arguments.price_per_chip_hour)
+        print_plan(plan, sources, arguments.price_per_chip_hour)
+
+
+def _average_tokens(
+    config: Config, arguments: argparse.Namespace
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Returns the average tokens of a text in each stream, and where each number is from."""
+    measured = average_tokens(config)
+    tokens, sources = {}, {}
+    for stream, assumed in AVERAGE_TOKENS.items():
+        given = getattr(arguments, f"{stream}_tokens")
+        if given is not None:
+            tokens[stream], sources[stream] = given, f"--{stream}-tokens"
+        elif stream in measured:
+            tokens[stream], sources[stream] = max(1, round(measured[stream])), config.data.folder
+        else:
+            tokens[stream], sources[stream] = assumed, "assumed"
+    return tokens, sources
 
 
 @contextlib.contextmanager
@@ -102,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for stream, tokens in AVERAGE_TOKENS.items():
-        help_text = f"average tokens of a {stream} (default {tokens})"
-        parser.add_argument(f"--{stream}-tokens", type=_positive, default=tokens, help=help_text)
+        help_text = f"average tokens of a {stream} (those of the prepared data, or else {tokens})"
+        parser.add_argument(f"--{stream}-tokens", type=_positive, help=help_text)
     return parser
 
 

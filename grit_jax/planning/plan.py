@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from grit_jax.config import Config, ConfigError
+from grit_jax.conversion.hub import is_hub_name
 from grit_jax.data.batch import Batch, ChatBatch, EmbeddingBatch, PackedTexts
 from grit_jax.data.packing import fit_rows, pack
 from grit_jax.data.shapes import best_rows
@@ -51,6 +52,7 @@ class Plan:
       remat: `config.model.remat`.
       grad_cache_chunks: `config.grad_cache_chunks`.
       rows: the number and length of each stream's rows.
+      tokens_per_text: the average tokens of a text of each stream that the plan is for.
       tokens_per_step: tokens in a step, without padding.
       fits: whether the step fits in the chips' main memory.
       hbm_bytes_per_chip: main memory that the step needs.
@@ -77,6 +79,7 @@ class Plan:
     remat: str
     grad_cache_chunks: int
     rows: dict[str, str]
+    tokens_per_text: dict[str, int]
     tokens_per_step: int
     fits: bool
     hbm_bytes_per_chip: float
@@ -111,7 +114,9 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
       ConfigError, MeshError: the configuration does not fit the topology.
       BucketError: the weights are in a bucket that cannot be read.
     """
-    trainer = make_trainer(config, open_pretrained(config), topology.devices)
+    # Weights are not downloaded for a plan: a configuration that names them has their sizes.
+    pretrained = None if is_hub_name(config.model.weights) else open_pretrained(config)
+    trainer = make_trainer(config, pretrained, topology.devices)
     batch = typical_batch(config, trainer, tokens)
     started = time.perf_counter()
     compiled, used = _compile(trainer, batch)
@@ -123,6 +128,7 @@ def make_plan(config: Config, topology: Topology, tokens: dict[str, int]) -> Pla
         "remat": config.model.remat,
         "grad_cache_chunks": config.grad_cache_chunks,
         "rows": batch_rows(batch),
+        "tokens_per_text": {stream: tokens[stream] for stream in batch_rows(batch)},
         "tokens_per_step": count_tokens(batch),
         "hbm_limit_bytes_per_chip": topology.chip.hbm_bytes,
         "parameter_bytes_per_chip": _bytes_per_chip((state.parameters, state.frozen)),
@@ -189,8 +195,9 @@ def fastest(plans: list[Plan]) -> Plan | None:
 def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> Batch:
     """Returns a batch of made-up texts, packed as a run would pack it.
 
-    The lengths of the texts are spread evenly between 0.5 and 1.5 times the average. Rows are long
-    enough for the longest text of a run, which is assumed to be longer than those of the batch.
+    The lengths of the texts are spread evenly between 0.5 and 1.5 times the average, or less if the
+    maximum row length leaves less room. Rows are long enough for the longest text of a run, which
+    is assumed to be longer than those of the batch.
 
     Args:
       config: the configuration.
@@ -198,7 +205,7 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
       tokens: see `make_plan`.
 
     Raises:
-      ConfigError: the longest text does not fit in a row.
+      ConfigError: the average text does not fit in a row.
     """
     data = config.data
     counts = {
@@ -210,12 +217,13 @@ def typical_batch(config: Config, trainer: Trainer, tokens: dict[str, int]) -> B
 
     def texts(stream: str) -> PackedTexts:
         mean, longest = tokens[stream], limits.longest[stream]
-        lengths = np.rint(np.linspace(mean / 2, 3 * mean / 2, counts[stream])).astype(int)
-        if lengths[-1] > longest:
+        if mean > longest:
             raise ConfigError(
-                f"config.data.{stream}_row_length={longest} is below {lengths[-1]}, the longest "
-                f"{stream} for an average of {mean} tokens: raise it, or lower --{stream}-tokens"
+                f"config.data.{stream}_row_length={longest} is below {mean}, the average tokens of "
+                f"a {stream}: raise it, or lower --{stream}-tokens"
             )
+        spread = min(mean / 2, longest - mean)
+        lengths = np.rint(np.linspace(mean - spread, mean + spread, counts[stream])).astype(int)
         longest_in_run = max(int(lengths[-1]), int(longest * LONGEST_TEXT))
         rows = best_rows([lengths], limits.lengths(stream, longest_in_run), limits)
         assignment = fit_rows(lengths, rows.count, rows.length)

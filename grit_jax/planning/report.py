@@ -1,5 +1,6 @@
 """Prints a plan as tables, and writes it as JSON."""
 
+from collections.abc import Mapping
 import dataclasses
 import json
 
@@ -12,9 +13,16 @@ from grit_jax.planning.plan import GIB, Plan
 MAX_COLLECTIVES = 8
 
 
-def as_json(plan: Plan, price: float | None = None) -> str:
-    """Returns the plan as a JSON object, with the cost of the run for a price per chip-hour."""
+def as_json(plan: Plan, sources: Mapping[str, str], price: float | None = None) -> str:
+    """Returns the plan as a JSON object.
+
+    Args:
+      plan: the plan.
+      sources: for each stream, where its average tokens per text are from.
+      price: price of a chip-hour, to add the cost of the run.
+    """
     fields = dataclasses.asdict(plan)
+    fields["tokens_per_text_from"] = {stream: sources[stream] for stream in plan.tokens_per_text}
     if price is not None:
         fields["cost_bound"] = price * plan.chip_hours_bound
     return json.dumps(fields, indent=1)
@@ -26,13 +34,15 @@ def print_line(plan: Plan) -> None:
     print(f"  {_fit(plan)}" + (f"  {_speed(plan)}" if plan.fits else ""), flush=True)
 
 
-def print_plan(plan: Plan, price: float | None = None) -> None:
-    """Prints a plan as tables, with the cost of the run for a price per chip-hour."""
+def print_plan(plan: Plan, sources: Mapping[str, str], price: float | None = None) -> None:
+    """Prints a plan as tables. For the arguments see `as_json`."""
     console = Console()
     table = Table(title=f"training step on {plan.topology}", show_header=False)
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     rows = ", ".join(f"{stream} {shape}" for stream, shape in plan.rows.items())
     table.add_row("mesh", mesh)
+    texts = (f"{stream} {n} ({sources[stream]})" for stream, n in plan.tokens_per_text.items())
+    table.add_row("tokens per text", ", ".join(texts))
     table.add_row("rows", f"{rows}: {plan.tokens_per_step:,} tokens")
     table.add_row("remat, chunks", f"{plan.remat}, {plan.grad_cache_chunks}")
     table.add_row("compile time", f"{plan.compile_seconds:.0f} s")

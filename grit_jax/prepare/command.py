@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 import sys
 
+from grit_jax.prepare.data_file import FILE_TYPES
+from grit_jax.prepare.hub import MODEL, download_tokenizer
 from grit_jax.prepare.prepare import prepare_mixtures
+from grit_jax.text.columns import LAYOUTS, ColumnsError, parse_columns
 from grit_jax.text.examples import CHAT_LABELS, TextOptions
 from grit_jax.text.kinds import STREAMS
 from grit_jax.text.tokenizer import Tokenizer
@@ -36,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
             seed=arguments.seed,
             max_rejected=arguments.max_rejected,
             redo=arguments.redo,
+            columns=arguments.columns,
         )
     except KeyboardInterrupt:
         print(
@@ -47,6 +51,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _tokenizer(name: str) -> Tokenizer:
+    if MODEL.fullmatch(name) and not Path(name).parent.exists():
+        name = str(download_tokenizer(name))
     is_checkpoint = Path(name).is_dir() and tokenizer_in(Path(name)) is None
     if not (is_checkpoint or name.endswith(".gguf") or "://" in name):
         return Tokenizer(name)
@@ -60,27 +66,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
         description="Tokenizes datasets once, into files that training reads in random order.",
-        epilog="A line is {'query': ..., 'pos': [...], 'neg': [...]}, {'messages': [...]}, "
-        "{'text': [user, assistant, ...]} or {'text': ...}; each file is a dataset. Datasets that "
-        "are up to date are left alone.",
+        epilog=f"A row has one of these groups of columns: {'; '.join(LAYOUTS)}. Each file is a "
+        "dataset. Datasets that are up to date are left alone.",
     )
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a folder or file of .jsonl or .jsonl.gz, as PATH or NAME=PATH (medi2=PATH, e5=PATH "
-        "and tulu2=PATH for these collections as published); or the name of a mixture "
-        "(sample_embedding, sample_chat, squad_embedding, or one of yours)",
+        help=f"a folder or file, as PATH or NAME=PATH (medi2=PATH, e5=PATH and tulu2=PATH for "
+        f"these collections as published), of these types: {FILE_TYPES}; a folder of BEIR or of "
+        "save_to_disk; a dataset of the Hugging Face Hub, as hf:OWNER/NAME or "
+        "hf:OWNER/NAME/CONFIG; or the name of a mixture (sample_embedding, sample_chat, "
+        "squad_embedding, or one of yours)",
     )
     parser.add_argument("--output", required=True, help="folder for the prepared datasets")
     parser.add_argument(
         "--tokenizer",
         default=MISTRAL,
-        help="'mistral', or the path of a tokenizer.model, a tokenizer.json, a GGUF file, or of a "
-        "model's, checkpoint's or run's folder",
+        help="'mistral', OWNER/MODEL on the Hugging Face Hub, or the path of a tokenizer.model, a "
+        "tokenizer.json, a GGUF file, or of a model's, checkpoint's or run's folder",
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares mixtures"
+    )
+    parser.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="NAME=COLUMN,...",
+        help="columns of files with other names, such as query=title,pos=body",
     )
     parser.add_argument(
         "--held-out",
@@ -122,6 +135,13 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def _columns(text: str) -> dict[str, list[str]]:
+    try:
+        return parse_columns(text)
+    except ColumnsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

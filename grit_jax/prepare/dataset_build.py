@@ -117,10 +117,7 @@ class DatasetBuild:
                 known = split.instructions.setdefault(stream, {})
                 room = MAX_INSTRUCTIONS - len(known)
                 known |= dict.fromkeys([i for i in instructions if i not in known][:room])
-            split.rejected += [
-                {"file": item.file, "line": line, "reason": reason}
-                for line, reason in result.rejected
-            ]
+            split.rejected += [{"file": item.file, **line} for line in result.rejected]
 
     def finish(self, incomplete: Path, max_rejected: float) -> None:
         """Completes the dataset and moves it to its folder, or sets `error`.
@@ -178,12 +175,16 @@ class DatasetBuild:
 
     def reasons(self, split: str) -> str:
         """Returns the reasons for the rejects of a split, with the first lines of each."""
-        counts = Counter(line["reason"] for line in self._splits[split].rejected)
-        named = lines_by_reason(self._splits[split].rejected, 3)
-        parts = [
-            f"{count} {reason} ({', '.join(named[reason])}{', ...' if count > 3 else ''})"
-            for reason, count in counts.most_common()
-        ]
+        rejected = self._splits[split].rejected
+        named = lines_by_reason(rejected, 3)
+        parts = []
+        for reason, count in Counter(line["reason"] for line in rejected).most_common():
+            details = [*named[reason], *(["..."] if count > 3 else [])]
+            too_long = [line for line in rejected if line["reason"] == reason and "tokens" in line]
+            if too_long:
+                longest = max(too_long, key=lambda line: line["tokens"] - line["limit"])
+                details.append(f"up to {longest['tokens']} of {longest['limit']} tokens")
+            parts.append(f"{count} {reason} ({', '.join(details)})")
         return f": {'; '.join(parts)}" if parts else ""
 
     def _write(self, folder: Path, split: _Split) -> Manifest:

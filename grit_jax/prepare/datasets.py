@@ -1,10 +1,10 @@
-"""Declares datasets of JSONL files, and mixtures of datasets with their rates.
+"""Declares datasets of files, and mixtures of datasets with their rates.
 
 A Python module declares them with `add_dataset` and `add_mixture`, and `grit-jax prepare --module`
 imports it. The embedded sample is declared here. For datasets of seqio, see `seqio_tasks`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import re
 import sys
@@ -12,18 +12,15 @@ from typing import Any
 
 from etils import epath
 
-from grit_jax.prepare.sources import Dataset, LinesSource
+from grit_jax.prepare.data_file import DataFile
+from grit_jax.prepare.files import DataFiles, Paths, kind_of_files
+from grit_jax.prepare.finding import find_datasets, find_files
+from grit_jax.prepare.hub import is_of
+from grit_jax.prepare.sources import Dataset, FilesSource
 from grit_jax.sample import SAMPLE_FOLDER
+from grit_jax.text.columns import RowReader
 from grit_jax.text.formats import Preprocess, tulu2
-from grit_jax.text.jsonl import (
-    SUFFIXES,
-    JsonlFiles,
-    Paths,
-    SourceError,
-    files_below,
-    find_files,
-    kind_of_files,
-)
+from grit_jax.text.jsonl import SourceError
 from grit_jax.text.kinds import TEXT_KINDS
 
 # Number of files of a folder that are named because they are not read.
@@ -70,16 +67,15 @@ def add_dataset(
     held_out: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """Declares a dataset of .jsonl or .jsonl.gz files.
+    """Declares a dataset of files of any type that `prepare` reads.
 
     Args:
       name: name of the dataset: letters, digits, "_", ".", ":" and "#".
       kind: "embedding" or "generative".
       files: for each split a file or folder, or several; without splits, those of "train".
-      preprocess: function from a line's object to one in an accepted format, or to None to skip
-        the line.
-      held_out: fraction of the lines of "train" that forms the split "held_out".
-      seed: seed for choosing these lines.
+      preprocess: function from a row to one in an accepted format, or to None to skip it.
+      held_out: fraction of the rows of "train" that forms the split "held_out".
+      seed: seed for choosing these rows.
 
     Returns:
       The name.
@@ -91,7 +87,7 @@ def add_dataset(
         raise SourceError(f"dataset {name!r}: kind {kind!r} is not one of {', '.join(TEXT_KINDS)}")
     _check_name(name)
     _check_free("dataset", [name], dataset_names(), "choose another name")
-    source = LinesSource(JsonlFiles.find(files, preprocess, held_out, seed))
+    source = FilesSource(DataFiles.find(files, preprocess, held_out, seed))
     DATASETS[name] = Dataset(name, kind, source)
     return name
 
@@ -180,19 +176,27 @@ def by_size(dataset: Any) -> float:
 
 
 def mixtures_of_files(
-    name: str, path: epath.PathLike, held_out: float = 0.0, seed: int = 0
+    name: str,
+    path: epath.PathLike,
+    held_out: float = 0.0,
+    seed: int = 0,
+    columns: Mapping[str, Sequence[str]] | None = None,
+    patterns: Sequence[str] = (),
 ) -> list[Mixture]:
-    """Returns mixtures of the files in a folder: each file is a dataset, with a rate by its size.
+    """Returns mixtures of the files in a folder, in which each dataset has a rate by its size.
 
-    All examples of a file are of one kind. If the folder has files of both kinds, each kind has a
-    mixture, `NAME_embedding` and `NAME_chat`. Files in a subfolder `held_out` are the
-    held-out split of the files of the same name in the subfolder `train`.
+    `find_datasets` says which files are a dataset. All examples of a dataset are of one kind. If
+    the folder has both kinds, each kind has a mixture, `NAME_embedding` and `NAME_chat`. Files in a
+    subfolder `held_out` are the held-out split of the files of the same name in the subfolder
+    `train`.
 
     Args:
-      name: name of the mixture; a name in `COLLECTIONS` selects the function for its lines.
+      name: name of the mixture; a name in `COLLECTIONS` selects the function for its rows.
       path: a folder, or a single file.
       held_out: fraction of each dataset to hold out.
-      seed: seed for choosing held-out lines.
+      seed: seed for choosing held-out rows.
+      columns: the columns to read for each name (see `RowReader`).
+      patterns: patterns of the paths in the folder to read; by default all are read.
 
     Raises:
       SourceError: there is no file, a file has no example, or a name is taken or invalid.
@@ -201,11 +205,10 @@ def mixtures_of_files(
         raise SourceError(f"{name!r} is no name: NAME={path} has letters, digits, '_' and '.'")
     preprocess = COLLECTIONS.get(name)
     datasets: dict[str, list[Dataset]] = {}
-    by_dataset = _files_by_dataset(name, epath.Path(path))
-    _report_unread_files(epath.Path(path), by_dataset)
-    for dataset, files in by_dataset.items():
-        kind = kind_of_files(files["train"], preprocess)
-        source = LinesSource(JsonlFiles.find(files, preprocess, held_out, seed))
+    for dataset, by_split in _files_by_dataset(name, epath.Path(path), patterns).items():
+        kind = kind_of_files(by_split["train"], preprocess, RowReader(columns))
+        files = {split: tuple(found) for split, found in by_split.items()}
+        source = FilesSource(DataFiles(files, preprocess, held_out, seed, columns or {}))
         datasets.setdefault(kind, []).append(Dataset(dataset, kind, source))
     mixtures = [
         Mixture(
@@ -221,63 +224,50 @@ def mixtures_of_files(
     return mixtures
 
 
-def _files_by_dataset(name: str, path: epath.Path) -> dict[str, dict[str, list[epath.Path]]]:
+def _files_by_dataset(
+    name: str, path: epath.Path, patterns: Sequence[str]
+) -> dict[str, dict[str, list[DataFile]]]:
     """Returns the files of each dataset by split."""
-    if path.is_file():
+    if path.is_file() or not path.exists():
         return {name: {"train": find_files(path)}}
-    has_splits = (path / "train").is_dir()
+    has_splits = (path / "train").is_dir() and not (path / "dataset_dict.json").exists()
     roots = {"train": path / "train" if has_splits else path}
     if has_splits and (path / "held_out").is_dir():
         roots["held_out"] = path / "held_out"
-    datasets: dict[str, dict[str, list[epath.Path]]] = {}
+    datasets: dict[str, dict[str, list[DataFile]]] = {}
     for split, root in roots.items():
-        files = find_files(root)
-        _check_is_not_beir(files)
-        for file in files:
-            dataset = f"{name}.{_name_of(file, root)}"
-            datasets.setdefault(dataset, {}).setdefault(split, []).append(file)
-    for dataset, files in datasets.items():
+        find_files(root)  # Raises if there are none.
+        found = find_datasets(root)
+        _report_unread_files(root, found.unread)
+        for own_name, files in found.datasets.items():
+            if patterns and not is_of(str(files[0].path.relative_to(path)), patterns):
+                continue
+            dataset = ".".join(part for part in (name, _valid_name(own_name)) if part)
+            if split in datasets.setdefault(dataset, {}):
+                raise SourceError(
+                    f"{datasets[dataset][split][0]}, {files[0]}: all would be the dataset "
+                    f"{dataset!r}; rename one"
+                )
+            datasets[dataset][split] = files
+    if not datasets:
+        raise SourceError(f"{path} has no data file that matches {' or '.join(patterns)}")
+    for files in datasets.values():
         if "train" not in files:
             raise SourceError(f"{files['held_out'][0]}: no such file in {path / 'train'}")
-        if len(files["train"]) > 1:
-            raise SourceError(
-                f"{', '.join(map(str, files['train']))}: all would be the dataset {dataset!r}; "
-                "rename one"
-            )
     return datasets
 
 
-def _check_is_not_beir(files: Iterable[epath.Path]) -> None:
-    """Raises a SourceError for the folder of a BEIR dataset: its lines are not examples."""
-    found: dict[epath.Path, set[str]] = {}
-    for file in files:
-        found.setdefault(file.parent, set()).add(file.name.partition(".")[0])
-    for folder, names in found.items():
-        if {"corpus", "queries"} <= names:
-            raise SourceError(
-                f"{folder} is a BEIR dataset (corpus, queries, qrels), which is not read: write "
-                'lines {"query": text, "pos": [text]} with the texts of each pair in its qrels'
-            )
-
-
-def _report_unread_files(
-    path: epath.Path, datasets: Mapping[str, Mapping[str, Iterable[epath.Path]]]
-) -> None:
-    if path.is_file():
-        return
-    read = {file for splits in datasets.values() for files in splits.values() for file in files}
-    names = [str(file.relative_to(path)) for file in files_below(path) if file not in read]
-    if names:
+def _report_unread_files(path: epath.Path, unread: Sequence[epath.Path]) -> None:
+    if unread:
+        names = [str(file.relative_to(path)) for file in unread]
         shown = ", ".join(names[:MAX_NAMED_FILES])
         more = f" and {len(names) - MAX_NAMED_FILES} more" if len(names) > MAX_NAMED_FILES else ""
-        print(f"{path}: not read, as they are not {' or '.join(SUFFIXES)} files: {shown}{more}")
+        print(f"{path}: not read (of another type, or not for training): {shown}{more}")
 
 
-def _name_of(file: epath.Path, root: epath.Path) -> str:
-    """Returns a file's path without suffix, restricted to the characters of a name."""
-    path = str(file.relative_to(root))
-    suffix = next(suffix for suffix in sorted(SUFFIXES, key=len) if path.endswith(suffix))
-    return re.sub(r"[^\w.]+", "_", path.removesuffix(suffix))
+def _valid_name(path: str) -> str:
+    """Returns a path restricted to the characters of a name."""
+    return re.sub(r"[^\w.]+", "_", path)
 
 
 def _add_sample() -> None:

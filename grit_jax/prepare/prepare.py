@@ -49,6 +49,7 @@ def prepare_mixtures(
     seed: int = 0,
     max_rejected: float = 0.1,
     redo: bool = False,
+    columns: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """Prepares all splits of every dataset of these mixtures in `output`.
 
@@ -63,9 +64,10 @@ def prepare_mixtures(
       options: how texts are tokenized.
       processes: number of worker processes; by default one per core.
       held_out: fraction of the datasets of a PATH to hold out.
-      seed: seed for choosing held-out lines.
+      seed: seed for choosing held-out rows.
       max_rejected: fraction of a dataset's lines that may be rejected.
       redo: also prepare datasets that are up to date.
+      columns: the columns of files to read for each name (see `RowReader`).
 
     Returns:
       The names of the mixtures.
@@ -76,7 +78,7 @@ def prepare_mixtures(
     """
     output = epath.Path(output)
     processes = processes or len(os.sched_getaffinity(0))
-    mixtures = find_mixtures(names, modules, held_out, seed)
+    mixtures = find_mixtures(names, modules, held_out, seed, columns)
     builds = _builds(mixtures, output, tokenizer, options)
     try:
         with _work_folder(output) as incomplete:

@@ -17,18 +17,20 @@ import seqio
 import tensorflow as tf
 
 from grit_jax.prepare import datasets
+from grit_jax.prepare.data_file import describe_file
 from grit_jax.prepare.datasets import DATASETS, MIXTURES, Mixture, by_size
+from grit_jax.prepare.files import DataFiles, Paths
 from grit_jax.prepare.sources import (
     Dataset,
-    LinesSource,
+    FilesSource,
     Source,
-    describe_file,
     describe_functions,
 )
 from grit_jax.prepare.worker import ExamplesWorkItem, WorkItem
+from grit_jax.text.columns import RowReader
 from grit_jax.text.examples import RejectedExample
 from grit_jax.text.formats import Preprocess
-from grit_jax.text.jsonl import MEGABYTE, JsonlFiles, Paths, SourceError, parse_line, read_blocks
+from grit_jax.text.jsonl import MEGABYTE, SourceError
 from grit_jax.text.kinds import TEXT_KINDS
 
 EXAMPLES_PER_ITEM = 4096
@@ -44,12 +46,12 @@ def text_features(kind: str) -> dict[str, seqio.Feature]:
 
 
 class JsonlSource(seqio.DataSource):
-    """A seqio source of JSONL files.
+    """A seqio source of files.
 
-    `prepare` reads the files without TensorFlow. Other users of seqio get the lines that are valid.
+    `prepare` reads the files without TensorFlow. Other users of seqio get the rows that are valid.
     """
 
-    def __init__(self, kind: str, jsonl: JsonlFiles):
+    def __init__(self, kind: str, jsonl: DataFiles):
         super().__init__(splits=jsonl.splits, caching_permitted=False)
         self.kind = kind
         self.jsonl = jsonl
@@ -66,7 +68,7 @@ class JsonlSource(seqio.DataSource):
     def get_dataset(
         self, split: str = "train", shuffle: bool = False, seed: Any = None, **_: Any
     ) -> tf.data.Dataset:
-        """Returns the examples of a split, in the order of the lines."""
+        """Returns the examples of a split, in the order of the rows."""
         del shuffle, seed  # Training shuffles.
         signature = {
             name: tf.TensorSpec([None] if rank == 1 else [None, 2], tf.string)
@@ -79,17 +81,20 @@ class JsonlSource(seqio.DataSource):
     def _examples(self, split: str) -> Iterator[dict[str, tf.Tensor]]:
         for file_split, files in self.jsonl.files.items():
             for file in files:
-                for block in read_blocks(file, MEGABYTE):
-                    for _, line in block.lines():
-                        raw = self._parse(line)
-                        if raw is not None and self.jsonl.split_of(file_split, line) == split:
+                for block in file.read(MEGABYTE):
+                    for _, content, parse in block.rows():
+                        raw = self._parse(parse)
+                        if raw is not None and self.jsonl.split_of(file_split, content) == split:
                             yield self._tensors(raw)
 
-    def _parse(self, line: bytes) -> dict[str, Any] | None:
+    def _parse(self, parse: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            raw = parse_line(line)
+            raw = parse()
             raw = raw if self.jsonl.preprocess is None else self.jsonl.preprocess(raw)
-            return None if raw is None else TEXT_KINDS[self.kind].to_canonical(raw)
+            if raw is None:
+                return None
+            line, _ = RowReader(self.jsonl.columns)(raw)
+            return TEXT_KINDS[self.kind].to_canonical(line)
         except RejectedExample:
             return None
 
@@ -107,20 +112,19 @@ def jsonl_source(
     held_out: float = 0.0,
     seed: int = 0,
 ) -> JsonlSource:
-    """Returns a seqio source of .jsonl or .jsonl.gz files.
+    """Returns a seqio source of files of any type that `prepare` reads.
 
     Args:
       kind: "embedding" or "generative".
       files: for each split a file or folder, or several; without splits, those of "train".
-      preprocess: function from a line's object to one in an accepted format, or to None to skip
-        the line.
-      held_out: fraction of the lines of "train" that forms the split "held_out".
-      seed: seed for choosing these lines.
+      preprocess: function from a row to one in an accepted format, or to None to skip it.
+      held_out: fraction of the rows of "train" that forms the split "held_out".
+      seed: seed for choosing these rows.
 
     Raises:
       SourceError: a file or folder does not exist, or `held_out` is not a valid fraction.
     """
-    return JsonlSource(kind, JsonlFiles.find(files, preprocess, held_out, seed))
+    return JsonlSource(kind, DataFiles.find(files, preprocess, held_out, seed))
 
 
 def add_task(
@@ -172,7 +176,7 @@ def _add_mixture_to_seqio(mixture: Mixture) -> None:
 
 
 class SeqioSource(Source):
-    """A seqio Task that does not read JSONL files."""
+    """A seqio Task that does not read files by `jsonl_source`."""
 
     # TFDS does not know the size of a dataset that it has not downloaded yet.
     size = None
@@ -233,7 +237,7 @@ def dataset_of_task(task: seqio.Task) -> Dataset:
     """Returns a seqio Task as a dataset to prepare.
 
     Raises:
-      SourceError: the Task has the features of no kind of text, or seqio preprocessors on JSONL
+      SourceError: the Task has the features of no kind of text, or seqio preprocessors on
         files.
     """
     kind = _kind_of_task(task)
@@ -244,7 +248,7 @@ def dataset_of_task(task: seqio.Task) -> Dataset:
             f"the Task {task.name!r} has seqio preprocessors, but reads JSONL files: change the "
             "lines by a plain function, jsonl_source(..., preprocess=function)"
         )
-    return Dataset(task.name, kind, LinesSource(task.source.jsonl))
+    return Dataset(task.name, kind, FilesSource(task.source.jsonl))
 
 
 def _kind_of_task(task: seqio.Task) -> str:

@@ -9,11 +9,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 import grit_jax
-from grit_jax.prepare.worker import LinesWorkItem, WorkItem
-from grit_jax.text.jsonl import MEGABYTE, JsonlFiles, read_blocks
+from grit_jax.prepare.data_file import DataFile
+from grit_jax.prepare.files import DataFiles
+from grit_jax.prepare.worker import RowsWorkItem, WorkItem
+from grit_jax.text.jsonl import MEGABYTE
 
 # Work items per worker: one being tokenized, and one waiting.
 ITEMS_PER_PROCESS = 2
@@ -22,19 +22,17 @@ MIN_BLOCK_BYTES, MAX_BLOCK_BYTES = MEGABYTE // 4, 32 * MEGABYTE
 BLOCKS_PER_PROCESS = 4
 # Limit on the bytes of all blocks in memory, for any number of workers.
 MAX_BYTES_IN_MEMORY = 512 * MEGABYTE
-# Approximate compression ratio of gzip for text.
-GZIP_RATIO = 4
 
 
 class Source(abc.ABC):
     """The data that a dataset is prepared from.
 
     Attributes:
-      files: its files of lines, or None for another source.
+      files: its files, or None for another source.
       size: bytes of its files; None if unknown.
     """
 
-    files: JsonlFiles | None = None
+    files: DataFiles | None = None
     size: int | None = None
 
     @property
@@ -55,12 +53,12 @@ class Source(abc.ABC):
         """
 
 
-class LinesSource(Source):
-    """JSONL files."""
+class FilesSource(Source):
+    """Files of rows."""
 
-    def __init__(self, files: JsonlFiles):
-        self.files: JsonlFiles = files
-        self.size = sum(file.stat().length for split in files.files.values() for file in split)
+    def __init__(self, files: DataFiles):
+        self.files: DataFiles = files
+        self.size = sum(file.size for split in files.files.values() for file in split)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -68,10 +66,10 @@ class LinesSource(Source):
         return tuple(self.files.files)
 
     def describe(self) -> dict[str, Any]:
-        """Returns name, size and SHA-256 of each file, and how lines are changed and split."""
+        """Returns name, size and SHA-256 of each file, and how rows are changed and split."""
         described: dict[str, Any] = {
             "files": {
-                split: [describe_file(file) for file in files]
+                split: [described for file in files for described in file.describe()]
                 for split, files in self.files.files.items()
             }
         }
@@ -79,23 +77,24 @@ class LinesSource(Source):
             described["preprocess"] = describe_functions([self.files.preprocess])
         if self.files.held_out:
             described |= {"held_out": self.files.held_out, "seed": self.files.seed}
+        if self.files.columns:
+            described["columns"] = dict(self.files.columns)
         return described
 
     def work_items(self, dataset: str, num_processes: int) -> Iterator[tuple[WorkItem, int]]:
-        """Yields blocks of lines, each with the number of stored bytes read up to its end."""
+        """Yields blocks of rows, each with the number of stored bytes read up to its end."""
         number = position = 0
         for split, files in self.files.files.items():
             for file in files:
-                for block in read_blocks(file, _block_bytes(file, num_processes)):
-                    item = LinesWorkItem(dataset, split, number, file.name, block)
+                for block in file.read(_block_bytes(file, num_processes)):
+                    item = RowsWorkItem(dataset, split, number, file.name, block)
                     yield item, position + block.position
                     number += 1
-                position += file.stat().length
+                position += file.size
 
 
-def _block_bytes(file: epath.Path, num_processes: int) -> int:
-    size = file.stat().length * (GZIP_RATIO if file.name.endswith(".gz") else 1)
-    wanted = size // (BLOCKS_PER_PROCESS * num_processes)
+def _block_bytes(file: DataFile, num_processes: int) -> int:
+    wanted = file.size_in_memory // (BLOCKS_PER_PROCESS * num_processes)
     largest = min(MAX_BLOCK_BYTES, MAX_BYTES_IN_MEMORY // (ITEMS_PER_PROCESS * num_processes))
     return max(min(wanted, largest), MIN_BLOCK_BYTES)
 
@@ -113,15 +112,6 @@ class Dataset:
     name: str
     kind: str
     source: Source
-
-
-def describe_file(file: epath.Path) -> dict[str, Any]:
-    """Returns a file's name, size and SHA-256."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(MEGABYTE):
-            digest.update(chunk)
-    return {"name": file.name, "bytes": file.stat().length, "sha256": digest.hexdigest()}
 
 
 # Types whose repr is the same in every process.

@@ -17,10 +17,12 @@ from typing import Any
 
 import cloudpickle
 
+from grit_jax.prepare.files import DataFiles
 from grit_jax.prepare.writing import Shard, write_shard
+from grit_jax.text.columns import RowReader
 from grit_jax.text.examples import Example, RejectedExample, TextOptions
 from grit_jax.text.formats import Preprocess
-from grit_jax.text.jsonl import Block, JsonlFiles, parse_line
+from grit_jax.text.jsonl import Block
 from grit_jax.text.kinds import TEXT_KINDS, TextKind
 from grit_jax.text.tokenizer import Tokenizer
 
@@ -43,8 +45,8 @@ class WorkItem:
 
 
 @dataclasses.dataclass(frozen=True)
-class LinesWorkItem(WorkItem):
-    """Lines of a JSONL file."""
+class RowsWorkItem(WorkItem):
+    """Rows of a file."""
 
     block: Block
 
@@ -63,11 +65,11 @@ class WorkerPlan:
 
     Attributes:
       kind: name of its kind of text.
-      files: its files, which assign lines to splits; None if it is not read from lines.
+      files: its files, which assign rows to splits; None if it is not read from files.
     """
 
     kind: str
-    files: JsonlFiles | None
+    files: DataFiles | None
 
 
 @dataclasses.dataclass
@@ -76,7 +78,8 @@ class SplitResult:
 
     Attributes:
       shard: the shard written, or None without examples.
-      rejected: line number and reason of each line that could not be used.
+      rejected: number ("line") and "reason" of each line that could not be used, and the details
+        of the reason.
       left_out: number of lines that `preprocess` skipped.
       forms: number of examples by what they are called (`TextKind.form`).
       notes: number of lines by note (`TextKind.notes`).
@@ -85,7 +88,7 @@ class SplitResult:
     """
 
     shard: Shard | None = None
-    rejected: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     left_out: int = 0
     forms: Counter[str] = dataclasses.field(default_factory=Counter)
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -133,6 +136,7 @@ def tokenize(item: WorkItem) -> dict[str, SplitResult]:
     """Tokenizes a piece, writes one shard per split, and returns the results by split."""
     plan = _worker.plans[item.dataset]
     kind = TEXT_KINDS[plan.kind]
+    read = RowReader(plan.files.columns if plan.files else None)
     results: dict[str, SplitResult] = defaultdict(SplitResult)
     examples: dict[str, list[Example]] = defaultdict(list)
     for number, split, parse in _lines(item, plan):
@@ -141,16 +145,19 @@ def tokenize(item: WorkItem) -> dict[str, SplitResult]:
             if raw is None:
                 results[split].left_out += 1
                 continue
-            canonical = kind.to_canonical(raw)
+            line, columns = read(raw)
+            canonical = kind.to_canonical(line)
             example = kind.tokenize(_worker.tokenizer, canonical, _worker.options)
         except RejectedExample as reason:
             # A reject counts against the whole file: few of its lines may be held out.
-            results[item.split].rejected.append((number, str(reason)))
+            rejected = {"line": number, "reason": str(reason), **reason.details}
+            results[item.split].rejected.append(rejected)
             continue
         examples[split].append(example)
         results[split].forms[kind.form(canonical)] += 1
-        results[split].notes.update(kind.notes(raw, canonical))
-        results[split].unread_fields.update(raw.keys() - set(kind.fields))
+        results[split].notes.update(kind.notes(line, canonical))
+        unread = (raw.keys() - columns) | (line.keys() & raw.keys()) - set(kind.fields)
+        results[split].unread_fields.update(unread)
     for split, split_examples in examples.items():
         folder = _worker.folder / item.dataset / split
         results[split].shard = write_shard(folder, item.number, split_examples)
@@ -176,9 +183,9 @@ def _lines(
     if isinstance(item, ExamplesWorkItem):
         for number, raw in enumerate(item.examples, item.first):
             yield number, item.split, functools.partial(_decode, raw)
-    elif isinstance(item, LinesWorkItem) and plan.files is not None:
-        for number, line in item.block.lines():
-            yield number, plan.files.split_of(item.split, line), functools.partial(parse_line, line)
+    elif isinstance(item, RowsWorkItem) and plan.files is not None:
+        for number, content, parse in item.block.rows():
+            yield number, plan.files.split_of(item.split, content), parse
 
 
 def _raw(plan: WorkerPlan, parse: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ def write_dataset(
       folder: the folder of the shards.
       kind: name of the kind of text.
       shards: the shards, in the order of their examples.
-      rejected: the rejected lines, each with "file", "line" and "reason".
+      rejected: the rejected lines, each with "file", "line", "reason" and details of the reason.
       **fields: further fields of the `Manifest`.
     """
     lengths = Lengths.concatenate([shard.lengths for shard in shards])

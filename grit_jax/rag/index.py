@@ -109,22 +109,29 @@ class DocumentIndex:
         return self.settings["caches"] is not None
 
     def search(
-        self, queries: Float[np.ndarray, "Q P"], count: int = 1
-    ) -> tuple[Float32[np.ndarray, "Q {count}"], Int[np.ndarray, "Q {count}"]]:
+        self, queries: Float[np.ndarray, "*Q P"], count: int = 1
+    ) -> tuple[Float32[np.ndarray, "*Q {count}"], Int[np.ndarray, "*Q {count}"]]:
         """Returns the largest inner products of each query, and where those documents are.
 
         The search is exact, over all documents, in float32. The nearest document comes first.
 
         Args:
-          queries: embeddings of the queries.
+          queries: embeddings of several queries, or of one.
           count: number of documents for each query.
 
         Returns:
           The scores, and the documents' positions in `documents`.
 
         Raises:
-          InputError: the index has fewer documents, or an embedding is NaN.
+          InputError: the index has fewer documents, or an embedding is NaN or has another size.
         """
+        size = len(self.settings["probe"])
+        if queries.shape[-1:] != (size,):
+            raise InputError(
+                f"the queries' embeddings have the shape {queries.shape}, but those in "
+                f"{self.folder} have {size} numbers: encode the queries with the index's model"
+            )
+        shape, queries = queries.shape[:-1], queries.reshape(-1, size)
         check_finite(queries, "the queries' embeddings")
         if not 1 <= count <= len(self):
             raise InputError(
@@ -135,7 +142,8 @@ class DocumentIndex:
         starts = range(0, max(1, len(queries)), batch_size)
         batches = [self._search_batch(queries[i : i + batch_size], count) for i in starts]
         scores, positions = zip(*batches, strict=True)
-        return np.concatenate(scores), np.concatenate(positions)
+        shape = (*shape, count)
+        return np.concatenate(scores).reshape(shape), np.concatenate(positions).reshape(shape)
 
     def _search_batch(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         num_rows = next(size for size in QUERY_BATCH_SIZES if size >= len(queries))

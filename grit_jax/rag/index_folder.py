@@ -1,6 +1,6 @@
 """The files of an index: `index.json`, which has its settings, and parts.
 
-    index.json              version, settings and the model's embedding of a few tokens
+    index.json              version, settings and a fingerprint of the model
     part-00000/             documents that were added together
       documents.jsonl       one document per line, with all its fields
       embeddings.npy        float32 [documents, embedding]
@@ -34,16 +34,13 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.prompt_encoder import InputError
 from grit_jax.rag.cache_store import copy_caches
 from grit_jax.rag.documents import Document
+from grit_jax.rag.model_fingerprint import fingerprint, is_same_model
 from grit_jax.text.templates import EMBED
 
 VERSION = 3
 # Indexes of version 2 embed documents with this prompt, and have no `deleted.json`.
 PROMPTS_OF_VERSION_2 = {"document_prompt": EMBED, "query_prompt": None}
 REMEDY = "remove it, and build the index again"
-# An index stores the model's embedding of these tokens, to recognize the model. Between float32 and
-# bfloat16 its cosine similarity is above 0.999.
-PROBE_TOKENS = list(range(3, 35))
-MIN_COSINE, MIN_NORM_RATIO = 0.99, 0.9
 
 # Row numbers by the name of their part.
 Rows = dict[str, list[int]]
@@ -281,7 +278,7 @@ def _new_settings(model: GritLM, options: dict[str, Any]) -> dict[str, Any]:
         "query_prompt": None if spec.query_prompt == EMBED else spec.query_prompt,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return {"version": VERSION, **options, **prompts, **given, "probe": _probe(model).tolist()}
+    return {"version": VERSION, **options, **prompts, **given, **fingerprint(model)}
 
 
 def _updated_settings(folder: Path, model: GritLM, options: dict[str, Any]) -> dict[str, Any]:
@@ -330,11 +327,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _probe(model: GritLM) -> Float32[np.ndarray, " P"]:
-    """Returns the model's embedding of `PROBE_TOKENS`."""
-    return model.encode([token % model.model.config.vocab_size for token in PROBE_TOKENS])
-
-
 def check_finite(embeddings: Float[np.ndarray, "*shape"], name: str) -> None:
     """Checks that embeddings have no NaN and no infinity.
 
@@ -353,13 +345,8 @@ def check_model(settings: dict[str, Any], model: GritLM, folder: Path) -> None:
     Raises:
       DocumentIndexError: it was built with another model.
     """
-    stored, probe = np.array(settings["probe"], np.float32), _probe(model)
-    if stored.shape == probe.shape:
-        norms = np.linalg.norm(stored), np.linalg.norm(probe)
-        cosine = stored @ probe / np.prod(norms)
-        if cosine >= MIN_COSINE and min(norms) / max(norms) >= MIN_NORM_RATIO:
-            return
-    raise DocumentIndexError(
-        f"{folder} was built with another model, or with another attention, pooling or "
-        "normalization: use the same, or build the index again"
-    )
+    if not is_same_model(settings, model):
+        raise DocumentIndexError(
+            f"{folder} was built with another model, or with another attention, pooling or "
+            "normalization: use the same, or build the index again"
+        )

@@ -371,5 +371,5 @@ class RagPipeline:
         if not caches:
             return None
         continue_positions = self._positions == "continued"
-        frequencies = self._model.model.config.rotary_frequencies()
+        frequencies = self._model.model.config.layer_rotary_frequencies()
         return concat_caches(caches, frequencies, continue_positions=continue_positions)

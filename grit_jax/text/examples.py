@@ -19,7 +19,16 @@ from grit_jax.text.tokenizer import Tokenizer
 
 
 class RejectedExample(ValueError):
-    """An example that cannot be trained on; its message is the reason."""
+    """An example that cannot be trained on.
+
+    Attributes:
+      details: what differs between examples with the same reason: "tokens", the number of tokens of
+        what is too long, and "limit", how many it may have.
+    """
+
+    def __init__(self, reason: str, **details: int):
+        super().__init__(reason)
+        self.details = details
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +180,11 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
         raise RejectedExample("empty text")
     prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
     begin, end = tokenizer.begin_ids, tokenizer.end_ids
-    if len(begin) + len(prefix_ids) + len(end) >= max_length:
-        raise RejectedExample("instruction alone is too long")
+    num_added = len(begin) + len(prefix_ids) + len(end)
+    if num_added >= max_length:
+        raise RejectedExample(
+            "instruction alone is too long", tokens=num_added, limit=max_length - 1
+        )
     ids, num_before = tokenizer.ids_after(prefix, prefix_ids, text)
     if num_before == len(ids):  # A tokenizer may drop characters, e.g. zero-width ones.
         raise RejectedExample("empty text")
@@ -252,7 +264,9 @@ def chat_text(
     for span in prompts:
         mask[span] = False
     if not any(mask[:max_length]):
-        raise RejectedExample("prompt alone is too long")
+        raise RejectedExample(
+            "prompt alone is too long", tokens=int(mask.argmax()), limit=max_length - 1
+        )
     return _cut(tokens, mask, max_length)
 
 

@@ -35,7 +35,6 @@ class TextKind:
       name: name in manifests, configurations and `TEXT_KINDS`.
       description: the kind with its article, for messages ("an embedding example").
       mixture_suffix: suffix of the mixture's name if a folder holds files of several kinds.
-      line_formats: the JSON lines accepted, for messages.
       keys: a line is of this kind if it has one of these keys.
       features: the fields of the canonical form, and how deeply their texts are nested: 1 for a
         list of texts, 2 for a list of lists.
@@ -53,7 +52,6 @@ class TextKind:
     name: str
     description: str
     mixture_suffix: str
-    line_formats: tuple[str, ...]
     keys: tuple[str, ...]
     features: Mapping[str, int]
     fields: tuple[str, ...]
@@ -83,7 +81,6 @@ EMBEDDING = TextKind(
     name="embedding",
     description="an embedding example",
     mixture_suffix="_embedding",
-    line_formats=('{"query": ..., "pos": [...], "neg": [...]}',),
     keys=("query",),
     features={"query": 1, "pos": 2, "neg": 2},
     fields=("query", "pos", "neg", "prompt"),
@@ -100,7 +97,6 @@ GENERATIVE = TextKind(
     name="generative",
     description="a chat",
     mixture_suffix="_chat",
-    line_formats=('{"messages": [...]}', '{"text": [user, assistant, ...]}', '{"text": "..."}'),
     keys=("text", "messages"),
     features={"text": 1},
     fields=("text", "messages"),

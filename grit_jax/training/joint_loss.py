@@ -193,6 +193,7 @@ class NextTokenTerm(LossTerm):
             targets,
             token_weights,
             logits_dtype=model.config.logits_dtype,
+            softcap=model.config.final_logit_softcapping,
         )
         return {"generative_loss": loss}
 

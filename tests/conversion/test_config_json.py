@@ -31,7 +31,7 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
-CLASSES = ("Mistral", "Llama", "Mixtral", "Qwen2", "Qwen3")
+CLASSES = ("Mistral", "Ministral", "Llama", "Mixtral", "Qwen2", "Qwen3", "Gemma3")
 # Of the 12 tokens, some are beyond the original length.
 LLAMA3 = {
     "rope_type": "llama3",
@@ -52,6 +52,14 @@ QWEN_MIX = {
     "sliding_window": 3,
     "max_window_layers": 1,
     "layer_types": ...,
+}
+MIX = {"sliding_window": 3, "layer_types": [SLIDING, FULL]}
+# Gemma's fields in transformers 4.
+OLD_ROPE = {
+    "rope_parameters": ...,
+    "rope_theta": 50.0,
+    "rope_local_base_freq": 20,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
 
 # Class, changes to config.json (... removes a field), and a part of the warning, if there is one.
@@ -100,6 +108,17 @@ READ = [
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ...}, None),
+    ("Qwen3", QWEN_MIX, None),
+    ("Qwen2", {"use_sliding_window": True, "max_window_layers": 5, **MIX}, None),
+    ("Mistral", MIX, None),
+    ("Ministral", {}, None),
+    ("Ministral", MIX, None),
+    ("Gemma3", {}, None),
+    ("Gemma3", MIX | OLD_ROPE, None),
+    ("Gemma3", {"layer_types": ..., "sliding_window_pattern": 2, "sliding_window": 3}, None),
+    ("Gemma3", {"layer_types": [FULL, FULL], "query_pre_attn_scalar": 3}, None),
+    ("Gemma3", {"final_logit_softcapping": 1.0, "rope_parameters": ...}, None),
+    ("Gemma3", {"attn_logit_softcapping": 1.0}, "attn_logit_softcapping=1.0"),
     ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
 ]
 REFUSED = [
@@ -107,9 +126,12 @@ REFUSED = [
     ("Llama", {"rope_parameters": ROPE | {"rope_type": "llama3"}}, "rope_parameters.*need factor"),
     ("Llama", {"rope_scaling": LINEAR | {"beta_fast": 2.0}}, "'linear' have no beta_fast"),
     ("Llama", {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ("Qwen3", QWEN_MIX, "full_attention and sliding_attention"),
     ("Llama", {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "differs between layers"),
-    ("Mistral", {"layer_types": [FULL, SLIDING]}, "full_attention and sliding_attention"),
+    ("Mistral", {"layer_types": [FULL]}, "layer_types has 1 layers, but num_hidden_layers=2"),
+    ("Mistral", {"layer_types": [FULL, SLIDING], "sliding_window": None}, "sliding_window is not"),
+    ("Gemma3", {"rope_parameters": ROPE}, "rope_parameters has rope_theta, rope_type, but"),
+    ("Gemma3", {"rope_parameters": {SLIDING: LINEAR}}, "sliding_attention of type 'linear'"),
+    ("Gemma3", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
     ("Mistral", {"layer_types": ["chunked_attention"]}, "layers of type chunked_attention"),
     ("Mistral", {"sliding_window": 0}, "json: sliding_window must be positive, not 0"),
     ("Mistral", {"sliding_window": -1}, "json: sliding_window must be positive, not -1"),
@@ -121,6 +143,12 @@ REFUSED = [
 ]
 
 
+def config_class(name):
+    import transformers
+
+    return getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A small model of each class, with heads and key/value heads of equal number in Mistral."""
@@ -130,7 +158,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name in CLASSES:
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES)
+        config = config_class(name)(**SIZES)
         if name == "Mixtral":
             config.num_local_experts = 4
         getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(root / name)
@@ -197,6 +225,6 @@ def test_refused(folders, tmp_path, name, changes, named):
 def test_every_field_of_transformers_is_known(name):
     import transformers
 
-    config = getattr(transformers, f"{name}Config")()
+    config = config_class(name)()
     generation = transformers.GenerationConfig()._get_default_generation_params()
     assert unread_fields({**generation, **config.to_dict()}) == {}

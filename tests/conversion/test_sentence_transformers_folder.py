@@ -1,6 +1,8 @@
-"""Models that sentence-transformers saved embed as they do there."""
+"""Published embedding models, in their layout with random weights, embed as they do there."""
 
 import json
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,75 +11,205 @@ from tokenizer_files import BEGIN, END, write_tokenizer
 
 from grit_jax import GritLM
 from grit_jax.conversion import ConversionError, open_model
+from grit_jax.conversion.export import write_hugging_face
 from grit_jax.conversion.stored_model import ConversionWarning
+from grit_jax.objectives.embedding import EmbeddingSpec
 
 TEXTS = ["a", "Land beside water.", "\nfoo bar", "word " * 20]
-PROMPTS = {"query": "Instruct: Find it\nQuery: ", "web_search": "unused"}
+WEB_SEARCH = "Instruct: Given a web search query, retrieve relevant passages\nQuery:"
+SIZES = {
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,
+}
+FLAGS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+MODULES = "sentence_transformers.models"
+NEW_POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+
+
+def pooling_flags(flag):
+    """Returns the older form of the settings of pooling."""
+    flags = {f"pooling_mode_{name}": name == flag for name in FLAGS}
+    return {"word_embedding_dimension": 16, **flags, "include_prompt": True}
+
+
+# Of each model: its class in transformers, its own fields of config.json, its prompts, its pooling,
+# and the tokens before and after a text. One without own fields is not normalized.
+PUBLISHED = {
+    "Qwen3-Embedding": (
+        *("Qwen3", {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}),
+        *({"query": WEB_SEARCH, "document": ""}, pooling_flags("lasttoken"), (), (END,)),
+    ),
+    "e5-mistral": (
+        *("Mistral", {"sliding_window": 4096, "pad_token_id": 1}),
+        *(
+            {"web_search_query": f"{WEB_SEARCH} ", "sts_query": "unused"},
+            pooling_flags("lasttoken"),
+        ),
+        *((BEGIN,), (END,)),
+    ),
+    "gte-Qwen2": (
+        *("Qwen2", {"is_causal": False, "auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}),
+        *({"query": f"{WEB_SEARCH} "}, pooling_flags("lasttoken"), (), (END,)),
+    ),
+    "llama-embed-nemotron": (
+        *("Llama", {"model_type": "llama_bidirec", "pooling": "avg", "temperature": 0.02}),
+        *({"query": f"{WEB_SEARCH} ", "document": "passage: "}, pooling_flags("mean_tokens")),
+        *((BEGIN,), ()),
+    ),
+    "without the prompt, not normalized": (
+        *("Qwen3", {}, {"query": WEB_SEARCH}),
+        *({"embedding_dimension": 16, "pooling_mode": "mean", "include_prompt": False}, (), ()),
+    ),
+}
+
+
+def save(folder, name):
+    """Writes a published model for sentence-transformers, without its own code."""
+    import torch
+    import transformers
+
+    architecture, own, prompts, pooling, begin, end = PUBLISHED[name]
+    torch.manual_seed(0)
+    fields = {
+        key: value
+        for key, value in own.items()
+        if key in ("sliding_window", "is_causal", "tie_word_embeddings")
+    }
+    config = getattr(transformers, f"{architecture}Config")(**SIZES, **fields)
+    getattr(transformers, f"{architecture}Model")(config).save_pretrained(folder)
+    if own.get("model_type"):
+        change(folder / "config.json", is_causal=False)
+    write_tokenizer(folder, "llama3" if begin else "gpt2", 400, begin, end)
+    special = {"bos_token": BEGIN if begin else None, "eos_token": END, "pad_token": END}
+    settings = {**special, "padding_side": "left" if own else "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    types = [f"{MODULES}.Transformer", f"{MODULES}.Pooling", f"{MODULES}.Normalize"]
+    if not own:
+        types = [types[0], NEW_POOLING]
+    paths = ("", "1_Pooling", "2_Normalize")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate(zip(paths, types, strict=False))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": prompts, "default_prompt_name": None})
+    )
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A small Qwen3 with its tokenizer, which adds EOS."""
-    import torch
-    from transformers import Qwen3Config, Qwen3Model
-
-    torch.manual_seed(0)
+    """A small Qwen3-Embedding."""
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    Qwen3Model(Qwen3Config(**sizes, initializer_range=0.4)).save_pretrained(folder)
-    write_tokenizer(folder, "gpt2", 320, begin=(), end=(END,))
-    settings = {"bos_token": None, "eos_token": END, "pad_token": BEGIN}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    save(folder, "Qwen3-Embedding")
     return folder
 
 
-def save(base, folder, pooling="lasttoken", prompts=None, others=(), **options):
-    """Returns the model that sentence-transformers saves in a folder."""
+@pytest.fixture
+def copy(base, tmp_path):
+    """A copy of `base`, to be changed."""
+    return shutil.copytree(base, tmp_path / "copy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_embeds_as_in_sentence_transformers(tmp_path, name):
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import modules as models
 
-    transformer = models.Transformer(str(base))
-    modules = [transformer, models.Pooling(16, pooling, **options), *others, models.Normalize()]
-    model = SentenceTransformer(modules=modules, prompts=prompts, device="cpu")
-    model.save(str(folder))
-    return model
+    save(tmp_path, name)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    expected = {way: getattr(theirs, way)(TEXTS) for way in ("encode_query", "encode_document")}
+    change(tmp_path / "config.json", **PUBLISHED[name][1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConversionWarning)
+        ours = GritLM.from_pretrained(tmp_path, dtype="float32", mesh=one_device())
+    assert ours.embedding_spec.normalize == ("not normalized" not in name)
+    for way, embeddings in expected.items():
+        got = getattr(ours, way)(TEXTS)
+        np.testing.assert_allclose(got, embeddings, atol=2e-5, err_msg=way)
 
 
-@pytest.mark.slow
+def spec_of(folder):
+    return EmbeddingSpec.from_fields(open_model(folder).fields)
+
+
+def test_what_a_model_says_of_its_attention_is_followed(copy):
+    assert spec_of(copy).attention == "cccc"
+    settings = copy / "sentence_bert_config.json"
+    settings.write_text(json.dumps({"config_args": {"is_causal": False}}))
+    assert spec_of(copy).attention == "bbcc"
+    settings.unlink()
+    change(copy / "config.json", use_bidirectional_attention=True)
+    assert spec_of(copy).attention == "bbcc"
+    change(copy / "config.json", use_bidirectional_attention=None)
+    code = {"AutoModel": "modeling_custom.Model", "AutoModelForCausalLM": "modeling_custom.LM"}
+    change(copy / "config.json", auto_map=code)
+    with pytest.warns(ConversionWarning, match=r"code \(modeling_custom\) is not run: pass atten"):
+        assert spec_of(copy).attention == "bbcc"
+    change(copy / "config.json", is_causal=True)
+    assert spec_of(copy).attention == "cccc"
+    change(copy / "config.json", is_causal=None, auto_map={"AutoModel": "modeling_gritlm7b.Model"})
+    (copy / "config_sentence_transformers.json").unlink()
+    assert spec_of(copy) == EmbeddingSpec(pooling="lasttoken", pool_instruction=True)
+    (copy / "modules.json").unlink()
+    assert spec_of(copy) == EmbeddingSpec()
+
+
+def test_a_bidirectional_type_is_read_without_files_of_sentence_transformers(copy, tmp_path):
+    from transformers import AutoConfig
+
+    save(llama := tmp_path / "llama", "llama-embed-nemotron")
+    for name in ("modules.json", "config_sentence_transformers.json"):
+        (llama / name).unlink()
+    own = PUBLISHED["llama-embed-nemotron"][1]
+    change(llama / "config.json", **own, is_causal=None)
+    spec = spec_of(llama)
+    assert (spec.attention, spec.pooling, spec.pool_instruction) == ("bbcc", "mean", True)
+    assert (spec.query_prompt, spec.document_prompt) == ("", "")
+    write_hugging_face(open_model(llama), tmp_path / "export", purpose="embedding")
+    config = AutoConfig.from_pretrained(tmp_path / "export")
+    assert (config.model_type, config.is_causal) == ("llama", False)
+    assert spec_of(tmp_path / "export") == spec
+    change(llama / "config.json", pooling="colbert")
+    with pytest.raises(ConversionError, match="pooling='colbert' is not supported, only avg, cls"):
+        open_model(llama)
+
+
 @pytest.mark.parametrize(
-    ("pooling", "prompts"), [("lasttoken", PROMPTS), ("mean", None), ("weightedmean", None)]
-)
-def test_a_model_embeds_as_in_sentence_transformers(base, tmp_path, pooling, prompts):
-    theirs = save(base, tmp_path / "model", pooling, prompts)
-    ours = GritLM.from_pretrained(tmp_path / "model", dtype="float32", mesh=one_device())
-    for name in ("encode_query", "encode_document"):
-        expected = getattr(theirs, name)(TEXTS)
-        np.testing.assert_allclose(getattr(ours, name)(TEXTS), expected, atol=1e-5, err_msg=name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "message"),
+    ("settings", "message"),
     [
-        ({"pooling": "max"}, "pooling 'max' is not supported"),
-        ({"pooling": ("cls", "mean")}, r"pooling \['cls', 'mean'\] is not supported"),
-        ({"pooling": "mean", "prompts": PROMPTS}, "pools its prompts, too: pass embed_instruction"),
+        ({"pooling_mode": "max"}, "pooling 'max' is not supported"),
+        ({"pooling_mode": ["cls", "mean"]}, r"pooling \['cls', 'mean'\] is not supported"),
+        (
+            {"pooling_mode": "weightedmean", "include_prompt": False},
+            "tokens are weighted by their index in the text, not in the prompt and the text",
+        ),
     ],
 )
-def test_what_differs_is_said(base, tmp_path, options, message):
-    save(base, tmp_path / "model", **options)
+def test_what_differs_is_said(copy, settings, message):
+    (copy / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     with pytest.warns(ConversionWarning, match=message):
-        open_model(tmp_path / "model")
+        open_model(copy)
 
 
-@pytest.mark.slow
-def test_other_modules_and_damaged_files_are_said(base, tmp_path):
-    from sentence_transformers.sentence_transformer import modules as models
-
-    save(base, tmp_path / "model", others=[models.LayerNorm(16)])
+def test_other_modules_and_damaged_files_are_said(copy):
+    modules = json.loads((copy / "modules.json").read_text())
+    modules[2] |= {"type": "sentence_transformers.models.LayerNorm", "path": "2_LayerNorm"}
+    (copy / "modules.json").write_text(json.dumps(modules))
     with pytest.warns(ConversionWarning, match=r"computed without LayerNorm \(2_LayerNorm\)"):
-        open_model(tmp_path / "model")
-    (tmp_path / "model" / "modules.json").write_text('{"idx": 0}')
+        open_model(copy)
+    (copy / "modules.json").write_text('{"idx": 0}')
     with pytest.raises(ConversionError, match=r"modules\.json is not a list of modules"):
-        open_model(tmp_path / "model")
+        open_model(copy)

@@ -76,6 +76,19 @@ def any_batches(request, folder):
     return make_batches(folder, chat_rates=chats, embedding=request.param, generative=request.param)
 
 
+def test_passes_count_how_often_each_dataset_is_read(any_batches):
+    steps = 200
+    counts = {}
+    for sampler in any_batches.samplers.values():
+        for batch in range(steps):
+            for dataset in sampler[batch].datasets:
+                name = sampler.datasets[dataset].name
+                counts[name] = counts.get(name, 0) + 1
+    sizes = {"short": 40, "long": 30, "chats": 25, "short_chats": 25}
+    expected = {name: counts[name] / size for name, size in sizes.items()}
+    assert any_batches.passes(steps) == pytest.approx(expected)
+
+
 def texts_of(packed):
     """The texts of packed rows, each as (tokens, mask); None for an unused index."""
     found = []

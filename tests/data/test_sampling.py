@@ -11,7 +11,7 @@ import pytest
 from grit_jax.data import sampling
 from grit_jax.data.kinds import BATCH_KINDS, sample_passages
 from grit_jax.data.manifest import Lengths, PreparedDataError
-from grit_jax.data.mixing import EpochShuffle
+from grit_jax.data.mixing import EpochShuffle, RoundSchedule
 from grit_jax.data.sampling import MixedSampler, SingleDatasetSampler
 
 SIZES = {"a": 60, "b": 40, "chats": 50}
@@ -142,13 +142,70 @@ def test_a_rate_that_is_not_positive_names_the_dataset(folder, rate):
 
 def test_too_few_examples_for_a_batch_name_the_folder(folder):
     with pytest.raises(PreparedDataError, match=r"b/train has 40 examples.*batch of 41"):
-        SingleDatasetSampler(open_datasets(folder, {"a": 0.5, "b": 0.5}), 41, 2, seed=0)
+        SingleDatasetSampler(open_datasets(folder, {"b": 0.5}), 41, 2, seed=0)
+    with pytest.raises(
+        PreparedDataError, match=r"a/train has 60 examples.*share of a batch, of 61"
+    ):
+        SingleDatasetSampler(open_datasets(folder, {"a": 60, "b": 40}), 101, 2, seed=0)
     # Half of a mixed batch of 60 is 30 examples.
     MixedSampler(open_datasets(folder, {"a": 0.5, "b": 0.5}), 60, 2, seed=0)
     with pytest.raises(
         PreparedDataError, match=r"b/train has 40 examples.*share of a batch, of 48"
     ):
         MixedSampler(open_datasets(folder, {"a": 0.2, "b": 0.8}), 60, 2, seed=0)
+
+
+@pytest.mark.usefixtures("windows")
+def test_datasets_smaller_than_a_batch_share_batches(folder):
+    sizes = {"large": 90, "small": 7, "tiny": 1, "medium": 22}
+    random = np.random.default_rng(1)
+    for name, size in sizes.items():
+        write_prepared(folder, name, embedding_examples(random, size, 8))
+
+    def make(rates=sizes, batch_size=30):
+        return SingleDatasetSampler(open_datasets(folder, rates), batch_size, 2, seed=5)
+
+    sampler = make()
+    assert sampler.sharing == [1, 2, 3] and sampler.turns == list(sizes.values())
+    assert sampler.describe_sharing().startswith(
+        "3 of 4 embedding datasets are too small for batches of their own (30): their 30 examples "
+        "share 25.0% of the batches"
+    )
+    steps = 3 * 4  # Three epochs of all 120 examples.
+    batches = [sampler[step] for step in range(steps)]
+    for index, size in enumerate(sizes.values()):
+        expected = [(epoch, n) for epoch in range(3) for n in range(size)]
+        assert of_dataset(batches, index) == expected
+    assert sorted(len(set(batch.datasets.tolist())) for batch in batches) == [1] * 9 + [3] * 3
+    # Any step can be resumed at.
+    assert [as_pairs(make()[step]) for step in (11, 3)] == [as_pairs(batches[n]) for n in (11, 3)]
+    assert make({"large": 90, "a": 60}).describe_sharing() is None
+    # Too few for a batch together: the next larger dataset joins them.
+    assert make({"large": 90, "a": 60, "tiny": 1, "small": 7}).sharing == [1, 2, 3]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    st.lists(st.sampled_from([0.5, 1, 2, 3.5]), min_size=6, max_size=6),
+    st.booleans(),
+)
+def test_a_round_has_one_run_of_each_dataset(sizes, rates, is_by_size):
+    rates = sizes if is_by_size else rates[: len(sizes)]
+    schedule = RoundSchedule(rates, sizes, "seed")
+    datasets, positions = schedule[np.arange(5 * len(schedule))]
+    assert not is_by_size or schedule.counts.tolist() == sizes
+    np.testing.assert_allclose(
+        schedule.counts / len(schedule), np.array(rates) / sum(rates), atol=1e-9
+    )
+    for round_ in np.split(datasets, 5):
+        changes = 1 + np.count_nonzero(np.diff(round_))
+        assert changes == len(sizes)
+        np.testing.assert_array_equal(np.bincount(round_, minlength=len(sizes)), schedule.counts)
+    for index, count in enumerate(schedule.counts):
+        np.testing.assert_array_equal(positions[datasets == index], np.arange(5 * count))
+    later = np.arange(2 * len(schedule), 3 * len(schedule))[::-1]
+    np.testing.assert_array_equal(schedule[later], (datasets[later], positions[later]))
 
 
 counts = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 7)), min_size=1, max_size=12)

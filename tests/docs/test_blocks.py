@@ -18,6 +18,7 @@ import subprocess
 from documents import PAGES, ROOT, blocks_of
 import pytest
 
+from grit_jax.text.columns import RowReader
 from grit_jax.text.kinds import TEXT_KINDS, kind_of_line
 
 # Replacements in commands, with the reason.
@@ -64,6 +65,7 @@ def test_a_block_is_run_or_says_why_not(block):
     assert not block.mark or re.fullmatch(kinds, block.mark), block.mark
     if block.language == "json":
         for line in map(json.loads, block.text.splitlines()):
+            line, _ = RowReader()(line)
             assert TEXT_KINDS[kind_of_line(line)].to_canonical(line)
     elif block.language == "sh":
         command = ["bash", "-n", "-c", block.text]

@@ -167,7 +167,7 @@ def test_scores_that_were_measured_otherwise_are_no_scores_of_this_run(exported,
     results.begin("mteb", settings)
     results.add("mteb", {"STS12": 0.5})
     command = ["mteb", str(exported), "--output", str(tmp_path), "--tasks", "BIOSSES"]
-    with pytest.raises(ResultsError, match="max_length was 64 and is 512"):
+    with pytest.raises(ResultsError, match="--max-length was 64 and is 512"):
         evaluate_command.run(command)
 
 

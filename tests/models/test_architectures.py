@@ -44,10 +44,26 @@ YARN = {
     "original_max_position_embeddings": 16,
     "rope_theta": 100.0,
 }
+SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 MODELS = {
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"rope_parameters": YARN}),
+    "qwen3-windows": ("Qwen3", WINDOWS),
+    "gemma3": (
+        "Gemma3",
+        {
+            "layer_types": [SLIDING, FULL],
+            "sliding_window": 6,
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 10.0},
+                FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0},
+            },
+            "query_pre_attn_scalar": 12,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
 }
 
 
@@ -59,9 +75,8 @@ def model(request, tmp_path_factory):
 
     name, fields = MODELS[request.param]
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES, **fields)
-    ).eval()
+    config_class = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZES, **fields)).eval()
     with torch.no_grad():  # Biases start at 0, and scales at 1.
         for parameter_name, parameter in theirs.named_parameters():
             if parameter_name.endswith("bias") or "norm" in parameter_name:
@@ -86,11 +101,20 @@ def assert_close(ours, theirs, relative=1e-5):
 def their_hidden(theirs, tokens, *, is_causal):
     import torch
 
-    length = tokens.shape[1]
-    mask = torch.ones(len(tokens), 1, length, length, dtype=torch.bool)
-    return theirs.model(
-        torch.tensor(tokens), attention_mask=mask.tril() if is_causal else mask
-    ).last_hidden_state
+    theirs.config.is_causal = is_causal
+    for layer in theirs.model.layers:
+        layer.self_attn.is_causal = is_causal
+    hidden = theirs.model(torch.tensor(tokens)).last_hidden_state
+    theirs.config.is_causal = True
+    for layer in theirs.model.layers:
+        layer.self_attn.is_causal = True
+    return hidden
+
+
+def their_logits(theirs, hidden):
+    logits = theirs.lm_head(hidden)
+    cap = getattr(theirs.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -99,7 +123,7 @@ def test_hidden_states_and_logits(model, tokens, is_causal):
     hidden = ours(tokens, is_causal=is_causal)
     expected = their_hidden(theirs, tokens, is_causal=is_causal)
     assert_close(hidden, expected)
-    assert_close(ours.logits(hidden), theirs.lm_head(expected))
+    assert_close(ours.logits(hidden), their_logits(theirs, expected))
 
 
 def test_gradients(model, tokens):
@@ -118,7 +142,7 @@ def test_gradients(model, tokens):
         return next_token + first @ second
 
     gradients = flatten_dict(nnx.to_pure_dict(jax.grad(loss)(state)))
-    logits = theirs.lm_head(their_hidden(theirs, tokens, is_causal=True))[:, :-1]
+    logits = their_logits(theirs, their_hidden(theirs, tokens, is_causal=True))[:, :-1]
     targets = torch.tensor(tokens[:, 1:]).flatten()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
     first, second = their_hidden(theirs, tokens, is_causal=False).mean(1)

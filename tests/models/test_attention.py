@@ -1,5 +1,7 @@
 """The attention mask, and the equality of all implementations of attention."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -89,8 +91,14 @@ KINDS = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_which_keys_a_query_attends_to(kind):
     expected = [[mark == "x" for mark in line.split()] for line in PICTURES[kind].split("\n")]
-    mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind]).as_array()
-    np.testing.assert_array_equal(mask[0], expected[1:-1])
+    mask = AttentionMask(SEGMENTS, POSITIONS, **KINDS[kind])
+    np.testing.assert_array_equal(mask.as_array()[0], expected[1:-1])
+    in_scan = dataclasses.replace(mask, is_sliding=jnp.array(True))
+    np.testing.assert_array_equal(in_scan.as_array()[0], expected[1:-1])
+    full = AttentionMask(SEGMENTS, POSITIONS, **{**KINDS[kind], "sliding_window": None}).as_array()
+    for is_sliding in (False, jnp.array(False)):
+        without = dataclasses.replace(mask, is_sliding=is_sliding).as_array()
+        np.testing.assert_array_equal(without, full)
 
 
 # ---- The kernel for TPUs ----
@@ -228,8 +236,9 @@ def hidden_and_gradients(model, tokens, mesh):
 def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configuration():
     tokens = jnp.asarray(np.tile(TOKENS, (2, 1)))
     one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)
-    expected = hidden_and_gradients(make_model("xla", sliding_window=20), tokens, one)
-    splash = make_model("splash", sliding_window=20)
+    windows = {"sliding_window": 20, "layer_types": ("sliding_attention", "full_attention")}
+    expected = hidden_and_gradients(make_model("xla", **windows), tokens, one)
+    splash = make_model("splash", **windows)
     results = hidden_and_gradients(splash, tokens, eight)
     for ours, theirs in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from prepared_data import embedding_examples, write_prepared
 import pytest
 import reference_values
 
@@ -22,6 +23,7 @@ from grit_jax.sharding import MeshError, make_mesh
 
 pytest.importorskip("libtpu", reason="libtpu has no wheel for this platform")
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TOKENS = {"query": 64, "passage": 64, "chat": 256}
 SIZES = {
     "vocab_size": 1024,
@@ -232,31 +234,33 @@ def test_the_weights_that_a_run_starts_from_have_the_say_about_sizes(monkeypatch
     assert adapted.optimizer_bytes_per_chip < whole.optimizer_bytes_per_chip / 2
 
 
+def pretended_plan(config, used, seconds, tokens_per_text):
+    return plan_module.Plan(
+        topology="1 x v5e:2x2",
+        num_chips=4,
+        mesh={"tensor": config.mesh.tensor},
+        remat=config.model.remat,
+        grad_cache_chunks=config.grad_cache_chunks,
+        rows={},
+        tokens_per_text=tokens_per_text,
+        tokens_per_step=1,
+        fits=used < 16 * plan_module.GIB,
+        hbm_bytes_per_chip=used,
+        hbm_limit_bytes_per_chip=16 * plan_module.GIB,
+        parameter_bytes_per_chip=1.0,
+        optimizer_bytes_per_chip=2.0,
+        compile_seconds=1.0,
+        step_seconds_bound=seconds,
+    )
+
+
 def test_the_search_finds_what_fits(monkeypatch):
     def pretend(config, topology, tokens):
         """Replaces compilation, which is slow: memory halves with chunks and depends on remat."""
         chunks, saves = config.grad_cache_chunks, config.model.remat == "save_matmuls"
         used = (40 if saves else 20) * plan_module.GIB / chunks / config.mesh.tensor
         seconds = (1.0 if saves else 1.2) * (1 + 0.1 * chunks) * (1 + 0.2 * config.mesh.tensor)
-        return plan_of(config, used, seconds)
-
-    def plan_of(config, used, seconds):
-        return plan_module.Plan(
-            topology="1 x v5e:2x2",
-            num_chips=4,
-            mesh={"tensor": config.mesh.tensor},
-            remat=config.model.remat,
-            grad_cache_chunks=config.grad_cache_chunks,
-            rows={},
-            tokens_per_step=1,
-            fits=used < 16 * plan_module.GIB,
-            hbm_bytes_per_chip=used,
-            hbm_limit_bytes_per_chip=16 * plan_module.GIB,
-            parameter_bytes_per_chip=1.0,
-            optimizer_bytes_per_chip=2.0,
-            compile_seconds=1.0,
-            step_seconds_bound=seconds,
-        )
+        return pretended_plan(config, used, seconds, tokens)
 
     monkeypatch.setattr(plan_module, "make_plan", pretend)
     plans = list(search(parse_config(small_config()), describe_topology("v5e:2x2"), TOKENS))
@@ -289,8 +293,44 @@ def test_attention_that_does_not_serve_a_step_is_named():
         make_plan(parse_config(config), describe_topology("v5e:2x2"), TOKENS)
 
 
+def test_average_lengths_are_those_of_the_data(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    examples = {
+        "nli": embedding_examples(random, 20, 40),
+        "quora": embedding_examples(random, 9, 90),
+    }
+    for name, listed in examples.items():
+        write_prepared(tmp_path, name, listed)
+    rates = {"nli": 3, "quora": 1}
+    (tmp_path / "embedding.json").write_text(json.dumps({"rates": rates}))
+    passages = {
+        name: np.mean([len(text) for each in listed for text in each.positives + each.negatives])
+        for name, listed in examples.items()
+    }
+    expected = round((3 * passages["nli"] + passages["quora"]) / 4)
+
+    made = []
+    monkeypatch.setattr(
+        "grit_jax.planning.command.make_plan",
+        lambda *a: made.append(a[2]) or pretended_plan(a[0], 1.0, 1.0, tokens_per_text=a[2]),
+    )
+    command = [
+        *("plan", f"--config={CONFIGS / 'gritlm_7b.py'}", f"--config.data.folder={tmp_path}"),
+        *("--config.data.embedding=embedding", "--query-tokens=7", "--topology=v5e-4"),
+    ]
+    plan = json.loads(grit_jax(*command, "--json", cwd=tmp_path).stdout)
+    assert made == [plan["tokens_per_text"]] == [{"query": 7, "passage": expected, "chat": 1024}]
+    assert plan["tokens_per_text_from"] == {
+        "query": "--query-tokens",
+        "passage": str(tmp_path),
+        "chat": "assumed",
+    }
+    printed = grit_jax(*command, cwd=tmp_path).stdout
+    assert "query 7 (--query-tokens), passage" in printed and "chat 1024 (assumed)" in printed
+
+
 def test_fields_that_are_taken_from_the_data_need_it(tmp_path):
-    config = Path(__file__).parents[2] / "configs" / "finetune.py"
+    config = CONFIGS / "finetune.py"
     wrong = grit_jax("plan", f"--config={config}", "--topology=v5e-4", cwd=tmp_path)
     assert_fails_in_one_line(wrong, "config.data.folder", "has no prepared data")
 

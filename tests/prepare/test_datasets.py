@@ -52,27 +52,17 @@ def test_a_declared_collection_can_be_mixed_with_the_sample(files):
         add_collection("mine", files)
 
 
-def test_the_folder_of_a_beir_dataset_is_refused(files):
-    (files / "scifact" / "qrels").mkdir(parents=True)
-    (files / "scifact" / "corpus.jsonl").write_text('{"_id": "1", "title": "", "text": "a"}')
-    (files / "scifact" / "queries.jsonl").write_text('{"_id": "1", "text": "a"}')
-    (files / "scifact" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore")
-    for folder in (files, files / "scifact"):
-        with pytest.raises(SourceError, match=r"/scifact is a BEIR dataset .*\{\"query\": text"):
-            add_collection("beir", folder)
-
-
 def test_files_of_a_folder_that_are_not_read_are_named(files, capsys):
     add_collection("read", files)
     assert capsys.readouterr().out == ""
     for number in range(6):
-        (files / f"{number}.csv").touch()
+        (files / f"{number}.xlsx").touch()
     (files / "notes").mkdir()
-    (files / "notes" / "a.parquet").touch()
+    (files / "notes" / "a.md").touch()
     add_collection("half_read", files)
     assert capsys.readouterr().out == (
-        f"{files}: not read, as they are not .jsonl or .jsonl.gz files: 0.csv, 1.csv, 2.csv, "
-        "3.csv, 4.csv and 2 more\n"
+        f"{files}: not read (of another type, or not for training): 0.xlsx, 1.xlsx, 2.xlsx, "
+        "3.xlsx, 4.xlsx and 2 more\n"
     )
 
 

@@ -130,6 +130,16 @@ def test_rejects_are_counted_by_their_reason(prepared):
         "prompt alone is too long": 1,
     }
     assert chats["count"] == 2
+    lines = (prepared / "chats" / "train" / "rejected.jsonl").read_text().splitlines()
+    too_long = json.loads(lines[-1])
+    tokenizer = Tokenizer()
+    tokens = 1 + len(tokenizer.encode("<|user|>\n" + "word " * 100 + "\n<|assistant|>\n"))
+    assert too_long == {
+        **{"file": too_long["file"], "line": 4, "reason": "prompt alone is too long"},
+        **{"tokens": tokens, "limit": 47},
+    }
+    report = (prepared / "report.txt").read_text()
+    assert f"too long (chats.jsonl:4, up to {tokens} of 47 tokens)" in report
 
 
 def test_cut_texts_instructions_and_what_is_not_read_are_recorded_and_reported(prepared):

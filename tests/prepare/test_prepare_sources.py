@@ -220,7 +220,7 @@ def test_every_kind_of_damage_rejects_its_line_and_is_reported(tmp_path):
     stored = (tmp_path / "out" / "pairs" / "train" / "rejected.jsonl").read_text().splitlines()
     assert {line["reason"]: line["line"] for line in map(json.loads, stored)} == lines
     for reason, line in lines.items():
-        assert f"1 {reason} (pairs.jsonl:{line})" in report
+        assert f"1 {reason} (pairs.jsonl:{line}" in report
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_a_damaged_archive_and_a_file_without_examples_are_named(tmp_path):
     assert not list((tmp_path / "out").rglob("manifest.json"))
     write_lines(tmp_path / "other.jsonl", [{"title": "x"}])
     finished = grit_jax_in_process("prepare", "other.jsonl", "--output", "out", cwd=tmp_path)
-    assert_fails_in_one_line(finished, "other.jsonl", "no line is an example")
+    assert_fails_in_one_line(finished, "other.jsonl", "no row is an example")
 
 
 @pytest.mark.slow

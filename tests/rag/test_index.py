@@ -50,6 +50,11 @@ def test_the_nearest_documents_are_found_on_any_devices(tmp_path, model):
         scores, numbers = DocumentIndex(tmp_path / "index", searching).search(queries, 5)
         np.testing.assert_array_equal(numbers, best)
         np.testing.assert_allclose(scores, np.take_along_axis(products, best, 1), atol=1e-5)
+        first_scores, first_numbers = DocumentIndex(tmp_path / "index", searching).search(
+            queries[0], 5
+        )
+        np.testing.assert_array_equal(first_numbers, numbers[0])
+        np.testing.assert_allclose(first_scores, scores[0], atol=1e-5)
 
 
 def test_many_queries_are_compared_in_few_shapes(tmp_path, model, count_compilations):
@@ -191,6 +196,8 @@ def test_what_is_wrong_with_an_index_is_named(tmp_path, model):
         build_index(model, DOCUMENTS, folder, caches="int4")
     with pytest.raises(DocumentIndexError, match="was built with max_length=700, not 64"):
         build_index(model, DOCUMENTS, folder, max_length=64)
+    with pytest.raises(InputError, match=r"have the shape \(2, 16\), but those in .* have 32 num"):
+        DocumentIndex(folder, model).search(np.zeros((2, 16), np.float32))
     path = folder / "part-00000" / "embeddings.npy"
     for content in (path.read_bytes()[:-100], b""):
         path.write_bytes(content)

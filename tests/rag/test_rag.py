@@ -16,6 +16,7 @@ from grit_jax.conversion import HuggingFaceModel
 from grit_jax.conversion.export import write_hugging_face
 from grit_jax.inference.cache_utils import concat_caches, rotate_keys
 from grit_jax.inference.prompt_encoder import InputError
+from grit_jax.models import make_config, make_model
 from grit_jax.rag import pipeline as pipeline_module
 from grit_jax.rag.command import run
 from grit_jax.rag.index import DocumentIndex, build_index
@@ -68,8 +69,14 @@ def exported(tmp_path_factory):
     return theirs, folder / "exported"
 
 
-def test_rotated_keys_are_those_of_later_positions(model):
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3"])
+def test_rotated_keys_are_those_of_later_positions(model, architecture):
     module = model.model
+    if architecture == "gemma3":
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        sizes = {name: getattr(module.config, name) for name in sizes}
+        windows = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 8}
+        module = make_model(make_config("gemma3", **sizes, **windows), seed=0)
     tokens = np.arange(5, 25)[None]
 
     def keys(first):
@@ -77,7 +84,7 @@ def test_rotated_keys_are_those_of_later_positions(model):
         positions = first + np.arange(20)[None]
         return module(tokens, positions, is_causal=False, cache=cache)[1].keys
 
-    found = rotate_keys(np.asarray(keys(0)), 37, module.config.rotary_frequencies())
+    found = rotate_keys(np.asarray(keys(0)), 37, module.config.layer_rotary_frequencies())
     np.testing.assert_allclose(found, keys(37), atol=2e-5)
 
 
@@ -113,7 +120,7 @@ def test_the_prompts_of_the_paper(index, model, cache_mode):
     cached = {"query": [query], "document": caches}
     names = cache_mode.removesuffix("-cache").split("-") if "cache" in cache_mode else []
     parts = [cache for name in names for cache in cached[name]]
-    frequencies = model.model.config.rotary_frequencies()
+    frequencies = model.model.config.layer_rotary_frequencies()
     cache = concat_caches(parts, frequencies, continue_positions=True) if parts else None
     prompt = PROMPTS[cache_mode].format(query=QUESTIONS[0], documents="\n\n".join(texts))
     assert answered.answer == model.generate(f"{prompt}The answer is", 8, cache=cache)

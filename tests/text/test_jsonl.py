@@ -6,17 +6,16 @@ import json
 
 from hypothesis import example, given, settings, strategies
 import pytest
+import zstandard
 
-from grit_jax.text import jsonl
+from grit_jax.text import json_stream, jsonl
 from grit_jax.text.examples import RejectedExample
 from grit_jax.text.jsonl import (
-    JsonlFiles,
     SourceError,
-    find_files,
     is_held_out,
-    kind_of_files,
     parse_line,
     read_blocks,
+    split_array,
     split_blocks,
 )
 
@@ -84,19 +83,26 @@ def test_compressed_files_are_read_alike(tmp_path):
     # Two members, as `cat a.gz b.gz` makes.
     packed = gzip.compress(content[:5000], mtime=0) + gzip.compress(content[5000:])
     (tmp_path / "packed.jsonl.gz").write_bytes(packed)
-    plain, packed = (
-        numbered(read_blocks(tmp_path / name, 999)) for name in ("plain.jsonl", "packed.jsonl.gz")
+    frames = [zstandard.compress(part) for part in (content[:5000], b"", content[5000:])]
+    (tmp_path / "packed.jsonl.zst").write_bytes(b"".join(frames))
+    plain, *packed = (
+        numbered(read_blocks(tmp_path / name, 999))
+        for name in ("plain.jsonl", "packed.jsonl.gz", "packed.jsonl.zst")
     )
-    assert plain == packed
+    assert packed == [plain, plain]
     assert [json.loads(line)["a"] for _, line in plain] == list(range(1000))
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b[:400] + b"x" * 50 + b[450:]])
-def test_a_damaged_compressed_file_is_named(tmp_path, damage):
-    path = tmp_path / "broken.jsonl.gz"
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_damaged_compressed_file_is_named(tmp_path, damage, suffix):
+    path = tmp_path / f"broken.jsonl.{suffix}"
     content = "".join(json.dumps({"a": number**9}) + "\n" for number in range(1000))
-    path.write_bytes(damage(gzip.compress(content.encode())))
-    with pytest.raises(SourceError, match=r"broken\.jsonl\.gz, after line \d+: "):
+    compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor(write_checksum=True).compress}[
+        suffix
+    ]
+    path.write_bytes(damage(compress(content.encode())))
+    with pytest.raises(SourceError, match=rf"broken\.jsonl\.{suffix}, after line \d+: "):
         list(read_blocks(path, 100))
 
 
@@ -110,74 +116,48 @@ def test_the_held_out_fraction_is_about_what_was_asked_and_falls_as_the_seed_say
     assert is_held_out(lines[0] + b"\r", 0.5, 0) == is_held_out(lines[0], 0.5, 0)
 
 
-def test_lines_are_held_out_of_training_alone():
-    files = JsonlFiles({"train": (), "validation": ()}, held_out=0.5)
-    lines = [str(number).encode() for number in range(100)]
-    assert {files.split_of("train", line) for line in lines} == {"train", "held_out"}
-    assert {files.split_of("validation", line) for line in lines} == {"validation"}
-
-
-def test_files_are_found_in_subfolders_and_in_order(tmp_path):
-    for name in ("b.jsonl", "sub/a.jsonl.gz", "a.jsonl", "notes.md", ".git/x.jsonl", "x.json"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    found = [str(path.relative_to(tmp_path)) for path in find_files(tmp_path)]
-    assert found == ["a.jsonl", "b.jsonl", "sub/a.jsonl.gz"]
-    assert find_files(tmp_path / "x.json") == [tmp_path / "x.json"]
-    with pytest.raises(SourceError, match=r"nowhere: no such file or folder"):
-        find_files(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match=r"empty has no \.jsonl or \.jsonl\.gz file: write one"):
-        find_files(tmp_path / "empty")
-    (tmp_path / "empty" / "x.csv").touch()
-    with pytest.raises(SourceError, match=r"empty has no \.jsonl .* file, only x\.csv: write one"):
-        find_files(tmp_path / "empty")
-
-
 LINE = b'{"query": "q", "pos": ["p"]}'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
-        (
-            "x.jsonl",
-            b"[" + LINE + b",\n" + LINE + b"]\n",
-            r"JSON array: .*jq -c '.\[\]' x",
-        ),
-        ("x.json", b"\xef\xbb\xbf \n[\n " + LINE + b"\n]", "is a JSON array"),
-        ("x.jsonl.gz", gzip.compress(b"[" + LINE + b"]", mtime=0), "is a JSON array"),
-        (
-            "x.json",
-            json.dumps({"query": "q"}, indent=2).encode(),
-            "several lines: .*jq -c .",
-        ),
-        ("x.parquet", b"PAR1", r"table, .*pandas.read_parquet\('x.parquet'\)"),
-        ("x.jsonl", b"PAR1", "pandas.read_parquet"),
-        ("x.csv", b"query,pos\na,b\n", "pandas.read_csv"),
+        ("x.json", json.dumps({"query": "q"}, indent=2).encode(), "several lines: .*jq -c ."),
         ("x.jsonl", gzip.compress(LINE, mtime=0), "is compressed: .*jsonl.gz"),
         ("x.jsonl", LINE.decode().encode("utf-16"), "not UTF-8: .*iconv -f UTF-16"),
         ("x.jsonl", LINE.decode().encode("utf-16-le"), "not UTF-8: .*iconv -f UTF-16"),
+        ("x.json", b"[" + LINE + b",\n" + LINE[:-5], "x.json, after element 0: .*too early"),
+        ("x.json", b"[" + LINE + b" " + LINE + b"]", r"',' or '\]' expected, not '{'"),
+        ("x.json", b"[" + LINE + b"] x", "'x' after the end of the array"),
     ],
 )
 def test_a_file_of_another_format_is_named_with_what_to_do(tmp_path, name, content, remedy):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(SourceError, match=remedy) as error:
-        kind_of_files([path], None)
+        list(read_blocks(path, 1000))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_kind_of_a_file_is_that_of_its_first_example(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('broken\n{"title": 1}\n\n{"text": ["u", "a"]}\n{"query": "q"}\n')
-    assert kind_of_files([path], None) == "generative"
-    path.write_text('{"title": 1}\n')
-    with pytest.raises(
-        SourceError,
-        match=r"a\.jsonl: no line is an example \(line 1: it has 'title'\); .*\"messages\"",
-    ):
-        kind_of_files([path], None)
-    path.write_text('{"title": 1}\n')
-    assert kind_of_files([path], lambda raw: {"query": raw["title"]}) == "embedding"
+values = strategies.recursive(
+    strategies.none() | strategies.floats(allow_nan=False) | strategies.text(),
+    lambda inner: strategies.lists(inner) | strategies.dictionaries(strategies.text(), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(
+    strategies.lists(strategies.dictionaries(strategies.text(), values, max_size=3), min_size=1),
+    strategies.sampled_from([None, 0, 3]),
+    strategies.integers(1, 99),
+)
+def test_the_elements_of_a_json_array_are_its_lines(elements, indent, block_bytes):
+    content = json.dumps(elements, indent=indent, ensure_ascii=False)
+    stream = io.BytesIO(content.encode("utf-8", "surrogatepass"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "MIN_CHUNK_BYTES", 1)
+        lines = numbered(split_array(stream, block_bytes))
+    assert [number for number, _ in lines] == list(range(1, len(elements) + 1))
+    read = [json.loads(line.decode("utf-8", "surrogatepass")) for _, line in lines]
+    assert read == elements

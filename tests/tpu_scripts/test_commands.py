@@ -27,6 +27,8 @@ def test_dry_run_prints_the_commands(pod):
         state,
         f"{tpus} tpu-vm accelerator-types describe v6e-16 '--format=value(type)' {where}",
         f"{tpus} tpu-vm describe run '--format=value(state)' {where}",
+        "# run: 16 chips, per hour 16 chip-hours; for a run, set RUN_HOURS to the hours that"
+        " grit-jax plan prints (docs/pods.md)",
         f"{tpus} queued-resources create run --accelerator-type=v6e-16"
         f" --runtime-version=v2-alpha-tpuv6e --node-id=run --spot {where}",
         state,
@@ -91,6 +93,26 @@ def test_accelerator_types(pod):
         (create,) = [line for line in dry_run(pod, "create") if " create " in line]
         assert f"--runtime-version={version} --node-count=2 --node-prefix=run --zone" in create
         assert f"worker.sh check {2 * devices}'" in dry_run(pod, "setup")[-1]
+
+
+def test_dry_run_prints_chip_hours_and_their_cost(pod):
+    def cost(**settings):
+        pod.set(**settings)
+        (line,) = [line for line in dry_run(pod, "watch") if line.startswith("#")]
+        return line
+
+    per_hour = cost(NUM_SLICES="2", PRICE_PER_CHIP_HOUR="2.7")
+    assert per_hour.startswith("# run: 32 chips, per hour 32 chip-hours, 86.40 at 2.7 each; for")
+    chips = {"v5p-128": 64, "v3-32": 16, "v5litepod-256": 256}
+    for accelerator_type, number in chips.items():
+        line = cost(ACCELERATOR_TYPE=accelerator_type, RUN_HOURS="26.5")
+        assert (
+            line
+            == f"# run: {number} chips for 26.5 hours (RUN_HOURS): {26.5 * number:g} chip-hours"
+        )
+    line = cost(RUN_HOURS="10", PRICE_PER_CHIP_HOUR="1.35")
+    assert line == "# run: 16 chips for 10 hours (RUN_HOURS): 160 chip-hours, 216.00 at 1.35 each"
+    pod.set()
 
 
 def test_example_settings_need_only_project_zone_and_bucket(pod):

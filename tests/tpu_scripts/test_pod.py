@@ -269,6 +269,7 @@ def test_unwritable_bucket_keeps_no_nodes(pod):
         ({"BUCKET": "gs://bucket"}, "without gs://"),
         ({"PROVISIONING": "preemptible"}, "spot, reserved or on-demand"),
         ({"NUM_SLICES": "0"}, "NUM_SLICES=0"),
+        ({"PRICE_PER_CHIP_HOUR": "$2"}, "PRICE_PER_CHIP_HOUR=$2 in"),
         ({"ACCELERATOR_TYPE": "tpu7x-64"}, "GKE only"),
         ({"CONFIG": "configs/mine.py"}, "git add it"),
     ],

@@ -205,6 +205,7 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert f"starting from {exported}" in finished.stdout
+    assert "passes over each dataset in 1 steps: " in finished.stdout
     np.testing.assert_allclose(
         read_lines(tmp_path / "second")[0]["held_out/perplexity"],
         measured[1]["held_out/perplexity"],

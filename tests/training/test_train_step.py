@@ -37,6 +37,7 @@ LOSS = LossConfig(
 )
 
 
+WINDOWS = ("sliding_attention", "full_attention")
 MIXTRAL = make_config("mixtral", **SIZES, num_local_experts=4)
 
 
@@ -223,8 +224,12 @@ def test_logits_of_low_precision_change_only_the_generative_loss():
         (MIXTRAL, {"fsdp": 2, "tensor": 2, "expert": 2}),
         (make_config("qwen2", **SIZES), {"fsdp": 4, "tensor": 2}),
         (make_config("qwen3", **SIZES), {"fsdp": 4, "tensor": 2}),
+        (
+            make_config("gemma3", **SIZES, layer_types=WINDOWS, sliding_window=4),
+            {"fsdp": 4, "tensor": 2},
+        ),
     ],
-    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts", "qwen2", "qwen3"],
+    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts", "qwen2", "qwen3", "gemma3"],
 )
 def test_eight_devices_take_the_step_of_one_device(config, axes):
     results = []
