@@ -258,9 +258,9 @@ class Engine:
                 decode = functools.partial(self._programs.decode, rows(count, row_pages), tokens, 1)
                 self.run(decode)
             for count, length in sorted(reads):
-                tokens, num_tokens = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
-                batch = rows(count, row_pages)
-                self.run(functools.partial(self._programs.read, batch, tokens, num_tokens))
+                tokens, batch = np.zeros((count, length), np.int32), rows(count, row_pages)
+                none = np.zeros(count, np.int32)
+                self.run(functools.partial(self._programs.read, batch, tokens, none))
 
     def close(self) -> None:
         """Cancels all requests and ends the thread."""

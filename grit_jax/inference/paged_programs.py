@@ -163,17 +163,15 @@ class PagedPrograms:
             indices[: len(chosen)] = chosen
             slots = slice(first * page_size, (first + PAGES_PER_LOAD) * page_size)
 
-            def in_pages(array: np.ndarray | None, slots: slice = slots) -> np.ndarray:
+            loaded = []
+            for array in (keys, values):
                 padded = np.zeros((L, PAGES_PER_LOAD * page_size, K, H), self._keys.dtype)
                 if array is not None:
                     part = array[:, slots]
                     padded[:, : part.shape[1]] = part
-                return padded.reshape(L, PAGES_PER_LOAD, page_size, K, H)
-
+                loaded.append(padded.reshape(L, PAGES_PER_LOAD, page_size, K, H))
             with jax.set_mesh(self._mesh):
-                self._keys, self._values = self._load(
-                    self._keys, self._values, indices, in_pages(keys), in_pages(values)
-                )
+                self._keys, self._values = self._load(self._keys, self._values, indices, *loaded)
 
     def _announced(self, purpose: str, rows: Rows) -> contextlib.AbstractContextManager[None]:
         return self._notice.around(purpose, rows.page_table.shape, rows.sampling is None)
@@ -194,7 +192,7 @@ class PagedPrograms:
         last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, last, axis=1)
         seen = seen_tokens(rows, model.config.vocab_size)
-        chosen = next_tokens(model, hidden, rows, rows.num_new, seen)
+        chosen = next_tokens(model, hidden, rows, jnp.asarray(rows.num_new), seen)
         return cache.keys, cache.values, chosen
 
     def _decode_tokens(
@@ -213,7 +211,7 @@ class PagedPrograms:
             cache=PagedCache(keys, values, rows.page_table, rows.lengths),
             tokens=tokens,
             num_new=jnp.asarray(rows.num_new),
-            is_done=rows.num_new >= rows.max_new_tokens,
+            is_done=jnp.asarray(rows.num_new >= rows.max_new_tokens),
             seen=seen_tokens(rows, model.config.vocab_size),
             generated=jnp.full((B, MAX_STEPS), NO_TOKEN, jnp.int32),
             step=jnp.int32(0),
