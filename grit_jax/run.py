@@ -14,7 +14,7 @@ from rich.console import Console
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.compilation_cache import compilation_cache
 from grit_jax.config import Config, changed_fields
-from grit_jax.config_from_data import complete_config
+from grit_jax.config_from_data import check_prepared, complete_config
 from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
@@ -70,6 +70,7 @@ def run(config: Config, workdir: epath.Path) -> None:
       Stopped: the process received SIGTERM or SIGINT, and the state is saved.
     """
     console = Console(quiet=not is_primary(), markup=False)  # Paths may contain [brackets].
+    check_prepared(config)
     config = complete_config(config)
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)

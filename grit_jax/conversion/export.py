@@ -144,7 +144,7 @@ def _write_small_files(
     """Writes everything but the weights and what depends on their type."""
     model_type = model.fields["model_type"]
     write_tokenizer(tokenizer, folder, model_type, model.config.max_position_embeddings)
-    write_chat_template(folder, adds_bos=tokenizer.adds_bos)
+    write_chat_template(folder, tokenizer)
     if purpose != GENERATION:
         write_sentence_transformers(folder, model.config, spec)
     ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}

@@ -193,12 +193,16 @@ class Engine:
         cache = None if request.caches is None else request.caches[0]
         if cache is not None:
             self._check_cache(cache, f"the cache of prompt {index}")
+        number, scaling = next(self._numbers), self._config.rope_scaling
+        # Then keys depend on tokens that follow, so that a prefix cannot be shared.
+        is_own = scaling is not None and scaling.depends_on_length
         sequence = TokenSequence(
-            number=next(self._numbers),
+            number=number,
             tokens=prompt.tolist(),
             max_new_tokens=request.max_new_tokens,
             cached_pages=() if cache is None else page_contents(cache),
             num_cached=0 if cache is None else cache.num_slots,
+            salt=str(number).encode() if is_own else b"",
         )
         needed = sequence.length + sequence.max_new_tokens
         if self.scheduler.pages_for(needed) > self._num_pages:
