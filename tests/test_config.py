@@ -35,6 +35,7 @@ from grit_jax.training.optimizer import learning_rate_schedule
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
 PARAMETERS = {
+    "gemma3_1b": 999_885_952,
     "llama3_8b": 8_030_261_248,
     "qwen3_0_6b": 596_049_920,
     "qwen3_4b": 4_022_468_096,

@@ -10,6 +10,7 @@ import numpy as np
 
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import ParamSpec
+from grit_jax.conversion.model_card import write_card
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, write_tensors
 from grit_jax.conversion.sidecar_files import (
     needs_code,
@@ -49,6 +50,7 @@ def write_hugging_face(
     pooling: str | None = None,
     query_instruction: str | None = None,
     document_instruction: str | None = None,
+    license_name: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> EmbeddingSpec:
     """Exports a model as a Hugging Face folder.
@@ -70,6 +72,8 @@ def write_hugging_face(
       query_instruction: what precedes a query by default, in plain words; by default the one stored
         with the model, or none.
       document_instruction: what precedes a document by default, as for queries.
+      license_name: the license in the model card, an identifier of the Hub; by default the one in
+        the base model's card, if there is one.
       shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
     Returns:
@@ -116,6 +120,8 @@ def write_hugging_face(
             _share_weights(first, other)
         for name, part in parts.items():
             _write_config(model, part, spec, name, stored_dtype)
+            title = part.relative_to(unfinished.parent).as_posix()
+            write_card(part, title, model, spec, license_name)
     return spec
 
 
@@ -143,7 +149,7 @@ def _write_small_files(
     """Writes everything but the weights and what depends on their type."""
     model_type = model.fields["model_type"]
     write_tokenizer(tokenizer, folder, model_type, model.config.max_position_embeddings)
-    write_chat_template(folder, adds_bos=tokenizer.adds_bos)
+    write_chat_template(folder, tokenizer)
     if purpose != GENERATION:
         write_sentence_transformers(folder, model.config, spec)
     ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}

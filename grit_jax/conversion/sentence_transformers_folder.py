@@ -16,6 +16,7 @@ from grit_jax.conversion.sidecar_files import (
 from grit_jax.conversion.stored_model import ConversionError, warn
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import GRIT_FIELD
+from grit_jax.text.templates import template_of_prompt
 
 KINDS = ("query", "document")
 # The modules that are computed; a linear layer is one of an export.
@@ -81,6 +82,8 @@ def read_embedding_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, 
             others.append(f"{kind} ({module['path']})")
     if others:
         warn(f"{folder / MODULES}: embeddings are computed without {', '.join(others)}")
+    if template := template_of_prompt(prompts.get("query_prompt", "")):
+        fields["template"] = template
     return fields | prompts
 
 

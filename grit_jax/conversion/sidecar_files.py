@@ -10,8 +10,9 @@ from grit_jax.files import write_json
 from grit_jax.models import ModelConfig
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.templates import exported_chat_template
 from grit_jax.text.tokenizer import Tokenizer
-from grit_jax.text.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
+from grit_jax.text.tokenizer_files import CHAT_TEMPLATE, HUGGING_FACE, SENTENCEPIECE
 
 FILES = Path(__file__).with_name("files")
 TRANSFORMER, TOKENIZER = "grit_transformer.py", "grit_tokenizer.py"
@@ -70,12 +71,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str, max_len
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def write_chat_template(folder: Path, *, adds_bos: bool) -> None:
-    """Replaces the tokenizer's chat template by GRIT's, with BOS or without."""
-    template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
-    if not adds_bos:
-        template = template.removeprefix("{{- bos_token -}}\n")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes the chat template of a tokenizer or, without one, GRIT's."""
+    template = tokenizer.chat_template or exported_chat_template(adds_bos=tokenizer.adds_bos)
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     # Versions of transformers before 4.43 read it from the tokenizer's settings.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})

@@ -35,9 +35,11 @@ from grit_jax.models.decoder import Decoder, HeadError, Stream
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.gemma import GEMMA3
 from grit_jax.models.kv_cache import KVCache
+from grit_jax.models.ministral import MINISTRAL3
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
 from grit_jax.models.qwen import QWEN2, QWEN3
+from grit_jax.models.qwen_moe import QWEN3_MOE
 from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
@@ -64,10 +66,12 @@ __all__ = [
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": GEMMA3,
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 

@@ -123,9 +123,12 @@ class Gemma3(Architecture):
         del fields["hidden_act"]
         is_sliding = config.sliding_layers() & (config.sliding_window is not None)
         local, scaling = config.rope_local_base_freq or config.rope_theta, config.rope_scaling
+        scalar = config.query_pre_attn_scalar or config.head_dim
         return {
             **fields,
             "hidden_activation": "gelu_pytorch_tanh",
+            # Transformers reads 256, but not 256.0.
+            "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
             "layer_types": [SLIDING if sliding else FULL for sliding in is_sliding],
             "rope_parameters": {
                 FULL: fields["rope_parameters"],

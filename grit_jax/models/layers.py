@@ -17,7 +17,7 @@ from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.config import ModelConfig
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.linear import LinearLayers, linear
-from grit_jax.models.rotary import rotary_embedding
+from grit_jax.models.rotary import rotary_embedding, text_lengths
 from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import with_logical_constraint
 
@@ -130,12 +130,18 @@ class Attention(LinearLayers):
         query, key = heads("query", "heads"), heads("key", "kv_heads")
         value = heads("value", "kv_heads")
         frequencies, amplitude = self.config.rotary_frequencies(), self.config.rotary_amplitude
+        scaling = self.config.rope_scaling
+        if scaling is not None and scaling.depends_on_length:
+            lengths = text_lengths(positions, mask.segment_ids)
+            frequencies = scaling.scale_by_length(frequencies, lengths)
         if self.config.rope_local_base_freq is not None:
             local = self.config.local_rotary_frequencies()
             frequencies = jnp.where(mask.is_sliding, local, frequencies)
             amplitude = jnp.where(mask.is_sliding, 1.0, amplitude)
         query = rotary_embedding(query, positions, frequencies, amplitude)
         key = rotary_embedding(key, positions, frequencies, amplitude)
+        if scaling is not None and scaling.llama_4_scaling_beta is not None:
+            query *= scaling.query_scale(positions).astype(query.dtype)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.layer_keys_and_values(layer)

@@ -26,13 +26,14 @@ from grit_jax.inference.gritlm import Chat, GritLM
 from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
-    check_instruction,
+    as_list,
+    check_count,
     document_text,
+    prompt_of_instruction,
 )
 from grit_jax.models import KVCache
 from grit_jax.rag.documents import Document, document_id
 from grit_jax.rag.index import DocumentIndex
-from grit_jax.text.templates import embedding_prefix
 
 # What the user's message consists of, separated by empty lines. What is cached precedes it.
 MESSAGES = {
@@ -161,9 +162,17 @@ class RagPipeline:
             raise InputError(f"cache_mode={cache_mode!r} must be one of {', '.join(CACHE_MODES)}")
         if positions not in ("continued", "restarted"):
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
+        scaling = model.model.config.rope_scaling
+        moves_keys = "cache" in cache_mode and positions == "continued"
+        if moves_keys and scaling is not None and scaling.depends_on_length:
+            raise InputError(
+                f"keys with rotary embeddings of type {scaling.rope_type!r} cannot be moved: pass "
+                "positions='restarted' or cache_mode='document-prompt'"
+            )
         model.model.check_has_head()
-        if num_documents < 1:
-            raise InputError(f"num_documents={num_documents} must be positive")
+        check_count("num_documents", num_documents)
+        if not isinstance(prompt, RagPrompt):
+            raise InputError(f"prompt is of type {type(prompt).__name__}: give a RagPrompt")
         if not len(index):
             raise InputError(f"{index.folder} has no documents: run grit-jax rag build")
         self._model, self._index, self._cache_mode = model, index, cache_mode
@@ -173,7 +182,7 @@ class RagPipeline:
             stored = index.settings["query_prompt"]
             self._query_prompt = model.embedding_spec.query_prompt if stored is None else stored
         else:
-            self._query_prompt = embedding_prefix(check_instruction(instruction))
+            self._query_prompt = prompt_of_instruction(instruction, model.embedding_spec)
         # What is cached, in the order of the prompt: "query", "document", both or none.
         is_cached = cache_mode.endswith("-cache")
         self._cached = cache_mode.removesuffix("-cache").split("-") if is_cached else []
@@ -200,7 +209,7 @@ class RagPipeline:
         Raises:
           InputError: a question is empty, or too long for the model with its documents.
         """
-        questions = [questions] if isinstance(questions, str) else list(questions)
+        questions = [questions] if isinstance(questions, str) else as_list(questions, "questions")
         self._check(questions, history)
         batch_size = min(len(questions), BATCH_SIZE if self._cached else len(questions))
         answers: list[RagAnswer] = []
@@ -250,8 +259,6 @@ class RagPipeline:
 
     def _check(self, questions: Sequence[str], history: Chat) -> None:
         """Checks all questions before the first is answered."""
-        if not questions:
-            raise InputError("no questions were given: give at least one")
         if history and "query" in self._cached:
             raise InputError(
                 f"cache_mode={self._cache_mode!r} puts the question before the conversation: use "
