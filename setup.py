@@ -12,6 +12,7 @@ CORE = [
     "filelock>=4.2",  # JAX needs it to bound the compilation cache.
     "flax>=0.12.12",
     "grain>=0.2.18",
+    "huggingface-hub>=2.4",
     "jax>=0.12",
     "jaxtyping>=0.3.11",
     "jinja2>=3.1.6",  # Renders chat templates; older versions have holes in the sandbox.

@@ -277,6 +277,9 @@ class Config:
       log_every_steps: log metrics every this many steps.
       watchdog_timeout_seconds: exit (so that a supervisor restarts the run) if no step completes
         within this many seconds; 0 disables it.
+      tracker: also send metrics to "wandb", "trackio" or "mlflow", whose package must be installed
+        and is set up by its environment variables; "tensorboard" only writes the events in the
+        working directory, as all runs do.
       grad_cache_chunks: number of chunks that a step's batch is split into to save memory
         (GradCache, arXiv 2101.06983). With more than 1, embedding texts go through the model twice.
       model: the model, and the weights to start from.
@@ -296,6 +299,7 @@ class Config:
     seed: int = 0
     log_every_steps: PositiveInt = 10
     watchdog_timeout_seconds: NonNegativeFloat = 1800.0
+    tracker: Literal["tensorboard", "wandb", "trackio", "mlflow"] = "tensorboard"
     grad_cache_chunks: PositiveInt = 1
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     lora: LoraSection = dataclasses.field(default_factory=LoraSection)

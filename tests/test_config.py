@@ -352,6 +352,20 @@ def test_a_size_of_the_wrong_type_is_named(own_file, size, value, wanted):
         model_config(config)
 
 
+def test_some_layers_may_have_a_sliding_window():
+    def layer_types(*types, window=""):
+        flag = f"--config.model.sizes.layer_types={types}"
+        return model_config(parse(TINY, flag, *window.split())).layer_types
+
+    window = "--config.model.sizes.sliding_window=4"
+    types = ("full_attention", "sliding_attention")
+    assert layer_types(*types, window=window) == types
+    with pytest.raises(ConfigError, match="layer_types has 'sliding_attention': set "):
+        layer_types(*types)
+    with pytest.raises(ConfigError, match="must be a list of 'sliding_attention' and 'full_atten"):
+        layer_types("local", "global", window=window)
+
+
 def test_a_mixtral_may_go_without_the_loss_of_its_router():
     def coefficient(value):
         flag = f"--config.model.sizes.router_aux_loss_coef={value}"

@@ -51,6 +51,7 @@ def run(argv: Sequence[str]) -> None:
             pooling=arguments.pooling,
             query_instruction=arguments.query_instruction,
             document_instruction=arguments.document_instruction,
+            license_name=arguments.license,
         )
         if arguments.purpose != GENERATION and spec.attention[1] == "b":
             warn_if_causal(model.fields["model_type"])
@@ -75,6 +76,7 @@ def _export_adapter(arguments: argparse.Namespace) -> None:
         base_name=arguments.base_name,
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype or "float32",
+        license_name=arguments.license,
     )
 
 
@@ -123,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME_OR_FOLDER",
         help="with --adapter: what adapter_config.json calls the base model (default: its name on "
         "the Hub, else its folder)",
+    )
+    to_hf.add_argument(
+        "--license",
+        help="license in the model card, such as apache-2.0 (default: that in the base's card)",
     )
     to_hf.add_argument(
         "--tokenizer",

@@ -72,9 +72,10 @@ class SafetensorsFolder:
                 f"{folder / INDEX} names {len(missing)} tensors that are in no file, such as "
                 f"{missing[0]}: download the model again"
             )
-        dense = folder / DENSE / SINGLE
-        if dense.exists():
-            self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(dense)}
+        for name in DENSE:
+            dense = folder / name / SINGLE
+            if dense.exists():
+                self._tensors |= {f"{name}/{t.stored_name}": t for t in _tensors(dense)}
 
     def _add(self, name: str, tensor: "_Tensor") -> None:
         if not self._is_adapter and (".lora_" in name or ".base_layer." in name):

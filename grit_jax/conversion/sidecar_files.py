@@ -1,5 +1,6 @@
 """The files next to the weights of an export: tokenizer, chat template, pooling settings."""
 
+import itertools
 import json
 from pathlib import Path
 import shutil
@@ -26,6 +27,8 @@ SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 # without bidirectional attention do not have the second name, and refuse the model.
 TRANSFORMER_CLASS = "sentence_transformers.models.Transformer"
 BIDIRECTIONAL_CLASS = "sentence_transformers.base.modules.transformer.Transformer"
+# The activation function of a linear layer without one.
+IDENTITY = "torch.nn.modules.linear.Identity"
 # The field of the settings of pooling that switches each pooling on.
 POOLING_FIELDS = {
     "cls": "pooling_mode_cls_token",
@@ -102,9 +105,13 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
     else:
         first = BIDIRECTIONAL_CLASS if is_bidirectional else TRANSFORMER_CLASS
     modules = [(first, ""), ("sentence_transformers.models.Pooling", "1_Pooling")]
-    if config.embedding_projection_size is not None:
-        _write_dense_settings(folder / DENSE, config)
-        modules.append(("sentence_transformers.models.Dense", DENSE))
+    sizes = config.embedding_projection_hidden_size, config.embedding_projection_size
+    sizes = [config.hidden_size, *(size for size in sizes if size is not None)]
+    for name, (num_inputs, num_outputs) in zip(DENSE, itertools.pairwise(sizes), strict=False):
+        _write_dense_settings(
+            folder / name, num_inputs, num_outputs, config.embedding_projection_bias
+        )
+        modules.append(("sentence_transformers.models.Dense", name))
     if spec.normalize:
         path = f"{len(modules)}_Normalize"
         (folder / path).mkdir()
@@ -142,12 +149,12 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
     )
 
 
-def _write_dense_settings(folder: Path, config: ModelConfig) -> None:
+def _write_dense_settings(folder: Path, num_inputs: int, num_outputs: int, has_bias: bool) -> None:
     folder.mkdir()
     settings = {
-        "in_features": config.hidden_size,
-        "out_features": config.embedding_projection_size,
-        "bias": True,
-        "activation_function": "torch.nn.modules.linear.Identity",
+        "in_features": num_inputs,
+        "out_features": num_outputs,
+        "bias": has_bias,
+        "activation_function": IDENTITY,
     }
     write_json(folder / "config.json", settings)

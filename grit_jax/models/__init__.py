@@ -38,6 +38,7 @@ from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.ministral import MINISTRAL3
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
+from grit_jax.models.paged_cache import PagedCache
 from grit_jax.models.qwen import QWEN2, QWEN3
 from grit_jax.models.qwen_moe import QWEN3_MOE
 from grit_jax.models.rotary import RopeScaling
@@ -52,8 +53,10 @@ __all__ = [
     "KVCache",
     "LoraConfig",
     "ModelConfig",
+    "PagedCache",
     "RouterStatistics",
     "Stream",
+    "causal_fields",
     "config_from_hugging_face",
     "config_to_hugging_face",
     "lora_layers",
@@ -148,6 +151,15 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
         field.
     """
     return _architecture_of(fields).config_from_hugging_face(fields)
+
+
+def causal_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a Hugging Face `config.json`, as it is for causal attention.
+
+    Raises:
+      ValueError: the architecture is not supported.
+    """
+    return _architecture_of(fields).causal_fields(fields)
 
 
 def unread_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

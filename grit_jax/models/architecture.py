@@ -38,6 +38,8 @@ TRANSFORMERS_DEFAULTS = {
     # and a sentence-transformers folder stores the projection.
     "has_lm_head": True,
     "embedding_projection_size": None,
+    "embedding_projection_hidden_size": None,
+    "embedding_projection_bias": True,
 }
 
 # Fields of config.json that would change the computation, and the supported values of each.
@@ -170,8 +172,17 @@ class Architecture:
         return {**COMMON_SIZES, **self.defaults}
 
     def causal_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the content of a config.json, as it would be of a causal model."""
+        """Returns the content of a config.json, as it is for causal attention."""
         return dict(fields)
+
+    def bidirectional_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a config.json, as it is for bidirectional attention.
+
+        Args:
+          fields: the result of `causal_fields`.
+        """
+        # text-embeddings-inference reads the second name.
+        return {**fields, "is_causal": False, "use_bidirectional_attention": True}
 
     def embedding_scale(self, config: ModelConfig) -> float:
         """Returns what token embeddings are multiplied by."""
@@ -328,7 +339,7 @@ class Architecture:
             types = [SLIDING if is_sliding else FULL for is_sliding in config.sliding_layers()]
             fields["layer_types"] = types
         if config.embedding_projection_size is None:
-            del fields["embedding_projection_size"]
+            fields = {n: v for n, v in fields.items() if not n.startswith("embedding_projection_")}
         if config.has_lm_head:
             del fields["has_lm_head"]
         return {

@@ -32,6 +32,7 @@ AXIS_FIELDS = {
     "experts": "num_local_experts",
     "router": "num_local_experts",
     "embedding": "embedding_projection_size",
+    "embedding_hidden": "embedding_projection_hidden_size",
     "layers": "num_hidden_layers",
 }
 
@@ -101,6 +102,9 @@ class ModelConfig:
       router_aux_loss_coef: weight of the router's load-balancing loss.
       embedding_projection_size: output size of a linear layer applied to pooled hidden states;
         None for no such layer.
+      embedding_projection_hidden_size: output size of another linear layer before it; None for no
+        such layer (EmbeddingGemma has both).
+      embedding_projection_bias: whether these layers have a bias.
       rope_local_base_freq: base of the rotary frequencies of sliding layers, which are not scaled;
         None for that of the other layers.
       query_pre_attn_scalar: attention scores are divided by its square root; None for `head_dim`.
@@ -150,6 +154,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
 
     embedding_projection_size: int | None = None
+    embedding_projection_hidden_size: int | None = None
+    embedding_projection_bias: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
     logits_dtype: str = "float32"
@@ -296,6 +302,8 @@ FEATURES = (
 # How a model is computed and trained: the fields that every architecture has besides its sizes.
 SETTINGS = (
     "embedding_projection_size",
+    "embedding_projection_hidden_size",
+    "embedding_projection_bias",
     "dtype",
     "param_dtype",
     "logits_dtype",

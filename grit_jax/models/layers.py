@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.config import ModelConfig
-from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.linear import LinearLayers, linear
+from grit_jax.models.paged_cache import Cache
 from grit_jax.models.rotary import rotary_embedding, text_lengths
 from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import with_logical_constraint
@@ -104,9 +104,9 @@ class Attention(LinearLayers):
         self,
         hidden: Float[Array, "M D"],
         mask: AttentionMask,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "M D"], KVCache | None]:
+    ) -> tuple[Float[Array, "M D"], Cache | None]:
         """Returns the output of attention, and the cache with this layer's new keys and values.
 
         Args:
@@ -182,17 +182,24 @@ class GegluMLP(MLP):
 
 
 class EmbeddingProjection(nnx.Module):
-    """A linear layer, with a bias, from hidden states to embeddings.
+    """Linear layers, one or two, from hidden states to embeddings.
 
-    It is applied after pooling. Since pooling takes a mean, that equals applying it to every token,
-    at a fraction of the cost.
+    They are applied after pooling. Since pooling takes a mean, that equals applying them to every
+    token, at a fraction of the cost.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightTable, scope: str, *, rngs: nnx.Rngs):
-        self.weight = weights[f"{scope}.weight"].initialize(config, rngs)
-        self.bias = weights[f"{scope}.bias"].initialize(config, rngs)
+        for name in ("hidden_weight", "hidden_bias", "weight", "bias"):
+            if f"{scope}.{name}" in weights:
+                setattr(self, name, weights[f"{scope}.{name}"].initialize(config, rngs))
 
     def __call__(self, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the projected embeddings, not normalized."""
-        weight, bias = self.weight[...].astype(pooled.dtype), self.bias[...].astype(pooled.dtype)
-        return jnp.einsum("TD,DP->TP", pooled, weight) + bias
+        for layer in ("hidden_", ""):
+            weight = getattr(self, f"{layer}weight", None)
+            bias = getattr(self, f"{layer}bias", None)
+            if weight is not None:
+                pooled = jnp.einsum("TD,DP->TP", pooled, weight[...].astype(pooled.dtype))
+            if bias is not None:
+                pooled += bias[...].astype(pooled.dtype)
+        return pooled

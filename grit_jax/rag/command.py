@@ -59,6 +59,12 @@ def _build(arguments: argparse.Namespace) -> None:
     )
     if update.rejected == count:
         raise InputError(f"{arguments.documents} has no document that can be embedded: see above")
+    if update.repeated:
+        print(
+            f"{update.repeated} documents replaced others of {arguments.documents} that have the "
+            "same ID: give each document its own ID to keep all",
+            file=sys.stderr,
+        )
     print(
         f"{arguments.index}: {update.added} documents added, {update.replaced} replaced, "
         f"{update.unchanged} unchanged, {rejected.count} left out; total "

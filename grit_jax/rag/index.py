@@ -4,7 +4,7 @@ Legend of dimensions: N documents, Q queries, P embedding.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 import dataclasses
 import functools
 import itertools
@@ -32,6 +32,7 @@ from grit_jax.inference.gritlm import GritLM
 from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
+    check_count,
     document_text,
     prompt_of_instruction,
 )
@@ -124,6 +125,7 @@ class DocumentIndex:
         Raises:
           InputError: the index has fewer documents, or an embedding is NaN or has another size.
         """
+        queries = np.asarray(queries)
         size = len(self.settings["probe"])
         if queries.shape[-1:] != (size,):
             raise InputError(
@@ -132,6 +134,7 @@ class DocumentIndex:
             )
         shape, queries = queries.shape[:-1], queries.reshape(-1, size)
         check_finite(queries, "the queries' embeddings")
+        check_count("count", count)
         if not 1 <= count <= len(self):
             raise InputError(
                 f"{count} documents were requested, but {self.folder} has {len(self)}: request 1 "
@@ -160,6 +163,7 @@ class DocumentIndex:
         Args:
           position: position of the document in `documents`.
         """
+        position = range(len(self))[position]
         if not self.has_caches:
             _, (cache,) = self._model.encode_corpus(
                 [self.documents[position]],
@@ -210,6 +214,7 @@ class IndexUpdate:
       added: documents with a new ID.
       replaced: documents that replaced those with the same ID.
       unchanged: documents that the index already had, with the same fields.
+      repeated: those of the replaced documents that were in the same call.
       rejected: documents that were left out.
     """
 
@@ -217,6 +222,7 @@ class IndexUpdate:
     replaced: int = 0
     unchanged: int = 0
     rejected: int = 0
+    repeated: int = 0
 
     @property
     def total(self) -> int:
@@ -268,9 +274,14 @@ def build_index(
     if caches is not None and caches not in FORMATS:
         raise InputError(f"caches={caches!r} must be None or one of {', '.join(FORMATS)}")
     context_length = model.model.config.max_position_embeddings
+    if max_length is not None:
+        check_count("max_length", max_length)
     limit = context_length if max_length is None else min(max_length, context_length)
-    if limit < 1:
-        raise InputError(f"max_length={max_length} must be positive")
+    if isinstance(documents, str | bytes | Mapping):
+        raise InputError(
+            f"documents are of type {type(documents).__name__}: give a list of dictionaries with "
+            "'text', or call `read_documents` for files"
+        )
     options = {
         "caches": caches,
         "max_length": limit,
@@ -297,10 +308,13 @@ def delete_documents(folder: str | os.PathLike, ids: Sequence[str | int]) -> int
       ids: their IDs. The ID of a document without one is in `Source.id`.
 
     Raises:
+      InputError: `ids` is not a list.
       DocumentIndexError: there is no index, another process is changing it, or it lacks one of the
         documents; then none is deleted.
     """
     folder = Path(folder)
+    if isinstance(ids, str | bytes):  # Its characters would be taken for IDs.
+        raise InputError(f"ids are of type {type(ids).__name__}: give a list of IDs")
     settings = read_settings(folder)
     with open_to_change(folder):
         found = {
@@ -346,6 +360,7 @@ class _IndexBuilder:
         # By ID: where each document is, and the hash of its fields.
         self._rows: dict[str, tuple[str, int]] = {}
         self._hashes: dict[str, str] = {}
+        self._ids_of_call: set[str] = set()
         for part in read_parts(folder):
             for row in part.live:
                 key = document_id(part.documents[row])
@@ -388,6 +403,7 @@ class _IndexBuilder:
                 continue
             if is_unchanged:
                 self.update.unchanged += 1
+                self._ids_of_call.add(key)
                 continue
             self._hashes.pop(copy, None)
             self._hashes[key] = content
@@ -425,8 +441,10 @@ class _IndexBuilder:
             self._documents.append(document)
             if old:
                 self.update.replaced += 1
+                self.update.repeated += key in self._ids_of_call
             else:
                 self.update.added += 1
+            self._ids_of_call.add(key)
         self._embeddings.append(embeddings)
         self._caches += caches
         self._num_bytes += sum(2 * cache.keys.nbytes for cache in caches)

@@ -26,6 +26,8 @@ from grit_jax.inference.gritlm import Chat, GritLM
 from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
+    as_list,
+    check_count,
     document_text,
     prompt_of_instruction,
 )
@@ -168,8 +170,9 @@ class RagPipeline:
                 "positions='restarted' or cache_mode='document-prompt'"
             )
         model.model.check_has_head()
-        if num_documents < 1:
-            raise InputError(f"num_documents={num_documents} must be positive")
+        check_count("num_documents", num_documents)
+        if not isinstance(prompt, RagPrompt):
+            raise InputError(f"prompt is of type {type(prompt).__name__}: give a RagPrompt")
         if not len(index):
             raise InputError(f"{index.folder} has no documents: run grit-jax rag build")
         self._model, self._index, self._cache_mode = model, index, cache_mode
@@ -206,7 +209,7 @@ class RagPipeline:
         Raises:
           InputError: a question is empty, or too long for the model with its documents.
         """
-        questions = [questions] if isinstance(questions, str) else list(questions)
+        questions = [questions] if isinstance(questions, str) else as_list(questions, "questions")
         self._check(questions, history)
         batch_size = min(len(questions), BATCH_SIZE if self._cached else len(questions))
         answers: list[RagAnswer] = []
@@ -256,8 +259,6 @@ class RagPipeline:
 
     def _check(self, questions: Sequence[str], history: Chat) -> None:
         """Checks all questions before the first is answered."""
-        if not questions:
-            raise InputError("no questions were given: give at least one")
         if history and "query" in self._cached:
             raise InputError(
                 f"cache_mode={self._cache_mode!r} puts the question before the conversation: use "

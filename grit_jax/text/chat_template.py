@@ -13,7 +13,7 @@ import datetime
 import functools
 import json
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Bool, Int
 import jinja2
@@ -276,7 +276,7 @@ def chat_template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
 class _GenerationBlocks(ext.Extension):
     """Puts `BEGIN` and `END` around what is in `{% generation %}` blocks."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grit_jax.conversion import ConversionError, HuggingFaceModel
+from grit_jax.conversion.stored_model import ConversionWarning
 from grit_jax.inference.loading import load_module
 from grit_jax.models import unread_fields
 from grit_jax.sharding import make_mesh
@@ -158,6 +159,7 @@ READ = [
     ("Ministral", {}, None),
     ("Ministral", MIX, None),
     ("Gemma3", {}, None),
+    ("Gemma3", {"tie_word_embeddings": ...}, None),
     ("Gemma3", MIX | OLD_ROPE, None),
     ("Gemma3", {"layer_types": ..., "sliding_window_pattern": 2, "sliding_window": 3}, None),
     ("Gemma3", {"layer_types": [FULL, FULL], "query_pre_attn_scalar": 3}, None),
@@ -266,6 +268,26 @@ def test_the_same_logits(folders, logits, tmp_path, name, changes, warned):
     assert len(messages) == (warned is not None)
     assert all(str(folder / "config.json") in message for message in messages)
     assert not warned or warned in messages[0]
+
+
+def test_the_text_model_of_a_model_for_images(logits, tmp_path):
+    import torch
+    import transformers
+
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    text = transformers.Gemma3TextConfig(**SIZES, **MIX)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(TOKENS)).logits.numpy()
+    with pytest.warns(ConversionWarning, match="without multi_modal_projector and vision_tower"):
+        model = HuggingFaceModel(tmp_path)
+    np.testing.assert_allclose(logits("images", model), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), REFUSED)

@@ -58,7 +58,7 @@ MODELS = {
     ),
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"rope_parameters": YARN, **WINDOWS}),
     "qwen3_moe": (
         "Qwen3Moe",
         {
@@ -68,7 +68,6 @@ MODELS = {
             "norm_topk_prob": True,
         },
     ),
-    "qwen3-windows": ("Qwen3", WINDOWS),
     "gemma3": (
         "Gemma3",
         {

@@ -225,8 +225,10 @@ def test_a_document_too_long_is_named_and_cut_only_if_asked_for(tmp_path, model,
         build_index(model, [*DOCUMENTS[:1], {"text": "\ud83d"}], tmp_path / "index")
     with pytest.raises(InputError, match="document 1 has no string 'text'"):
         build_index(model, [*DOCUMENTS[:1], {"title": "a"}], tmp_path / "index")
-    with pytest.raises(InputError, match="max_length=0 must be positive"):
+    with pytest.raises(InputError, match="max_length=0 must be an integer of at least 1"):
         build_index(model, documents, tmp_path / "other", max_length=0)
+    with pytest.raises(InputError, match="documents are of type dict: give a list of dictionaries"):
+        build_index(model, {}, tmp_path / "other")
     with pytest.warns(UserWarning, match="1 of 3 texts were truncated to 700 tokens"):
         assert build_index(model, documents, tmp_path / "cut", truncate=True).added == 3
 

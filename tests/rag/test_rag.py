@@ -303,7 +303,7 @@ def test_what_cannot_be_asked_is_named(index, model, monkeypatch):
         RagPipeline(model, index, "fast")
     with pytest.raises(InputError, match="positions='kept' must be"):
         RagPipeline(model, index, positions="kept")
-    with pytest.raises(InputError, match="num_documents=0 must be positive"):
+    with pytest.raises(InputError, match="num_documents=0 must be an integer of at least 1"):
         RagPipeline(model, index, num_documents=0)
     with pytest.raises(InputError, match=r"4 documents were requested, but .* has 3"):
         index.search(model.encode(QUESTIONS), 4)

@@ -55,7 +55,7 @@ def test_documents_are_replaced_and_deleted_by_id(tmp_path, model):
     nested = {"id": 8, "text": "river", "metadata": {"tags": ["a", None], "size": 1.5}}
     changed = [{**DOCUMENTS[4], "text": "stone"}, {**DOCUMENTS[1], "url": "https://b"}, nested]
     update = build_index(model, [*DOCUMENTS[:2], *changed], folder)
-    assert dataclasses.astuple(update) == (1, 2, 2, 0)
+    assert dataclasses.astuple(update) == (1, 2, 2, 0, 1)  # "d1" was twice in this call.
     index = DocumentIndex(folder, model)
     expected = [*(DOCUMENTS[i] for i in (0, 2, 3, 5, 6)), *changed]
     assert sorted(index.documents, key=str) == sorted(expected, key=str)
@@ -66,6 +66,8 @@ def test_documents_are_replaced_and_deleted_by_id(tmp_path, model):
     assert index.documents[positions[0, 0]] == changed[0]
     with pytest.raises(DocumentIndexError, match=r"no document with the ID 'x' and 1 more: noth"):
         delete_documents(folder, ["d0", "x", "y"])
+    with pytest.raises(InputError, match="ids are of type str: give a list of IDs"):
+        delete_documents(folder, "d0")
     assert delete_documents(folder, ["d0", "8", "d0"]) == 2
     assert contents(folder, model).keys() == {"d1", "d2", "d3", "d4", "d5", "d6"}
     stored = "".join(path.read_text() for path in folder.glob("part-*/documents.jsonl"))
