@@ -12,8 +12,10 @@ CORE = [
     "filelock>=4.2",  # JAX needs it to bound the compilation cache.
     "flax>=0.12.12",
     "grain>=0.2.18",
+    "huggingface-hub>=2.4",
     "jax>=0.12",
     "jaxtyping>=0.3.11",
+    "jinja2>=3.1.6",  # Renders chat templates; older versions have holes in the sandbox.
     "matplotlib>=3.11",
     "ml-collections>=1.1",
     "ml-dtypes>=0.6",
@@ -95,6 +97,7 @@ setup(
         "grit_jax": ["train_help.txt"],
         "grit_jax.conversion": ["files/*"],
         "grit_jax.sample": ["*.md", "*/*.jsonl.gz"],
+        "grit_jax.text": ["chat_template.jinja"],
     },
     install_requires=CORE,
     extras_require={

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from grit_jax.config import SECTIONS, Config, ModelSection, default_config
 from grit_jax.fields import field_type, plain_fields
 from grit_jax.models import ARCHITECTURES
+from grit_jax.models.rotary import RopeScaling
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("configuration.md")
@@ -38,7 +39,7 @@ The fields and their defaults, which FILE may change (docs/configuration.md desc
 """
 CONFIGS = (
     *("gritlm_tiny", "finetune", "gritlm_7b", "gritlm_8x7b", "embedding_7b", "generative_7b"),
-    *("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "llama3_8b"),
+    *("qwen3_0_6b", "qwen3_4b", "qwen3_8b", "llama3_8b", "gemma3_1b"),
 )
 
 
@@ -156,6 +157,8 @@ def _changes(name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, RopeScaling):
+        value = value.to_fields()
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

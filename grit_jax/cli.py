@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Trains a model: --config FILE [--workdir DIR] [--prepare] [--config.FIELD=VALUE ...]",
     "prepare": "Tokenizes datasets, once, for training",
     "convert": "Converts weights between Hugging Face, GGUF and Orbax: from-hf, from-gguf, to-hf",
+    "push": "Uploads an export to the Hugging Face Hub",
     "plan": "Compiles a training step for TPUs without having any, and reports memory and speed",
     "rag": "Builds an index of documents, or answers questions from one",
     "evaluate": "Evaluates a model with MTEB and lm-eval, next to the paper's results",
@@ -30,6 +31,7 @@ COMMANDS = {
 MODULES = {
     "prepare": "grit_jax.prepare.command",
     "convert": "grit_jax.conversion.command",
+    "push": "grit_jax.conversion.push",
     "plan": "grit_jax.planning.command",
     "rag": "grit_jax.rag.command",
     "evaluate": "grit_jax.evaluation.command",

@@ -57,7 +57,8 @@ class ModelSection:
     Attributes:
       weights: weights to start from: a Hugging Face folder, a GGUF file, a checkpoint or a run's
         folder. "" starts from random weights. With weights, `sizes` are those of the weights.
-      architecture: "mistral" (also for Llama), "mixtral", "qwen2", "qwen3" or "gemma3".
+      architecture: "mistral" (also for Llama), "ministral3", "mixtral", "qwen2", "qwen3",
+        "qwen3_moe" or "gemma3".
       sizes: sizes of the model, named as in Hugging Face's config.json. Sizes that are left out
         have the architecture's defaults.
       dtype: type of the computation: "bfloat16" or "float32".
@@ -171,6 +172,8 @@ class DataSection:
         `--prepare`, training first prepares them if the folder lacks a mixture of the run.
       embedding: name of the mixture of embedding examples in that folder; "auto" is the only one.
       generative: name of the mixture of chats in that folder; "auto" is the only one.
+      template: the format of the chats: "grit"; "base", the chat template of the base model; or
+        "auto", the one that they were prepared with (`grit-jax prepare --template`).
       query_instruction: the instruction that the trained model embeds queries with by default. ""
         is none; "auto" is the one that all training queries have, if there is exactly one.
       document_instruction: the same for documents and the training passages.
@@ -197,6 +200,7 @@ class DataSection:
     sources: str = ""
     embedding: str = "embedding"
     generative: str = "chat"
+    template: Literal["auto", "grit", "base"] = AUTO
     query_instruction: str = AUTO
     document_instruction: str = AUTO
     embedding_batch_size: PositiveInt = 2048
@@ -273,6 +277,9 @@ class Config:
       log_every_steps: log metrics every this many steps.
       watchdog_timeout_seconds: exit (so that a supervisor restarts the run) if no step completes
         within this many seconds; 0 disables it.
+      tracker: also send metrics to "wandb", "trackio" or "mlflow", whose package must be installed
+        and is set up by its environment variables; "tensorboard" only writes the events in the
+        working directory, as all runs do.
       grad_cache_chunks: number of chunks that a step's batch is split into to save memory
         (GradCache, arXiv 2101.06983). With more than 1, embedding texts go through the model twice.
       model: the model, and the weights to start from.
@@ -292,6 +299,7 @@ class Config:
     seed: int = 0
     log_every_steps: PositiveInt = 10
     watchdog_timeout_seconds: NonNegativeFloat = 1800.0
+    tracker: Literal["tensorboard", "wandb", "trackio", "mlflow"] = "tensorboard"
     grad_cache_chunks: PositiveInt = 1
     model: ModelSection = dataclasses.field(default_factory=ModelSection)
     lora: LoraSection = dataclasses.field(default_factory=LoraSection)

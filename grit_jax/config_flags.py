@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 import re
 import runpy
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -12,7 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from grit_jax.config import Config, ConfigError, check_not_renamed, parse_config
 from grit_jax.fields import check_known
-from grit_jax.models import ARCHITECTURES
+from grit_jax.models import ARCHITECTURES, ModelConfig
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[Config, str]:
@@ -72,8 +72,13 @@ def _complete_sizes(config: Any) -> None:
     with config.unlocked():
         for name, default in ARCHITECTURES[config.model.architecture].sizes.items():
             if name not in config.model.sizes:
-                # Only the sliding window has no default.
-                config.model.sizes[name] = placeholder(int) if default is None else default
+                config.model.sizes[name] = _placeholder(name) if default is None else default
+
+
+def _placeholder(name: str) -> Any:
+    """Returns a value of ConfigDict that stands for None, of the type that a flag converts to."""
+    wanted = get_args(get_type_hints(ModelConfig)[name])[0]  # int of int | None.
+    return placeholder(wanted if wanted in (int, float, tuple) else int)
 
 
 def _override(config: ConfigDict, argv: Sequence[str]) -> None:

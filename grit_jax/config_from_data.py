@@ -29,10 +29,9 @@ def complete_config(config: Config) -> Config:
     "auto", row lengths of 0, and `config.steps` if `config.epochs` is set.
 
     Raises:
-      ConfigError: the data are not prepared, or leave open which mixture is meant.
+      ConfigError: the data leave open which mixture is meant.
       PreparedDataError: the data are missing or damaged.
     """
-    check_prepared(config)
     config = _with_mixtures(config)
     if not config.epochs and all(config.data.row_lengths.values()):
         return config
@@ -83,9 +82,10 @@ def check_prepared(config: Config) -> None:
       ConfigError: it does not; the message says how to prepare them.
     """
     if missing := missing_mixtures(config):
+        command = shlex.join(["grit-jax", "prepare", *prepare_arguments(config)])
         raise ConfigError(
             f"config.data.folder={config.data.folder!r} lacks {' and '.join(missing)}: add "
-            f"--prepare, or run {shlex.join(['grit-jax', 'prepare', *prepare_arguments(config)])}"
+            f"--prepare (with one process), or run {command}"
         )
 
 

@@ -44,9 +44,9 @@ from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import broadcast_from_primary
 from grit_jax.sharding import batch_shards, local_shards, make_mesh
 from grit_jax.text.kinds import TEXT_KINDS
-from grit_jax.text.templates import embedding_prefix
+from grit_jax.text.templates import BASE, GRIT, embedding_prefix
 from grit_jax.text.tokenizer import Tokenizer, TokenizerError
-from grit_jax.text.tokenizer_files import MISTRAL
+from grit_jax.text.tokenizer_files import CHAT_TEMPLATE, MISTRAL
 from grit_jax.training.checkpoints import Checkpoints
 from grit_jax.training.joint_loss import make_joint_loss
 from grit_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -279,6 +279,8 @@ def make_batches(config: Config, trainer: Trainer) -> Batches:
         data.same_query_positives_are_negatives,
     )
     _check_datasets(batches.datasets, trainer.model_config)
+    for each in batches.samplers.values():
+        _check_templates(each.datasets, data.template)
     return batches
 
 
@@ -297,6 +299,32 @@ def _check_datasets(datasets: Sequence[PreparedDataset], model: ModelConfig) -> 
                 f"{first.folder} and {dataset.folder} were prepared with different tokenizers: "
                 "prepare them again with the same --tokenizer"
             )
+
+
+def _check_templates(datasets: Sequence[PreparedDataset], template: str) -> None:
+    """Checks that datasets of one kind have one template, for chats the configured one."""
+    first = datasets[0]
+    for dataset in datasets:
+        if _templates(dataset) != _templates(first):
+            raise PreparedDataError(
+                f"{first.folder} and {dataset.folder} were prepared with different templates: "
+                "prepare them again with the same --template and --embedding-template"
+            )
+    own = BASE if first.manifest.options.get("chat_template") else GRIT
+    if first.manifest.kind == "generative" and template not in (AUTO, own):
+        raise PreparedDataError(
+            f"config.data.template={template!r}, but {first.folder} was prepared with --template "
+            f"{own}: prepare it again with --template {template}, or set config.data.template="
+            f"{own!r}"
+        )
+
+
+def _templates(dataset: PreparedDataset) -> tuple[str, str]:
+    """Returns the templates of a dataset's chats and of its texts to embed."""
+    options = dataset.manifest.options
+    if dataset.manifest.kind == "generative":
+        return options.get("chat_template", ""), ""
+    return "", options.get("embedding_template", GRIT)
 
 
 def row_limits(config: Config, mesh: Mesh) -> RowLimits:
@@ -368,6 +396,8 @@ def make_checkpoints(
         base_folder = str(pretrained.folder.resolve())
     dataset = batches.datasets[0]
     tokenizer = saved_tokenizer_files(dataset)
+    if tokenizer and (template := _chat_template(config, batches, pretrained)):
+        tokenizer[CHAT_TEMPLATE] = template.encode()
     special_tokens = dataset.manifest.tokenizer
     return Checkpoints(
         folder,
@@ -385,23 +415,37 @@ def make_checkpoints(
     )
 
 
+def _chat_template(config: Config, batches: Batches, pretrained: StoredModel | None) -> str:
+    """Returns the chat template of the trained model; without chats, that of its weights."""
+    if "generative" in batches.samplers:
+        return _templates(batches.samplers["generative"].datasets[0])[0]
+    if config.data.template == GRIT or pretrained is None or not pretrained.tokenizer_files:
+        return ""
+    return Tokenizer.of_files(pretrained.tokenizer_files).chat_template
+
+
 def make_embedding_spec(
     config: Config, batches: Batches, pretrained: StoredModel | None = None
 ) -> tuple[EmbeddingSpec, str]:
     """Returns how the trained model embeds, and a line that says with which default instructions.
 
-    Without embedding examples, the prompts are those of the model to start from.
+    Without embedding examples, prompts and template are those of the model to start from.
     """
     spec = config.loss.embedding
     if "embedding" not in batches.samplers:
         start = EmbeddingSpec.from_fields(pretrained.fields if pretrained else {})
-        prompts = {name: getattr(start, name) for name in ("query_prompt", "document_prompt")}
+        kept = ("query_prompt", "document_prompt", "template")
+        prompts = {name: getattr(start, name) for name in kept}
         return dataclasses.replace(spec, **prompts), ""
     datasets = batches.samplers["embedding"].datasets
     query, of_query = _instruction(config.data.query_instruction, datasets, "query")
     document, of_document = _instruction(config.data.document_instruction, datasets, "passage")
+    template = _templates(datasets[0])[1]
     spec = dataclasses.replace(
-        spec, query_prompt=embedding_prefix(query), document_prompt=embedding_prefix(document)
+        spec,
+        query_prompt=embedding_prefix(query, template),
+        document_prompt=embedding_prefix(document, template),
+        template=template,
     )
     return spec, f"by default, queries are embedded {of_query}; documents {of_document}"
 

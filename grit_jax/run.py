@@ -14,7 +14,7 @@ from rich.console import Console
 from grit_jax.bucket import check_writing, in_bucket, one_line
 from grit_jax.compilation_cache import compilation_cache
 from grit_jax.config import Config, changed_fields
-from grit_jax.config_from_data import complete_config
+from grit_jax.config_from_data import check_prepared, complete_config
 from grit_jax.consistency import check_agreement, check_shared
 from grit_jax.conversion import StoredModel
 from grit_jax.data.batches import Batches, read_ahead
@@ -45,6 +45,7 @@ from grit_jax.training.hooks.profiler import Profiler
 from grit_jax.training.hooks.progress import ProgressReport
 from grit_jax.training.hooks.step_timer import Goodput, StepTimer
 from grit_jax.training.hooks.stop_signals import Stopped, StopSignals
+from grit_jax.training.hooks.trackers import Tracker, import_tracker, open_tracker
 from grit_jax.training.hooks.watchdog import Watchdog
 from grit_jax.training.loop import SkipGuard, StepReport, train
 from grit_jax.training.train_step import Trainer, TrainState
@@ -66,11 +67,15 @@ def run(config: Config, workdir: epath.Path) -> None:
         is wrong.
       ProcessError: the processes of the run differ in their settings, or do not share `workdir`.
       RestartRequired: another run uses `workdir`.
+      TrackerError: the package of `config.tracker` is missing, or its run cannot be started.
       NotFiniteError: too many consecutive steps had a gradient that is not finite.
       Stopped: the process received SIGTERM or SIGINT, and the state is saved.
     """
     console = Console(quiet=not is_primary(), markup=False)  # Paths may contain [brackets].
+    check_prepared(config)
     config = complete_config(config)
+    if is_primary():
+        import_tracker(config.tracker)
     pretrained = open_pretrained(config)
     trainer = make_trainer(config, pretrained)
     batches = make_batches(config, trainer)
@@ -99,7 +104,10 @@ def run(config: Config, workdir: epath.Path) -> None:
         if is_primary():
             _report_new_masking(config, batches, workdir / "config.json", console)
             _write_config(config, trainer.model_config, workdir / "config.json", state, console)
-        with MetricsWriter(workdir, int(state.step), is_primary()) as metrics:
+        with (
+            _tracker(config, workdir, int(state.step)) as tracker,
+            MetricsWriter(workdir, int(state.step), is_primary(), tracker) as metrics,
+        ):
             is_evaluated = any(
                 name.startswith("held_out/") for line in metrics.kept for name in line
             )
@@ -123,6 +131,14 @@ def run(config: Config, workdir: epath.Path) -> None:
                 )
     if is_primary():
         _show_results(workdir, held_out, console)
+
+
+def _tracker(
+    config: Config, workdir: epath.Path, step: int
+) -> contextlib.AbstractContextManager[Tracker | None]:
+    if not is_primary() or step >= config.steps:
+        return contextlib.nullcontext()
+    return open_tracker(config.tracker, workdir, step == 0, config.to_dict())
 
 
 @contextlib.contextmanager
@@ -189,10 +205,12 @@ def _write_config(
 ) -> None:
     """Writes config.json; prints the fields that have changed since the last start of the run."""
     fields = config.to_dict()
-    fields["model"]["sizes"] = {name: getattr(model, name) for name in config.model.sizes}
+    sizes = dataclasses.asdict(model)
+    fields["model"]["sizes"] = {name: sizes[name] for name in config.model.sizes}
     if int(state.step) and path.exists():
         with contextlib.suppress(ValueError):  # It is not needed to continue.
-            for line in changed_fields(json.loads(path.read_bytes()), fields):
+            now = json.loads(json.dumps(fields))  # With lists for tuples.
+            for line in changed_fields(json.loads(path.read_bytes()), now):
                 console.print(line, highlight=False, soft_wrap=True)
     write_json(path, fields)
 

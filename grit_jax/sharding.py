@@ -34,6 +34,7 @@ LOGICAL_AXIS_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "norm": None,
     "embedding": None,
+    "embedding_hidden": None,
     "layers": None,
     "router": None,
     "lora": None,

@@ -35,6 +35,7 @@ from grit_jax.training.optimizer import learning_rate_schedule
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 MISTRAL_7B, MIXTRAL_8X7B = 7_241_732_096, 46_702_792_704
 PARAMETERS = {
+    "gemma3_1b": 999_885_952,
     "llama3_8b": 8_030_261_248,
     "qwen3_0_6b": 596_049_920,
     "qwen3_4b": 4_022_468_096,
@@ -349,6 +350,20 @@ def test_a_size_of_the_wrong_type_is_named(own_file, size, value, wanted):
         ConfigError, match=f"^config.model.sizes.{size}={value!r} must be of type {wanted}$"
     ):
         model_config(config)
+
+
+def test_some_layers_may_have_a_sliding_window():
+    def layer_types(*types, window=""):
+        flag = f"--config.model.sizes.layer_types={types}"
+        return model_config(parse(TINY, flag, *window.split())).layer_types
+
+    window = "--config.model.sizes.sliding_window=4"
+    types = ("full_attention", "sliding_attention")
+    assert layer_types(*types, window=window) == types
+    with pytest.raises(ConfigError, match="layer_types has 'sliding_attention': set "):
+        layer_types(*types)
+    with pytest.raises(ConfigError, match="must be a list of 'sliding_attention' and 'full_atten"):
+        layer_types("local", "global", window=window)
 
 
 def test_a_mixtral_may_go_without_the_loss_of_its_router():

@@ -16,6 +16,8 @@ LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Qwen's: the same, with single digits.
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 BYTES = {"add_prefix_space": False, "use_regex": False}
 SPLITS = {
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -32,9 +34,12 @@ SPLITS = {
         ]
     ),
 }
-# A tokenizer with SentencePiece's spaces, like that of converted Llama 2 models.
-METASPACE = "metaspace"
-STYLES = (*SPLITS, METASPACE)
+# Qwen's tokenizer also normalizes Unicode, so that not every text comes back as it was.
+QWEN = "qwen"
+# Tokenizers with SentencePiece's spaces: of converted Llama 2 models, and Gemma's, which does not
+# begin a text with a space.
+METASPACE, GEMMA = "metaspace", "gemma"
+STYLES = (*SPLITS, QWEN, METASPACE, GEMMA)
 
 
 def write_tokenizer(folder, style, size=700, begin=(BEGIN,), end=()):
@@ -42,18 +47,28 @@ def write_tokenizer(folder, style, size=700, begin=(BEGIN,), end=()):
 
     `begin` and `end` are the tokens that it adds to each text.
     """
-    if style == METASPACE:
+    has_bytes_as_tokens = style in (METASPACE, GEMMA)
+    if has_bytes_as_tokens:
         made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-        )
+        spaces = normalizers.Replace(" ", "\u2581")
         steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+        if style == METASPACE:
+            made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
+            steps.append(decoders.Strip(" ", 1, 0))
+        else:
+            made.normalizer = spaces
+            made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        made.decoder = decoders.Sequence(steps)
         steps = []
         alphabet, special = [], [BEGIN, END, OTHER, *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
         made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = SPLITS[style]
+        if style == QWEN:
+            made.normalizer = normalizers.NFC()
+            words = pre_tokenizers.Split(tokenizers.Regex(QWEN_2), "isolated")
+            made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(**BYTES)])
+        else:
+            made.pre_tokenizer = SPLITS[style]
         made.decoder = decoders.ByteLevel()
         # Like Llama 3 and GPT-2. It changes the character offsets that the package returns.
         steps = [processors.ByteLevel(trim_offsets=True)]
@@ -62,7 +77,7 @@ def write_tokenizer(folder, style, size=700, begin=(BEGIN,), end=()):
         vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
     made.train_from_iterator([TEXT.read_text(encoding="utf-8")], trainer)
-    if style == METASPACE:  # Bytes are tokens like any other.
+    if has_bytes_as_tokens:  # Bytes are tokens like any other.
         content = json.loads(made.to_str())
         content["added_tokens"] = content["added_tokens"][:3]
         made = tokenizers.Tokenizer.from_str(json.dumps(content))
@@ -88,3 +103,14 @@ def write_sentencepiece(folder, vocab_size, lines=LINES, **options):
         **options,
     )
     return folder / "other.model"
+
+
+def write_llama_tokenizer(folder, vocab_size, **settings):
+    """Writes a SentencePiece model with byte fallback, as Mistral's and Llama's."""
+    lines = [*LINES, *TEXT.read_text(encoding="utf-8").splitlines()]
+    options = {"model_type": "bpe", "byte_fallback": True, "split_digits": True}
+    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"}
+    write_sentencepiece(folder, vocab_size, lines, **options).rename(folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **special, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

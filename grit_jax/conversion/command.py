@@ -16,6 +16,7 @@ from grit_jax.conversion.export import (
 from grit_jax.conversion.hub import find_folder
 from grit_jax.conversion.orbax_model import write_orbax
 from grit_jax.conversion.peft_export import write_adapter
+from grit_jax.conversion.stored_model import ConversionError
 from grit_jax.conversion.stored_tokenizer import TOKENIZER_NAMES, open_tokenizer
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.objectives.pooling import POOLINGS
@@ -50,6 +51,7 @@ def run(argv: Sequence[str]) -> None:
             pooling=arguments.pooling,
             query_instruction=arguments.query_instruction,
             document_instruction=arguments.document_instruction,
+            license_name=arguments.license,
         )
         if arguments.purpose != GENERATION and spec.attention[1] == "b":
             warn_if_causal(model.fields["model_type"])
@@ -57,6 +59,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _export_adapter(arguments: argparse.Namespace) -> None:
+    if arguments.purpose is not None:
+        raise ConversionError("an adapter is one folder: leave out --for, or --adapter")
     model = open_model(arguments.source, base=arguments.base)
     spec = EmbeddingSpec.from_fields(
         model.fields,
@@ -72,6 +76,7 @@ def _export_adapter(arguments: argparse.Namespace) -> None:
         base_name=arguments.base_name,
         tokenizer=arguments.tokenizer,
         dtype=arguments.dtype or "float32",
+        license_name=arguments.license,
     )
 
 
@@ -120,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME_OR_FOLDER",
         help="with --adapter: what adapter_config.json calls the base model (default: its name on "
         "the Hub, else its folder)",
+    )
+    to_hf.add_argument(
+        "--license",
+        help="license in the model card, such as apache-2.0 (default: that in the base's card)",
     )
     to_hf.add_argument(
         "--tokenizer",

@@ -4,13 +4,13 @@ import dataclasses
 import os
 from pathlib import Path
 import shutil
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from grit_jax.conversion.atomic_folder import atomic_folder, check_space
 from grit_jax.conversion.layout import ParamSpec
+from grit_jax.conversion.model_card import write_card
 from grit_jax.conversion.safetensors_folder import INDEX, SINGLE, write_tensors
 from grit_jax.conversion.sidecar_files import (
     needs_code,
@@ -50,6 +50,7 @@ def write_hugging_face(
     pooling: str | None = None,
     query_instruction: str | None = None,
     document_instruction: str | None = None,
+    license_name: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> EmbeddingSpec:
     """Exports a model as a Hugging Face folder.
@@ -71,6 +72,8 @@ def write_hugging_face(
       query_instruction: what precedes a query by default, in plain words; by default the one stored
         with the model, or none.
       document_instruction: what precedes a document by default, as for queries.
+      license_name: the license in the model card, an identifier of the Hub; by default the one in
+        the base model's card, if there is one.
       shard_bytes: the maximum size of a file of weights. A larger tensor has a file to itself.
 
     Returns:
@@ -117,6 +120,8 @@ def write_hugging_face(
             _share_weights(first, other)
         for name, part in parts.items():
             _write_config(model, part, spec, name, stored_dtype)
+            title = part.relative_to(unfinished.parent).as_posix()
+            write_card(part, title, model, spec, license_name)
     return spec
 
 
@@ -144,7 +149,7 @@ def _write_small_files(
     """Writes everything but the weights and what depends on their type."""
     model_type = model.fields["model_type"]
     write_tokenizer(tokenizer, folder, model_type, model.config.max_position_embeddings)
-    write_chat_template(folder, adds_bos=tokenizer.adds_bos)
+    write_chat_template(folder, tokenizer)
     if purpose != GENERATION:
         write_sentence_transformers(folder, model.config, spec)
     ends = {name: model.fields.get(name) for name in ("bos_token_id", "eos_token_id")}
@@ -155,22 +160,15 @@ def _write_config(
     model: StoredModel, folder: Path, spec: EmbeddingSpec, purpose: str | None, dtype: str
 ) -> None:
     fields = {name: value for name, value in model.fields.items() if name not in NOT_EXPORTED}
-    fields |= {"torch_dtype": dtype, "architectures": [_class_name(model)]}
-    write_json(folder / "config.json", fields | _embedding_fields(spec, purpose))
-
-
-def _embedding_fields(spec: EmbeddingSpec, purpose: str | None) -> dict[str, Any]:
-    """Returns the fields of config.json that say how the model embeds."""
-    fields = spec.to_fields()
+    fields |= {"torch_dtype": dtype, "architectures": [_class_name(model)], **spec.to_fields()}
     if purpose != GENERATION:  # Then we read the prompts, too, from sentence-transformers' file.
         for kind in ("query", "document"):
             del fields[GRIT_FIELD][f"{kind}_prompt"]
-    if spec.attention[1] == "c" or purpose == GENERATION:
-        return fields
-    if purpose is None:
-        return {"is_causal": True, **fields}  # sentence-transformers only changes fields it finds.
-    # text-embeddings-inference reads the second name.
-    return {"is_causal": False, "use_bidirectional_attention": True, **fields}
+    if spec.attention[1] == "b" and purpose is None:
+        fields["is_causal"] = True  # sentence-transformers only changes fields that it finds.
+    elif spec.attention[1] == "b" and purpose != GENERATION:
+        fields = ARCHITECTURES[model.config.architecture].bidirectional_fields(fields)
+    write_json(folder / "config.json", fields)
 
 
 def _share_weights(source: Path, folder: Path) -> None:
@@ -270,15 +268,16 @@ def _dtype(model: StoredModel, parameter: ParamSpec, name: str, dtype: str | Non
 
 def _is_dense(name: str) -> bool:
     """Returns whether a tensor belongs to the embedding projection, which has its own folder."""
-    return name.startswith(f"{DENSE}/")
+    return name.partition("/")[0] in DENSE
 
 
 def _write_dense(model: StoredModel, folder: Path, tensors: list[_Tensor]) -> None:
     """Writes the embedding projection, if there is one, for sentence-transformers."""
-    if not tensors:
-        return
-    content = {tensor.name.removeprefix(f"{DENSE}/"): tensor.read(model) for tensor in tensors}
-    write_tensors(folder / DENSE / SINGLE, content)
+    for name in DENSE:
+        own = [tensor for tensor in tensors if tensor.name.startswith(f"{name}/")]
+        if own:
+            content = {tensor.name.removeprefix(f"{name}/"): tensor.read(model) for tensor in own}
+            write_tensors(folder / name / SINGLE, content)
 
 
 def _split(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:

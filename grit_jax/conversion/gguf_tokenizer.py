@@ -10,7 +10,13 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from grit_jax.conversion.stored_model import ConversionError
 from grit_jax.text.sentencepiece_conversion import parse_model
-from grit_jax.text.tokenizer_files import GRIT, HUGGING_FACE, SENTENCEPIECE, SETTINGS
+from grit_jax.text.tokenizer_files import (
+    CHAT_TEMPLATE,
+    GRIT,
+    HUGGING_FACE,
+    SENTENCEPIECE,
+    SETTINGS,
+)
 
 # Token types, numbered as in SentencePiece.
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
@@ -69,7 +75,10 @@ def gguf_tokenizer_files(path: Path, get_metadata: GetMetadata) -> dict[str, byt
         "begin": [special["bos_token"]] if adds_bos else [],
         "end": [special["eos_token"]] if adds_eos else [],
     }
-    return {name: content, SETTINGS: json.dumps({**special, GRIT: around}).encode()}
+    files = {name: content, SETTINGS: json.dumps({**special, GRIT: around}).encode()}
+    if template := get_metadata("tokenizer.chat_template"):
+        files[CHAT_TEMPLATE] = template.encode()
+    return files
 
 
 def _byte_pair_encoding(path: Path, tokens: list[str], get_metadata: GetMetadata) -> bytes:

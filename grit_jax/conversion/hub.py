@@ -11,7 +11,7 @@ from grit_jax.conversion.stored_model import ConversionError
 NAME, PREFIX = re.compile(r"[\w.-]+/[\w.-]+"), "hf:"
 # The folder of a model in the cache.
 CACHED = re.compile(r"/models--(?P<owner>[\w.-]+?)--(?P<model>[\w.-]+)/snapshots/(?P<commit>\w+)$")
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md")
 # Mistral's own format, and copies of the weights in folders; a projection of embeddings is in one.
 LEFT_OUT = ("consolidated*", "original/*", "onnx/*", "openvino/*", "lora/*")
 

@@ -1,6 +1,7 @@
 """Models in Hugging Face folders."""
 
 from pathlib import Path
+import re
 from typing import Any
 
 from jaxtyping import Shaped
@@ -12,13 +13,16 @@ from grit_jax.conversion.layout import Index, ParamSpec, parameters
 from grit_jax.conversion.safetensors_folder import ADAPTER_CONFIG, SafetensorsFolder, read_json
 from grit_jax.conversion.sentence_transformers_folder import (
     read_embedding_fields,
+    read_projection_fields,
     standard_config,
 )
 from grit_jax.conversion.stored_model import ConversionError, StoredModel, hash_weights, warn
-from grit_jax.models import config_from_hugging_face, unread_fields
+from grit_jax.models import causal_fields, config_from_hugging_face, unread_fields
 from grit_jax.objectives.embedding import GRIT_FIELD
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+# Parts of a model for images and text that are not read.
+IMAGE_PARTS = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\..*")
 # NumPy's types by their names in safetensors.
 DTYPES = {"F32": "float32", "BF16": ml_dtypes.bfloat16, "F16": "float16"}
 
@@ -43,12 +47,14 @@ class HuggingFaceModel(StoredModel):
         self.folder = folder
         config = read_json(folder / "config.json")
         self.fields = standard_config(config) | _end_tokens(folder)
+        self.fields |= read_projection_fields(folder, config)
         if embedding := read_embedding_fields(folder, config):
             self.fields[GRIT_FIELD] = self.fields.get(GRIT_FIELD, {}) | embedding
         self._weights = SafetensorsFolder(folder)
         self._base: SafetensorsFolder | None = None
-        self._choose_head(head)
         try:
+            self.fields = causal_fields(self.fields)
+            self._choose_head(head)
             self.config = config_from_hugging_face(self.fields)
         except ValueError as error:
             raise ConversionError(f"{folder}/{error}") from None  # "config.json: ..."
@@ -112,6 +118,9 @@ class HuggingFaceModel(StoredModel):
         if unread := unread_fields(self.fields):
             shown = ", ".join(f"{name}={value!r}" for name, value in sorted(unread.items()))
             warn(f"{self.folder / 'config.json'}: the model is computed without {shown}")
+        matches = map(IMAGE_PARTS.fullmatch, self._weights.names)
+        if parts := sorted({match[1] for match in matches if match}):
+            warn(f"{self.folder}: only the text model is read, without {' and '.join(parts)}")
         if (self.folder / ADAPTER_CONFIG).exists():
             warn(f"{self.folder / ADAPTER_CONFIG}: the adapter beside the weights is not read")
         classes = self.fields.get("architectures") or []
@@ -128,6 +137,7 @@ class HuggingFaceModel(StoredModel):
             present -= {HEAD}  # A copy of the embeddings, which transformers ignores as well.
         # Old checkpoints also store the rotary frequencies, which the configuration determines.
         present = {name for name in present if not name.endswith("rotary_emb.inv_freq")}
+        present = {name for name in present if not IMAGE_PARTS.fullmatch(name)}
         self._check_tensor_names(expected, present)
 
     def _check_tensors(self, parameter: ParamSpec) -> None:

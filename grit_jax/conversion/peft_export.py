@@ -11,6 +11,7 @@ from grit_jax.conversion.hub import name_in_cache
 from grit_jax.conversion.hugging_face import HuggingFaceModel
 from grit_jax.conversion.layout import ParamSpec
 from grit_jax.conversion.lora_checkpoint import LoraCheckpoint
+from grit_jax.conversion.model_card import write_card
 from grit_jax.conversion.peft_adapter import GRIT_SETTINGS, STACKED
 from grit_jax.conversion.safetensors_folder import ADAPTER, ADAPTER_CONFIG, write_tensors
 from grit_jax.conversion.sidecar_files import write_chat_template, write_json, write_tokenizer
@@ -27,6 +28,7 @@ def write_adapter(
     base_name: str | None = None,
     tokenizer: str | None = None,
     dtype: str = "float32",
+    license_name: str | None = None,
 ) -> None:
     """Writes the adapter of a LoRA checkpoint as a folder that PEFT and `GritLM` load.
 
@@ -41,6 +43,7 @@ def write_adapter(
         Hub, or else its folder.
       tokenizer: see `open_tokenizer`; by default see `find_tokenizer`.
       dtype: type of the matrices, a name of NumPy's or ml_dtypes'.
+      license_name: see `write_card`.
 
     Raises:
       ConversionError: the folder exists, the model is not a LoRA checkpoint, PEFT's format cannot
@@ -65,6 +68,7 @@ def write_adapter(
             length = model.config.max_position_embeddings
             write_tokenizer(found, unfinished, model.fields["model_type"], length)
             write_chat_template(unfinished, adds_bos=found.adds_bos)
+        write_card(unfinished, folder.name, model, spec, license_name)
 
 
 def _check(model: LoraCheckpoint) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -33,6 +34,10 @@ WRAPPERS = re.compile(
 PREFIX = re.compile(
     r"^(?:(?:model|base_model|language_model)\.)+(?=(?:layers|embed_tokens|norm|lm_head)\.)"
 )
+# Tensors that stack the matrices of all experts, as transformers 5 has them in memory, and saves
+# them with `save_original_format=False`; and the matrices of an expert that follow in its rows.
+FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+FUSED_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # Numbers of two tensors that are compared at a time.
 COMPARED_NUMBERS = 2**24
 
@@ -59,16 +64,18 @@ class SafetensorsFolder:
         paths, names_in_index = ([_adapter_file(folder)], set()) if is_adapter else _files(folder)
         for path in paths:
             for tensor in _tensors(path):
-                self._add(_standard_name(tensor.stored_name), tensor)
+                for name, part in _split_experts(_standard_name(tensor.stored_name), tensor):
+                    self._add(name, part)
         stored_names = {tensor.stored_name for tensor in self._tensors.values()}
         if missing := sorted(names_in_index - stored_names):
             raise ConversionError(
                 f"{folder / INDEX} names {len(missing)} tensors that are in no file, such as "
                 f"{missing[0]}: download the model again"
             )
-        dense = folder / DENSE / SINGLE
-        if dense.exists():
-            self._tensors |= {f"{DENSE}/{t.stored_name}": t for t in _tensors(dense)}
+        for name in DENSE:
+            dense = folder / name / SINGLE
+            if dense.exists():
+                self._tensors |= {f"{name}/{t.stored_name}": t for t in _tensors(dense)}
 
     def _add(self, name: str, tensor: "_Tensor") -> None:
         if not self._is_adapter and (".lora_" in name or ".base_layer." in name):
@@ -125,17 +132,31 @@ class SafetensorsFolder:
         tensor = self._tensors[name]
         # An open file keeps everything read from it in memory, so it is opened for each slice.
         with _open(tensor.path) as file:
-            return file.get_slice(tensor.stored_name)[index]
+            return file.get_slice(tensor.stored_name)[tensor.stored_index(index)]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """The file of a tensor, and the tensor's entry in the header."""
+    """The file of a tensor, and the tensor's entry in the header.
+
+    Attributes:
+      expert: index of a matrix in a tensor that stacks those of all experts; None for all others.
+      first_row: row of that matrix where this tensor begins.
+    """
 
     path: Path
     stored_name: str
     shape: tuple[int, ...]
     dtype: str
+    expert: int | None = None
+    first_row: int = 0
+
+    def stored_index(self, index: tuple[slice, ...]) -> tuple[int | slice, ...]:
+        """Returns the index in the file of a slice of this tensor."""
+        if self.expert is None:
+            return index
+        start, stop, _ = index[0].indices(self.shape[0])
+        return self.expert, slice(self.first_row + start, self.first_row + stop), *index[1:]
 
 
 def _tensors(path: Path) -> Iterator[_Tensor]:
@@ -143,6 +164,22 @@ def _tensors(path: Path) -> Iterator[_Tensor]:
         for name in file.keys():  # noqa: SIM118  it is not a dictionary
             tensor = file.get_slice(name)
             yield _Tensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
+
+
+def _split_experts(name: str, tensor: _Tensor) -> Iterator[tuple[str, _Tensor]]:
+    """Yields a tensor with its name, or the matrices of all experts that it stacks, with theirs."""
+    fused = FUSED_EXPERTS.fullmatch(name)
+    if fused is None or len(tensor.shape) != 3:
+        yield name, tensor
+        return
+    num_experts, rows, columns = tensor.shape
+    matrices = FUSED_MATRICES[fused[2]]
+    height = rows // len(matrices)
+    for expert, (i, matrix) in itertools.product(range(num_experts), enumerate(matrices)):
+        part = dataclasses.replace(
+            tensor, shape=(height, columns), expert=expert, first_row=i * height
+        )
+        yield f"{fused[1]}.{expert}.{matrix}.weight", part
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:

@@ -7,13 +7,16 @@ from typing import Any
 
 from grit_jax.conversion.safetensors_folder import read_json
 from grit_jax.conversion.sidecar_files import (
+    IDENTITY,
     MODULES,
     POOLING_FIELDS,
     SENTENCE_TRANSFORMERS,
     TRANSFORMER_SETTINGS,
 )
 from grit_jax.conversion.stored_model import ConversionError, warn
+from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import GRIT_FIELD
+from grit_jax.text.templates import template_of_prompt
 
 KINDS = ("query", "document")
 # The modules that are computed; a linear layer is one of an export.
@@ -70,15 +73,55 @@ def read_embedding_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, 
         fields |= {f"{kind}_prompt": "" for kind in KINDS}
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     fields["normalize"] = "Normalize" in kinds
+    computed = {*COMPUTED, "Dense"} if _projection(folder, modules) else COMPUTED
     others = []
     for kind, module in zip(kinds, modules, strict=True):
         if kind == "Pooling":
             fields |= _read_pooling(folder / module["path"] / "config.json")
-        elif kind not in COMPUTED:
+        elif kind not in computed:
             others.append(f"{kind} ({module['path']})")
     if others:
         warn(f"{folder / MODULES}: embeddings are computed without {', '.join(others)}")
+    if template := template_of_prompt(prompts.get("query_prompt", "")):
+        fields["template"] = template
     return fields | prompts
+
+
+def read_projection_fields(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a `ModelConfig` for the linear layers that follow pooling.
+
+    In an export of grit-jax, config.json has them.
+
+    Args:
+      folder: the model's folder.
+      config: the content of its config.json.
+
+    Raises:
+      ConversionError: a file is damaged.
+    """
+    return {} if GRIT_FIELD in config else _projection(folder, _read_modules(folder / MODULES))
+
+
+def _projection(folder: Path, modules: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Returns the fields of the linear layers; none if there are no layers, or others than ours."""
+    paths = [module["path"] for module in modules if module["type"].endswith(".Dense")]
+    if not paths or tuple(paths) != DENSE[: len(paths)]:
+        return {}
+    layers = [read_json(folder / path / "config.json") for path in paths]
+    is_linear = all(
+        layer.get("activation_function") == IDENTITY and not layer.get("use_residual")
+        for layer in layers
+    )
+    biases = {layer.get("bias", True) for layer in layers}
+    if not is_linear or len(biases) > 1:
+        return {}
+    fields = {
+        "embedding_projection_size": layers[-1].get("out_features"),
+        "embedding_projection_bias": biases.pop(),
+    }
+    if len(layers) > 1:
+        fields["embedding_projection_hidden_size"] = layers[0].get("out_features")
+    return fields
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The files next to the weights of an export: tokenizer, chat template, pooling settings."""
 
+import itertools
 import json
 from pathlib import Path
 import shutil
@@ -9,8 +10,9 @@ from grit_jax.files import write_json
 from grit_jax.models import ModelConfig
 from grit_jax.models.weights import DENSE
 from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.templates import exported_chat_template
 from grit_jax.text.tokenizer import Tokenizer
-from grit_jax.text.tokenizer_files import HUGGING_FACE, SENTENCEPIECE
+from grit_jax.text.tokenizer_files import CHAT_TEMPLATE, HUGGING_FACE, SENTENCEPIECE
 
 FILES = Path(__file__).with_name("files")
 TRANSFORMER, TOKENIZER = "grit_transformer.py", "grit_tokenizer.py"
@@ -25,6 +27,8 @@ SENTENCE_TRANSFORMERS = "config_sentence_transformers.json"
 # without bidirectional attention do not have the second name, and refuse the model.
 TRANSFORMER_CLASS = "sentence_transformers.models.Transformer"
 BIDIRECTIONAL_CLASS = "sentence_transformers.base.modules.transformer.Transformer"
+# The activation function of a linear layer without one.
+IDENTITY = "torch.nn.modules.linear.Identity"
 # The field of the settings of pooling that switches each pooling on.
 POOLING_FIELDS = {
     "cls": "pooling_mode_cls_token",
@@ -67,12 +71,10 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_type: str, max_len
     write_json(folder / "tokenizer_config.json", settings | special)
 
 
-def write_chat_template(folder: Path, *, adds_bos: bool) -> None:
-    """Replaces the tokenizer's chat template by GRIT's, with BOS or without."""
-    template = (FILES / "chat_template.jinja").read_text(encoding="utf-8")
-    if not adds_bos:
-        template = template.removeprefix("{{- bos_token -}}\n")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+def write_chat_template(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes the chat template of a tokenizer or, without one, GRIT's."""
+    template = tokenizer.chat_template or exported_chat_template(adds_bos=tokenizer.adds_bos)
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     # Versions of transformers before 4.43 read it from the tokenizer's settings.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
@@ -103,9 +105,13 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
     else:
         first = BIDIRECTIONAL_CLASS if is_bidirectional else TRANSFORMER_CLASS
     modules = [(first, ""), ("sentence_transformers.models.Pooling", "1_Pooling")]
-    if config.embedding_projection_size is not None:
-        _write_dense_settings(folder / DENSE, config)
-        modules.append(("sentence_transformers.models.Dense", DENSE))
+    sizes = config.embedding_projection_hidden_size, config.embedding_projection_size
+    sizes = [config.hidden_size, *(size for size in sizes if size is not None)]
+    for name, (num_inputs, num_outputs) in zip(DENSE, itertools.pairwise(sizes), strict=False):
+        _write_dense_settings(
+            folder / name, num_inputs, num_outputs, config.embedding_projection_bias
+        )
+        modules.append(("sentence_transformers.models.Dense", name))
     if spec.normalize:
         path = f"{len(modules)}_Normalize"
         (folder / path).mkdir()
@@ -143,12 +149,12 @@ def write_sentence_transformers(folder: Path, config: ModelConfig, spec: Embeddi
     )
 
 
-def _write_dense_settings(folder: Path, config: ModelConfig) -> None:
+def _write_dense_settings(folder: Path, num_inputs: int, num_outputs: int, has_bias: bool) -> None:
     folder.mkdir()
     settings = {
-        "in_features": config.hidden_size,
-        "out_features": config.embedding_projection_size,
-        "bias": True,
-        "activation_function": "torch.nn.modules.linear.Identity",
+        "in_features": num_inputs,
+        "out_features": num_outputs,
+        "bias": has_bias,
+        "activation_function": IDENTITY,
     }
     write_json(folder / "config.json", settings)

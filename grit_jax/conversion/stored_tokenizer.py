@@ -8,6 +8,7 @@ from grit_jax.bucket import in_bucket, open_bucket
 from grit_jax.conversion.gguf_model import SUFFIX, read_tokenizer_of_gguf
 from grit_jax.conversion.opening import open_model
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
+from grit_jax.objectives.embedding import GRIT_FIELD
 from grit_jax.text.tokenizer import Tokenizer
 from grit_jax.text.tokenizer_files import MISTRAL, read_tokenizer_files
 
@@ -66,6 +67,8 @@ def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None = None) -
     """
     if name is not None:
         tokenizer = open_tokenizer(name)
+        if stored.tokenizer_files or GRIT_FIELD in stored.fields:
+            tokenizer = tokenizer.with_chat_template(_chat_template(stored))
     elif stored.tokenizer_files:
         tokenizer = Tokenizer.of_files(stored.tokenizer_files, str(stored.folder))
     elif not may_have_mistrals(stored):
@@ -88,6 +91,12 @@ def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None = None) -
             "tokenizer=PATH (--tokenizer PATH)"
         )
     return tokenizer
+
+
+def _chat_template(stored: StoredModel) -> str:
+    """Returns the chat template of a model, whatever tokenizer it is used with; "" is GRIT's."""
+    files = stored.tokenizer_files
+    return Tokenizer.of_files(files, str(stored.folder)).chat_template if files else ""
 
 
 def may_have_mistrals(stored: StoredModel) -> bool:

@@ -17,7 +17,13 @@ from grit_jax.arithmetic import ceil_div
 from grit_jax.data.kinds import BATCH_KINDS, SampledExamples
 from grit_jax.data.length_balancing import balance_batches
 from grit_jax.data.manifest import PreparedDataError, PreparedDataset
-from grit_jax.data.mixing import EpochShuffle, MixtureSchedule, RoundSchedule, stable_seed
+from grit_jax.data.mixing import (
+    EpochShuffle,
+    MixtureSchedule,
+    RoundSchedule,
+    SmallEpochShuffle,
+    stable_seed,
+)
 from grit_jax.text.kinds import TEXT_KINDS
 
 # Examples whose lengths are balanced together, and windows of them that a sampler caches.
@@ -40,7 +46,8 @@ class MixedSampler:
       batch_size: examples per batch.
       group_size: passages per query (one positive, the others negatives); 0 for other kinds.
       seed: seed of the shuffles and of the sampled texts.
-      schedule: the dataset of each example; by default datasets are evenly spread at their rates.
+      schedule: the dataset of each example, if the datasets are small; by default datasets are
+        evenly spread at their rates.
 
     Raises:
       PreparedDataError: a rate is not positive, or a dataset has fewer examples than its share of
@@ -60,8 +67,9 @@ class MixedSampler:
         self.batch_size, self.group_size, self._seed = batch_size, group_size, seed
         self.turns = make_mixture_schedule(datasets).counts.tolist()
         self.schedule = schedule or make_mixture_schedule(datasets)
+        make_order = SmallEpochShuffle if schedule else EpochShuffle
         self._orders = [
-            EpochShuffle(len(dataset), f"{seed}/order/{dataset.name}") for dataset in self.datasets
+            make_order(len(dataset), f"{seed}/order/{dataset.name}") for dataset in self.datasets
         ]
         window = min(WINDOW_EXAMPLES, sum(map(len, self.datasets)))
         self.window_batches = max(1, window // batch_size)

@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     generation.add_argument("--limit", type=int, help="use only the first documents of each task")
     generation.add_argument("--batch-size", type=int, default=32, help="prompts per batch (32)")
     generation.add_argument(
-        "--apply-chat-template", action="store_true", help="format prompts as GRIT chats"
+        "--apply-chat-template", action="store_true", help="format prompts as chats"
     )
     generation.add_argument("--log-samples", action="store_true", help="save every answer")
     generation.add_argument(

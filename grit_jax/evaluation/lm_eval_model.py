@@ -84,7 +84,7 @@ class LmEvalModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Returns a chat as text, without `<s>`.
+        """Returns a chat as text, in the chat template of the model or, without `<s>`, in GRIT's.
 
         Args:
           chat_history: messages of "system", "user" and "assistant"; the last may be the
@@ -98,6 +98,11 @@ class LmEvalModel(TemplateLM):
         """
         try:
             segments = chat_segments(chat_history, add_generation_prompt=add_generation_prompt)
+            if self._model.chat_template is not None:
+                return self._model.chat_template.text(
+                    chat_history,
+                    is_open=add_generation_prompt or chat_history[-1]["role"] == "assistant",
+                )
         except ChatError as error:
             roles = ", ".join(str(message.get("role")) for message in chat_history)
             raise InputError(

@@ -35,9 +35,9 @@ from grit_jax.inference.prompt_encoder import (
     as_stop_strings,
     as_text_list,
     check_count,
-    check_instruction,
     document_texts,
     fit_to_length,
+    prompt_of_instruction,
 )
 from grit_jax.inference.results import (
     GenerationResult,
@@ -53,8 +53,8 @@ from grit_jax.models import Decoder, KVCache
 from grit_jax.objectives.embedding import EmbeddingSpec
 from grit_jax.processes import is_primary, skip_absent_tpu
 from grit_jax.sharding import batch_shards, make_mesh
-from grit_jax.text.templates import embedding_prefix
-from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.chat_template import ChatTemplate
+from grit_jax.text.tokenizer import Tokenizer, TokenizerError
 
 DTYPES = ("bfloat16", "float32")
 # A progress bar is shown from this many texts on.
@@ -127,7 +127,7 @@ class GritLM:
         self._prompt_encoder = PromptEncoder(tokenizer, model.config.vocab_size)
         if end_tokens is None:
             end_tokens = [] if tokenizer is None else [tokenizer.eos_id]
-        self._end_tokens = tuple(end_tokens)
+        self._given_end_tokens = tuple(end_tokens)
 
     @classmethod
     @accepts(LOAD)
@@ -215,6 +215,16 @@ class GritLM:
           InputError: the model has no tokenizer.
         """
         return self._prompt_encoder.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template that the model was trained with, None for GRIT's format.
+
+        Raises:
+          InputError: the model has no tokenizer.
+          TokenizerError: the template is not valid.
+        """
+        return self._prompt_encoder.chat_template
 
     @accepts(ENCODE_PLAIN)
     def encode_query(
@@ -386,6 +396,9 @@ class GritLM:
         **options: Any,
     ) -> Any:
         """Returns the assistant's answer to a chat, or to each of several chats.
+
+        Chats have the format that the model was trained with: GRIT's, or the chat template of its
+        tokenizer (`chat_template`).
 
         Args:
           messages: `[{"role": "user", "content": "Who are you?"}]`, or a list of such lists. Roles
@@ -644,7 +657,9 @@ class GritLM:
 
     def _prompt(self, instruction: str | None, stored: str) -> str:
         """Returns the prompt of an instruction in plain words, or the stored one for None."""
-        return stored if instruction is None else embedding_prefix(check_instruction(instruction))
+        if instruction is None:
+            return stored
+        return prompt_of_instruction(instruction, self.embedding_spec)
 
     def _encode_chat(
         self, messages: Any, name: str, answer_prefix: str, options: Mapping[str, Any]
@@ -719,6 +734,15 @@ class GritLM:
     def _tokens_per_device(self, batch_size: int, length: int) -> int:
         """Returns the maximum tokens of a call on one device, for a batch size and text length."""
         return min(TOKENS_PER_DEVICE, ceil_div(batch_size * length, batch_shards(self.mesh)))
+
+    @functools.cached_property
+    def _end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end generated text, and those that end a turn in the chat template."""
+        end_tokens = self._given_end_tokens
+        with contextlib.suppress(InputError, TokenizerError):  # `chat` raises it.
+            if (template := self._prompt_encoder.chat_template) is not None:
+                end_tokens = tuple(dict.fromkeys((*end_tokens, *template.end_ids)))
+        return end_tokens
 
     @functools.cached_property
     def _generator(self) -> Generator:

@@ -9,8 +9,10 @@ import warnings
 from jaxtyping import Int
 import numpy as np
 
+from grit_jax.objectives.embedding import EmbeddingSpec
+from grit_jax.text.chat_template import ChatTemplate
 from grit_jax.text.examples import Text
-from grit_jax.text.templates import EMBED, ChatError, chat_segments
+from grit_jax.text.templates import ChatError, chat_segments, turns_of_messages
 from grit_jax.text.tokenizer import Tokenizer
 
 # A text or a prompt: a string, or token ids.
@@ -122,10 +124,12 @@ class PromptEncoder:
     ) -> Int[np.ndarray, " tokens"]:
         """Returns the prompt after which the assistant answers a chat's last message.
 
+        It is in the chat template of the tokenizer or, without one, in GRIT's.
+
         Args:
           messages: see `text.templates.turns_of_messages`; the last message is the user's.
-          is_continuation: whether the prompt follows other tokens: it begins with a line break
-            instead of `<s>`.
+          is_continuation: whether the prompt follows other tokens: it begins without `<s>`, in
+            GRIT's format with a line break.
           name: name of the chat in error messages.
           answer_prefix: the words that the answer begins with.
 
@@ -133,7 +137,7 @@ class PromptEncoder:
           InputError: `messages` is not a chat, ends with another role, or a turn is empty.
         """
         try:
-            segments = chat_segments(messages)
+            turns_of_messages(messages)
         except ChatError as error:
             raise InputError(
                 f"{name}: {error}: give a list of {{'role': 'system', 'user' or 'assistant', "
@@ -149,6 +153,11 @@ class PromptEncoder:
         for index, message in enumerate(messages):
             if message["role"] != "system" and not message["content"].strip():
                 raise InputError(f"{name}: message {index} is empty: leave it out")
+        if self.chat_template is not None:
+            tokens = self._encode_in_template(self.chat_template, messages, answer_prefix, name)
+            has_bos = tokens[:1].tolist() == [self.tokenizer.bos_id]
+            return tokens[1:] if is_continuation and has_bos else tokens
+        segments = chat_segments(messages)
         if is_continuation:
             segments[0] = f"\n{segments[0]}"
         segments[-1] += answer_prefix
@@ -158,6 +167,28 @@ class PromptEncoder:
             ids += [eos, self._tokenize(segment, name)]
         tokens = np.concatenate(ids)
         return tokens if is_continuation else self._prepend_bos(tokens)
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template of the tokenizer, None for GRIT's.
+
+        Raises:
+          TokenizerError: the template is not valid.
+        """
+        source = self.tokenizer.chat_template
+        return ChatTemplate(source, self.tokenizer) if source else None
+
+    def _encode_in_template(
+        self, template: ChatTemplate, messages: Any, answer_prefix: str, name: str
+    ) -> Int[np.ndarray, " tokens"]:
+        for text in (*(message["content"] for message in messages), answer_prefix):
+            check_unicode(text, name)
+        try:
+            tokens = template.prompt(messages, answer_prefix)
+        except ChatError as error:
+            raise InputError(f"{name}: {error}") from None
+        self._check_in_vocabulary(tokens, name)
+        return tokens
 
     def num_end_tokens(self, text: TextLike) -> int:
         """Returns how many tokens `encode` with `add_eos` puts after a text: none after ids."""
@@ -346,20 +377,18 @@ def as_stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     return strings
 
 
-def check_instruction(instruction: Any) -> str:
-    """Returns an instruction in plain words, to which the markers are still to be added.
+def prompt_of_instruction(instruction: Any, spec: EmbeddingSpec) -> str:
+    """Returns what precedes a text with an instruction in plain words.
 
     Raises:
       InputError: it is not a string, or has the markers already.
     """
     if not isinstance(instruction, str):
         raise InputError(f"instruction is {_describe(instruction)}: give a string")
-    if EMBED.strip() in instruction:
-        raise InputError(
-            f"instruction={instruction!r} has the marker <|embed|>, which is added for you: give "
-            "the instruction in plain words, or call `encode`"
-        )
-    return instruction
+    try:
+        return spec.prompt(instruction)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def document_texts(corpus: Any) -> Any:

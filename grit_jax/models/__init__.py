@@ -35,9 +35,11 @@ from grit_jax.models.decoder import Decoder, HeadError, Stream
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.gemma import GEMMA3
 from grit_jax.models.kv_cache import KVCache
+from grit_jax.models.ministral import MINISTRAL3
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
 from grit_jax.models.qwen import QWEN2, QWEN3
+from grit_jax.models.qwen_moe import QWEN3_MOE
 from grit_jax.models.rotary import RopeScaling
 from grit_jax.models.weights import WeightTable, linear_layers
 
@@ -52,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "RouterStatistics",
     "Stream",
+    "causal_fields",
     "config_from_hugging_face",
     "config_to_hugging_face",
     "lora_layers",
@@ -63,10 +66,12 @@ __all__ = [
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": GEMMA3,
+    "ministral3": MINISTRAL3,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
 }
 
 
@@ -144,6 +149,15 @@ def config_from_hugging_face(fields: Mapping[str, Any]) -> ModelConfig:
         field.
     """
     return _architecture_of(fields).config_from_hugging_face(fields)
+
+
+def causal_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of a Hugging Face `config.json`, as it is for causal attention.
+
+    Raises:
+      ValueError: the architecture is not supported.
+    """
+    return _architecture_of(fields).causal_fields(fields)
 
 
 def unread_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

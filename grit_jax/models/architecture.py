@@ -38,6 +38,8 @@ TRANSFORMERS_DEFAULTS = {
     # and a sentence-transformers folder stores the projection.
     "has_lm_head": True,
     "embedding_projection_size": None,
+    "embedding_projection_hidden_size": None,
+    "embedding_projection_bias": True,
 }
 
 # Fields of config.json that would change the computation, and the supported values of each.
@@ -82,8 +84,13 @@ IGNORED_VALUES = {
 }
 
 
-# Fields of `rope_parameters` that every type has.
-ROPE_FIELDS = ("type", "rope_type", "rope_theta")
+# Fields of `rope_parameters` that every type may have. The last has no effect there.
+ROPE_FIELDS = ("type", "rope_type", "rope_theta", "max_position_embeddings")
+# The length of pretraining, which these types read from `rope_parameters` or outside of it.
+ORIGINAL = "original_max_position_embeddings"
+TYPES_WITH_ORIGINAL = ("llama3", "yarn", "longrope")
+# A field of `rope_parameters` that transformers reads only for some model types.
+QUERY_SCALING = "llama_4_scaling_beta"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +109,9 @@ class HuggingFaceFormat:
         layers have a sliding window.
       other_defaults: the fields that only methods of the `Architecture` read, and the values that
         transformers assumes for them.
+      other_names: names in config.json of fields that `ModelConfig` names differently. The first
+        that a file has is read; the last is written.
+      ignored: fields that do not change the computation in this format.
     """
 
     model_type: str
@@ -110,6 +120,19 @@ class HuggingFaceFormat:
     headless_class_name: str | None = None
     reads_layer_types: bool = False
     other_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    other_names: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """Returns the names in config.json of a field of `ModelConfig`; see `other_names`."""
+        return self.other_names.get(field, (field,))
+
+    def sizes(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of `ModelConfig` that a config.json has, and the other defaults."""
+        return {
+            field: next((fields[name] for name in self.names(field) if name in fields), default)
+            for field, default in self.defaults.items()
+        }
 
     def class_for(self, config: ModelConfig) -> str:
         """Returns the class of transformers for a model with or without its language model head."""
@@ -129,6 +152,7 @@ class Architecture:
       weights: returns the table of weights of a configuration.
       feed_forward: module class of the feed-forward network.
       formats: the formats of config.json that it reads; it writes the first.
+      scales_queries: whether `llama_4_scaling_beta` in `rope_parameters` has an effect.
       supported_values: fields of config.json with few supported values, and those values.
     """
 
@@ -137,6 +161,7 @@ class Architecture:
     weights: Callable[[ModelConfig], WeightTable]
     feed_forward: type[nnx.Module]
     formats: tuple[HuggingFaceFormat, ...]
+    scales_queries: bool = False
     supported_values: Mapping[str, tuple[Any, ...]] = dataclasses.field(
         default_factory=lambda: SUPPORTED_VALUES
     )
@@ -147,8 +172,17 @@ class Architecture:
         return {**COMMON_SIZES, **self.defaults}
 
     def causal_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the content of a config.json, as it would be of a causal model."""
+        """Returns the content of a config.json, as it is for causal attention."""
         return dict(fields)
+
+    def bidirectional_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a config.json, as it is for bidirectional attention.
+
+        Args:
+          fields: the result of `causal_fields`.
+        """
+        # text-embeddings-inference reads the second name.
+        return {**fields, "is_causal": False, "use_bidirectional_attention": True}
 
     def embedding_scale(self, config: ModelConfig) -> float:
         """Returns what token embeddings are multiplied by."""
@@ -181,8 +215,9 @@ class Architecture:
                 "quantization_config), which is not supported: use the model that they were made of"
             )
         written = self._format(fields)
-        fields = {**written.other_defaults, **fields}
-        sizes = {name: fields.get(name, default) for name, default in written.defaults.items()}
+        for name, default in written.other_defaults.items():
+            fields = {**fields, name: default if fields.get(name) is None else fields[name]}
+        sizes = written.sizes(fields)
         if written.reads_layer_types:
             sizes |= self._windows(fields, sizes)
         sizes |= self.rotary(fields, sizes)
@@ -225,6 +260,12 @@ class Architecture:
                 f"not supported for model_type={fields['model_type']!r}"
             )
         theta, scaling = read_rotary(name, parameters, fields, sizes)
+        can_scale_queries = self.scales_queries and scaling is not None
+        if parameters.get(QUERY_SCALING) is not None and not can_scale_queries:
+            raise ValueError(
+                f"config.json: {name}: {QUERY_SCALING} is not supported for model_type="
+                f"{fields['model_type']!r} with rope_type={_rope_type(parameters)!r}"
+            )
         return {"rope_theta": theta, "rope_scaling": scaling}
 
     def _windows(self, fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,13 +302,15 @@ class Architecture:
         Fields without a value are left out, and those that are known not to matter.
         """
         written = self._format(fields)
-        read = {*written.defaults, *written.other_defaults, *self.supported_values}
+        read = {name for field in written.defaults for name in written.names(field)}
+        read |= {*written.other_defaults, *self.supported_values, *written.ignored}
         read |= {"head_dim", "num_key_value_heads"}
         read |= {"rope_theta", "rope_parameters", "rope_scaling", "quantization_config"}
         if written.reads_layer_types:
             read.add("layer_types")
-        ignored = IGNORED_FIELDS | read
         name, rope = _rope_parameters(fields)
+        if _rope_type(rope) in TYPES_WITH_ORIGINAL:
+            read.add(ORIGINAL)
         rope = {} if _rope_type(rope) != "default" else rope  # `_rotary` checks the others.
         rope = {
             f"{name}.{key}": value
@@ -278,7 +321,7 @@ class Architecture:
             name: value
             for name, value in {**fields, **rope}.items()
             if value is not None
-            and name not in ignored
+            and name not in IGNORED_FIELDS | read
             and not name.startswith("_")
             and IGNORED_VALUES.get(name.rpartition(".")[2]) != value
         }
@@ -290,12 +333,13 @@ class Architecture:
     def config_to_hugging_face(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the content of a config.json that old and new versions of transformers read."""
         written, scaling = self.formats[0], config.rope_scaling
-        fields = {name: getattr(config, name) for name in (*written.defaults, "head_dim")}
+        names = (*written.defaults, "head_dim")
+        fields = {written.names(name)[-1]: getattr(config, name) for name in names}
         if config.layer_types is not None:
             types = [SLIDING if is_sliding else FULL for is_sliding in config.sliding_layers()]
             fields["layer_types"] = types
         if config.embedding_projection_size is None:
-            del fields["embedding_projection_size"]
+            fields = {n: v for n, v in fields.items() if not n.startswith("embedding_projection_")}
         if config.has_lm_head:
             del fields["has_lm_head"]
         return {
@@ -349,11 +393,13 @@ def read_rotary(
     scaling = {key: value for key, value in scaling.items() if key not in ROPE_FIELDS}
     if scaling["partial_rotary_factor"] in (None, 1.0):
         del scaling["partial_rotary_factor"]
-    longest, original = sizes["max_position_embeddings"], "original_max_position_embeddings"
-    if rope_type in ("llama3", "yarn"):
-        scaling[original] = fields.get(original) or scaling.get(original) or longest
-    if rope_type == "yarn" and scaling.get("factor") is None:
-        scaling["factor"] = longest / scaling[original]
+    longest = sizes["max_position_embeddings"]
+    if rope_type in TYPES_WITH_ORIGINAL:
+        scaling[ORIGINAL] = fields.get(ORIGINAL) or scaling.get(ORIGINAL) or longest
+    elif rope_type == "dynamic":
+        scaling[ORIGINAL] = longest
+    if rope_type in ("yarn", "longrope") and scaling.get("factor") is None:
+        scaling["factor"] = longest / scaling[ORIGINAL]
     try:
         return float(theta), RopeScaling.from_fields({"rope_type": rope_type, **scaling})
     except ValueError as error:

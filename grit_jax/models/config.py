@@ -9,7 +9,7 @@ import fnmatch
 from jaxtyping import Bool, Float
 import numpy as np
 
-from grit_jax.models.rotary import RopeScaling, rotary_frequencies
+from grit_jax.models.rotary import FACTOR_LISTS, RopeScaling, rotary_frequencies
 
 REMAT_NAMES = ("none", "save_matmuls", "offload", "full")
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -32,6 +32,7 @@ AXIS_FIELDS = {
     "experts": "num_local_experts",
     "router": "num_local_experts",
     "embedding": "embedding_projection_size",
+    "embedding_hidden": "embedding_projection_hidden_size",
     "layers": "num_hidden_layers",
 }
 
@@ -97,9 +98,13 @@ class ModelConfig:
         embeds.
       num_local_experts: experts of each feed-forward network; 0 for one dense network.
       num_experts_per_tok: experts that each token is sent to.
+      norm_topk_prob: whether the weights of a token's experts are divided by their sum.
       router_aux_loss_coef: weight of the router's load-balancing loss.
       embedding_projection_size: output size of a linear layer applied to pooled hidden states;
         None for no such layer.
+      embedding_projection_hidden_size: output size of another linear layer before it; None for no
+        such layer (EmbeddingGemma has both).
+      embedding_projection_bias: whether these layers have a bias.
       rope_local_base_freq: base of the rotary frequencies of sliding layers, which are not scaled;
         None for that of the other layers.
       query_pre_attn_scalar: attention scores are divided by its square root; None for `head_dim`.
@@ -141,6 +146,7 @@ class ModelConfig:
 
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
 
     rope_local_base_freq: float | None = None
@@ -148,6 +154,8 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
 
     embedding_projection_size: int | None = None
+    embedding_projection_hidden_size: int | None = None
+    embedding_projection_bias: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
     logits_dtype: str = "float32"
@@ -188,6 +196,13 @@ class ModelConfig:
             raise ValueError(
                 f"config.model.sizes.head_dim={self.head_dim} must be even for rotary embeddings"
             )
+        for name in FACTOR_LISTS:
+            factors = self.rope_scaling and getattr(self.rope_scaling, name)
+            if factors and len(factors) != self.head_dim // 2:
+                raise ValueError(
+                    f"config.model.sizes.rope_scaling: {name} must have head_dim/2 = "
+                    f"{self.head_dim // 2} factors, not {len(factors)}"
+                )
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
                 f"config.model.sizes.num_experts_per_tok={self.num_experts_per_tok} is more than "
@@ -277,6 +292,7 @@ FEATURES = (
     "layer_types",
     "num_local_experts",
     "num_experts_per_tok",
+    "norm_topk_prob",
     "router_aux_loss_coef",
     "rope_local_base_freq",
     "query_pre_attn_scalar",
@@ -286,6 +302,8 @@ FEATURES = (
 # How a model is computed and trained: the fields that every architecture has besides its sizes.
 SETTINGS = (
     "embedding_projection_size",
+    "embedding_projection_hidden_size",
+    "embedding_projection_bias",
     "dtype",
     "param_dtype",
     "logits_dtype",

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.grouped_matmul import exclusive_cumsum, grouped_matmul
 from grit_jax.models.linear import LinearLayers, Weight, linear
+from grit_jax.models.weights import WeightSpec, WeightTable
 from grit_jax.pytree import pytree_dataclass
 from grit_jax.sharding import mesh_axes, partition_spec
 
@@ -31,6 +32,33 @@ EXPERT_DOWN_AXES = ("experts", "mlp", "embed")
 
 # Names (`checkpoint_name`) of the arrays that a rematerialization policy may save.
 EXPERT_PRODUCTS = ("expert_inputs", "expert_gate", "expert_up", "expert_outputs")
+
+
+def expert_weights(block: str, gate: str, up: str, down: str) -> WeightTable:
+    """Returns the weights of a router and its experts.
+
+    Args:
+      block: name of the feed-forward network in Hugging Face checkpoints.
+      gate: name of an expert's gate projection.
+      up: the same.
+      down: the same.
+    """
+    expert = f"{block}.experts.{{expert}}"
+    return {
+        # Small, and a rounding error would send tokens to other experts.
+        "layers.feed_forward.router": WeightSpec(
+            axes=("embed", "router"), name=f"{block}.gate.weight", num_inputs=1, int8=False
+        ),
+        "layers.feed_forward.gate": WeightSpec(
+            axes=EXPERT_UP_AXES, name=f"{expert}.{gate}.weight", num_inputs=1
+        ),
+        "layers.feed_forward.up": WeightSpec(
+            axes=EXPERT_UP_AXES, name=f"{expert}.{up}.weight", num_inputs=1
+        ),
+        "layers.feed_forward.down": WeightSpec(
+            axes=EXPERT_DOWN_AXES, name=f"{expert}.{down}.weight", num_inputs=1, init="residual"
+        ),
+    }
 
 
 @pytree_dataclass
@@ -49,7 +77,7 @@ class RouterStatistics:
 
 
 class Experts(LinearLayers):
-    """A router and its gated feed-forward networks, as in Mixtral (arXiv 2401.04088)."""
+    """A router and its gated feed-forward networks, as in Mixtral (arXiv 2401.04088) and Qwen3."""
 
     def __call__(
         self, hidden: Float[Array, "M D"], is_token: Bool[Array, " M"]
@@ -61,7 +89,8 @@ class Experts(LinearLayers):
         wide, router = hidden.astype(jnp.float32), self.weight("router", "float32")
         probabilities = jax.nn.softmax(linear(wide, router))
         weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        if self.config.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         no_expert = self.config.num_local_experts
         output = apply_experts(
             hidden,
@@ -79,9 +108,10 @@ def router_statistics(
 ) -> RouterStatistics:
     """Returns the sums that the load-balancing loss needs, over all tokens but padding."""
     real = is_token.astype(jnp.float32)
-    chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)
+    chosen = experts[..., None] == jnp.arange(probabilities.shape[-1])
     return RouterStatistics(
-        choices=jnp.einsum("MCE,M->CE", chosen, real),
+        # Not an einsum, which would store [M, C, E].
+        choices=jnp.sum(chosen & is_token[:, None, None], axis=0, dtype=jnp.float32),
         probabilities=jnp.einsum("ME,M->E", probabilities, real),
         tokens=jnp.sum(real),
     )

@@ -41,18 +41,47 @@ def gemma3_weights(config: ModelConfig) -> WeightTable:
     }
 
 
+# Fields of a model for images and text that do not say anything of its text model.
+_IMAGE_FIELDS = frozenset(
+    """
+    architectures boi_token_index eoi_token_index image_token_index mm_tokens_per_image text_config
+    vision_config
+    """.split()  # noqa: SIM905  It reads better.
+)
+
+
 class Gemma3(Architecture):
     """The architecture, whose config.json has fields of its own for layers and rotary bases."""
 
     def causal_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the content of a config.json without `use_bidirectional_attention`.
+        """Returns the content of a config.json, as it is for causal attention.
 
-        With it, `sliding_window` is the sum of how far a token attends in both directions.
+        With `use_bidirectional_attention`, `sliding_window` is the sum of how far a token attends
+        in both directions.
         """
-        fields = {"sliding_window": self.formats[0].defaults["sliding_window"], **fields}
-        if fields.pop("use_bidirectional_attention", False) and fields["sliding_window"]:
-            fields["sliding_window"] //= 2
+        if fields["model_type"] == "gemma3":  # A model for images and text.
+            outer = {name: value for name, value in fields.items() if name not in _IMAGE_FIELDS}
+            fields = {**outer, **fields["text_config"], "model_type": "gemma3_text"}
+        defaults = self.formats[0].defaults
+        # Published files leave it out, and they are read elsewhere, too.
+        fields = {"tie_word_embeddings": defaults["tie_word_embeddings"], **fields}
+        if fields.pop("use_bidirectional_attention", False):
+            window = fields.get("sliding_window", defaults["sliding_window"])
+            fields["sliding_window"] = window and window // 2
         return fields
+
+    def bidirectional_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a config.json, as it is for bidirectional attention."""
+        window = fields.get("sliding_window", self.formats[0].defaults["sliding_window"])
+        return {
+            **fields,
+            "use_bidirectional_attention": True,
+            "sliding_window": window and 2 * window,
+        }
+
+    def config_from_hugging_face(self, fields: Mapping[str, Any]) -> ModelConfig:
+        """Returns the configuration that the content of a config.json describes."""
+        return super().config_from_hugging_face(self.causal_fields(fields))
 
     def embedding_scale(self, config: ModelConfig) -> float:
         """Returns what token embeddings are multiplied by."""
@@ -93,21 +122,47 @@ class Gemma3(Architecture):
         fields = super().config_to_hugging_face(config)
         del fields["hidden_act"]
         is_sliding = config.sliding_layers() & (config.sliding_window is not None)
-        local = config.rope_local_base_freq or config.rope_theta
+        local, scaling = config.rope_local_base_freq or config.rope_theta, config.rope_scaling
+        scalar = config.query_pre_attn_scalar or config.head_dim
         return {
             **fields,
             "hidden_activation": "gelu_pytorch_tanh",
+            # Transformers reads 256, but not 256.0.
+            "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
             "layer_types": [SLIDING if sliding else FULL for sliding in is_sliding],
             "rope_parameters": {
                 FULL: fields["rope_parameters"],
                 SLIDING: {"rope_type": "default", "rope_theta": local},
             },
-            # The name in transformers 4.
-            "rope_scaling": None
-            if config.rope_scaling is None
-            else config.rope_scaling.to_fields(),
+            "rope_scaling": scaling and scaling.to_fields(),  # The name in transformers 4.
         }
 
+
+_FORMAT: dict[str, Any] = {
+    "class_name": "Gemma3ForCausalLM",
+    "headless_class_name": "Gemma3TextModel",
+    "defaults": {
+        **TRANSFORMERS_DEFAULTS,
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "rope_theta": 1e6,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 256,
+        "final_logit_softcapping": None,
+    },
+    "reads_layer_types": True,
+    "other_defaults": {
+        "sliding_window_pattern": _PERIOD,
+        "use_bidirectional_attention": False,
+    },
+}
 
 # The sizes of Gemma 3 1B.
 GEMMA3 = Gemma3(
@@ -132,32 +187,8 @@ GEMMA3 = Gemma3(
     weights=gemma3_weights,
     feed_forward=GegluMLP,
     formats=(
-        HuggingFaceFormat(
-            model_type="gemma3_text",
-            class_name="Gemma3ForCausalLM",
-            headless_class_name="Gemma3TextModel",
-            defaults={
-                **TRANSFORMERS_DEFAULTS,
-                "vocab_size": 262208,
-                "hidden_size": 2304,
-                "intermediate_size": 9216,
-                "num_hidden_layers": 26,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "rope_theta": 1e6,
-                "sliding_window": 4096,
-                "tie_word_embeddings": True,
-                "rope_local_base_freq": 1e4,
-                "query_pre_attn_scalar": 256,
-                "final_logit_softcapping": None,
-            },
-            reads_layer_types=True,
-            other_defaults={
-                "sliding_window_pattern": _PERIOD,
-                "use_bidirectional_attention": False,
-            },
-        ),
+        HuggingFaceFormat(model_type="gemma3_text", **_FORMAT),
+        HuggingFaceFormat(model_type="gemma3", **_FORMAT),
     ),
     supported_values={
         "hidden_activation": ("gelu_pytorch_tanh",),

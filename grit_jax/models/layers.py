@@ -17,7 +17,7 @@ from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.config import ModelConfig
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.linear import LinearLayers, linear
-from grit_jax.models.rotary import rotary_embedding
+from grit_jax.models.rotary import rotary_embedding, text_lengths
 from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import with_logical_constraint
 
@@ -130,12 +130,18 @@ class Attention(LinearLayers):
         query, key = heads("query", "heads"), heads("key", "kv_heads")
         value = heads("value", "kv_heads")
         frequencies, amplitude = self.config.rotary_frequencies(), self.config.rotary_amplitude
+        scaling = self.config.rope_scaling
+        if scaling is not None and scaling.depends_on_length:
+            lengths = text_lengths(positions, mask.segment_ids)
+            frequencies = scaling.scale_by_length(frequencies, lengths)
         if self.config.rope_local_base_freq is not None:
             local = self.config.local_rotary_frequencies()
             frequencies = jnp.where(mask.is_sliding, local, frequencies)
             amplitude = jnp.where(mask.is_sliding, 1.0, amplitude)
         query = rotary_embedding(query, positions, frequencies, amplitude)
         key = rotary_embedding(key, positions, frequencies, amplitude)
+        if scaling is not None and scaling.llama_4_scaling_beta is not None:
+            query *= scaling.query_scale(positions).astype(query.dtype)
         if cache is not None:
             cache = cache.write(layer, key, value)
             key, value = cache.layer_keys_and_values(layer)
@@ -176,17 +182,24 @@ class GegluMLP(MLP):
 
 
 class EmbeddingProjection(nnx.Module):
-    """A linear layer, with a bias, from hidden states to embeddings.
+    """Linear layers, one or two, from hidden states to embeddings.
 
-    It is applied after pooling. Since pooling takes a mean, that equals applying it to every token,
-    at a fraction of the cost.
+    They are applied after pooling. Since pooling takes a mean, that equals applying them to every
+    token, at a fraction of the cost.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightTable, scope: str, *, rngs: nnx.Rngs):
-        self.weight = weights[f"{scope}.weight"].initialize(config, rngs)
-        self.bias = weights[f"{scope}.bias"].initialize(config, rngs)
+        for name in ("hidden_weight", "hidden_bias", "weight", "bias"):
+            if f"{scope}.{name}" in weights:
+                setattr(self, name, weights[f"{scope}.{name}"].initialize(config, rngs))
 
     def __call__(self, pooled: Float[Array, "texts D"]) -> Float[Array, "texts P"]:
         """Returns the projected embeddings, not normalized."""
-        weight, bias = self.weight[...].astype(pooled.dtype), self.bias[...].astype(pooled.dtype)
-        return jnp.einsum("TD,DP->TP", pooled, weight) + bias
+        for layer in ("hidden_", ""):
+            weight = getattr(self, f"{layer}weight", None)
+            bias = getattr(self, f"{layer}bias", None)
+            if weight is not None:
+                pooled = jnp.einsum("TD,DP->TP", pooled, weight[...].astype(pooled.dtype))
+            if bias is not None:
+                pooled += bias[...].astype(pooled.dtype)
+        return pooled

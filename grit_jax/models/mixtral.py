@@ -2,32 +2,14 @@
 
 from grit_jax.models.architecture import TRANSFORMERS_DEFAULTS, Architecture, HuggingFaceFormat
 from grit_jax.models.config import ModelConfig
-from grit_jax.models.experts import EXPERT_DOWN_AXES, EXPERT_UP_AXES, Experts
-from grit_jax.models.weights import WeightSpec, WeightTable, base_weights
+from grit_jax.models.experts import Experts, expert_weights
+from grit_jax.models.weights import WeightTable, base_weights
 
 
 def mixtral_weights(config: ModelConfig) -> WeightTable:
     """Returns the table of weights of a Mixtral."""
-    experts = "model.layers.{layer}.block_sparse_moe"
-    return {
-        **base_weights(config),
-        # Small, and a rounding error would send tokens to other experts.
-        "layers.feed_forward.router": WeightSpec(
-            axes=("embed", "router"), name=f"{experts}.gate.weight", num_inputs=1, int8=False
-        ),
-        "layers.feed_forward.gate": WeightSpec(
-            axes=EXPERT_UP_AXES, name=f"{experts}.experts.{{expert}}.w1.weight", num_inputs=1
-        ),
-        "layers.feed_forward.up": WeightSpec(
-            axes=EXPERT_UP_AXES, name=f"{experts}.experts.{{expert}}.w3.weight", num_inputs=1
-        ),
-        "layers.feed_forward.down": WeightSpec(
-            axes=EXPERT_DOWN_AXES,
-            name=f"{experts}.experts.{{expert}}.w2.weight",
-            num_inputs=1,
-            init="residual",
-        ),
-    }
+    block = "model.layers.{layer}.block_sparse_moe"
+    return {**base_weights(config), **expert_weights(block, gate="w1", up="w3", down="w2")}
 
 
 MIXTRAL = Architecture(

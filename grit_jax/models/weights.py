@@ -20,9 +20,9 @@ from grit_jax.models.config import ModelConfig
 # Parameters under this path are stacked over the decoder's layers.
 LAYERS = "layers."
 
-# The folder in which sentence-transformers stores a linear layer that follows pooling. The names of
-# its tensors begin with the folder's.
-DENSE = "2_Dense"
+# The folders in which sentence-transformers stores the linear layers that follow pooling, in order.
+# The names of their tensors begin with the folder's.
+DENSE = ("2_Dense", "3_Dense")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,15 +128,23 @@ def base_weights(config: ModelConfig) -> WeightTable:
     }
     if config.has_lm_head and not config.tie_word_embeddings:
         table["head"] = WeightSpec(axes=("embed", "vocab"), name="lm_head.weight", num_inputs=1)
-    if config.embedding_projection_size is not None:
-        projection = f"{DENSE}/linear"
-        table["embedding_projection.weight"] = WeightSpec(
-            axes=("embed", "embedding"), name=f"{projection}.weight", num_inputs=1
-        )
-        table["embedding_projection.bias"] = WeightSpec(
-            axes=("embedding",), name=f"{projection}.bias", init="zeros"
-        )
-    return table
+    return table | _projection_weights(config)
+
+
+def _projection_weights(config: ModelConfig) -> WeightTable:
+    """Returns the weights of the linear layers that follow pooling, if there are any."""
+    layers = {"": ("embed", "embedding")}
+    if config.embedding_projection_hidden_size is not None:
+        layers = {"hidden_": ("embed", "embedding_hidden"), "": ("embedding_hidden", "embedding")}
+    table = {}
+    for folder, (name, axes) in zip(DENSE, layers.items(), strict=False):
+        path = f"embedding_projection.{name}"
+        table[f"{path}weight"] = WeightSpec(axes=axes, name=f"{folder}/linear.weight", num_inputs=1)
+        if config.embedding_projection_bias:
+            table[f"{path}bias"] = WeightSpec(
+                axes=axes[1:], name=f"{folder}/linear.bias", init="zeros"
+            )
+    return table if config.embedding_projection_size is not None else {}
 
 
 def head_biases() -> WeightTable:

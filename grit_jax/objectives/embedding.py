@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from grit_jax.data.batch import PackedTexts
 from grit_jax.models import Decoder, Stream
 from grit_jax.objectives.pooling import POOLINGS, normalize, pool
-from grit_jax.text.templates import EMBED, embedding_prefix
+from grit_jax.text.templates import EMBED, GRIT, embedding_prefix, has_markers
 
 # One letter each for embedding instructions, embedding texts, generation instructions and
 # generation texts: b (bidirectional) or c (causal).
@@ -29,6 +29,7 @@ STORED = (
     "pool_instruction",
     "query_prompt",
     "document_prompt",
+    "template",
 )
 
 
@@ -44,6 +45,7 @@ class EmbeddingSpec:
       query_prompt: what precedes a query by default, with the model's markers (see
         `text.templates.embedding_prefix`).
       document_prompt: what precedes a document by default.
+      template: how an instruction becomes a prompt (see `text.templates.embedding_template`).
 
     Raises:
       ValueError: the pattern or the pooling is unknown.
@@ -55,6 +57,7 @@ class EmbeddingSpec:
     pool_instruction: bool = False
     query_prompt: str = EMBED
     document_prompt: str = EMBED
+    template: str = GRIT
 
     def __post_init__(self):
         if self.attention not in PATTERNS:
@@ -90,19 +93,39 @@ class EmbeddingSpec:
           ValueError: the pattern or the pooling is unknown, or an instruction has the model's
             markers.
         """
-        given = {
-            "attention": attention,
-            "pooling": pooling,
-            "normalize": normalize,
-            "query_prompt": _prompt("query_instruction", query_instruction),
-            "document_prompt": _prompt("document_instruction", document_instruction),
-        }
+        given = {"attention": attention, "pooling": pooling, "normalize": normalize}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**fields.get(GRIT_FIELD, {}), **given})
+        spec = cls(**{**fields.get(GRIT_FIELD, {}), **given})
+        instructions = {"query": query_instruction, "document": document_instruction}
+        prompts = {
+            f"{kind}_prompt": spec.prompt(instruction, f"{kind}_instruction")
+            for kind, instruction in instructions.items()
+            if instruction is not None
+        }
+        return dataclasses.replace(spec, **prompts)
 
     def to_fields(self) -> dict[str, dict[str, Any]]:
         """Returns the fields of config.json that store the spec."""
         return {GRIT_FIELD: {name: getattr(self, name) for name in STORED}}
+
+    def prompt(self, instruction: str, name: str = "instruction") -> str:
+        """Returns what precedes a text with an instruction.
+
+        Args:
+          instruction: the instruction in plain words; "" is none.
+          name: its name in the error message.
+
+        Raises:
+          ValueError: the instruction has the markers of the template.
+        """
+        if has_markers(instruction, self.template):
+            marker = EMBED if self.template == GRIT else embedding_prefix("...", self.template)
+            marker = marker.strip().replace("\n", "\\n")
+            raise ValueError(
+                f"{name}={instruction!r} has the marker {marker}, which is added for you: give the "
+                "instruction in plain words, or call `encode`"
+            )
+        return embedding_prefix(instruction, self.template)
 
     def stream(self, texts: PackedTexts) -> Stream:
         """Returns packed texts as input of the decoder.
@@ -138,16 +161,6 @@ def embed_texts(
     """Returns the embedding of each packed text, in float32."""
     hidden, _ = model.forward_streams({"texts": spec.stream(texts)})
     return spec.embed_pooled(model, spec.pool(hidden["texts"], texts))
-
-
-def _prompt(name: str, instruction: str | None) -> str | None:
-    """Returns the prompt of an instruction in plain words, None for None."""
-    if instruction is not None and EMBED.strip() in instruction:
-        raise ValueError(
-            f"{name}={instruction!r} has the marker <|embed|>, which is added for you: give the "
-            "instruction in plain words"
-        )
-    return None if instruction is None else embedding_prefix(instruction)
 
 
 def _pattern_problem(attention: str) -> str:

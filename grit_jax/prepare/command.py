@@ -6,12 +6,15 @@ from pathlib import Path
 import sys
 
 from grit_jax.prepare.data_file import FILE_TYPES
+from grit_jax.prepare.datasets import COLLECTIONS
 from grit_jax.prepare.hub import MODEL, download_tokenizer
 from grit_jax.prepare.prepare import prepare_mixtures
+from grit_jax.text.chat_template import ChatTemplate
 from grit_jax.text.columns import LAYOUTS, ColumnsError, parse_columns
 from grit_jax.text.examples import CHAT_LABELS, TextOptions
 from grit_jax.text.kinds import STREAMS
-from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.templates import BASE, GRIT, embedding_template
+from grit_jax.text.tokenizer import Tokenizer, TokenizerError
 from grit_jax.text.tokenizer_files import MISTRAL, tokenizer_in
 
 
@@ -24,15 +27,19 @@ def run(argv: Sequence[str]) -> None:
     """
     arguments = _parser().parse_args(argv)
     lengths = {f"{stream}_length": vars(arguments)[f"{stream}_length"] for stream in STREAMS}
+    tokenizer = _tokenizer(arguments.tokenizer)
+    chat_template = _chat_template(arguments.template, arguments.chat_labels, tokenizer)
     try:
         mixtures = prepare_mixtures(
             arguments.sources,
             arguments.module,
             arguments.output,
-            _tokenizer(arguments.tokenizer),
+            tokenizer,
             TextOptions(
                 **lengths,
                 chat_labels=arguments.chat_labels,
+                chat_template=chat_template,
+                embedding_template=arguments.embedding_template,
             ),
             processes=arguments.processes,
             held_out=arguments.held_out,
@@ -62,6 +69,30 @@ def _tokenizer(name: str) -> Tokenizer:
     return open_tokenizer(name)
 
 
+def _chat_template(name: str, labels: str, tokenizer: Tokenizer) -> str:
+    """Returns the template of chats in Jinja, "" for GRIT's."""
+    own = tokenizer.chat_template
+    if name == GRIT:
+        if own:
+            print("chats are formatted as in GRIT; --template base takes the tokenizer's template")
+        return ""
+    if not own:
+        raise TokenizerError(
+            f"tokenizer {tokenizer.name} has no chat template of its own: use --template {GRIT}"
+        )
+    if labels != TextOptions.chat_labels:
+        raise TokenizerError(f"--chat-labels {labels} needs --template {GRIT}")
+    ChatTemplate(own, tokenizer)  # Raises if it is not valid.
+    return own
+
+
+def _embedding_template(name: str) -> str:
+    try:  # A shell does not turn \n into a line break.
+        return embedding_template(name.replace("\\n", "\n"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("\n", "\\n")) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grit-jax prepare",
@@ -73,8 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help=f"a folder or file, as PATH or NAME=PATH (medi2=PATH, e5=PATH and tulu2=PATH for "
-        f"these collections as published), of these types: {FILE_TYPES}; a folder of BEIR or of "
+        help=f"a folder or file, as PATH or NAME=PATH ({', '.join(COLLECTIONS)} are names of "
+        f"collections as published), of these types: {FILE_TYPES}; a folder of BEIR or of "
         "save_to_disk; a dataset of the Hugging Face Hub, as hf:OWNER/NAME or "
         "hf:OWNER/NAME/CONFIG; or the name of a mixture (sample_embedding, sample_chat, "
         "squad_embedding, or one of yours)",
@@ -85,6 +116,22 @@ def _parser() -> argparse.ArgumentParser:
         default=MISTRAL,
         help="'mistral', OWNER/MODEL on the Hugging Face Hub, or the path of a tokenizer.model, a "
         "tokenizer.json, a GGUF file, or of a model's, checkpoint's or run's folder",
+    )
+    parser.add_argument(
+        "--template",
+        choices=(GRIT, BASE),
+        default=GRIT,
+        help="the format of chats: 'grit' (the default), or 'base' for the chat template that the "
+        "tokenizer's files have",
+    )
+    parser.add_argument(
+        "--embedding-template",
+        type=_embedding_template,
+        default=GRIT,
+        metavar="TEMPLATE",
+        help="the format of texts to embed: 'grit' (the default); 'instruct' for 'Instruct: "
+        "{instruction}\\nQuery: {text}'; or a format like this. Texts without an instruction then "
+        "stand alone",
     )
     parser.add_argument(
         "--module", action="append", default=[], help="Python module that declares mixtures"

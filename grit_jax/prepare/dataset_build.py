@@ -19,6 +19,7 @@ from grit_jax.prepare.sources import Dataset
 from grit_jax.prepare.worker import SplitResult, WorkItem
 from grit_jax.prepare.writing import MANIFEST, Shard, lines_by_reason, publish, write_dataset
 from grit_jax.text import TEXT_VERSION
+from grit_jax.text.chat_template import chat_template
 from grit_jax.text.examples import TextOptions
 from grit_jax.text.kinds import TEXT_KINDS
 from grit_jax.text.tokenizer import Tokenizer
@@ -96,9 +97,11 @@ class DatasetBuild:
     def _changes(self, manifest: Manifest) -> list[str]:
         """Returns what has changed since the data were prepared."""
         options = TEXT_KINDS[self.dataset.kind].options
+        # Earlier versions have fewer options, which were at their defaults.
+        made_with = dataclasses.asdict(TextOptions()) | manifest.options
         is_same = {
             "tokenizer": manifest.tokenizer["sha256"] == self._tokenizer.fingerprint,
-            "options": all(manifest.options.get(o) == self._options[o] for o in options),
+            "options": all(made_with[option] == self._options[option] for option in options),
             "version of the text code": manifest.text_version == TEXT_VERSION,
             "source": manifest.source == self._source,
         }
@@ -187,6 +190,12 @@ class DatasetBuild:
             parts.append(f"{count} {reason} ({', '.join(details)})")
         return f": {'; '.join(parts)}" if parts else ""
 
+    def _vocab_size(self) -> int:
+        template = self._options["chat_template"]
+        if not template or "chat_template" not in TEXT_KINDS[self.dataset.kind].options:
+            return self._tokenizer.vocab_size
+        return chat_template(template, self._tokenizer).vocab_size
+
     def _write(self, folder: Path, split: _Split) -> Manifest:
         files = self.dataset.source.files
         return write_dataset(
@@ -199,7 +208,7 @@ class DatasetBuild:
             tokenizer={
                 "name": self._tokenizer.name,
                 "sha256": self._tokenizer.fingerprint,
-                "vocab_size": self._tokenizer.vocab_size,
+                "vocab_size": self._vocab_size(),
                 "bos_id": self._tokenizer.bos_id,
                 "eos_id": self._tokenizer.eos_id,
                 "files": sorted(self._tokenizer.files),

@@ -19,7 +19,7 @@ from grit_jax.prepare.hub import is_of
 from grit_jax.prepare.sources import Dataset, FilesSource
 from grit_jax.sample import SAMPLE_FOLDER
 from grit_jax.text.columns import RowReader
-from grit_jax.text.formats import Preprocess, tulu2
+from grit_jax.text.formats import Preprocess, tulu2, tulu3
 from grit_jax.text.jsonl import SourceError
 from grit_jax.text.kinds import TEXT_KINDS
 
@@ -31,7 +31,12 @@ MAX_NAMED_FILES = 5
 Rate = int | float | Callable[[Any], float]
 
 # Published collections by name, with the function that changes each of their lines.
-COLLECTIONS: dict[str, Preprocess | None] = {"medi2": None, "e5": None, "tulu2": tulu2}
+COLLECTIONS: dict[str, Preprocess | None] = {
+    "medi2": None,
+    "e5": None,
+    "tulu2": tulu2,
+    "tulu3": tulu3,
+}
 
 # Declared in `seqio_tasks`, which is only imported when one of these is asked for.
 SEQIO_DATASETS, SEQIO_MIXTURES = ("squad",), ("squad_embedding",)

@@ -16,7 +16,7 @@ PREFIX = "hf:"
 NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w./-]+))?")
 MODEL = re.compile(r"[\w.-]+/[\w.-]+")
 CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "config.json")
+TOKENIZER_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "config.json", "*.jinja")
 
 
 def download_dataset(source: str) -> tuple[Path, list[str]]:

@@ -156,6 +156,7 @@ def tokenize(item: WorkItem) -> dict[str, SplitResult]:
         examples[split].append(example)
         results[split].forms[kind.form(canonical)] += 1
         results[split].notes.update(kind.notes(line, canonical))
+        results[split].notes.update({text.note for text in example.texts if text.note})
         unread = (raw.keys() - columns) | (line.keys() & raw.keys()) - set(kind.fields)
         results[split].unread_fields.update(unread)
     for split, split_examples in examples.items():

@@ -33,8 +33,8 @@ from grit_jax.inference.prompt_encoder import (
     InputError,
     PromptEncoder,
     check_count,
-    check_instruction,
     document_text,
+    prompt_of_instruction,
 )
 from grit_jax.models import KVCache
 from grit_jax.rag.cache_store import FORMATS, read_cache, write_caches
@@ -64,7 +64,6 @@ from grit_jax.rag.index_folder import (
     write_part,
 )
 from grit_jax.sharding import batch_shards, shard_rows
-from grit_jax.text.templates import embedding_prefix
 
 # Maximum documents of a part, and maximum bytes of its caches before they are quantized.
 PART_DOCUMENTS, PART_BYTES = 1024, 2**30
@@ -287,8 +286,8 @@ def build_index(
         "caches": caches,
         "max_length": limit,
         "truncate": truncate,
-        "document_prompt": _prompt(instruction),
-        "query_prompt": _prompt(query_instruction),
+        "document_prompt": _prompt(model, instruction),
+        "query_prompt": _prompt(model, query_instruction),
     }
     if num_documents is None and isinstance(documents, Sized):
         num_documents = len(documents)
@@ -471,9 +470,11 @@ class _IndexBuilder:
         self._start_part()
 
 
-def _prompt(instruction: str | None) -> str | None:
+def _prompt(model: GritLM, instruction: str | None) -> str | None:
     """Returns the prompt of an instruction in plain words."""
-    return None if instruction is None else embedding_prefix(check_instruction(instruction))
+    if instruction is None:
+        return None
+    return prompt_of_instruction(instruction, model.embedding_spec)
 
 
 def _progress() -> Progress:

@@ -28,13 +28,12 @@ from grit_jax.inference.prompt_encoder import (
     PromptEncoder,
     as_list,
     check_count,
-    check_instruction,
     document_text,
+    prompt_of_instruction,
 )
 from grit_jax.models import KVCache
 from grit_jax.rag.documents import Document, document_id
 from grit_jax.rag.index import DocumentIndex
-from grit_jax.text.templates import embedding_prefix
 
 # What the user's message consists of, separated by empty lines. What is cached precedes it.
 MESSAGES = {
@@ -163,6 +162,13 @@ class RagPipeline:
             raise InputError(f"cache_mode={cache_mode!r} must be one of {', '.join(CACHE_MODES)}")
         if positions not in ("continued", "restarted"):
             raise InputError(f"positions={positions!r} must be 'continued' or 'restarted'")
+        scaling = model.model.config.rope_scaling
+        moves_keys = "cache" in cache_mode and positions == "continued"
+        if moves_keys and scaling is not None and scaling.depends_on_length:
+            raise InputError(
+                f"keys with rotary embeddings of type {scaling.rope_type!r} cannot be moved: pass "
+                "positions='restarted' or cache_mode='document-prompt'"
+            )
         model.model.check_has_head()
         check_count("num_documents", num_documents)
         if not isinstance(prompt, RagPrompt):
@@ -176,7 +182,7 @@ class RagPipeline:
             stored = index.settings["query_prompt"]
             self._query_prompt = model.embedding_spec.query_prompt if stored is None else stored
         else:
-            self._query_prompt = embedding_prefix(check_instruction(instruction))
+            self._query_prompt = prompt_of_instruction(instruction, model.embedding_spec)
         # What is cached, in the order of the prompt: "query", "document", both or none.
         is_cached = cache_mode.endswith("-cache")
         self._cached = cache_mode.removesuffix("-cache").split("-") if is_cached else []

@@ -1,7 +1,7 @@
 """Tokenized examples: token ids, the mask of pooled or predicted tokens, and stored bytes.
 
 An embedding example is a query with its positives and negatives; a chat example is one
-conversation. Both use the text formats of GritLM (see `templates`).
+conversation. By default both use the text formats of GritLM (see `templates`).
 """
 
 import abc
@@ -14,7 +14,15 @@ from jaxtyping import Bool, Int
 import msgpack
 import numpy as np
 
-from grit_jax.text.templates import chat_prompt, embedding_prefix, strip_instruction
+from grit_jax.text.chat_template import chat_template
+from grit_jax.text.templates import (
+    GRIT,
+    ROLES,
+    ChatError,
+    chat_prompt,
+    embedding_prefix,
+    strip_instruction,
+)
 from grit_jax.text.tokenizer import Tokenizer
 
 
@@ -40,12 +48,14 @@ class Text:
       mask: the tokens that are pooled (embedding) or predicted (chat).
       num_cut: number of tokens beyond the maximum length, which were cut. Not stored.
       instruction: the stripped instruction of a text to embed, None for a chat. Not stored.
+      note: what is to be said about how it was made; "" for nothing. Not stored.
     """
 
     tokens: Int[np.ndarray, " tokens"]
     mask: Bool[np.ndarray, " tokens"]
     num_cut: int = 0
     instruction: str | None = None
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -158,27 +168,33 @@ class TextOptions:
       passage_length: maximum tokens per passage.
       chat_length: maximum tokens per chat.
       chat_labels: "corrected", or "original" for the masks of the original code (see `chat_text`).
+      chat_template: the template of chats, in Jinja; "" is GRIT's.
+      embedding_template: the template of texts to embed (see `templates.embedding_template`).
     """
 
     query_length: int = 256
     passage_length: int = 2048
     chat_length: int = 2048
     chat_labels: str = "corrected"
+    chat_template: str = ""
+    embedding_template: str = GRIT
 
 
-def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length: int) -> Text:
+def embedding_text(
+    tokenizer: Tokenizer, instruction: str, text: str, max_length: int, template: str = GRIT
+) -> Text:
     """Returns the tokens of an instruction and a text, with those that begin and end a text.
 
     A longer text is cut to `max_length`, before the tokens that end it, as transformers does. The
-    mask excludes `<s>` and the instruction: they are attended to, but not pooled. A token that
-    spans the boundary counts as text.
+    mask excludes what precedes the text, `<s>` included: it is attended to, but not pooled. A token
+    that spans the boundary counts as text. Without a prompt, all tokens are pooled.
 
     Raises:
       RejectedExample: the text is empty or has no tokens, or the instruction alone is too long.
     """
     if not text.strip():
         raise RejectedExample("empty text")
-    prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction)
+    prefix, prefix_ids = _prefix_and_ids(tokenizer, instruction, template)
     begin, end = tokenizer.begin_ids, tokenizer.end_ids
     num_added = len(begin) + len(prefix_ids) + len(end)
     if num_added >= max_length:
@@ -190,14 +206,16 @@ def embedding_text(tokenizer: Tokenizer, instruction: str, text: str, max_length
         raise RejectedExample("empty text")
     kept = ids[: max_length - len(begin) - len(end)]
     tokens = np.concatenate([begin, kept, end], dtype=np.int32)
-    mask = np.arange(len(tokens)) >= len(begin) + num_before
-    return Text(tokens, mask, len(ids) - len(kept), strip_instruction(instruction))
+    mask = np.arange(len(tokens)) >= (len(begin) + num_before if prefix else 0)
+    return Text(tokens, mask, len(ids) - len(kept), strip_instruction(instruction, template))
 
 
 @functools.lru_cache(maxsize=1024)
-def _prefix_and_ids(tokenizer: Tokenizer, instruction: str) -> tuple[str, np.ndarray]:
+def _prefix_and_ids(
+    tokenizer: Tokenizer, instruction: str, template: str
+) -> tuple[str, np.ndarray]:
     """Returns the prefix of a text and its ids, cached because instructions are few."""
-    prefix = embedding_prefix(instruction)
+    prefix = embedding_prefix(instruction, template)
     return prefix, tokenizer.ids(prefix)
 
 
@@ -270,6 +288,44 @@ def chat_text(
     return _cut(tokens, mask, max_length)
 
 
+def chat_in_template(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], max_length: int, template: str
+) -> Text:
+    """Returns the tokens of a chat in a chat template, cut to `max_length`.
+
+    The mask selects the assistant's answers and the tokens that end them (see
+    `ChatTemplate.example`). Messages after the last answer are left out.
+
+    Args:
+      tokenizer: text to ids.
+      messages: messages of the user and the assistant, perhaps with messages of the system.
+      max_length: maximum number of tokens.
+      template: the template, in Jinja.
+
+    Raises:
+      RejectedExample: there is no answer, a message is empty, the template refuses the chat, or the
+        first prompt alone is too long.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RejectedExample("a chat without an answer")
+    messages = messages[: answers[-1] + 1]
+    if not all(each["content"].strip() for each in messages if each["role"] != "system"):
+        raise RejectedExample("empty turn")
+    try:
+        chat = chat_template(template, tokenizer).example(messages)
+    except ChatError as error:
+        raise RejectedExample(str(error)) from None
+    if not any(chat.mask[:max_length]):
+        raise RejectedExample("prompt alone is too long")
+    text = _cut(chat.tokens, chat.mask, max_length)
+    return dataclasses.replace(text, note=REWRITTEN) if chat.num_rewritten else text
+
+
+# Note on a chat.
+REWRITTEN = "the chat template rewrites earlier answers, which are not trained on"
+
+
 def embedding_example(
     tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions
 ) -> EmbeddingExample:
@@ -281,15 +337,17 @@ def embedding_example(
     if not len(raw["pos"]):
         raise RejectedExample("no positive")
 
+    template = options.embedding_template
+
     def passages(pairs: Sequence[Sequence[str]]) -> list[Text]:
         return [
-            embedding_text(tokenizer, instruction, text, options.passage_length)
+            embedding_text(tokenizer, instruction, text, options.passage_length, template)
             for instruction, text in pairs
         ]
 
     instruction, text = raw["query"]
     return EmbeddingExample(
-        query=embedding_text(tokenizer, instruction, text, options.query_length),
+        query=embedding_text(tokenizer, instruction, text, options.query_length, template),
         positives=passages(raw["pos"]),
         negatives=passages(raw["neg"]),
     )
@@ -298,9 +356,16 @@ def embedding_example(
 def chat_example(tokenizer: Tokenizer, raw: dict[str, Any], options: TextOptions) -> ChatExample:
     """Tokenizes `{"text": [user, assistant, ...]}`, or plain text as `{"text": [NO_PROMPT, text]}`.
 
+    For a chat template, the messages are in "messages" if the chat has other ones than its turns.
+
     Raises:
-      RejectedExample: see `chat_text` and `plain_text`.
+      RejectedExample: see `chat_text`, `chat_in_template` and `plain_text`.
     """
     if len(raw["text"]) == 2 and raw["text"][0] == NO_PROMPT:
         return ChatExample(plain_text(tokenizer, raw["text"][1], options.chat_length))
-    return ChatExample(chat_text(tokenizer, raw["text"], options.chat_length, options.chat_labels))
+    length = options.chat_length
+    if not options.chat_template:
+        return ChatExample(chat_text(tokenizer, raw["text"], length, options.chat_labels))
+    turns = [{"role": ROLES[1 + i % 2], "content": turn} for i, turn in enumerate(raw["text"])]
+    messages = raw.get("messages", turns)
+    return ChatExample(chat_in_template(tokenizer, messages, length, options.chat_template))

@@ -99,11 +99,17 @@ def _pair(value: Any, name: str) -> list[str]:
 def canonical_chat(raw: dict[str, Any]) -> dict[str, Any]:
     """Returns `{"text": [user, assistant, ...]}`; plain text becomes `[NO_PROMPT, text]`.
 
+    Messages of the system and other fields of messages, which only chat templates use, are in the
+    result's "messages".
+
     Raises:
       RejectedExample: a field has the wrong type, or the roles do not alternate.
     """
     if "text" not in raw or raw.get("messages"):
-        return {"text": _chat(_turns_of_messages(raw["messages"]))}
+        turns = _chat(_turns_of_messages(raw["messages"]))
+        messages = [*map(_strings, raw["messages"])]
+        is_plain = all({*m} == {"role", "content"} and m["role"] != "system" for m in messages)
+        return {"text": turns} if is_plain else {"text": turns, "messages": messages}
     text = raw["text"]
     if isinstance(text, str):
         return {"text": [NO_PROMPT, _valid_text(text)]}
@@ -138,6 +144,10 @@ def _turns_of_messages(messages: Any) -> list[str]:
     return [_valid_text(turn) for turn in turns]
 
 
+def _strings(message: dict[str, Any]) -> dict[str, str]:
+    return {key: _valid_text(text) for key, text in message.items() if isinstance(text, str)}
+
+
 def notes_on_embedding(raw: dict[str, Any], canonical: dict[str, Any]) -> list[str]:
     """Returns what `canonical_embedding` did to a line that its author may not expect."""
     notes = []
@@ -169,3 +179,8 @@ def chat_form(canonical: dict[str, Any]) -> str:
 def tulu2(raw: dict[str, Any]) -> dict[str, Any] | None:
     """Skips the lines of Tulu 2 in which the assistant calls itself Tulu."""
     return None if raw.get("dataset") == "hard_coded" else raw
+
+
+def tulu3(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Skips the lines of Tulu 3 in which the assistant calls itself Tulu."""
+    return None if "hard_coded" in str(raw.get("source")) else raw

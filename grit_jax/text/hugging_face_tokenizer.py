@@ -1,7 +1,8 @@
 """Tokenizer of a Hugging Face `tokenizer.json`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 import functools
+import json
 
 from jaxtyping import Int
 import numpy as np
@@ -134,8 +135,34 @@ class HuggingFaceTokenizer:
         del prefix_ids  # A token may span the boundary.
         return self.ids(prefix + text)
 
+    def with_renamed_tokens(self, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+        """Returns a tokenizer in which special tokens have other names, and are found in texts.
+
+        Their former names are ordinary text. It neither begins nor ends texts.
+        """
+        content = json.loads(self._tokenizer.to_str())
+        for token in content["added_tokens"]:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "special": False}
+        model = content["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [pair for pair in model["merges"] if not _makes(pair, names)]
+        content["post_processor"] = None
+        renamed = tokenizers.Tokenizer.from_str(json.dumps(content))
+        renamed.encode_special_tokens = True
+        return renamed
+
     @functools.cached_property
     def _of_markup(self) -> tokenizers.Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
+
+
+def _makes(merge: Sequence[str], tokens: Container[str]) -> bool:
+    """Returns whether one of some tokens is a part or the result of a merge."""
+    return any(token in tokens for token in (*merge, "".join(merge)))

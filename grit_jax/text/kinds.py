@@ -88,7 +88,7 @@ EMBEDDING = TextKind(
     notes=notes_on_embedding,
     form=lambda canonical: "embedding examples",
     tokenize=embedding_example,
-    options=("query_length", "passage_length"),
+    options=("query_length", "passage_length", "embedding_template"),
     example=EmbeddingExample,
     streams={"query": slice(0, 1), "passage": slice(1, None)},
 )
@@ -104,7 +104,7 @@ GENERATIVE = TextKind(
     notes=notes_on_chat,
     form=chat_form,
     tokenize=chat_example,
-    options=("chat_length", "chat_labels"),
+    options=("chat_length", "chat_labels", "chat_template"),
     example=ChatExample,
     streams={"chat": slice(0, 1)},
 )

@@ -18,33 +18,110 @@ To generate, with `</s>` after each turn of the assistant:
 
 The markers in angle brackets and bars are ordinary text to the tokenizer. Only `<s>` and `</s>` are
 special tokens; they are added as token ids, not as text.
+
+A model may also be trained with other formats: chats in the chat template of its base model (see
+`chat_template`), and texts to embed in a format such as "Instruct: {instruction}\\nQuery: {text}",
+in which a text without an instruction stands alone.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+import re
+import string
 from typing import Any
 
 USER = "<|user|>\n"
 EMBED = "<|embed|>\n"
 ASSISTANT = "<|assistant|>\n"
 ROLES = ("system", "user", "assistant")
+# Names of templates: GRIT's; the chat template of the base model; and for texts to embed the format
+# of E5-Mistral and Qwen3-Embedding.
+GRIT, BASE, INSTRUCT = "grit", "base", "instruct"
+INSTRUCT_FORMAT = "Instruct: {instruction}\nQuery: {text}"
+# The chat format of GRIT in Jinja, for exported models.
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 class ChatError(ValueError):
     """Messages are not a chat; the message says why."""
 
 
-def strip_instruction(instruction: str) -> str:
-    """Returns an instruction without the tabs, line breaks, spaces and colons around it."""
-    return instruction.strip("\t\n :")
+def strip_instruction(instruction: str, template: str = GRIT) -> str:
+    """Returns an instruction without the spaces around it, and without colons in GRIT's template.
+
+    Args:
+      instruction: the instruction.
+      template: see `embedding_template`.
+    """
+    return instruction.strip("\t\n :") if template == GRIT else instruction.strip()
 
 
-def embedding_prefix(instruction: str) -> str:
+def embedding_prefix(instruction: str, template: str = GRIT) -> str:
     """Returns the prompt that precedes a text to embed, without `<s>`.
 
     The instruction is stripped (`strip_instruction`), as in training.
+
+    Args:
+      instruction: the instruction; may be empty.
+      template: see `embedding_template`.
     """
-    instruction = strip_instruction(instruction)
+    instruction = strip_instruction(instruction, template)
+    if template != GRIT:
+        return template.format(instruction=instruction, text="") if instruction else ""
     return f"{USER}{instruction}\n{EMBED}" if instruction else EMBED
+
+
+def embedding_template(name: str) -> str:
+    """Returns the template of texts to embed with a name.
+
+    Args:
+      name: "grit", "instruct", or a format with {instruction} and, at its end, {text}.
+
+    Returns:
+      "grit" or a format.
+
+    Raises:
+      ValueError: the format is not valid.
+    """
+    template = INSTRUCT_FORMAT if name == INSTRUCT else name
+    if template == GRIT:
+        return template
+    try:
+        fields = [field[1:] for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError:  # A brace is not closed.
+        fields = []
+    if fields != [("instruction", "", None), ("text", "", None)] or template[-6:] != "{text}":
+        raise ValueError(
+            f"{name!r} must be {GRIT!r}, {INSTRUCT!r} or a format that has {{instruction}} and "
+            f"ends with {{text}}, such as {INSTRUCT_FORMAT!r}"
+        )
+    return template
+
+
+def template_of_prompt(prompt: str) -> str | None:
+    """Returns the template of a prompt such as "Instruct: Find it.\\nQuery:", None for others."""
+    found = re.fullmatch("Instruct: .*\nQuery:( ?)", prompt, re.DOTALL)
+    return None if found is None else INSTRUCT_FORMAT.replace(" {text}", f"{found[1]}{{text}}")
+
+
+def has_markers(instruction: str, template: str = GRIT) -> bool:
+    """Returns whether an instruction has the markers of a template, which are added to it.
+
+    Args:
+      instruction: what should be an instruction in plain words.
+      template: see `embedding_template`.
+    """
+    if template == GRIT:
+        return EMBED.strip() in instruction
+    before, after = template.format(instruction="\0", text="").split("\0")
+    stripped = instruction.strip()
+    return stripped.startswith(before) and stripped.endswith(after.strip()) and before + after != ""
+
+
+def exported_chat_template(*, adds_bos: bool) -> str:
+    """Returns the chat format of GRIT in Jinja, with BOS or without."""
+    source = CHAT_TEMPLATE.read_text(encoding="utf-8")
+    return source if adds_bos else source.removeprefix("{{- bos_token -}}\n")
 
 
 def chat_prompt(user: str, *, is_first: bool) -> str:
@@ -89,8 +166,8 @@ def turns_of_messages(messages: Any) -> list[str]:
 def chat_segments(messages: Any, *, add_generation_prompt: bool = True) -> list[str]:
     """Returns the text of a chat, split where the tokenizer's `</s>` belongs.
 
-    `"</s>".join(segments)` is the prompt without `<s>`. `conversion/files/chat_template.jinja` is
-    the same format for exported models.
+    `"</s>".join(segments)` is the prompt without `<s>`. `chat_template.jinja` is the same format
+    for exported models.
 
     Args:
       messages: see `turns_of_messages`.

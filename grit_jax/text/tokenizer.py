@@ -1,6 +1,7 @@
 """Tokenizers: a SentencePiece model, or a `tokenizer.json` of Hugging Face."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import copy
 import functools
 import hashlib
 import json
@@ -12,6 +13,7 @@ import numpy as np
 from grit_jax.text.hugging_face_tokenizer import HuggingFaceTokenizer
 from grit_jax.text.sentencepiece_conversion import convert_sentencepiece, has_user_defined
 from grit_jax.text.sentencepiece_tokenizer import SentencePieceTokenizer
+from grit_jax.text.templates import exported_chat_template
 from grit_jax.text.tokenizer_files import (
     GRIT,
     HUGGING_FACE,
@@ -57,6 +59,8 @@ class Tokenizer:
       control_tokens: all special tokens with their ids.
       file_name: "tokenizer.model" or "tokenizer.json".
       fingerprint: SHA-256 of the file and of what else defines the tokenizer.
+      chat_template: the chat template among the files, in Jinja; "" if there is none or it is
+        GRIT's. It is no part of `files`.
 
     Raises:
       FileNotFoundError: see `tokenizer_path`.
@@ -87,6 +91,7 @@ class Tokenizer:
         self.name = name
         try:
             settings = TokenizerSettings(files)
+            self.chat_template = settings.chat_template()
             self._backend = backend = _backend(files, file_name, settings)
             self.special_tokens = _special_tokens(backend, settings)
             if isinstance(backend, HuggingFaceTokenizer):
@@ -107,9 +112,17 @@ class Tokenizer:
         self.bos_id: int | None = None if bos is None else _id(backend, bos)
         self.eos_id: int = _id(backend, self.special_tokens["eos_token"])
         own = [*begin, *end, self.eos_id]
+        if self.chat_template in (exported_chat_template(adds_bos=adds) for adds in (True, False)):
+            self.chat_template = ""
         self.vocab_size, self.base_vocab_size = (
             1 + max([last, *own]) for last in (backend.last_id, backend.last_base_id)
         )
+
+    def with_chat_template(self, source: str) -> "Tokenizer":
+        """Returns this tokenizer with another chat template; "" is GRIT's."""
+        other = copy.copy(self)
+        other.chat_template = source
+        return other
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -179,6 +192,29 @@ class Tokenizer:
         Only use it for text of a trusted program: in a user's text, "</s>" would end the text.
         """
         return self._backend.encode_markup(text)
+
+    def with_renamed_tokens(
+        self, names: Mapping[str, str]
+    ) -> Callable[[str], tuple[list[int], list[tuple[int, int]]]]:
+        """Returns a function from a text to its ids, and to the characters that each id stands for.
+
+        Args:
+          names: control tokens, and the names that stand for them in the text. Their former names
+            are ordinary text.
+
+        Raises:
+          TokenizerError: a SentencePiece model has no equal tokenizer.json.
+        """
+        backend = self._backend
+        if isinstance(backend, SentencePieceTokenizer):
+            backend = HuggingFaceTokenizer(self.exported())
+        renamed = backend.with_renamed_tokens(names)
+
+        def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+            encoding = renamed.encode(text, add_special_tokens=False)
+            return encoding.ids, encoding.offsets
+
+        return encode
 
     def exported(self) -> bytes:
         """Returns a tokenizer.json that begins and ends each text as this tokenizer does.

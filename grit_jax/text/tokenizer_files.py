@@ -13,6 +13,7 @@ MISTRAL = "mistral"
 SENTENCEPIECE, HUGGING_FACE = "tokenizer.model", "tokenizer.json"
 SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS, MODEL_CONFIG = "added_tokens.json", "config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 # The tokenizer itself is first. config.json may be the only file that names the EOS token.
 TOKENIZER_FILES = (
     HUGGING_FACE,
@@ -21,6 +22,7 @@ TOKENIZER_FILES = (
     SPECIAL_TOKENS,
     ADDED_TOKENS,
     MODEL_CONFIG,
+    CHAT_TEMPLATE,
 )
 # Fields of an added token.
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -116,6 +118,7 @@ class TokenizerSettings:
         self._special = {} if self._added_by_id else _json(files, SPECIAL_TOKENS)
         self._added = {} if self._added_by_id else _json(files, ADDED_TOKENS)
         self._model = _json(files, MODEL_CONFIG)
+        self._chat_template = files.get(CHAT_TEMPLATE, b"").decode()
 
     def named_tokens(self, name: str) -> Iterator[str]:
         """Yields the tokens that the files name as "bos_token", "eos_token", ..., best first."""
@@ -132,6 +135,14 @@ class TokenizerSettings:
         token_id = self._model.get(f"{name}_id")
         token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
         return token_id if isinstance(token_id, int) else None
+
+    def chat_template(self) -> str:
+        """Returns the chat template in Jinja, "" if the files have none."""
+        named = self.settings.get("chat_template") or ""
+        if isinstance(named, list):
+            templates = {each.get("name"): each.get("template") for each in named}
+            named = templates.get("default") or ""
+        return self._chat_template or named
 
     def special_tokens(self) -> set[str]:
         """Returns the tokens that the files call special."""

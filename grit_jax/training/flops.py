@@ -4,7 +4,7 @@ The rule, so that numbers can be compared:
 
 - A product of [m, k] and [k, n] is 2mkn operations. The backward pass is two forward passes.
 - Padding and recomputation (rematerialization, GradCache) do not count.
-- A token attends to its own text, and causally to half of it.
+- A token attends to its own text, and causally to half of it, within the layer's sliding window.
 - Logits count for targets only, and an expert for the tokens that chose it.
 - Frozen weights have no gradient: their backward pass is one forward pass. Low-rank updates, about
   a hundredth of the total, do not count.
@@ -60,13 +60,20 @@ def useful_flops(config: ModelConfig, batch: Batch, causal_streams: Collection[s
     flops_per_token = ARCHITECTURES[config.architecture].matmul_flops_per_token(config)
     weight_flops = 2.0 * num_targets * config.hidden_size * config.vocab_size
     attention_flops = 0.0
+    num_sliding = np.count_nonzero(config.sliding_layers()) if config.sliding_window else 0
     for name, texts in batch.streams.items():
         lengths = np.bincount(texts.segment_ids.ravel())[1:].astype(np.float64)
-        attended = np.sum(lengths**2) / (2 if name in causal_streams else 1)
+        is_causal = name in causal_streams
+        beyond = np.maximum(lengths - (config.sliding_window or 0), 0)
+        # See `attention.window_size`.
+        out_of_window = beyond * (beyond + 1 if is_causal else beyond - 1)
+        attended = config.num_hidden_layers * np.sum(lengths**2)
+        attended -= num_sliding * np.sum(out_of_window)
+        attended /= 2 if is_causal else 1
         hosts = _num_hosts(texts)
         width = config.num_attention_heads * config.head_dim
         weight_flops += hosts * np.sum(lengths) * flops_per_token
-        attention_flops += hosts * 2.0 * 2.0 * attended * width * config.num_hidden_layers
+        attention_flops += hosts * 2.0 * 2.0 * attended * width
     passes = 3.0 if config.lora is None else 2.0
     return float(passes * weight_flops + 3.0 * attention_flops)
 

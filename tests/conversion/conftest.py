@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HOME", tempfile.mkdtemp(prefix="hf_home"))
 
 import pytest
-from tokenizer_files import write_tokenizer
+from tokenizer_files import write_llama_tokenizer, write_tokenizer
 
 SIZES = {
     "vocab_size": 32000,
@@ -56,3 +56,29 @@ def saved_models(tmp_path_factory):
     llama.save_pretrained(root / "llama")
     write_tokenizer(root / "llama", "llama3")
     return {name: root / name for name in ("mistral", "mixtral", "llama")}
+
+
+@pytest.fixture(scope="session")
+def exported_both(tmp_path_factory):
+    """The folders "generation" and "embedding" of a small Llama, and GritLM with the same model."""
+    from small_model import one_device
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from grit_jax import GritLM
+    from grit_jax.conversion import open_model
+    from grit_jax.conversion.export import write_hugging_face
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("both")
+    config = LlamaConfig(**SIZES | {"vocab_size": 700, "num_hidden_layers": 1})
+    LlamaForCausalLM(config).save_pretrained(root / "source")
+    write_llama_tokenizer(root / "source", 700)
+    instructions = {"query_instruction": "Find it", "document_instruction": ""}
+    write_hugging_face(
+        open_model(root / "source"), root / "exported", purpose="both", **instructions
+    )
+    model = GritLM.from_pretrained(
+        root / "source", dtype="float32", mesh=one_device(), **instructions
+    )
+    return root / "exported", model

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grit_jax.conversion import ConversionError, HuggingFaceModel
+from grit_jax.conversion.stored_model import ConversionWarning
 from grit_jax.inference.loading import load_module
 from grit_jax.models import unread_fields
 from grit_jax.sharding import make_mesh
@@ -31,7 +32,21 @@ TOKENS = np.random.default_rng(0).integers(3, 64, (1, 12))
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"type": "linear", "factor": 2.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
-CLASSES = ("Mistral", "Ministral", "Llama", "Mixtral", "Qwen2", "Qwen3", "Gemma3")
+CLASSES = (
+    "Mistral",
+    "Ministral",
+    "Ministral3",
+    "Llama",
+    "Mixtral",
+    "Qwen2",
+    "Qwen3",
+    "Qwen3Moe",
+    "Gemma3",
+)
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20},
+}
 # Of the 12 tokens, some are beyond the original length.
 LLAMA3 = {
     "rope_type": "llama3",
@@ -46,6 +61,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 8,
     "rope_theta": 10.0,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 20.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 8,
 }
 QWEN_MIX = {
     "use_sliding_window": True,
@@ -101,6 +123,26 @@ READ = [
     ("Llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, None),
     ("Llama", {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5}}, None),
     ("Llama", {"rope_parameters": YARN | {"factor": None}}, None),
+    ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 8}, None),
+    ("Qwen3", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, None),
+    (
+        "Llama",
+        {"rope_parameters": ..., "rope_scaling": DYNAMIC, "max_position_embeddings": 8},
+        None,
+    ),
+    ("Mistral", {"rope_parameters": ROPE | LONGROPE}, None),
+    ("Llama", {"rope_parameters": ..., "rope_scaling": LONGROPE | {"factor": 4.0}}, None),
+    (
+        "Llama",
+        {
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": None},
+            "original_max_position_embeddings": 16,
+        },
+        None,
+    ),
+    ("Ministral3", {}, None),
+    ("Ministral3", {"rope_parameters": ...}, None),
+    ("Ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}, None),
     ("Qwen2", {}, None),
     ("Qwen3", {}, None),
     ("Qwen3", {"head_dim": 8, "rope_parameters": ..., "rope_theta": 5e5}, None),
@@ -108,12 +150,16 @@ READ = [
     ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}, None),
     ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ...}, None),
+    ("Qwen3Moe", {"norm_topk_prob": True}, None),
+    ("Qwen3Moe", {"num_local_experts": ..., "num_experts": 4, "max_window_layers": 48}, None),
+    ("Qwen3Moe", {"num_experts": 7, "intermediate_size": 7, "sliding_window": 3}, None),
     ("Qwen3", QWEN_MIX, None),
     ("Qwen2", {"use_sliding_window": True, "max_window_layers": 5, **MIX}, None),
     ("Mistral", MIX, None),
     ("Ministral", {}, None),
     ("Ministral", MIX, None),
     ("Gemma3", {}, None),
+    ("Gemma3", {"tie_word_embeddings": ...}, None),
     ("Gemma3", MIX | OLD_ROPE, None),
     ("Gemma3", {"layer_types": ..., "sliding_window_pattern": 2, "sliding_window": 3}, None),
     ("Gemma3", {"layer_types": [FULL, FULL], "query_pre_attn_scalar": 3}, None),
@@ -122,10 +168,22 @@ READ = [
     ("Mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
 ]
 REFUSED = [
-    ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling.*'dynamic'"),
+    ("Llama", {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling.*'ntk'"),
+    ("Llama", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "long_factor must have"),
+    ("Llama", {"rope_parameters": LONGROPE | {"long_factor": 2.0}}, "long_factor=2.0 must be"),
+    ("Mistral", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}}, "'mistral' with"),
+    (
+        "Ministral3",
+        {"rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1}},
+        "rope_type='default'",
+    ),
     ("Llama", {"rope_parameters": ROPE | {"rope_type": "llama3"}}, "rope_parameters.*need factor"),
     ("Llama", {"rope_scaling": LINEAR | {"beta_fast": 2.0}}, "'linear' have no beta_fast"),
     ("Llama", {"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("Qwen3Moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    ("Qwen3Moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]"),
+    ("Qwen3Moe", {"use_sliding_window": True}, "use_sliding_window=True"),
+    ("Qwen3Moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
     ("Llama", {"rope_parameters": {FULL: ROPE, SLIDING: ROPE}}, "differs between layers"),
     ("Mistral", {"layer_types": [FULL]}, "layer_types has 1 layers, but num_hidden_layers=2"),
     ("Mistral", {"layer_types": [FULL, SLIDING], "sliding_window": None}, "sliding_window is not"),
@@ -158,9 +216,7 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for name in CLASSES:
         torch.manual_seed(0)
-        config = config_class(name)(**SIZES)
-        if name == "Mixtral":
-            config.num_local_experts = 4
+        config = config_class(name)(**SIZES, **EXPERTS.get(name, {}))
         getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(root / name)
     return {name: root / name for name in CLASSES}
 
@@ -212,6 +268,26 @@ def test_the_same_logits(folders, logits, tmp_path, name, changes, warned):
     assert len(messages) == (warned is not None)
     assert all(str(folder / "config.json") in message for message in messages)
     assert not warned or warned in messages[0]
+
+
+def test_the_text_model_of_a_model_for_images(logits, tmp_path):
+    import torch
+    import transformers
+
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    text = transformers.Gemma3TextConfig(**SIZES, **MIX)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(TOKENS)).logits.numpy()
+    with pytest.warns(ConversionWarning, match="without multi_modal_projector and vision_tower"):
+        model = HuggingFaceModel(tmp_path)
+    np.testing.assert_allclose(logits("images", model), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "changes", "named"), REFUSED)

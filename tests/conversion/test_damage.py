@@ -167,13 +167,15 @@ def test_layers_of_several_types_are_read_as_float32(folder):
 def test_an_adapter_is_named(folder, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 1}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(ConversionError, match=r"adapter of the model some/base.*merge_and_unload"):
-        open_model(adapter)
-    shutil.copy(folder / "config.json", adapter)
-    with pytest.raises(ConversionError, match=r"adapter of the model some/base.*merge_and_unload"):
-        open_model(adapter)
+    for _ in range(2):
+        with pytest.raises(ConversionError, match=r"a PEFT adapter of some/base.*Name its base"):
+            open_model(adapter)
+        with pytest.raises(ConversionError, match=r"adapter_model.safetensors is damaged"):
+            open_model(adapter, base=folder)
+        shutil.copy(folder / "config.json", adapter)  # Some trainers save it next to an adapter.
     shutil.copy(adapter / "adapter_config.json", folder)
     with pytest.warns(ConversionWarning, match="the adapter beside the weights is not read"):
         open_model(folder)

@@ -263,7 +263,7 @@ def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_mod
     expected = normalize(module.project(jnp.mean(hidden, axis=0, keepdims=True)))[0]
     assert expected.shape == (12,)
     for dtype, bound in (("float32", 0.9999), ("bfloat16", 0.99)):
-        theirs = SentenceTransformer(str(tmp_path / dtype), trust_remote_code=True, device="cpu")
+        theirs = SentenceTransformer(str(tmp_path / dtype), device="cpu")
         assert theirs.encode("A short one") @ expected > bound, dtype
 
 
@@ -283,30 +283,36 @@ def test_a_model_on_eight_devices_in_bfloat16(name):
     np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(expected).max())
 
 
+@pytest.fixture
+def export_with_code(saved_models, tmp_path):
+    """An export for whose pooling sentence-transformers needs code of the export's own."""
+    folder = tmp_path / "exported"
+    write_hugging_face(open_model(saved_models["mistral"]), folder, pooling="weightedmean")
+    return folder
+
+
 def test_an_export_refuses_versions_of_sentence_transformers_that_pool_prompts(
-    exported, tmp_path, monkeypatch
+    export_with_code, monkeypatch
 ):
     import sentence_transformers
 
-    folder = tmp_path / "older"
-    shutil.copytree(exported["mistral"][1], folder)
     monkeypatch.setattr(sentence_transformers, "__version__", "5.3.0")
     with pytest.raises(
         ImportError, match=r"needs sentence-transformers 5\.4 or newer, not 5\.3\.0"
     ):
-        sentence_transformers.SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        sentence_transformers.SentenceTransformer(
+            str(export_with_code), trust_remote_code=True, device="cpu"
+        )
 
 
 @pytest.mark.slow
-def test_an_export_that_would_be_read_causally_does_not_load(exported, tmp_path):
+def test_an_export_that_would_be_read_causally_does_not_load(export_with_code):
     from sentence_transformers import SentenceTransformer
 
-    folder = tmp_path / "causal"
-    shutil.copytree(exported["mistral"][1], folder)
-    module = folder / "grit_transformer.py"
+    module = export_with_code / "grit_transformer.py"
     text = module.read_text()
     assert text.count("is_causal = False") == 2
     # As a version of transformers does that does not know the setting.
     module.write_text(text.replace("is_causal = False", "is_causal = True"))
     with pytest.raises(RuntimeError, match="uses causal attention"):
-        SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+        SentenceTransformer(str(export_with_code), trust_remote_code=True, device="cpu")

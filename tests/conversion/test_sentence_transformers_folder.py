@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from small_model import one_device
 from tokenizer_files import BEGIN, END, write_tokenizer
 
@@ -38,6 +39,13 @@ def pooling_flags(flag):
     return {"word_embedding_dimension": 16, **flags, "include_prompt": True}
 
 
+# A local and a global layer.
+GEMMA = {
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
 # Of each model: its class in transformers, its own fields of config.json, its prompts, its pooling,
 # and the tokens before and after a text. One without own fields is not normalized.
 PUBLISHED = {
@@ -62,6 +70,11 @@ PUBLISHED = {
         *({"query": f"{WEB_SEARCH} ", "document": "passage: "}, pooling_flags("mean_tokens")),
         *((BEGIN,), ()),
     ),
+    "EmbeddingGemma": (
+        *("Gemma3Text", {"use_bidirectional_attention": True, "sliding_window": 8, **GEMMA}),
+        {"query": "task: search result | query: ", "document": "title: none | text: "},
+        *(pooling_flags("mean_tokens"), (BEGIN,), (END,)),
+    ),
     "without the prompt, not normalized": (
         *("Qwen3", {}, {"query": WEB_SEARCH}),
         *({"embedding_dimension": 16, "pooling_mode": "mean", "include_prompt": False}, (), ()),
@@ -79,20 +92,27 @@ def save(folder, name):
     fields = {
         key: value
         for key, value in own.items()
-        if key in ("sliding_window", "is_causal", "tie_word_embeddings")
+        if key not in ("architectures", "auto_map", "model_type", "pooling", "temperature")
     }
-    config = getattr(transformers, f"{architecture}Config")(**SIZES, **fields)
+    config = getattr(transformers, f"{architecture}Config")(**SIZES | fields)
     getattr(transformers, f"{architecture}Model")(config).save_pretrained(folder)
     if own.get("model_type"):
         change(folder / "config.json", is_causal=False)
     write_tokenizer(folder, "llama3" if begin else "gpt2", 400, begin, end)
     special = {"bos_token": BEGIN if begin else None, "eos_token": END, "pad_token": END}
     settings = {**special, "padding_side": "left" if own else "right"}
+    if architecture == "Gemma3Text":  # Its own class overrides parts of tokenizer.json.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     types = [f"{MODULES}.Transformer", f"{MODULES}.Pooling", f"{MODULES}.Normalize"]
     if not own:
         types = [types[0], NEW_POOLING]
     paths = ("", "1_Pooling", "2_Normalize")
+    if name == "EmbeddingGemma":
+        types[2:] = [f"{MODULES}.Dense", f"{MODULES}.Dense", f"{MODULES}.Normalize"]
+        paths = (*paths[:2], "2_Dense", "3_Dense", "4_Normalize")
+        write_dense(folder / "2_Dense", 16, 24)
+        write_dense(folder / "3_Dense", 24, 16)
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": kind}
         for i, (path, kind) in enumerate(zip(paths, types, strict=False))
@@ -103,6 +123,17 @@ def save(folder, name):
     (folder / "config_sentence_transformers.json").write_text(
         json.dumps({"prompts": prompts, "default_prompt_name": None})
     )
+
+
+def write_dense(folder, num_inputs, num_outputs):
+    import torch
+
+    folder.mkdir()
+    settings = {"in_features": num_inputs, "out_features": num_outputs, "bias": False}
+    settings["activation_function"] = "torch.nn.modules.linear.Identity"
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = {"linear.weight": torch.randn(num_outputs, num_inputs).numpy()}
+    save_file(tensors, folder / "model.safetensors")
 
 
 def change(path, **fields):
@@ -139,6 +170,15 @@ def test_a_model_embeds_as_in_sentence_transformers(tmp_path, name):
     for way, embeddings in expected.items():
         got = getattr(ours, way)(TEXTS)
         np.testing.assert_allclose(got, embeddings, atol=2e-5, err_msg=way)
+    if name != "EmbeddingGemma":
+        return
+    for purpose in (None, "embedding"):  # An export embeds as the model, there and here.
+        folder = tmp_path / f"export-{purpose}"
+        write_hugging_face(open_model(tmp_path), folder, purpose=purpose)
+        again = SentenceTransformer(str(folder), device="cpu")
+        for way, embeddings in expected.items():
+            np.testing.assert_allclose(getattr(again, way)(TEXTS), embeddings, atol=2e-5)
+        assert open_model(folder).config == open_model(tmp_path).config
 
 
 def spec_of(folder):

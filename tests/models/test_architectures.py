@@ -47,10 +47,27 @@ YARN = {
 SLIDING, FULL = "sliding_attention", "full_attention"
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 MODELS = {
+    "ministral3": (
+        "Ministral3",
+        # As in Mistral Nemo, the heads together are not as wide as the model.
+        {
+            "head_dim": 12,
+            "pad_token_id": 0,
+            "rope_parameters": YARN | {"llama_4_scaling_beta": 0.5},
+        },
+    ),
     "llama": ("Llama", {"rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"rope_parameters": YARN}),
-    "qwen3-windows": ("Qwen3", WINDOWS),
+    "qwen3": ("Qwen3", {"rope_parameters": YARN, **WINDOWS}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {
@@ -76,7 +93,7 @@ def model(request, tmp_path_factory):
     name, fields = MODELS[request.param]
     torch.manual_seed(0)
     config_class = getattr(transformers, f"{name}{'Text' * (name == 'Gemma3')}Config")
-    theirs = getattr(transformers, f"{name}ForCausalLM")(config_class(**SIZES, **fields)).eval()
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config_class(**(SIZES | fields))).eval()
     with torch.no_grad():  # Biases start at 0, and scales at 1.
         for parameter_name, parameter in theirs.named_parameters():
             if parameter_name.endswith("bias") or "norm" in parameter_name:
@@ -126,7 +143,7 @@ def test_hidden_states_and_logits(model, tokens, is_causal):
     assert_close(ours.logits(hidden), their_logits(theirs, expected))
 
 
-def test_gradients(model, tokens):
+def test_gradients(model, tokens, tmp_path):
     """A sum of a next-token loss on causal states and a similarity of bidirectional ones."""
     import torch
 
@@ -148,11 +165,14 @@ def test_gradients(model, tokens):
     first, second = their_hidden(theirs, tokens, is_causal=False).mean(1)
     theirs.zero_grad()
     (expected + first @ second).backward()
-    expected = dict(theirs.named_parameters())
+    # Stored, the gradients of experts have the names of the weights in a checkpoint.
+    of_theirs = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    theirs.save_pretrained(tmp_path, state_dict=of_theirs)
+    expected = load_file(tmp_path / "model.safetensors")
     for parameter in parameters(stored.config):
         for index, name in parameter.tensors():
             gradient = np.asarray(gradients[parameter.path])[index]
-            assert_close(parameter.to_tensor(gradient), expected[name].grad, 1e-4)
+            assert_close(parameter.to_tensor(gradient), torch.tensor(expected[name]), 1e-4)
 
 
 def test_greedy_text(model, tokens):
@@ -182,3 +202,20 @@ def test_a_round_trip_gives_the_same_bits(model, tmp_path):
     assert type(theirs).from_pretrained(tmp_path / "export").config.rope_parameters == (
         theirs.config.rope_parameters
     )
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe"], indirect=True)
+def test_stacked_experts_are_those_of_a_published_checkpoint(model, tmp_path):
+    """Transformers 5 can save the experts of a layer in one tensor, as it has them in memory."""
+    theirs, stored, _ = model
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+    stacked = open_model(tmp_path)
+    assert stacked.config == stored.config
+    for parameter in stored.parameters:
+        index = tuple(slice(0, size) for size in parameter.full_shape)
+        parts = [index, *(index[:i] + (slice(1, 3),) + index[i + 1 :] for i in range(len(index)))]
+        for part in parts if "mlp" in parameter.name else parts[:1]:
+            np.testing.assert_array_equal(
+                stacked.read(parameter, part), stored.read(parameter, part), err_msg=parameter.name
+            )

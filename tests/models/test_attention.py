@@ -175,6 +175,7 @@ def test_splash_gives_the_numbers_and_gradients_of_xla(is_causal, sliding_window
         ({"is_causal": True}, True),
         ({"is_causal": False}, True),
         ({"is_causal": True, "sliding_window": WINDOW}, True),
+        ({"is_causal": True, "sliding_window": WINDOW, "is_sliding": jnp.array(True)}, True),
         ({"is_causal": False, "causal_query_mask": np.ones((2, 256), bool)}, False),
         ({"is_causal": True, "key_segment_ids": IN_CACHE, "key_positions": IN_CACHE}, False),
         ({"is_causal": True, "length": 200}, False),

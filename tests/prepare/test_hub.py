@@ -10,7 +10,7 @@ import pytest
 
 from grit_jax import cli
 from grit_jax.config import ConfigError
-from grit_jax.config_from_data import complete_config
+from grit_jax.config_from_data import check_prepared, complete_config
 from grit_jax.data.manifest import load_mixture
 from grit_jax.from_config import make_batches, make_trainer
 from grit_jax.prepare.hub import download_dataset, is_of
@@ -138,11 +138,12 @@ def test_the_papers_run_prepares_its_data_and_trains_on_all_of_it(hub, monkeypat
     monkeypatch.setattr("grit_jax.run.run", lambda config, workdir: started.append(config))
     cli.train(CONFIG)
     command = (
-        r"config\.data\.folder='data/gritlm' lacks medi2 and tulu2: add --prepare, or run grit-jax "
-        r"prepare medi2=hf:GritLM/MEDI2 tulu2=hf:GritLM/tulu2 --output data/gritlm$"
+        r"config\.data\.folder='data/gritlm' lacks medi2 and tulu2: add --prepare "
+        r"\(with one process\), or run grit-jax prepare medi2=hf:GritLM/MEDI2 "
+        r"tulu2=hf:GritLM/tulu2 --output data/gritlm$"
     )
     with pytest.raises(ConfigError, match=command):
-        complete_config(started[0])
+        check_prepared(started[0])
     cli.train([*CONFIG, "--prepare"])
     config = complete_config(started[1])
     medi2 = load_mixture("data/gritlm", "medi2", "train", "embedding", "x")
@@ -153,7 +154,7 @@ def test_the_papers_run_prepares_its_data_and_trains_on_all_of_it(hub, monkeypat
     batches = make_batches(config, make_trainer(config))
     sampler = batches.samplers["embedding"]
     total = sum(sizes[:NUM_FILES])
-    sharing = sampler.describe_sharing()
+    sharing = str(sampler.describe_sharing())
     assert sharing.startswith("200 of 202 embedding datasets are too small for batches of their")
     assert f"their {total:,} examples share" in sharing
     steps = 2 * sum(sizes) // BATCH_SIZE

@@ -180,6 +180,8 @@ def test_the_manifest_says_what_the_data_were_made_from(prepared):
         "passage_length": 16,
         "chat_length": 48,
         "chat_labels": "corrected",
+        "chat_template": "",
+        "embedding_template": "grit",
     }
     tokenizer = Tokenizer()
     assert manifest.tokenizer == {

@@ -3,7 +3,7 @@
 import pytest
 
 from grit_jax.text.examples import NO_PROMPT, RejectedExample
-from grit_jax.text.formats import tulu2
+from grit_jax.text.formats import tulu2, tulu3
 from grit_jax.text.kinds import EMBEDDING, GENERATIVE, TEXT_KINDS, kind_of_line
 
 PAIR = {"query": ["find", "q"], "pos": [["", "p"]], "neg": [["i", "n"]]}
@@ -110,7 +110,8 @@ def test_a_system_message_is_prepended_to_the_next_user_message():
         message("assistant", "yes"),
     ]
     assert GENERATIVE.to_canonical({"messages": messages}) == {
-        "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"]
+        "text": ["be kind\n\nhello", "hi", "be brief\n\nagain", "yes"],
+        "messages": messages,  # For chat templates.
     }
 
 
@@ -175,7 +176,12 @@ TURNS = [message("user", "u"), message("assistant", "a")]
         ),
         ("generative", {"text": None, "messages": TURNS}, {"text": ["u", "a"]}, ""),
         ("generative", {"text": "t", "messages": None}, {"text": [NO_PROMPT, "t"]}, ""),
-        ("generative", {"messages": [message("system", " "), *TURNS]}, {"text": ["u", "a"]}, ""),
+        (
+            "generative",
+            {"messages": (messages := [message("system", " "), *TURNS])},
+            {"text": ["u", "a"], "messages": messages},
+            "",
+        ),
         (
             "generative",
             {"messages": [*TURNS, message("user", "c")]},
@@ -201,6 +207,8 @@ def test_lines_of_tulu_2_about_itself_are_skipped():
     assert tulu2({"dataset": "hard_coded", "messages": []}) is None
     line = {"dataset": "flan_v2", "messages": []}
     assert tulu2(line) is line
+    assert tulu3({"source": "ai2-adapt-dev/tulu_hard_coded_repeated_10", "messages": []}) is None
+    assert tulu3(line) is line
 
 
 def test_the_kind_of_a_line():

@@ -1,7 +1,6 @@
 """The text formats: chats, and the template that exported models render them with."""
 
 import functools
-from pathlib import Path
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -9,13 +8,16 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 import pytest
 
-import grit_jax.conversion
 from grit_jax.text.examples import chat_text
-from grit_jax.text.templates import ChatError, chat_segments, turns_of_messages
+from grit_jax.text.templates import (
+    CHAT_TEMPLATE,
+    ChatError,
+    chat_segments,
+    turns_of_messages,
+)
 from grit_jax.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer()
-TEMPLATE = grit_jax.conversion.__path__[0] + "/files/chat_template.jinja"
 TEXTS = st.text(alphabet="ab \n\t:{}é日🙂<|>\u3000", max_size=12)
 
 
@@ -44,7 +46,7 @@ def exported_template():
     """The template in an environment with the settings of transformers."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(Path(TEMPLATE).read_text(encoding="utf-8"))
+    return environment.from_string(CHAT_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def rendered(messages, add_generation_prompt):

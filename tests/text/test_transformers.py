@@ -129,6 +129,8 @@ KINDS = {
     "no-bos": without_bos,
     "flag": ignored_flag,
     "metaspace": functools.partial(of_style, "metaspace", (BEGIN,), ()),
+    "gemma": functools.partial(of_style, "gemma", (BEGIN,), ()),
+    "qwen": functools.partial(of_style, "qwen", (), ()),
     "end": functools.partial(of_style, "smollm", (BEGIN,), (END,)),
     "only-end": functools.partial(of_style, "gpt2", (), (END,)),
 }
@@ -151,7 +153,7 @@ def load(kind):
             exported.mkdir()
             (exported / "config.json").write_text(json.dumps({"model_type": model_type}))
             export(own, exported, model_type, 512)
-            write_chat_template(exported, adds_bos=own.adds_bos)
+            write_chat_template(exported, own)
             theirs.append(AutoTokenizer.from_pretrained(exported))
         return own, Tokenizer(exported), theirs
 

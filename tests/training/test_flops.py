@@ -26,6 +26,10 @@ SIZES = {
 MISTRAL = ModelConfig(**SIZES)
 MIXTRAL = make_config("mixtral", **SIZES, num_local_experts=E, num_experts_per_tok=C)
 
+WINDOWS = dataclasses.replace(
+    MISTRAL, sliding_window=4, layer_types=("sliding_attention", "full_attention")
+)
+
 
 def product(m, k, n):
     return 2 * m * k * n
@@ -40,8 +44,12 @@ def forward_by_hand(config, lengths, is_causal):
     total = 0
     for n in lengths:
         total += L * (product(n, D, N * H) + 2 * product(n, D, K * H) + product(n, N * H, D))
-        seen = sum(range(1, n + 1)) - n / 2 if is_causal else n * n
-        total += L * N * (2 * H * seen + 2 * seen * H)
+        for is_sliding in config.sliding_layers():
+            window = (config.sliding_window if is_sliding else None) or n
+            distances = [query - key for query in range(n) for key in range(n)]
+            seen = sum(0 <= d < window if is_causal else abs(d) <= window for d in distances)
+            seen -= n / 2 if is_causal else 0  # Half of the product with itself.
+            total += N * (2 * H * seen + 2 * seen * H)
         experts, router = 1, 0
         if config is MIXTRAL:
             experts, router = C, product(n, D, E)
@@ -49,7 +57,9 @@ def forward_by_hand(config, lengths, is_causal):
     return total
 
 
-@pytest.mark.parametrize("config", [MISTRAL, MIXTRAL], ids=["mistral", "mixtral"])
+@pytest.mark.parametrize(
+    "config", [MISTRAL, MIXTRAL, WINDOWS], ids=["mistral", "mixtral", "windows"]
+)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_it_counts_the_products_of_real_tokens(config, is_causal):
     queries, passages, chats = [3, 5], [7, 4, 16, 9], [6, 11, 2]

@@ -190,12 +190,13 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
         # An export also has a tokenizer.json, which is read first.
         assert find_tokenizer(model, None).encode(SAMPLE_TEXT) == tokenizer.encode(SAMPLE_TEXT)
         assert find_end_tokens(model) == [tokenizer.eos_id]
-    modules = (exported / "modules.json").read_text()
-    assert "grit_transformer.GritTransformer" in modules
     pooling = json.loads((exported / "1_Pooling" / "config.json").read_text())
     assert pooling["pooling_mode_lasttoken"] and not pooling["pooling_mode_mean_tokens"]
 
-    # A run that starts from there starts where this one ended.
+    # A run that starts from there starts where this one ended, also with a scaling by 1.
+    fields = json.loads((exported / "config.json").read_text())
+    fields["rope_parameters"] |= {"rope_type": "linear", "factor": 1.0}
+    (exported / "config.json").write_text(json.dumps(fields))
     finished = start_training(
         *SMALL,
         f"--config.data.folder={prepared_sample}",
@@ -205,6 +206,8 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert f"starting from {exported}" in finished.stdout
+    sizes = json.loads((tmp_path / "second" / "config.json").read_text())["model"]["sizes"]
+    assert sizes["rope_scaling"]["factor"] == 1.0
     assert "passes over each dataset in 1 steps: " in finished.stdout
     np.testing.assert_allclose(
         read_lines(tmp_path / "second")[0]["held_out/perplexity"],

@@ -222,14 +222,12 @@ def test_logits_of_low_precision_change_only_the_generative_loss():
         (ModelConfig(**SIZES), {"fsdp": 4, "tensor": 2}),
         (ModelConfig(**SIZES), {"slice": 2, "fsdp": 2, "tensor": 2}),
         (MIXTRAL, {"fsdp": 2, "tensor": 2, "expert": 2}),
-        (make_config("qwen2", **SIZES), {"fsdp": 4, "tensor": 2}),
-        (make_config("qwen3", **SIZES), {"fsdp": 4, "tensor": 2}),
         (
             make_config("gemma3", **SIZES, layer_types=WINDOWS, sliding_window=4),
             {"fsdp": 4, "tensor": 2},
         ),
     ],
-    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts", "qwen2", "qwen3", "gemma3"],
+    ids=["mistral-fsdp-tensor", "mistral-slices", "mixtral-experts", "gemma3"],
 )
 def test_eight_devices_take_the_step_of_one_device(config, axes):
     results = []
@@ -249,9 +247,7 @@ def test_eight_devices_take_the_step_of_one_device(config, axes):
         np.testing.assert_allclose(eight_metrics[name], value, rtol=2e-5, err_msg=name)
     for name, value in flat(nnx.to_pure_dict(one)).items():
         other = flat(nnx.to_pure_dict(eight))[name]
-        # Attention hardly depends on a bias of keys, and AdamW enlarges the errors of its gradient.
-        atol = 1e-4 if "key_bias" in name else 2e-5
-        np.testing.assert_allclose(other, value, atol=atol, err_msg=name)
+        np.testing.assert_allclose(other, value, atol=2e-5, err_msg=name)
 
 
 def test_eight_devices_compute_the_bfloat16_loss_of_one_device():

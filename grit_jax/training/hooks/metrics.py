@@ -13,6 +13,7 @@ from etils import epath
 from grit_jax.arithmetic import ceil_div
 from grit_jax.files import write_atomically
 from grit_jax.training.hooks.bucket_mirror import BucketMirror
+from grit_jax.training.hooks.trackers import Tracker, log_to
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
@@ -31,9 +32,17 @@ class MetricsWriter:
       from_step: the step that the run continues from. Lines of later steps are dropped, since the
         run repeats these steps. At 0 all lines are dropped.
       is_enabled: whether this process writes the files.
+      tracker: also gets the values; None for no tracker.
     """
 
-    def __init__(self, workdir: epath.Path, from_step: int, is_enabled: bool = True):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        from_step: int,
+        is_enabled: bool = True,
+        tracker: Tracker | None = None,
+    ):
+        self._tracker = tracker
         self.workdir = workdir
         before = read_metrics(workdir / METRICS) if from_step else []
         self.kept = [line for line in before if line["step"] <= from_step]
@@ -83,6 +92,8 @@ class MetricsWriter:
         for name, value in values.items():
             self._events.write_event(_event(step, summary=scalar(name, value)))
         self._events.flush()
+        if self._tracker is not None:
+            log_to(self._tracker, step, values)
 
     def flush(self) -> None:
         """Waits until all lines are in the bucket.
