@@ -24,7 +24,6 @@ from grit_jax.objectives.embedding import EmbeddingSpec, embed_texts
 from grit_jax.sharding import batch_shards, shard_rows
 from grit_jax.text.examples import Text
 
-# Calls that are dispatched to the devices before the results of the first are awaited.
 CALLS_IN_FLIGHT = 2
 
 
@@ -34,15 +33,25 @@ class Encoder:
     Args:
       model: model with its parameters on the mesh.
       mesh: the devices over which rows are split.
+      in_turns: computes the items of an iterator, each of which is one call of a program, between
+        other uses of the devices (`Engine.in_turns`).
+      calls_in_flight: calls that are dispatched before the results of the first are awaited.
 
     Attributes:
       parameters: the first argument of `program`.
       program: compiled program that embeds packed texts; its last argument is an `EmbeddingSpec`.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh):
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        in_turns: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+        calls_in_flight: int = CALLS_IN_FLIGHT,
+    ):
         self._graph, self.parameters = nnx.split(model)
         self._mesh = mesh
+        self._in_turns, self._calls_in_flight = in_turns, calls_in_flight
         self._embedding_size = model.config.embedding_projection_size or model.config.hidden_size
         replicated = NamedSharding(mesh, PartitionSpec())
         self.program = jax.jit(self._embed_packed, static_argnums=2, out_shardings=replicated)
@@ -65,7 +74,7 @@ class Encoder:
           on_progress: called with the number of texts that each call has embedded.
         """
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
-        for members, rows in self._dispatch(texts, spec, tokens_per_device):
+        for members, rows in self._in_turns(self._dispatch(texts, spec, tokens_per_device)):
             embeddings[members] = np.asarray(rows)[: len(members)]
             on_progress(len(members))
         return embeddings
@@ -105,21 +114,29 @@ class Encoder:
         num_rows = min(num_rows, round_up(bucket_size(len(texts)), shards))
         embeddings = np.zeros((len(texts), self._embedding_size), np.float32)
         caches: dict[int, KVCache] = {}
-        for instruction_length, members in _group_by_instruction(texts, spec, num_rows):
-            rows = [[row] for row in range(len(members))]
-            group = [texts[member] for member in members]
-            packed = pack(group, rows, num_rows, row_length, num_rows)
-            purpose = f"embeds {num_rows} x {row_length} tokens with caches"
-            with jax.set_mesh(self._mesh), self._notice.around(purpose, spec, instruction_length):
-                embedded, cache = self._program_with_cache(
-                    self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
-                )
+        calls = self._dispatch_with_caches(texts, spec, num_rows, row_length)
+        for members, (embedded, cache) in self._in_turns(calls):
             embeddings[members] = np.asarray(embedded)[: len(members)]
             cache = jax.tree.map(np.asarray, cache)
             for row, member in enumerate(members):
                 caches[member] = copy_row(cache, row, len(texts[member]))
             on_progress(len(members))
         return embeddings, [caches[member] for member in range(len(texts))]
+
+    def _dispatch_with_caches(
+        self, texts: Sequence[Text], spec: EmbeddingSpec, num_rows: int, row_length: int
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Yields the indices of the texts of each call, and their embeddings and caches."""
+        for instruction_length, members in _group_by_instruction(texts, spec, num_rows):
+            rows = [[row] for row in range(len(members))]
+            group = [texts[member] for member in members]
+            packed = pack(group, rows, num_rows, row_length, num_rows)
+            purpose = f"embeds {num_rows} x {row_length} tokens with caches"
+            with jax.set_mesh(self._mesh), self._notice.around(purpose, spec, instruction_length):
+                embedded = self._program_with_cache(
+                    self.parameters, shard_rows(packed, self._mesh), spec, instruction_length
+                )
+            yield members, embedded
 
     def _dispatch(
         self, texts: Sequence[Text], spec: EmbeddingSpec, tokens_per_device: int
@@ -129,7 +146,7 @@ class Encoder:
         lengths = [len(text) for text in texts]
         for call in plan_calls(lengths, batch_shards(self._mesh), tokens_per_device):
             in_flight.append(self._call(texts, call, spec))
-            if len(in_flight) > CALLS_IN_FLIGHT:
+            if len(in_flight) > self._calls_in_flight:
                 yield in_flight.pop(0)
         yield from in_flight
 

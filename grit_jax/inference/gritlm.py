@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import functools
 import os
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class GritLM:
       ValueError: the attention pattern or the pooling is unknown.
     """
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> GritLM:
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Self:
         """Refuses a path, which is how models of other packages are loaded."""
         if arguments and isinstance(arguments[0], str | os.PathLike):
             path = os.fspath(arguments[0])

@@ -8,14 +8,18 @@ Legend of dimensions: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+
+from grit_jax.pytree import pytree_dataclass
 
 FILTERED = -jnp.inf
 # Options are float32 in the compiled programs.
@@ -146,28 +150,54 @@ def filter_logits(
     """
     if sampling.repetition_penalty is not None:
         assert seen is not None
-        penalty = sampling.repetition_penalty
-        penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
-        logits = jnp.where(seen, penalized, logits)
+        logits = _penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is not None:
-        # The largest logit becomes 0, so that low temperatures cannot make it infinite.
-        temperature = jnp.maximum(sampling.temperature, jnp.finfo(logits.dtype).tiny)
-        logits = (logits - jnp.max(logits, axis=1, keepdims=True)) / temperature
+        logits = _divide_by_temperature(logits, sampling.temperature)
     if sampling.top_k is not None:
         threshold = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[1]))[0][:, -1:]
         logits = jnp.where(logits < threshold, FILTERED, logits)
     if sampling.top_p is not None:
         logits = _filter_top_p(logits, sampling.top_p)
     if sampling.min_p is not None:
-        probabilities = jax.nn.softmax(logits)
-        threshold = sampling.min_p * jnp.max(probabilities, axis=1, keepdims=True)
-        logits = jnp.where(probabilities < threshold, FILTERED, logits)
+        logits = _filter_min_p(logits, sampling.min_p)
     return logits
 
 
-def _filter_top_p(
-    logits: Float[Array, "B V"], top_p: float | Float[Array, ""]
+# An option of all rows, or of each row.
+_Option = float | Float[Array, ""] | Float[Array, "B 1"]
+
+
+def _penalize(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: _Option
 ) -> Float[Array, "B V"]:
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
+
+
+def _divide_by_temperature(
+    logits: Float[Array, "B V"], temperature: _Option
+) -> Float[Array, "B V"]:
+    # The largest logit becomes 0, so that low temperatures cannot make it infinite.
+    temperature = jnp.maximum(temperature, jnp.finfo(logits.dtype).tiny)
+    return (logits - jnp.max(logits, axis=1, keepdims=True)) / temperature
+
+
+def _filter_min_p(logits: Float[Array, "B V"], min_p: _Option) -> Float[Array, "B V"]:
+    probabilities = jax.nn.softmax(logits)
+    threshold = min_p * jnp.max(probabilities, axis=1, keepdims=True)
+    return jnp.where(probabilities < threshold, FILTERED, logits)
+
+
+def _filter_top_k_by_row(
+    logits: Float[Array, "B V"], top_k: Int[Array, "B 1"]
+) -> Float[Array, "B V"]:
+    ascending = jnp.sort(logits, axis=1)
+    index = jnp.maximum(logits.shape[1] - top_k, 0)
+    threshold = jnp.take_along_axis(ascending, index, axis=1)
+    return jnp.where(logits < threshold, FILTERED, logits)
+
+
+def _filter_top_p(logits: Float[Array, "B V"], top_p: _Option) -> Float[Array, "B V"]:
     ascending = jnp.sort(logits, axis=1)
     is_removed = jnp.cumsum(jax.nn.softmax(ascending), axis=1) <= 1 - top_p
     is_removed = is_removed.at[:, -1].set(False)  # The most likely token is always kept.
@@ -193,3 +223,88 @@ def choose_tokens(
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+@pytree_dataclass
+class RowSampling:
+    """A `Sampling` for each row of a batch, so that one program serves them all.
+
+    Attributes:
+      temperature: 0 for greedy decoding.
+      top_k: 0 for no filter.
+      top_p: 0 for no filter.
+      min_p: 0 for no filter.
+      repetition_penalty: 1 for no penalty.
+    """
+
+    temperature: Float[Array | np.ndarray, " B"]
+    top_k: Int[Array | np.ndarray, " B"]
+    top_p: Float[Array | np.ndarray, " B"]
+    min_p: Float[Array | np.ndarray, " B"]
+    repetition_penalty: Float[Array | np.ndarray, " B"]
+
+    @classmethod
+    def stack(cls, rows: Sequence[Sampling]) -> RowSampling:
+        """Returns the options of all rows."""
+        tiny = np.finfo(np.float32).tiny
+
+        def column(name: str, unset: float = 0.0) -> np.ndarray:
+            values = (getattr(row, name) for row in rows)
+            # Smaller values are not 0, which stands for none.
+            return np.array([max(value, tiny) if value else unset for value in values], np.float32)
+
+        top_k = [min(row.top_k or 0, np.iinfo(np.int32).max) for row in rows]
+        return cls(
+            temperature=column("temperature"),
+            top_k=np.array(top_k, np.int32),
+            top_p=column("top_p"),
+            min_p=column("min_p"),
+            repetition_penalty=column("repetition_penalty", unset=1.0),
+        )
+
+
+def choose_tokens_by_row(
+    logits: Float[Array, "B V"],
+    sampling: RowSampling,
+    seen: Bool[Array, "B V"],
+    keys: Key[Array, " B"],
+) -> Int[Array, " B"]:
+    """Returns the next token of each row, as `choose_tokens` does for rows with equal options.
+
+    A filter that no row has costs nothing.
+
+    Args:
+      logits: logits of the next token.
+      sampling: the options of each row.
+      seen: see `filter_logits`; only rows with a repetition penalty need it.
+      keys: one key for each row.
+    """
+
+    def apply(
+        function: Callable[..., jax.Array], otherwise: jax.Array, option: jax.Array, unset: float
+    ) -> jax.Array:
+        """Returns `function(option)` in the rows that have the option, else `otherwise`."""
+        is_set = option != unset
+
+        def apply_to_some() -> jax.Array:
+            is_changed = is_set.reshape(-1, *[1] * (otherwise.ndim - 1))
+            return jnp.where(is_changed, function(option[:, None]), otherwise)
+
+        return jax.lax.cond(jnp.any(is_set), apply_to_some, lambda: otherwise)
+
+    def sample(temperature: Float[Array, "B 1"]) -> Int[Array, " B"]:
+        filtered = _divide_by_temperature(penalized, temperature)
+        for filter_by_row, option in (
+            (_filter_top_k_by_row, sampling.top_k),
+            (_filter_top_p, sampling.top_p),
+            (_filter_min_p, sampling.min_p),
+        ):
+            function = functools.partial(filter_by_row, filtered)
+            filtered = apply(function, filtered, jnp.asarray(option), 0.0)
+        return jax.vmap(jax.random.categorical)(keys, filtered).astype(jnp.int32)
+
+    logits = logits.astype(jnp.float32)
+    penalize = functools.partial(_penalize, logits, seen)
+    penalized = apply(penalize, logits, jnp.asarray(sampling.repetition_penalty), 1.0)
+    most_likely = jnp.argmax(penalized, axis=1).astype(jnp.int32)
+    return apply(sample, most_likely, jnp.asarray(sampling.temperature), 0.0)

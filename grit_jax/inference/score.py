@@ -3,7 +3,7 @@
 Legend of dimensions: C continuations, B rows, S positions, N scored tokens of a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from typing import Any
 
@@ -125,15 +125,21 @@ class Scorer:
     Args:
       model: model with its parameters on the mesh.
       mesh: the devices over which rows are split.
+      in_turns: see `Encoder`.
 
     Attributes:
       parameters: the first argument of `program`.
       program: compiled program that scores the targets of packed rows.
     """
 
-    def __init__(self, model: Decoder, mesh: Mesh):
+    def __init__(
+        self,
+        model: Decoder,
+        mesh: Mesh,
+        in_turns: Callable[[Iterator[Any]], Iterator[Any]] = iter,
+    ):
         self._graph, self.parameters = nnx.split(model)
-        self._mesh = mesh
+        self._mesh, self._in_turns = mesh, in_turns
         self._notice = CompilationNotice()
         self.program = jax.jit(self._score_rows)
 
@@ -156,6 +162,19 @@ class Scorer:
         """
         log_likelihoods = np.zeros(len(continuations))
         is_greedy = np.ones(len(continuations), bool)
+        calls = self._calls(continuations, tokens_per_device)
+        for target_owners, scores, are_best in self._in_turns(calls):
+            is_target = target_owners >= 0
+            owners = target_owners[is_target]
+            np.add.at(log_likelihoods, owners, scores[is_target])
+            np.logical_and.at(is_greedy, owners, are_best[is_target])
+            on_progress(len(np.unique(owners)))
+        return log_likelihoods, is_greedy
+
+    def _calls(
+        self, continuations: Sequence[Continuation], tokens_per_device: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields the owners of the targets of each call, their scores, and which are best."""
         texts, owners_of_text = _unique_inputs(continuations)
         lengths = [len(text) for text in texts]
         for call in plan_calls(lengths, batch_shards(self._mesh), tokens_per_device):
@@ -167,12 +186,7 @@ class Scorer:
             width = targets.positions.shape[1]
             with jax.set_mesh(self._mesh), self._notice.around(purpose, width):
                 scores, are_best = jax.device_get(self.program(self.parameters, *rows))
-            is_target = targets.owners >= 0
-            owners = targets.owners[is_target]
-            np.add.at(log_likelihoods, owners, scores[is_target])
-            np.logical_and.at(is_greedy, owners, are_best[is_target])
-            on_progress(len(np.unique(owners)))
-        return log_likelihoods, is_greedy
+            yield targets.owners, scores, are_best
 
     def _score_rows(
         self,

@@ -38,6 +38,7 @@ from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.ministral import MINISTRAL3
 from grit_jax.models.mistral import MISTRAL
 from grit_jax.models.mixtral import MIXTRAL
+from grit_jax.models.paged_cache import PagedCache
 from grit_jax.models.qwen import QWEN2, QWEN3
 from grit_jax.models.qwen_moe import QWEN3_MOE
 from grit_jax.models.rotary import RopeScaling
@@ -52,6 +53,7 @@ __all__ = [
     "KVCache",
     "LoraConfig",
     "ModelConfig",
+    "PagedCache",
     "RouterStatistics",
     "Stream",
     "causal_fields",

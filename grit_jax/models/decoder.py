@@ -22,6 +22,7 @@ from grit_jax.models.config import ModelConfig
 from grit_jax.models.experts import RouterStatistics
 from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.layers import Attention, EmbeddingProjection, RMSNorm, soft_cap
+from grit_jax.models.paged_cache import Cache, PagedCache
 from grit_jax.models.remat import REMAT_POLICIES
 from grit_jax.models.weights import WeightTable
 from grit_jax.pytree import pytree_dataclass
@@ -80,9 +81,9 @@ class DecoderLayer(nnx.Module):
         self,
         hidden: Float[Array, "M D"],
         stream: Stream,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "M D"], KVCache | None, RouterStatistics | None]:
+    ) -> tuple[Float[Array, "M D"], Cache | None, RouterStatistics | None]:
         """Returns the next hidden states, the cache, and the statistics of the router, if any.
 
         Args:
@@ -161,15 +162,15 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B S D"]: ...
 
     @overload
-    def __call__(
+    def __call__[AnyCache: Cache](
         self,
         tokens: Int[Array | np.ndarray, "B S"],
         positions: Int[Array | np.ndarray, "B S"] | None = None,
         segment_ids: Int[Array | np.ndarray, "B S"] | None = None,
         is_causal: bool = True,
         *,
-        cache: KVCache,
-    ) -> tuple[Float[Array, "B S D"], KVCache]: ...
+        cache: AnyCache,
+    ) -> tuple[Float[Array, "B S D"], AnyCache]: ...
 
     def __call__(self, tokens, positions=None, segment_ids=None, is_causal=True, cache=None):
         """Returns the hidden states after the last norm, and the updated cache if one is given.
@@ -188,6 +189,7 @@ class Decoder(nnx.Module):
           cache: the result of `make_cache` or of an earlier call. In a jitted function the caller
             must ensure that `cache.length` + S <= `cache.num_slots`: tokens that do not fit
             overwrite the last slots. `cache.length` counts them, so it can be checked afterwards.
+            Or a `PagedCache` with pages for the tokens.
 
         Raises:
           ValueError: the cache has no room for the tokens.
@@ -224,6 +226,26 @@ class Decoder(nnx.Module):
             length=jnp.zeros((), jnp.int32),
         )
 
+    def make_pages(self, num_pages: int, page_size: int) -> PagedCache:
+        """Returns a `PagedCache` with no rows and `num_pages` empty pages.
+
+        Heads are split over the devices. Every other part of the mesh has all pages, so that rows
+        on different devices can share them.
+        """
+        L, K, H = (
+            self.config.num_hidden_layers,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
+        zeros = jnp.zeros((L, num_pages, page_size, K, H), self.config.dtype)
+        axes = ("layers", None, None, "kv_heads", "head_dim")
+        return PagedCache(
+            keys=with_logical_constraint(zeros, *axes),
+            values=with_logical_constraint(zeros, *axes),
+            page_table=jnp.zeros((0, 1), jnp.int32),
+            lengths=jnp.zeros(0, jnp.int32),
+        )
+
     def forward_streams(
         self, streams: Mapping[str, Stream]
     ) -> tuple[dict[str, Float[Array, "_ _ D"]], dict[str, RouterStatistics]]:
@@ -241,8 +263,8 @@ class Decoder(nnx.Module):
         return hidden, statistics
 
     def _forward(
-        self, streams: Mapping[str, Stream], caches: Mapping[str, KVCache | None]
-    ) -> tuple[dict[str, jax.Array], dict[str, KVCache | None], dict[str, RouterStatistics]]:
+        self, streams: Mapping[str, Stream], caches: Mapping[str, Cache | None]
+    ) -> tuple[dict[str, jax.Array], dict[str, Cache | None], dict[str, RouterStatistics]]:
         streams = jax.tree.map(jnp.asarray, dict(streams))  # The caller may give NumPy arrays.
 
         # The caches are carried, not scanned over, so that XLA updates them in place.

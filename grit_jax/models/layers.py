@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grit_jax.models.attention import AttentionMask, attention
 from grit_jax.models.config import ModelConfig
-from grit_jax.models.kv_cache import KVCache
 from grit_jax.models.linear import LinearLayers, linear
+from grit_jax.models.paged_cache import Cache
 from grit_jax.models.rotary import rotary_embedding, text_lengths
 from grit_jax.models.weights import WeightTable
 from grit_jax.sharding import with_logical_constraint
@@ -104,9 +104,9 @@ class Attention(LinearLayers):
         self,
         hidden: Float[Array, "M D"],
         mask: AttentionMask,
-        cache: KVCache | None,
+        cache: Cache | None,
         layer: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "M D"], KVCache | None]:
+    ) -> tuple[Float[Array, "M D"], Cache | None]:
         """Returns the output of attention, and the cache with this layer's new keys and values.
 
         Args:
