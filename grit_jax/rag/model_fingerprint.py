@@ -72,7 +72,7 @@ def _probe(model: GritLM) -> Float32[np.ndarray, " P"]:
 
 def _sample_weights(model: Decoder) -> dict[str, Any]:
     """Returns some values of each parameter, and the largest rounding error of each value."""
-    arrays: dict[Any, Array] = dict(flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    arrays: dict[Any, Any] = dict(flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
     arrays.pop(HEAD, None)
     scale_paths = {path: (*path[:-1], f"{path[-1]}_scale") for path in arrays}
     scale_paths = {path: scale for path, scale in scale_paths.items() if scale in arrays}

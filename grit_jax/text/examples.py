@@ -317,7 +317,9 @@ def chat_in_template(
     except ChatError as error:
         raise RejectedExample(str(error)) from None
     if not any(chat.mask[:max_length]):
-        raise RejectedExample("prompt alone is too long")
+        raise RejectedExample(
+            "prompt alone is too long", tokens=int(chat.mask.argmax()), limit=max_length - 1
+        )
     text = _cut(chat.tokens, chat.mask, max_length)
     return dataclasses.replace(text, note=REWRITTEN) if chat.num_rewritten else text
 
