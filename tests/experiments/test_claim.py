@@ -31,7 +31,7 @@ def small_llama(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
     config = LlamaConfig(
-        vocab_size=700,
+        vocab_size=1000,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=4,
@@ -41,7 +41,7 @@ def small_llama(tmp_path_factory):
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer_files.write_tokenizer(folder, "smollm")
+    tokenizer_files.write_tokenizer(folder, "smollm", size=1000)
     return folder
 
 
