@@ -9,7 +9,7 @@ from grit_jax.conversion.gguf_model import SUFFIX, read_tokenizer_of_gguf
 from grit_jax.conversion.opening import open_model
 from grit_jax.conversion.stored_model import ConversionError, StoredModel
 from grit_jax.objectives.embedding import GRIT_FIELD
-from grit_jax.text.tokenizer import Tokenizer
+from grit_jax.text.tokenizer import Tokenizer, TokenizerError
 from grit_jax.text.tokenizer_files import MISTRAL, read_tokenizer_files
 
 # Models that may have Mistral's tokenizer, and the size of its vocabulary.
@@ -67,8 +67,9 @@ def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None = None) -
     """
     if name is not None:
         tokenizer = open_tokenizer(name)
-        if stored.tokenizer_files or GRIT_FIELD in stored.fields:
-            tokenizer = tokenizer.with_chat_template(_chat_template(stored))
+        template = _chat_template(stored)
+        if template is not None:
+            tokenizer = tokenizer.with_chat_template(template)
     elif stored.tokenizer_files:
         tokenizer = Tokenizer.of_files(stored.tokenizer_files, str(stored.folder))
     elif not may_have_mistrals(stored):
@@ -93,10 +94,15 @@ def find_tokenizer(stored: StoredModel, name: str | os.PathLike | None = None) -
     return tokenizer
 
 
-def _chat_template(stored: StoredModel) -> str:
-    """Returns the chat template of a model, whatever tokenizer it is used with; "" is GRIT's."""
-    files = stored.tokenizer_files
-    return Tokenizer.of_files(files, str(stored.folder)).chat_template if files else ""
+def _chat_template(stored: StoredModel) -> str | None:
+    """Returns a model's chat template, "" for GRIT's, or None if none can be read."""
+    try:
+        files = stored.tokenizer_files
+        if files:
+            return Tokenizer.of_files(files, str(stored.folder)).chat_template
+    except (ConversionError, TokenizerError):
+        return None  # Which is why another tokenizer is given.
+    return "" if GRIT_FIELD in stored.fields else None
 
 
 def may_have_mistrals(stored: StoredModel) -> bool:

@@ -79,7 +79,9 @@ def test_sentence_transformers_reads_the_embedding_folder_without_code(exported_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model_type", [form.model_type for a in ARCHITECTURES.values() for form in a.formats]
+    "model_type",
+    # Exports are never of the type "gemma3", which transformers makes with images.
+    sorted({form.model_type for a in ARCHITECTURES.values() for form in a.formats} - {"gemma3"}),
 )
 def test_transformers_follows_is_causal(model_type):
     """The check that the command makes finds that, and notices if it were not so."""
