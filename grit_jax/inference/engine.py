@@ -139,7 +139,7 @@ class Engine:
 
     Raises:
       HeadError: the model does not generate.
-      InputError: there are several processes.
+      InputError: there are several processes, or keys depend on the length of the prompt.
     """
 
     def __init__(
@@ -155,6 +155,12 @@ class Engine:
         if jax.process_count() > 1:
             raise InputError(
                 f"SharedGritLM runs in one process, but there are {jax.process_count()}: use GritLM"
+            )
+        scaling = model.config.rope_scaling
+        if scaling is not None and scaling.depends_on_length:
+            raise InputError(
+                "SharedGritLM reads prompts in chunks, but keys with rope_type="
+                f"{scaling.rope_type!r} depend on the length of the prompt: use GritLM"
             )
         self._config, self._shards = model.config, batch_shards(mesh)
         self._num_pages = round_up(cache_tokens, PAGE_SIZE) // PAGE_SIZE
@@ -193,16 +199,12 @@ class Engine:
         cache = None if request.caches is None else request.caches[0]
         if cache is not None:
             self._check_cache(cache, f"the cache of prompt {index}")
-        number, scaling = next(self._numbers), self._config.rope_scaling
-        # Then keys depend on tokens that follow, so that a prefix cannot be shared.
-        is_own = scaling is not None and scaling.depends_on_length
         sequence = TokenSequence(
-            number=number,
+            number=next(self._numbers),
             tokens=prompt.tolist(),
             max_new_tokens=request.max_new_tokens,
             cached_pages=() if cache is None else page_contents(cache),
             num_cached=0 if cache is None else cache.num_slots,
-            salt=str(number).encode() if is_own else b"",
         )
         needed = sequence.length + sequence.max_new_tokens
         if self.scheduler.pages_for(needed) > self._num_pages:

@@ -108,6 +108,9 @@ class Generator:
     def __init__(self, model: Decoder, mesh: Mesh):
         self._graph, self.parameters = nnx.split(unstack_layers(model, mesh))
         self._mesh = mesh
+        scaling = model.config.rope_scaling
+        # Keys of the first chunk would depend on the length of the others.
+        self._reads_whole_prompts = scaling is not None and scaling.depends_on_length
         self._notice = CompilationNotice()
         self.prefill = jax.jit(self._prefill, donate_argnums=1, static_argnums=6)
         self.decode = jax.jit(self._decode, donate_argnums=1)
@@ -167,8 +170,9 @@ class Generator:
             keys=shard_rows(row_keys(request.seed, request.indices, num_rows), self._mesh),
             seen=self._seen_tokens(tokens, is_token, request.sampling),
         )
-        for start in range(0, width, PREFILL_LENGTHS[-1]):
-            chunk = slice(start, start + PREFILL_LENGTHS[-1])
+        length = width if self._reads_whole_prompts else PREFILL_LENGTHS[-1]
+        for start in range(0, width, length):
+            chunk = slice(start, start + length)
             is_last = chunk.stop >= width
             purpose = f"reads prompts of {num_rows} x {width} tokens"
             structure = jax.tree.structure(request.sampling)

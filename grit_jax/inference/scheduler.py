@@ -31,7 +31,6 @@ class TokenSequence:
       cached_pages: for each page of the ready-made cache, the bytes that identify its content; the
         last page may be incomplete.
       num_cached: number of tokens in the ready-made cache.
-      salt: sequences with different salts share no pages.
       num_new: number of new tokens so far.
       pages: the pages of the first tokens; empty unless the sequence is running.
       num_read: number of first tokens whose keys and values are in the pages.
@@ -43,7 +42,6 @@ class TokenSequence:
     max_new_tokens: int
     cached_pages: Sequence[bytes] = ()
     num_cached: int = 0
-    salt: bytes = b""
     num_new: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     num_read: int = 0
@@ -74,7 +72,7 @@ class TokenSequence:
         """Returns what identifies the content of a full page: a hash of all tokens to its end."""
         while len(self._contents) <= index:
             number = len(self._contents)
-            digest = hashlib.blake2b(self._contents[-1] if number else self.salt, digest_size=16)
+            digest = hashlib.blake2b(self._contents[-1] if number else b"", digest_size=16)
             if number < len(self.cached_pages):
                 digest.update(self.cached_pages[number])
             start = max(0, number * page_size - self.num_cached)
