@@ -97,7 +97,7 @@ class AdaptedModel(StoredModel):
         Args:
           shapes: see `StoredModel.load`; with shapes for A and B, which a module with LoRA has.
         """
-        by_path = flatten_dict(shapes)
+        by_path: dict[tuple[str, ...], Any] = flatten_dict(shapes)  # pyright: ignore[reportAssignmentType]
         loaded = {}
         for parameter in self.parameters:
             if parameter.path not in self.adapted:

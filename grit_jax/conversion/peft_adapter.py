@@ -66,6 +66,8 @@ class PeftAdapter(AdaptedModel):
         the base.
     """
 
+    folder: Path
+
     def __init__(self, folder: Path, base: StoredModel):
         self.folder, self.base = folder, base
         self.settings = PeftSettings.read(folder)

@@ -67,7 +67,7 @@ def write_adapter(
         if found is not None:
             length = model.config.max_position_embeddings
             write_tokenizer(found, unfinished, model.fields["model_type"], length)
-            write_chat_template(unfinished, adds_bos=found.adds_bos)
+            write_chat_template(unfinished, found)
         write_card(unfinished, folder.name, model, spec, license_name)
 
 
@@ -96,7 +96,8 @@ def _settings(model: LoraCheckpoint, base_name: str | None) -> dict[str, Any]:
                 f"{model.base.folder} is not a Hugging Face folder, as PEFT needs it: name the "
                 "same base model in this format with --base-name NAME_OR_FOLDER"
             )
-        base_name, revision = name_in_cache(model.base.folder) or (str(model.base.folder), None)
+        folder = Path(model.base.folder)
+        base_name, revision = name_in_cache(folder) or (str(folder), None)
     alpha = model.lora.alpha
     return {
         "peft_type": "LORA",

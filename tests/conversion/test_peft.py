@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tokenizer_files import write_tokenizer
 
 from grit_jax.cli import main
 from grit_jax.config import ConfigError
 from grit_jax.config_flags import parse_flags
 from grit_jax.conversion import ConversionError, open_model
+from grit_jax.conversion.stored_tokenizer import find_tokenizer
 from grit_jax.from_config import make_trainer, open_adapter
 from grit_jax.inference.loading import load_module
 from grit_jax.models import LoraConfig, make_model
@@ -235,14 +237,25 @@ def test_an_adapter_with_another_base(mistral_adapter, bases, tmp_path):
         open_model(mistral_adapter, base=moved)
 
 
-def test_an_adapter_keeps_how_its_model_embeds(bases, tmp_path):
-    run = save_run(open_model(bases["mistral"]), tmp_path / "run", targets="attention.key")
+def test_an_adapter_keeps_how_its_model_embeds_and_its_tokenizer(tmp_path):
+    import transformers
+
+    base = tmp_path / "base"
+    make_base("mistral", vocab_size=400).save_pretrained(base)
+    write_tokenizer(base, "gpt2", size=400)
+    run = save_run(open_model(base), tmp_path / "run", targets="attention.key")
     options = ["--pooling", "lasttoken", "--attention", "cccc", "--query-instruction", "Find it"]
     main(["convert", "to-hf", str(run), str(tmp_path / "adapter"), "--adapter", *options])
     stored = open_model(tmp_path / "adapter")
     assert stored.fields["grit"]["pooling"] == "lasttoken"
     assert stored.fields["grit"]["attention"] == "cccc"
     assert "Find it" in stored.fields["grit"]["query_prompt"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    messages = [{"role": "user", "content": "Who are you?"}]
+    assert theirs.apply_chat_template(messages, tokenize=False).endswith("Who are you?\n")
+    ours = find_tokenizer(stored)
+    assert ours is not None
+    assert theirs("Find it", add_special_tokens=False)["input_ids"] == ours.encode("Find it")
 
 
 def test_adapters_that_peft_cannot_hold(bases, tmp_path, capsys):
