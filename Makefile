@@ -1,5 +1,6 @@
 # make demo              prepare the embedded sample and train a small model on it
-# make test              run the tests
+# make test              run the tests that take at most a few seconds each
+# make test-slow         run the others: whole runs, pages, notebooks, compiling for TPUs
 # make test-experiments  run the tests of experiments/ and tools/
 # make torture           kill multi-process runs at random moments, KILLS times (20)
 # make lint              ruff, pyright and shellcheck
@@ -25,14 +26,18 @@ TORTURE := tests/training/test_torture.py
 # Two processes, each of which runs whole files, the slowest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-experiments torture lint smoke pods claim docs docs-serve constraints clean
+.PHONY: demo test test-slow test-experiments torture lint smoke pods claim docs docs-serve constraints clean
 
 demo: data/sample/.prepared
 	$(BIN)/python train.py --config configs/gritlm_tiny.py --workdir $(WORKDIR) $(FLAGS)
 
 test: $(VENV)/.installed-test
-	$(PYTEST) --durations=30 --ignore=$(TORTURE) --ignore=tests/experiments --ignore=tests/tools \
-	  tests/planning tests/docs/test_blocks.py tests/notebooks tests/training tests
+	$(PYTEST) -m "not slow" --durations=30 --ignore=tests/experiments --ignore=tests/tools \
+	  tests/models tests/training tests
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow --durations=30 --ignore=$(TORTURE) --ignore=tests/experiments \
+	  --ignore=tests/tools tests/planning tests/docs/test_blocks.py tests/notebooks tests/training tests
 
 test-experiments: $(VENV)/.installed-test
 	$(PYTEST) tests/experiments tests/tools
