@@ -105,7 +105,15 @@ def test_no_whole_row_group_is_held(tmp_path):
 QUERY = {"query": ["", "q"], "pos": [["", "p"]], "neg": []}
 NEGATIVES = {**QUERY, "neg": [["", "n1"], ["", "n2"], ["", "n10"]]}
 CHAT = {"text": ["u", "a"]}
-SYSTEM = {"text": ["s\n\nu", "a"]}
+# GRIT's format joins the system message and the user's; chat templates take them one by one.
+SYSTEM = {
+    "text": ["s\n\nu", "a"],
+    "messages": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ],
+}
 TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
 

@@ -234,7 +234,7 @@ def test_an_index_of_the_version_before_is_read_and_changed(tmp_path, model):
     with pytest.raises(DocumentIndexError, match=r"document_prompt='<.embed.>.n', not "):
         build_index(trained, [{"text": "new"}], folder, instruction="Represent the article")
     update = build_index(trained, [{"id": "f.txt", "text": TEXTS[0]}, {"text": "new"}], folder)
-    assert dataclasses.astuple(update) == (1, 1, 0, 0)
+    assert (update.added, update.replaced, update.unchanged) == (1, 1, 0)
     found = DocumentIndex(folder, trained)
     own = model.encode_corpus(found.documents, instruction=EMBED)
     np.testing.assert_allclose(found.search(own)[0], 1, atol=1e-5)
