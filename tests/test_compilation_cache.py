@@ -4,6 +4,7 @@ import json
 import os
 
 from command_line import run_python
+import pytest
 
 SCRIPT = """
 import json, sys
@@ -24,6 +25,7 @@ print(json.dumps([hits, events.count("/jax/compilation_cache/cache_misses")]))
 """
 
 
+@pytest.mark.slow
 def test_a_later_process_loads_what_was_compiled(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

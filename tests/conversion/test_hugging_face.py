@@ -267,6 +267,7 @@ def test_a_projection_of_embeddings_goes_through_sentence_transformers(saved_mod
         assert theirs.encode("A short one") @ expected > bound, dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "mixtral"])
 def test_a_model_on_eight_devices_in_bfloat16(name):
     folder = Path(__file__).parents[1] / "reference" / f"tiny-{name}"

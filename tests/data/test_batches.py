@@ -261,6 +261,7 @@ def joined(hosts):
     return Batch({"embedding": embedding, "generative": chats}, first.num_tokens)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(
     step=st.integers(0, 2_000_000),
@@ -355,6 +356,7 @@ def sample_batches(prepared_sample):
     return Batches(samplers, RowLimits(longest=longest, length_multiple=8, count_multiple=1))
 
 
+@pytest.mark.slow
 def test_rows_of_the_embedded_sample_have_at_most_5_percent_padding(prepared_sample):
     batches = sample_batches(prepared_sample)
     plans = [batches.plans[step] for step in range(500, 700)]

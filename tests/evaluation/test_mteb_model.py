@@ -118,6 +118,7 @@ def test_inputs_that_are_not_texts_are_named(mteb_model, batch, message):
         )
 
 
+@pytest.mark.slow
 def test_the_papers_tasks_have_the_originals_instructions(mteb_model):
     tasks = {task.metadata.name: task for task in mteb.get_benchmark(MTEB_BENCHMARK).tasks}
     assert len(tasks) == 56 and set(QUICK_TASKS) <= set(tasks)

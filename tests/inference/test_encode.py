@@ -169,6 +169,7 @@ def test_a_causal_model(model):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_embed_as_one_does(reference_model):
     random = np.random.default_rng(0)
     texts = [random.integers(3, 320, length) for length in random.integers(1, 300, 40)]
@@ -191,6 +192,7 @@ def test_few_programs_are_compiled_whatever_the_texts(model, count_compilations)
     assert 1 <= len(compilations) <= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_texts", [1, 3])
 def test_a_warm_model_compiles_nothing(model, count_compilations, num_texts):
     fresh = type(model)(model.model, model.mesh, model.tokenizer)

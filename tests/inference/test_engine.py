@@ -56,6 +56,7 @@ def assert_same_tokens(found, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_prompts_of_several_threads_are_continued_as_if_alone(shared, expected, count_compilations):
     with count_compilations() as compiled:
         found = in_threads(lambda prompt: shared.generate(prompt, NEW), [(p,) for p in PROMPTS])

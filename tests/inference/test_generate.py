@@ -52,6 +52,7 @@ def prompt_ids(model, text):
     return [model.tokenizer.bos_id, *model.tokenizer.encode(text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
 def test_greedy_tokens_are_those_of_the_original(reference_model, architecture):
     values = reference_values.load_values(architecture)
@@ -109,6 +110,7 @@ def test_text_is_that_of_transformers(exported, name):
         assert ours.generate(PROMPTS[:2], NEW, repetition_penalty=1.3) == penalized != plain[:2]
 
 
+@pytest.mark.slow
 def test_a_prompt_is_continued_as_if_alone(model):
     long_prompt = list(np.random.default_rng(0).integers(3, 32000, 530))
     prompts = [prompt_ids(model, PROMPTS[0]), long_prompt, [5]]
@@ -179,6 +181,7 @@ def likeliest(module, tokens, cache):
     return jnp.argmax(module.logits(hidden[:, -1:]), axis=-1), cache
 
 
+@pytest.mark.slow
 def test_prompts_after_cached_documents(reference_model):
     values = reference_values.load_values("mistral")
     model = reference_model()
@@ -224,6 +227,7 @@ def test_invalid_prompts_are_errors(model, prompts, options, message):
         model.generate(prompts, **options)
 
 
+@pytest.mark.slow
 def test_few_programs_are_compiled_whatever_the_prompts(model, count_compilations):
     fresh = GritLM(model.model, model.mesh, model.tokenizer)
     random = np.random.default_rng(0)

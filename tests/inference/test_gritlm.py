@@ -85,6 +85,7 @@ def test_a_chat_has_the_tokens_of_training(model):
     assert text_of(model, model.generate(prompt, 8)) != expected
 
 
+@pytest.mark.slow
 def test_chats_are_prompts_with_the_markers_written_by_hand(model):
     users = ["Who are you?", "Be brief.\n\nHm"]
     prompts = [chat_prompt(user, is_first=True) for user in users]

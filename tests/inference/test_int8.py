@@ -23,6 +23,7 @@ def test_each_output_is_rounded_by_its_own_largest_weight(num_inputs):
     assert (largest[..., :3] == 127).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
 def test_embeddings_stay_close_and_are_alike_on_a_mesh(reference_model, architecture):
     exact = reference_model(architecture).encode(TEXTS)

@@ -38,6 +38,7 @@ def by_logits(model, prompt, continuation):
 ids = st.lists(st.integers(3, 300), min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(ids, ids), min_size=1, max_size=6), st.integers(0, 5))
 def test_scores_are_the_logits_own_whatever_is_beside(reference_model, pairs, copies):

@@ -143,6 +143,7 @@ def test_hidden_states_and_logits(model, tokens, is_causal):
     assert_close(ours.logits(hidden), their_logits(theirs, expected))
 
 
+@pytest.mark.slow
 def test_gradients(model, tokens, tmp_path):
     """A sum of a next-token loss on causal states and a similarity of bidirectional ones."""
     import torch

@@ -234,6 +234,7 @@ def hidden_and_gradients(model, tokens, mesh):
     return hidden, jax.tree.leaves(gradients)
 
 
+@pytest.mark.slow
 def test_a_model_trains_on_eight_devices_with_the_implementation_of_its_configuration():
     tokens = jnp.asarray(np.tile(TOKENS, (2, 1)))
     one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh(fsdp=4, tensor=2)

@@ -54,6 +54,7 @@ def at_once(model, texts):
     return [row[keep] for row, keep in zip(np.asarray(hidden), is_token, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 5])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_parts_of_any_length_give_the_hidden_states_of_the_whole(architecture, sliding_window):

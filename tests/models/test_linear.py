@@ -76,6 +76,7 @@ def initial(config):
         return flatten_dict(jax.jit(lambda: nnx.to_pure_dict(nnx.state(make_model(config, 0))))())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=["mistral", "mixtral"])
 def test_an_adapted_model_is_the_one_with_the_updates_added_to_its_weights(config):
     plain = dataclasses.replace(config, lora=None)

@@ -72,6 +72,7 @@ def test_long_inputs_with_and_without_the_window(architecture, name):
     assert_close(logits, values[f"long_logits_{name}"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reduction", "factor"), [("mixed", 1.0), ("token", 0.003)])
 def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
     values, model = reference
@@ -103,6 +104,7 @@ def test_losses_and_gradients_of_a_joint_batch(reference, reduction, factor):
         assert_close(ours[name][...], value)
 
 
+@pytest.mark.slow
 def test_five_steps_of_adamw(reference):
     values, model = reference
     is_mixtral = model.config.has_experts

@@ -66,6 +66,7 @@ SAME = [
 ]
 
 
+@pytest.mark.slow
 def test_a_model_is_recognized_in_every_form(folders):
     models = [opened(folders / name, **options) for name, options in SAME]
     stored = [json.loads(json.dumps(fingerprint(model))) for model in models]

@@ -171,6 +171,7 @@ def test_questions_are_embedded_with_the_stored_instruction(tmp_path, model):
         np.testing.assert_allclose(found, index.search(query, 3)[0][0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_as_many_documents_and_messages_are_used_as_fit(tmp_path, model):
     documents = [{"text": f"{word} " * 220} for word in ("sea", "salt", "river")]
     build_index(model, documents, tmp_path / "index", caches="float32")

@@ -97,6 +97,7 @@ def open_checkpoints(folder, trainer):
     return Checkpoints(folder, trainer.model_config, {}, 1, RetentionPolicy(keep=1), "/base")
 
 
+@pytest.mark.slow
 def test_a_step_changes_the_updates_and_not_the_base_model(trainer, continued):
     (first, *_, last), _ = continued
     abstract = trainer.abstract_state()

@@ -157,6 +157,7 @@ def flat(tree):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 def test_three_joint_steps_equal_three_steps_written_by_hand():
     mesh = make_mesh(devices=jax.devices()[:1])
     config = ModelConfig(**SIZES, embedding_projection_size=12, remat="none")
@@ -184,6 +185,7 @@ def test_three_joint_steps_equal_three_steps_written_by_hand():
     assert int(state.step) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", sorted(set(PATTERNS) - {LOSS.embedding.attention}))
 def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -199,6 +201,7 @@ def test_the_other_patterns_of_attention_equal_those_written_by_hand(attention):
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_of_low_precision_change_only_the_generative_loss():
     batch, _ = make_batch(seed=0)
     mesh = make_mesh(devices=jax.devices()[:1])
