@@ -221,8 +221,8 @@ def test_a_run_leaves_what_the_readme_promises(prepared_sample, tmp_path):
     [
         (["--config.optimizer.learning_rat=1"], "learning_rat"),
         (
-            ["--config.data.embedding_batch_size=5000"],
-            "fewer than a batch of 5000: add examples, or lower config.data.embedding_batch_size",
+            ["--config.data.generative_batch_size=5000"],
+            "add examples, or lower config.data.generative_batch_size",
         ),
     ],
 )
