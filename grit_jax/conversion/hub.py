@@ -66,13 +66,8 @@ def check_name(name: str) -> None:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConversionError(
-            f"{name} does not exist; if it is a model on the Hugging Face Hub, pip install "
-            "huggingface_hub, or download it: hf download NAME --local-dir FOLDER"
-        ) from None
+    from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(
             name, revision=revision, allow_patterns=[*FILES], ignore_patterns=[*LEFT_OUT]

@@ -94,13 +94,8 @@ def download_tokenizer(name: str) -> Path:
 
 
 def _download(repository: str, patterns: Sequence[str], kind: str = "dataset") -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise SourceError(
-            f"{repository}: pip install huggingface_hub, or download it: "
-            f"hf download --repo-type {kind} {repository} --local-dir FOLDER"
-        ) from None
+    from huggingface_hub import snapshot_download
+
     try:
         folder = snapshot_download(repository, repo_type=kind, allow_patterns=[*patterns])
     except Exception as error:  # The Hub and the network raise many types.
